@@ -1,0 +1,280 @@
+"""Typed, frozen configuration: one model per stage, presets in YAML, `key=value` overrides, near-miss suggestions."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .runtime import InputError
+from .targets import TARGET_NAMES
+
+PRESETS = Path(__file__).parent / "configs"
+Init = Literal["scratch", "imagenet", "voco2d"]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PhantomConfig(Section):
+    """Stage 00. Counts are patients; sizes are pixels and slices; `difficulty` 0 is plain to see, 1 is faint."""
+
+    train_patients: int = Field(200, ge=10)
+    test_patients: int = Field(12, ge=1)
+    unlabelled_patients: int = Field(40, ge=0)
+    image_size: int = Field(128, ge=64)
+    slices_min: int = Field(28, ge=12)
+    slices_max: int = Field(40, ge=12)
+    second_series: float = Field(0.25, ge=0, le=1, description="share of patients with a second contrast phase")
+    noise_hu: float = Field(12.0, ge=0)
+    difficulty: float = Field(0.2, ge=0, le=1)
+    bowel: float = Field(0.25, ge=0, le=1, description="prevalence of bowel injury")
+    extravasation: float = Field(0.25, ge=0, le=1)
+    organ_low: float = Field(0.15, ge=0, le=0.5, description="prevalence of low grade, for kidney, liver and spleen each")
+    organ_high: float = Field(0.15, ge=0, le=0.5)
+
+
+class ConvertConfig(Section):
+    """Stage 01. The intensity window is fixed by the contract and no option."""
+
+    flip_hfs: bool = Field(False, description="rotate by PatientPosition FFS/HFP too (off: orientation tags decide)")
+    png_level: int = Field(1, ge=0, le=9)
+    timeout_s: float = Field(60.0, gt=0, description="time limit of one file in a decoder")
+    max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are quarantined undecoded")
+
+
+class VolumeConfig(Section):
+    """Stage 02: D x H x W of the stored volumes."""
+
+    depth: int = Field(96, ge=2)
+    height: int = Field(256, ge=16)
+    width: int = Field(256, ge=16)
+    aspect: Literal["letterbox", "stretch"] = "letterbox"
+    margin_mm: float = Field(5.0, ge=0, description="kept around the body box")
+
+
+class FoldConfig(Section):
+    """Stage 03."""
+
+    count: int = Field(5, ge=2)
+
+
+class ModelConfig(Section):
+    """The 2D backbone that stages 04, 05 and 07 share: any timm model."""
+
+    backbone: str = "efficientnet_b0"
+    weights: str | None = Field(None, description="local ImageNet weights file for init=imagenet (else timm's hub)")
+
+
+class VocoConfig(Section):
+    """Stage 04, the names of SPEC section 8."""
+
+    steps: int = Field(250_000, ge=1)
+    batch: int = Field(4, ge=2, description="volumes a step")
+    slices: int = Field(32, ge=1, description="S, spread evenly over z")
+    image_size: int = Field(192, ge=24)
+    grid: int = Field(3, ge=2, description="K = grid * grid base crops")
+    random_crops: int = Field(2, ge=1)
+    pool: Literal["clip", "slice"] = "clip"
+    width: int = Field(2048, ge=8, description="of the projector's three layers")
+    dropout: float = Field(0.2, ge=0, lt=1)
+    intra: float = Field(1.0, ge=0)
+    inter: float = Field(1.0, ge=0)
+    regularisation: float = Field(1.0, ge=0)
+    ema_momentum: float = Field(0.9, ge=0, lt=1)
+    ema_final: float | None = Field(None, description="cosine momentum schedule to this value (none: constant)")
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    amsgrad: bool = True
+    warmup: int = Field(5000, ge=0)
+    clip: float = Field(1.0, gt=0, description="gradient norm")
+    init: Literal["scratch", "imagenet"] = "imagenet"
+    augment: bool = True
+    unlabelled: float = Field(1.0, ge=0, le=1, description="share of the unlabelled volumes that is used")
+    labelled: bool = Field(True, description="use the competition's own series (their labels are never read)")
+    holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
+    eval_every: int = Field(1000, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep: int = Field(3, ge=1)
+    workers: int = Field(2, ge=0)
+    amp: bool = True
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+
+class AugmentConfig(Section):
+    """One draw for all slices of a volume. Flips in x are off: they move the liver to the left."""
+
+    probability: float = Field(0.8, ge=0, le=1)
+    flip_x: bool = False
+    flip_y: bool = False
+    flip_z: bool = False
+    rotate_deg: float = Field(10.0, ge=0, le=180)
+    scale: float = Field(0.1, ge=0, lt=1)
+    shift: float = Field(0.05, ge=0, lt=1)
+    brightness: float = Field(0.1, ge=0, le=1)
+    contrast: float = Field(0.1, ge=0, le=1)
+    cutout: float = Field(0.0, ge=0, le=1, description="probability of one dropped rectangle")
+    z_jitter: bool = True
+
+
+class TrainConfig(Section):
+    """Stage 05, the names of SPEC section 9."""
+
+    targets: tuple[str, ...] = TARGET_NAMES
+    init: Init = "voco2d"
+    slices: int = Field(48, ge=1)
+    image_size: int = Field(192, ge=16)
+    crop: float = Field(0.0, ge=0, lt=0.5, description="share cut from each border of the stored plane before resizing")
+    sequence: Literal["lstm", "gru", "transformer", "none"] = "lstm"
+    pool: Literal["max", "mean", "attention"] = "max"
+    hidden: int = Field(256, ge=4)
+    layers: int = Field(1, ge=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    freeze_backbone: bool = False
+    epochs: int = Field(20, ge=1)
+    batch: int = Field(4, ge=1, description="volumes a forward pass")
+    accumulate: int = Field(1, ge=1)
+    lr: float = Field(2e-4, gt=0)
+    backbone_lr: float = Field(1.0, gt=0, description="backbone learning rate as a factor of lr")
+    weight_decay: float = Field(1e-2, ge=0)
+    warmup: float = Field(0.1, ge=0, le=1, description="share of all steps")
+    clip: float = Field(1.0, gt=0)
+    slice_loss: float = Field(0.0, ge=0, description="weight of the slice-level loss (needs image_level_labels.csv)")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, 0: off")
+    patience: int = Field(0, ge=0, description="epochs without improvement before stopping, 0: off")
+    amp: bool = True
+    compile: bool = False
+    workers: int = Field(2, ge=0)
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> "TrainConfig":
+        unknown = [name for name in self.targets if name not in TARGET_NAMES]
+        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"targets must be distinct names out of {', '.join(TARGET_NAMES)}")
+        return self
+
+
+class ScoreConfig(Section):
+    """Stage 06, and the aggregation that stage 07 shares."""
+
+    aggregate: Literal["mean", "max"] = "mean"
+    bootstrap: int = Field(2000, ge=0)
+    calibrate: bool = True
+    nested_folds: int = Field(5, ge=2)
+
+
+class PredictConfig(Section):
+    """Stage 07."""
+
+    time_budget_h: float | None = Field(None, gt=0)
+    flips: tuple[Literal["x", "y", "z"], ...] = ()
+    flush_every: int = Field(16, ge=1, description="patients between two writes of submission.csv")
+
+
+class Config(Section):
+    """A whole run. `phantom: null` means that `--data` must name the real data set."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    phantom: PhantomConfig | None = None
+    convert: ConvertConfig = ConvertConfig()
+    volume: VolumeConfig = VolumeConfig()
+    folds: FoldConfig = FoldConfig()
+    model: ModelConfig = ModelConfig()
+    pretrain: VocoConfig = VocoConfig()
+    train: TrainConfig = TrainConfig()
+    score: ScoreConfig = ScoreConfig()
+    predict: PredictConfig = PredictConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.pretrain.slices > self.volume.depth:
+            raise ValueError(f"pretrain.slices={self.pretrain.slices} is more than volume.depth={self.volume.depth}")
+        if self.train.slices > self.volume.depth:
+            raise ValueError(f"train.slices={self.train.slices} is more than volume.depth={self.volume.depth}")
+        if self.pretrain.image_size % self.pretrain.grid:
+            raise ValueError(f"pretrain.image_size={self.pretrain.image_size} is no multiple of pretrain.grid={self.pretrain.grid}")
+        if self.phantom and self.phantom.slices_min > self.phantom.slices_max:
+            raise ValueError("phantom.slices_min is more than phantom.slices_max")
+        return self
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML preset (a path, or the bare name of one in `pipeline/configs`) and apply `key=value` overrides.
+
+    Raises:
+        InputError: no such file, bad YAML, unknown key (the nearest one is named), or a value out of range.
+    """
+    path = resolve_preset(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise InputError("not readable as YAML", f"{path}: {fault}", "mend the file") from fault
+    if not isinstance(tree, dict):
+        raise InputError("not a mapping of keys", str(path), "see the presets in pipeline/configs")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as fault:
+        raise _explain(fault, path) from fault
+
+
+def resolve_preset(path: Path | str) -> Path:
+    """A config file: the path itself, or `pipeline/configs/<name>.yaml`."""
+    for candidate in (Path(path), PRESETS / f"{path}.yaml", PRESETS / Path(path).name):
+        if candidate.is_file():
+            return candidate
+    names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+    raise InputError("no such config", str(path), f"give a YAML file or one of the presets {names}")
+
+
+def resolved(section: BaseModel | dict[str, Any] | None) -> Any:
+    """A section as plain JSON values, the form that manifests and checkpoints keep."""
+    if isinstance(section, BaseModel):
+        return json.loads(section.model_dump_json())
+    return section
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key:
+        raise InputError("not an option or a key=value override", f"'{override}'", "write for example pretrain.steps=200")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise InputError("the value is not readable as YAML", f"'{override}'", "quote it") from fault
+
+
+def _explain(fault: ValidationError, path: Path) -> InputError:
+    error = fault.errors()[0]
+    key = ".".join(str(part) for part in error["loc"])
+    where = f"key '{key}' of {path} and its overrides" if key else f"{path} and its overrides"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.0)
+        return InputError(f"unknown config key '{key}'", str(path), f"did you mean '{near[0]}'?")
+    return InputError(error["msg"].removeprefix("Value error, "), where, "correct the value")
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _keys(kind, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,164 @@
+"""What every stage needs from the machine: errors for the user, log, progress, seeds, devices and atomic writes."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+TEMPORARY = ".tmp-"
+
+
+class InputError(Exception):
+    """The user's input is wrong: printed as `error: WHAT, WHERE, WHAT TO DO` and answered with exit code 2."""
+
+    def __init__(self, what: str, where: str, remedy: str) -> None:
+        super().__init__(" ".join(f"{what}, {where}, {remedy}".split()))
+
+
+def log(message: str) -> None:
+    """Print one time-stamped line to standard error."""
+    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[T], total: int, name: str, unit: str = "it", every_s: float = 15.0) -> Iterator[T]:
+    """Yield `items` with a bar (terminal) or a plain line every `every_s` seconds, both with rate and ETA."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=name, unit=unit)
+        return
+    start = shown = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= every_s:
+            shown, rate = now, done / (now - start)
+            log(f"{name}: {done}/{total} {unit}, {rate:.1f} {unit}/s, ETA {(total - done) / rate:.0f} s")
+
+
+def seed_everything(*seeds: int) -> None:
+    """Seed Python, numpy and torch from one tuple of integers, e.g. (seed, step)."""
+    import random
+
+    import numpy as np
+    import torch
+
+    state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def pick_device(name: str, rank: int = 0) -> Any:
+    """`auto|cpu|cuda` to a torch device; InputError when CUDA is asked for and absent."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is visible", "--device cuda", "use --device cpu or auto")
+    if name != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        return torch.device("cuda", rank)
+    return torch.device("cpu")
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the output is read-only",
+    errno.EACCES: "the output is not writable",
+    errno.EPERM: "the output is not writable",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path | str) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into one clear InputError naming `where`."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno not in _DISK_ERRORS:
+            raise
+        where = fault.filename or where
+        raise InputError(_DISK_ERRORS[fault.errno], str(where), "make room or choose another --out, then run again") from fault
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it."""
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
+        try:
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it replaces `path` whole, else it is removed."""
+    path = Path(path)
+    with disk_errors(path):
+        temporary = path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write indented JSON atomically (keys in the given order)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def remove_temporaries(folder: Path, depth: int = 0) -> None:
+    """Remove what killed runs left in `folder` (and `depth` folder levels below it) under temporary names."""
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        if TEMPORARY in entry.name and entry.name.startswith("."):
+            path = Path(entry.path)
+            shutil.rmtree(path) if entry.is_dir(follow_symlinks=False) else path.unlink()
+        elif depth and entry.is_dir(follow_symlinks=False):
+            remove_temporaries(Path(entry.path), depth - 1)
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Call `work` and return its result with the wall time in seconds."""
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start

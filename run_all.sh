@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Raw DICOM to report and submission: every stage in order, up-to-date ones skipped. Flags are those of the stages:
+#   ./run_all.sh [--config FILE] [--data DIR] [--out DIR] [--jobs N] [--device auto|cpu|cuda] [--force] [key=value ...]
+# PYTHON=/path/to/python ./run_all.sh uses that interpreter as it is and installs nothing.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=$(bash "$root/.ci/environment.sh")
+fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+for stage in "$root"/stages/0[0-8]_*.py; do
+    "$PYTHON" "$stage" "$@" || {
+        code=$?
+        echo "run_all.sh: stopped at $(basename "$stage") (exit code $code)" >&2
+        exit "$code"
+    }
+done

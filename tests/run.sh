@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Make the environment with the test extras, lint, run the tests. PYTHON=/path/to/python uses that interpreter as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=$(EXTRAS=test bash .ci/environment.sh)
+fi
+"$PYTHON" -m ruff check pipeline stages tests
+exec "$PYTHON" -m pytest "$@"
