@@ -8,7 +8,7 @@ import pytest
 PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
     {"targets", "config", "runtime", "artifacts"},
-    {"dicom", "series", "volume", "metric", "folds", "tables", "phantom"},
+    {"dicom", "series", "volume", "volume_store", "metric", "folds", "tables", "phantom"},
     {"crops", "augment", "datasets"},
     {"backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "distributed"},

@@ -1,0 +1,125 @@
+"""Stage 02's files: slices on disk to `<patient>_<series>.npy` with a sidecar each, series by series, and their index."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import joblib
+import numpy as np
+import polars as pl
+
+from .artifacts import digest
+from .config import VolumeConfig, resolved
+from .runtime import InputError, atomic_path, log, progress, remove_temporaries, write_json
+from .volume import Volume, build_volume, common_size
+
+INDEX = "index.parquet"
+UNUSABLE = ("partial", "duplicate")  # flags of the slice index that keep a slice out of its volume
+SLICE_COLUMNS = ("patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
+                 "flags", "png")  # fmt: skip
+
+
+def usable(slices: pl.DataFrame) -> pl.DataFrame:
+    """Slices of one series that go into its volume, superior first."""
+    flagged = pl.any_horizontal([pl.col("flags").str.split(",").list.contains(flag) for flag in UNUSABLE])
+    return slices.filter(~flagged).sort("order")
+
+
+def volume_of(images: Iterator[np.ndarray], slices: pl.DataFrame, config: VolumeConfig) -> Volume:
+    """`build_volume` for the usable `slices` of one series (rows of the slice index) and their images in the same order."""
+    sizes = list(zip(slices["rows"].to_list(), slices["cols"].to_list(), strict=True))
+    first = slices.row(sizes.index(common_size(sizes)), named=True)
+    spacing = tuple(value if value and np.isfinite(value) else 1.0 for value in (first["spacing_y_mm"], first["spacing_x_mm"]))
+    z_mm = slices["z_mm"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    return build_volume(images, sizes, z_mm, spacing, config)
+
+
+def read_slice(path: Path) -> np.ndarray:
+    """One grey PNG (rows, cols) uint8."""
+    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if image is None:
+        raise InputError("slice missing or damaged", str(path), "run stages/01_convert_dicom.py --force")
+    return image
+
+
+def build_series(slices: pl.DataFrame, source: Path, target: Path, config: VolumeConfig) -> dict[str, Any] | None:
+    """Build, store and describe the volume of one series; reuse it where slices and config are the same as last time.
+
+    Returns the row of the volume index, or None where no slice is usable.
+    """
+    patient, series = slices["patient_id"][0], slices["series_id"][0]
+    path = target / f"{patient}_{series}.npy"
+    fingerprint = digest({"slices": slices.write_csv(), "config": resolved(config)})
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file() and path.is_file():
+        known = json.loads(sidecar.read_text(encoding="utf-8"))
+        if known["fingerprint"] == fingerprint and known["bytes"] == path.stat().st_size:
+            return known["row"]
+    used = usable(slices)
+    if used.is_empty():
+        return None
+    cv2.setNumThreads(1)
+    volume = volume_of((read_slice(source / png) for png in used["png"]), used, config)
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, volume.array)
+    row = _describe(volume, used, len(slices) - len(used), path)
+    write_json(sidecar, {"fingerprint": fingerprint, "bytes": path.stat().st_size, "row": row})
+    return row
+
+
+def _describe(volume: Volume, used: pl.DataFrame, left_out: int, path: Path) -> dict[str, Any]:
+    depth, height, width = volume.array.shape
+    instances = used["instance_number"].to_list()
+    z_mm, y_mm, x_mm = (round(mm, 4) if np.isfinite(mm) else None for mm in volume.spacing_mm)
+    return {
+        **{name: used[name][0] for name in ("patient_id", "series_id", "source")},
+        "path": path.name, "depth": depth, "height": height, "width": width,
+        "slices_used": len(used), "slices_left_out": left_out,
+        **dict(zip(("box_y0", "box_y1", "box_x0", "box_x1"), volume.box, strict=True)),
+        "spacing_z_mm": z_mm, "spacing_y_mm": y_mm, "spacing_x_mm": x_mm,
+        "plane_instances": [instances[i] for i in volume.plane_sources],
+        "digest": digest(path),
+    }  # fmt: skip
+
+
+def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int) -> dict[str, Any]:
+    """Build every series of `source`'s slice index into `target`; returns the manifest's counts."""
+    slices = pl.read_parquet(source / INDEX, columns=list(SLICE_COLUMNS))
+    target.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(target)
+    groups = slices.partition_by("patient_id", "series_id", maintain_order=True)
+    work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
+        joblib.delayed(build_series)(group, source, target, config) for group in groups
+    )
+    rows = list(progress(work, len(groups), "volumes", "series"))
+    for group, row in zip(groups, rows, strict=True):
+        if row is None:
+            log(f"warning: no usable slice in series {group['patient_id'][0]}/{group['series_id'][0]}: no volume")
+    table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
+    with atomic_path(target / INDEX) as temporary:
+        table.write_parquet(temporary)
+    _remove_orphans(target, set(table["path"]))
+    return {"series": len(groups), "volumes": len(table), "slices_used": int(table["slices_used"].sum()),
+            "slices_left_out": int(table["slices_left_out"].sum()), "bytes": sum(_size(row) for row in rows if row)}  # fmt: skip
+
+
+def _size(row: dict[str, Any]) -> int:
+    return row["depth"] * row["height"] * row["width"]
+
+
+def _remove_orphans(target: Path, kept: set[str]) -> None:
+    for path in target.glob("*.npy"):
+        if path.name not in kept:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+
+INDEX_SCHEMA = {
+    "patient_id": pl.String, "series_id": pl.String, "source": pl.String, "path": pl.String,
+    "depth": pl.Int32, "height": pl.Int32, "width": pl.Int32, "slices_used": pl.Int32, "slices_left_out": pl.Int32,
+    "box_y0": pl.Int32, "box_y1": pl.Int32, "box_x0": pl.Int32, "box_x1": pl.Int32,
+    "spacing_z_mm": pl.Float64, "spacing_y_mm": pl.Float64, "spacing_x_mm": pl.Float64,
+    "plane_instances": pl.List(pl.Int64), "digest": pl.String,
+}  # fmt: skip

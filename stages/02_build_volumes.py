@@ -1,0 +1,21 @@
+"""Stage 02: resample each series to one D x H x W volume.
+
+Reads   <out>/01_slices/ (index.parquet and the PNG slices)
+Writes  <out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.parquet, manifest.json
+"""
+
+from pipeline.artifacts import Stage, main
+
+
+def run(stage: Stage) -> None:
+    """Build the volumes of all series that are new or changed."""
+    if stage.current(stage.inputs("01_slices"), ["volume"]):
+        return
+    from pipeline.volume_store import INDEX, build_all
+
+    counts = build_all(stage.upstream("01_slices"), stage.folder, stage.config.volume, stage.jobs)
+    stage.finish(counts, outputs=[INDEX])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, "02_volumes", __doc__, run))
