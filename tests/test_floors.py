@@ -9,10 +9,10 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
     {"targets", "config", "runtime", "artifacts"},
     {"dicom", "series", "volume", "volume_store", "metric", "folds", "tables", "phantom"},
-    {"crops", "augment", "datasets"},
-    {"backbone", "voco", "losses", "classifier"},
-    {"checkpoint", "engine", "distributed"},
-    {"inference", "calibration", "submission", "report"},
+    {"crops", "augment", "datasets", "voco_data"},
+    {"weights", "backbone", "voco", "losses", "classifier"},
+    {"checkpoint", "engine", "distributed", "pretrain"},
+    {"inference", "calibration", "submission", "report", "voco_figures"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PIPELINE.glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,128 @@
+"""One training step over several processes: `torchrun` starts them, gloo (CPU) or nccl (GPU) joins them."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from .runtime import pick_device
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.contiguous().clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _AllReduce.apply(gradient)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` others; every method is the identity for one process."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """True for the one process that writes files and logs."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, differentiable."""
+        return _AllReduce.apply(tensor) if self.size > 1 else tensor
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks, differentiable."""
+        return self.sum(tensor) / self.size
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, ...) of each rank to (size * B, ...) in rank order, differentiable."""
+        if self.size == 1:
+            return tensor
+        B = len(tensor)
+        padded = tensor.new_zeros(self.size * B, *tensor.shape[1:])
+        return self.sum(padded.index_copy(0, torch.arange(self.rank * B, (self.rank + 1) * B, device=tensor.device), tensor))
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients by their mean over ranks: one all-reduce of all of them together."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, (flat / self.size).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def broadcast(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0."""
+        if self.size > 1:
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.size > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def setup(device_name: str = "auto") -> World:
+    """Join the process group that `torchrun` describes in the environment; without it, a world of one."""
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return World(distributed.get_rank(), size, device)
+    return World(0, 1, device)
+
+
+def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
+    """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers on GPUs, our own on CPUs."""
+    if world.size == 1:
+        return module
+    if world.device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.__class__ = type(f"Synced{type(layer).__name__}", (_SyncedBatchNorm, type(layer)), {"world": world})
+    return module
+
+
+class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm (torch's and timm's with activation) with statistics over all ranks; torch's own needs a GPU."""
+
+    world: World
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        count = self.world.size * x.numel() // x.shape[1]
+        mean = self.world.sum(x.sum(axes)) / count
+        centred = x - mean.view(shape)
+        variance = self.world.sum(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), self.momentum)
+        x = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            x = x * self.weight.view(shape) + self.bias.view(shape)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
