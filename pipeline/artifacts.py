@@ -13,13 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .config import Config, load_config, resolved
 from .runtime import InputError, cpu_count, disk_errors, log, write_json
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
 MAKERS = {
@@ -77,6 +78,7 @@ class Stage:
         self.jobs: int = options.jobs or cpu_count()
         self.device_name: str = options.device
         self.rank = int(os.environ.get("RANK", 0))
+        self.writer = self.rank == 0
         self._started = time.perf_counter()
         self._state: dict[str, Any] = {}
 
@@ -99,8 +101,14 @@ class Stage:
         return folder
 
     def part(self, name: str) -> "Stage":
-        """A sub-folder with a manifest of its own, e.g. one fold."""
-        return Stage(f"{self.name}/{name}", self.config, self.options)
+        """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one fold."""
+        part = Stage(f"{self.name}/{name}", self.config, self.options)
+        part.writer = True
+        return part
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The part of `items` that this rank of `torchrun` works on; all of them in a single process."""
+        return items[self.rank :: int(os.environ.get("WORLD_SIZE", 1))]
 
     def upstream(self, name: str) -> Path:
         """Folder of an earlier stage; InputError naming the script that makes it when it is not finished."""
@@ -135,7 +143,7 @@ class Stage:
 
     def finish(self, counts: dict[str, Any], outputs: Iterable[str]) -> None:
         """Write the manifest, the last act of a stage: `outputs` are the files (relative) that later stages depend on."""
-        if self.rank:
+        if not self.writer:
             return
         files = {name: {"bytes": (self.folder / name).stat().st_size, "digest": digest(self.folder / name)} for name in outputs}
         seconds = round(time.perf_counter() - self._started, 2)
@@ -147,7 +155,7 @@ class Stage:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the stage's folder for this process; InputError naming the holder when another run has it."""
-        if self.rank:
+        if not self.writer:
             yield
             return
         path = self.out / f".lock-{self.name.replace('/', '-')}"
@@ -209,8 +217,9 @@ def _terminate(signum: int, frame: Any) -> None:
 
 
 def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None],
-         extend: Callable[[argparse.ArgumentParser], None] | None = None) -> int:  # fmt: skip
-    """Entry point of a stage script: parse, lock, run; exit code 0 done, 2 the user's input is wrong, 130/143 stopped."""
+         extend: Callable[[argparse.ArgumentParser], None] | None = None, exclusive: bool = True) -> int:  # fmt: skip
+    """Entry point of a stage script: parse, lock (unless not `exclusive`), run; exit code 0 done, 2 the user's input is wrong,
+    130 or 143 stopped by a signal."""
     flags = parser(Path(script).stem, doc or "")
     if extend:
         extend(flags)
@@ -218,7 +227,7 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
     signal.signal(signal.SIGTERM, _terminate)
     try:
         stage = Stage(folder, load_config(options.config, options.overrides), options)
-        with stage.lock():
+        with stage.lock() if exclusive else contextlib.nullcontext():
             run(stage)
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)

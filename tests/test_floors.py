@@ -8,10 +8,10 @@ import pytest
 PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
     {"targets", "config", "runtime", "artifacts"},
-    {"dicom", "series", "volume", "volume_store", "metric", "folds", "tables", "phantom"},
+    {"dicom", "series", "volume", "volume_store", "metric", "folds", "tables", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "voco_data"},
     {"weights", "backbone", "voco", "losses", "classifier"},
-    {"checkpoint", "engine", "distributed", "pretrain"},
+    {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
     {"inference", "calibration", "submission", "report", "voco_figures"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

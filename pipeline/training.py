@@ -1,0 +1,281 @@
+"""Stage 05's loop: one CNN-LSTM a fold, resumable, with out-of-fold predictions at series level."""
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import metric
+from .artifacts import Stage
+from .backbone import load_backbone, normalise
+from .checkpoint import load_checkpoint, save_checkpoint, save_weights
+from .classifier import CnnLstm, InjuryLoss
+from .config import Config, TrainConfig, resolved
+from .datasets import Series, SeriesDataset, labelled_series
+from .engine import adamw, autocast, check_finite, ema_update, grad_scaler, warmup_cosine
+from .prediction import build_model, predict
+from .runtime import InputError, atomic_path, log, pick_device, progress, seed_everything, write_text
+from .tables import read_labels, read_slice_labels
+from .targets import COLUMNS
+
+MODEL, CHECKPOINT, LOG, OOF = "model.safetensors", "last.ckpt", "log.jsonl", "oof.parquet"
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """Series of one fold: those trained on and those held out."""
+
+    fold: int
+    train: list[Series]
+    held_out: list[Series]
+
+
+class FoldTrainer:
+    """Model, optimiser and history of one fold; `run` trains, `predict_held_out` gives the OOF rows."""
+
+    def __init__(self, config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None) -> None:
+        self.config, self.options, self.data, self.folder, self.device = config, config.train, data, folder, device
+        seed_everything(config.seed, data.fold)
+        self.model = build_model(config, "imagenet" if self.options.init == "imagenet" else "scratch")
+        if pretrained is not None:
+            log(f"fold {data.fold}: {load_backbone(self.model.backbone, pretrained)}")
+        self.model.to(device, memory_format=torch.channels_last)
+        self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
+        labels = np.stack([series.labels for series in data.train])
+        self.loss = InjuryLoss(self.options, labels).to(device)
+        self.optimiser = adamw(parameter_groups(self.model, self.options), self.options.lr, self.options.weight_decay)
+        self.scaler = grad_scaler(device, self.options.amp)
+        self.forward = torch.compile(self.model) if self.options.compile else self.model
+        self.dataset = SeriesDataset(data.train, self.options, config.seed + data.fold, augment=True)
+        self.history: list[dict[str, Any]] = []
+        self.best: float = float("inf")
+        self.epoch = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch; the last one may be smaller."""
+        return -(-len(self.data.train) // (self.options.batch * self.options.accumulate))
+
+    @property
+    def final_model(self) -> CnnLstm:
+        """The weights that predict: averaged ones where `train.ema` is on."""
+        return self.averaged or self.model
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the start, to the last epoch or until patience is spent."""
+        self.resume()
+        while self.epoch < self.options.epochs and not self._out_of_patience():
+            row = self.train_epoch()
+            self.epoch += 1
+            row |= self.validate()
+            self.history.append(row)
+            self.save()
+            log(f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss {row['loss']:.4f}, held-out score "
+                f"{row['score']:.4f}, {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %")  # fmt: skip
+        if self.options.patience:
+            self._load_best()
+
+    def train_epoch(self) -> dict[str, Any]:
+        """One pass over the training series; returns the log row."""
+        self.model.train()
+        if self.options.freeze_backbone:
+            self.model.backbone.eval()
+        start, waiting, totals, slices = time.perf_counter(), 0.0, {}, 0
+        batches = self.batches()
+        for step in progress(range(self.steps_per_epoch), self.steps_per_epoch, f"fold {self.data.fold} epoch {self.epoch + 1}", "step"):
+            asked = time.perf_counter()
+            micro = next(batches)
+            waiting += time.perf_counter() - asked
+            terms = self.step(self.epoch * self.steps_per_epoch + step, micro)
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value / self.steps_per_epoch
+            slices += sum(batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro)
+        seconds = time.perf_counter() - start
+        rate = self.learning_rate((self.epoch + 1) * self.steps_per_epoch - 1)
+        return {"epoch": self.epoch + 1, "lr": rate, "loss": sum(totals.values()), "terms": totals, "seconds": round(seconds, 2),
+                "slices_per_s": slices / seconds, "waiting": waiting / seconds}  # fmt: skip
+
+    def batches(self) -> Iterator[list[dict[str, Tensor]]]:
+        """Lists of up to `accumulate` micro-batches, in an order that is a pure function of (seed, fold, epoch)."""
+        self.dataset.epoch = self.epoch
+        order = np.random.default_rng((self.config.seed, self.data.fold, self.epoch)).permutation(len(self.dataset)).tolist()
+        size = self.options.batch
+        plan = [order[i : i + size] for i in range(0, len(order), size)]
+        loader = iter(make_loader(self.dataset, plan, self.options.workers, self.device))
+        while micro := list(itertools.islice(loader, self.options.accumulate)):
+            yield micro
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up and cosine, a pure function of the step."""
+        total = self.options.epochs * self.steps_per_epoch
+        return self.options.lr * warmup_cosine(step, int(self.options.warmup * total), total)
+
+    def step(self, step: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
+        """One optimiser step over the micro-batches of one large batch; returns the loss terms."""
+        seed_everything(self.config.seed, self.data.fold, step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate(step) * group["factor"]
+        full = sum(len(batch["labels"]) for batch in micro)
+        sums: dict[str, Tensor] = {}
+        for batch in micro:
+            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            with autocast(self.device, self.options.amp):
+                outputs = self.forward(normalise(batch["slices"]))
+            terms = self.loss(outputs, batch["labels"], batch["planes"], batch["known"], full)
+            self.scaler.scale(sum(terms.values())).backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        values = {name: float(value) for name, value in sums.items()}
+        check_finite(step, values, [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()])
+        self.scaler.unscale_(self.optimiser)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            ema_update(self.averaged, self.model, min(self.options.ema, (1 + step) / (10 + step)))
+        return values
+
+    def validate(self) -> dict[str, float]:
+        """Official score of the held-out patients after this epoch."""
+        table = metric.aggregate(self.predict_held_out(), self.config.score.aggregate)
+        truth = {series.patient_id: series.labels for series in self.data.held_out}
+        labels = np.stack([truth[patient] for patient in table["patient_id"]])
+        return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
+
+    def predict_held_out(self) -> pl.DataFrame:
+        """OOF rows: `patient_id, series_id, fold` and the 13 columns."""
+        series = self.data.held_out
+        dataset = SeriesDataset(series, self.options)
+        size = 2 * self.options.batch
+        plan = [list(range(i, min(i + size, len(series)))) for i in range(0, len(series), size)]
+        model = self.final_model.eval()
+        loader = make_loader(dataset, plan, self.options.workers, self.device)
+        values = torch.cat([predict(model, batch["slices"].to(self.device), self.options.amp) for batch in loader]).numpy()
+        frame = pl.DataFrame(values, schema=list(COLUMNS))
+        ids = {
+            "patient_id": [s.patient_id for s in series],
+            "series_id": [s.series_id for s in series],
+            "fold": [self.data.fold] * len(series),
+        }
+        return pl.DataFrame(ids).hstack(frame)
+
+    def save(self) -> None:
+        """Checkpoint after an epoch, with the best weights beside it where early stopping is on, and the log."""
+        score = self.history[-1]["score"]
+        if self.options.patience and score < self.best:
+            save_checkpoint(self.folder / "best.ckpt", {"model": self.final_model.state_dict()})
+        self.best = min(self.best, score)
+        save_checkpoint(self.folder / CHECKPOINT, {
+            "model": self.model.state_dict(), "averaged": self.averaged.state_dict() if self.averaged else None,
+            "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch, "best": self.best,
+            "history": self.history, "identity": self._identity(),
+        })  # fmt: skip
+        write_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def resume(self) -> None:
+        """Take up the last checkpoint where it belongs to this very config and fold."""
+        state = load_checkpoint(self.folder / CHECKPOINT)
+        if state is None:
+            return
+        if state["identity"] != self._identity():
+            log(f"fold {self.data.fold}: the checkpoint is of another config or data, training starts anew")
+            return
+        self.model.load_state_dict(state["model"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
+        log(f"fold {self.data.fold}: resumed after epoch {self.epoch}")
+
+    def _identity(self) -> str:
+        held_out = [series.series_id for series in self.data.held_out]
+        return json.dumps(
+            {"train": resolved(self.options), "model": resolved(self.config.model), "seed": self.config.seed, "held_out": held_out}
+        )
+
+    def _out_of_patience(self) -> bool:
+        scores = [row["score"] for row in self.history]
+        return bool(self.options.patience and scores) and len(scores) - 1 - int(np.argmin(scores)) >= self.options.patience
+
+    def _load_best(self) -> None:
+        state = load_checkpoint(self.folder / "best.ckpt")
+        if state is not None:
+            self.final_model.load_state_dict(state["model"])
+
+
+def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
+    copy = build_model(config).to(next(model.parameters()).device)
+    copy.load_state_dict(model.state_dict())
+    return copy.requires_grad_(False)
+
+
+def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any]]:
+    """Four groups: backbone (its own learning-rate factor) and the rest, each with and without weight decay (norms, biases)."""
+    groups = []
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    model.backbone.requires_grad_(not options.freeze_backbone)
+    for inside, factor in ((True, options.backbone_lr), (False, 1.0)):
+        chosen = [p for p in model.parameters() if (id(p) in backbone) == inside and p.requires_grad]
+        for decays in (True, False):
+            group = [p for p in chosen if (p.ndim > 1) == decays]
+            if group:
+                groups.append({"params": group, "factor": factor, "weight_decay": options.weight_decay if decays else 0.0})
+    return groups
+
+
+def make_loader(dataset: SeriesDataset, plan: list[list[int]], workers: int, device: torch.device) -> DataLoader:
+    """Batches of `dataset` by the index lists of `plan`."""
+    return DataLoader(dataset, batch_sampler=plan, num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
+
+
+def train_fold(config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None) -> dict[str, Any]:
+    """Train one fold and write `model.safetensors`, `last.ckpt`, `log.jsonl` and `oof.parquet`; returns the manifest's counts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = FoldTrainer(config, data, folder, device, pretrained)
+    trainer.run()
+    with atomic_path(folder / OOF) as temporary:
+        trainer.predict_held_out().write_parquet(temporary)
+    description = {"kind": "classifier", "model": json.dumps(resolved(config.model)), "train": json.dumps(resolved(config.train))}
+    save_weights(folder / MODEL, trainer.final_model, description)
+    last = trainer.history[-1]
+    return {"fold": data.fold, "train_series": len(data.train), "held_out_series": len(data.held_out), "epochs": trainer.epoch,
+            "loss": last["loss"], "held_out_score": last["score"]}  # fmt: skip
+
+
+def run_fold(part: Stage, fold: int) -> dict[str, Any]:
+    """Gather fold `fold`'s data from the stage folders and train it in the folder of `part`."""
+    config = part.config
+    torch.set_num_threads(part.jobs)
+    folds = dict(pl.read_csv(part.upstream("03_folds") / "folds.csv", schema_overrides={"patient_id": pl.String}).iter_rows())
+    if fold not in folds.values():
+        raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {sorted(set(folds.values()))}")
+    slice_labels = read_slice_labels(part.data) if config.train.slice_loss else None
+    if config.train.slice_loss and slice_labels is None:
+        raise InputError(
+            "train.slice_loss needs slice labels", f"{part.data}/image_level_labels.csv", "add the table or set train.slice_loss=0"
+        )
+    series = labelled_series(part.upstream("02_volumes"), read_labels(part.data), slice_labels)
+    sides = {side: [one for one in series if (folds[one.patient_id] == fold) == side] for side in (True, False)}
+    for side, name in ((True, "held-out"), (False, "training")):
+        if not sides[side]:
+            raise InputError(f"fold {fold} has no {name} series", str(part.out / "02_volumes"), "check stage 01's quarantine.csv")
+    pretrained = part.upstream("04_voco2d") / "backbone.safetensors" if config.train.init == "voco2d" else None
+    return train_fold(
+        config,
+        FoldData(fold, sides[False], sides[True]),
+        part.folder,
+        pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))),
+        pretrained,
+    )
