@@ -94,13 +94,18 @@ class VocoConfig(Section):
     warmup: int = Field(5000, ge=0)
     clip: float = Field(1.0, gt=0, description="gradient norm")
     init: Literal["scratch", "imagenet"] = "imagenet"
-    augment: bool = True
+    augment: bool = Field(True, description="crop augmentation: turn and intensity")
+    turn: float = Field(0.2, ge=0, le=1, description="probability that a crop is mirrored or turned by right angles within its box")
+    intensity: float = Field(0.5, ge=0, le=1, description="probability of a change of brightness, contrast and gamma")
     unlabelled: float = Field(1.0, ge=0, le=1, description="share of the unlabelled volumes that is used")
     labelled: bool = Field(True, description="use the competition's own series (their labels are never read)")
     holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
     eval_every: int = Field(1000, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
-    keep: int = Field(3, ge=1)
+    keep: int = Field(3, ge=1, description="last checkpoints kept")
+    log_every: int = Field(1, ge=1)
+    collapse_std: float = Field(0.02, ge=0, description="embedding standard deviation (1: spread out) below which they have collapsed")
+    collapse_patience: int = Field(500, ge=1, description="steps of collapse before the run stops")
     workers: int = Field(2, ge=0)
     amp: bool = True
     compile: bool = False
