@@ -1,0 +1,91 @@
+"""Cross-validation folds over patients, stratified by all five targets and the number of series."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from . import tables
+from .runtime import InputError
+from .tables import KEY, ROW
+from .targets import COLUMNS
+
+SEEDS = 16
+TOLERANCE = 0.15
+
+
+def strata(labels: pl.DataFrame, series: pl.DataFrame) -> pl.DataFrame:
+    """Patients in order of their ids with one 0/1 column per class (13) and per series count (0, 1, 2, 3 or more) that occurs."""
+    counts = series.group_by(KEY).len("series")
+    frame = labels.select(KEY, *COLUMNS).join(counts, on=KEY, how="left").sort(KEY)
+    number = frame["series"].fill_null(0).clip(0, 3)
+    columns = [(number == value).cast(pl.Int8).alias(f"series_{value}") for value in sorted(number.unique())]
+    return frame.drop("series").with_columns(columns)
+
+
+def imbalance(folds: np.ndarray, matrix: np.ndarray, count: int) -> float:
+    """Largest distance of a class count from its share of a fold, in units of the larger of 15 percent and one patient."""
+    share = matrix.sum(axis=0) / count
+    counts = np.stack([matrix[folds == fold].sum(axis=0) for fold in range(count)])
+    return float((np.abs(counts - share) / np.maximum(1.0, TOLERANCE * share)).max())
+
+
+def make_folds(labels: pl.DataFrame, series: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
+    """`patient_id, fold` (0..count-1) of the labelled patients; the same for any order of the rows.
+
+    MultilabelStratifiedKFold draws ties at random, which small tables feel: of up to `SEEDS` seeds derived from
+    `seed` the first within 15 percent (or one patient) of every share is taken, else the best.
+    """
+    if labels.height < 2 * count:
+        raise InputError(f"{labels.height} patients are too few for {count} folds", "folds.count", "use fewer folds or more patients")
+    frame = strata(labels, series)
+    matrix = frame.drop(KEY).to_numpy().astype(np.int64)
+    best, least = None, np.inf
+    for folds in _splits(matrix, count, seed):
+        excess = imbalance(folds, matrix, count)
+        if excess < least:
+            best, least = folds, excess
+        if least <= 1:
+            break
+    return frame.select(KEY).with_columns(pl.Series("fold", best, dtype=pl.Int64))
+
+
+def _splits(matrix: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
+    from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+
+    for state in np.random.SeedSequence(seed).generate_state(SEEDS):
+        folds = np.empty(len(matrix), dtype=np.int64)
+        splitter = MultilabelStratifiedKFold(count, shuffle=True, random_state=int(state))
+        for fold, (_, held_out) in enumerate(splitter.split(matrix, matrix)):
+            folds[held_out] = fold
+        yield folds
+
+
+def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
+    """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with `labels`) in none."""
+    table = tables.load_table(path, [KEY, "fold"])
+    tables.check_ids(table, KEY)
+    distinct = tables.Table(table.name, table.frame.unique([KEY, "fold"], keep="first", maintain_order=True))
+    distinct.refuse(~pl.col(KEY).is_first_distinct(), KEY, "patient {value} is in two folds", "remove the file and run stage 03 again")
+    tables.check_unique(table, KEY)
+    frame = tables.numbers(table, ["fold"]).frame.with_columns(pl.col("fold").cast(pl.Int64)).drop(ROW)
+    missing = labels.join(frame, on=KEY, how="anti", maintain_order="left")[KEY] if labels is not None else []
+    if len(missing):
+        raise InputError(f"patient {missing[0]!r} is in no fold", str(path), "remove the file and run stage 03 again")
+    return frame
+
+
+def class_counts(folds: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFrame) -> pl.DataFrame:
+    """One row a fold: patients, then the count of each class and series number."""
+    frame = folds.join(strata(labels, series), on=KEY)
+    counts = [pl.len().alias("patients"), pl.all().exclude(KEY, "fold").cast(pl.Int64).sum()]
+    return frame.group_by("fold").agg(*counts).sort("fold")
+
+
+def format_counts(counts: pl.DataFrame) -> str:
+    """The counts as aligned text, one line a class and one column a fold."""
+    heads = [f"fold {fold}" for fold in counts["fold"]]
+    lines = [f"{'':<24}" + "".join(f"{head:>9}" for head in heads)]
+    lines += [f"{name:<24}" + "".join(f"{value:>9}" for value in counts[name]) for name in counts.columns[1:]]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""Divide the labelled patients into folds, once.
+
+Reads   train.csv and train_series_meta.csv of the data folder.
+Writes  03_folds/folds.csv (patient_id,fold); prints how many patients of each class every fold has.
+"""
+
+from pipeline.artifacts import Stage, main
+from pipeline.runtime import atomic_path
+
+
+def run(stage: Stage) -> None:
+    """Make the folds unless they were made from these tables already."""
+    data = stage.data
+    if stage.current(stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"]), ["folds", "seed"]):
+        return
+    from pipeline import folds, tables
+
+    labels, series = tables.read_labels(data), tables.read_series(data, "train")
+    table = folds.make_folds(labels, series, stage.config.folds.count, stage.config.seed)
+    with atomic_path(stage.folder / "folds.csv") as path:
+        table.write_csv(path)
+    counts = folds.class_counts(folds.read_folds(stage.folder / "folds.csv", labels), labels, series)
+    print(folds.format_counts(counts), flush=True)
+    stage.finish({"patients": table.height, "folds": counts.to_dicts()}, ["folds.csv"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, "03_folds", __doc__, run))
