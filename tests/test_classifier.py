@@ -1,0 +1,171 @@
+"""The CNN-LSTM: shapes, heads, losses against float64, what the sequence model can see, samples and augmentation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.augment import VolumeAugment
+from pipeline.backbone import create_backbone, feature_shape
+from pipeline.classifier import CnnLstm, InjuryLoss, probabilities
+from pipeline.config import AugmentConfig, TrainConfig
+from pipeline.datasets import bin_labels, plane_labels, slice_positions, take_slices
+from pipeline.targets import TARGETS, group_slices
+
+TINY = TrainConfig(init="scratch", slices=4, image_size=32, hidden=8, slice_loss=0.5, dropout=0.0)
+
+
+def one_hot(rng, count):
+    return np.concatenate([np.eye(len(t.classes))[rng.integers(len(t.classes), size=count)] for t in TARGETS], 1).astype(np.float32)
+
+
+def make(config):
+    torch.manual_seed(0)
+    backbone = create_backbone("mobilenetv3_small_050")
+    return CnnLstm(backbone, feature_shape(backbone, config.image_size)[0], config)
+
+
+@pytest.mark.parametrize("sequence", ["lstm", "gru", "transformer", "none"])
+@pytest.mark.parametrize("pool", ["max", "mean", "attention"])
+def test_every_variant_gives_all_heads_and_gradients(sequence, pool):
+    model = make(TINY.model_copy(update={"sequence": sequence, "pool": pool}))
+    logits, slices = model(torch.randn(2, 4, 32, 32))
+    assert {name: tuple(value.shape) for name, value in logits.items()} == {t.name: (2, 1 if t.binary else 3) for t in TARGETS}
+    assert slices.shape == (2, 4, 2)
+    labels = torch.from_numpy(one_hot(np.random.default_rng(0), 2))
+    terms = InjuryLoss(TINY, labels.numpy())((logits, slices), labels, torch.zeros(2, 4, 2), torch.ones(2, 2), 2)
+    assert set(terms) == {*(t.name for t in TARGETS), "slices"}
+    sum(terms.values()).backward()
+    for target in TARGETS:
+        assert model.heads[target.name].weight.grad.abs().sum() > 0, f"{target.name} is trained"
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_single_target_model_has_that_head_and_loss_only():
+    config = TINY.model_copy(update={"targets": ("liver",), "slice_loss": 0.0})
+    model = make(config)
+    logits, slices = model(torch.randn(2, 4, 32, 32))
+    assert list(logits) == ["liver"]
+    assert slices is None
+    labels = torch.from_numpy(one_hot(np.random.default_rng(0), 2))
+    assert list(InjuryLoss(config, labels.numpy())((logits, None), labels, None, None, 2)) == ["liver"]
+    table = probabilities(logits)
+    assert table.shape == (2, 13)
+    assert torch.equal(table[:, :2], torch.full((2, 2), 0.5, dtype=torch.float64))
+
+
+def test_loss_equals_float64_loops():
+    rng = np.random.default_rng(1)
+    labels, train = one_hot(rng, 6), one_hot(rng, 50)
+    logits = {t.name: torch.from_numpy(rng.normal(size=(6, 1 if t.binary else 3)).astype(np.float32)) for t in TARGETS}
+    config = TINY.model_copy(update={"slice_loss": 0.0})
+    terms = InjuryLoss(config, train)((logits, None), torch.from_numpy(labels), None, None, 6)
+    columns = group_slices()
+    for target in TARGETS:
+        total = 0.0
+        for row in range(6):
+            true = int(labels[row, columns[target.name]].argmax())
+            values = logits[target.name][row].double().tolist()
+            if target.binary:
+                p = 1 / (1 + math.exp(-values[0]))
+                p = p if true else 1 - p
+            else:
+                p = math.exp(values[true]) / sum(math.exp(v) for v in values)
+            total += target.weights[true] * -math.log(p)
+        mean_weight = sum(target.weights[int(row[columns[target.name]].argmax())] for row in train) / len(train)
+        assert float(terms[target.name]) == pytest.approx(total / (6 * mean_weight), rel=1e-5)
+
+
+def test_micro_batches_sum_to_the_large_batch():
+    rng = np.random.default_rng(2)
+    labels, planes, known = (
+        torch.from_numpy(one_hot(rng, 8)),
+        torch.from_numpy(rng.integers(0, 2, (8, 4, 2)).astype(np.float32)),
+        torch.ones(8, 2),
+    )
+    model, loss = make(TINY).eval(), InjuryLoss(TINY, labels.numpy())  # eval: batch norm is the one part that sees the batch
+    images = torch.randn(8, 4, 32, 32)
+
+    def gradients(parts):
+        model.zero_grad()
+        for part in parts:
+            sum(loss(model(images[part]), labels[part], planes[part], known[part], 8).values()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    large, small = gradients([slice(0, 8)]), gradients([slice(0, 3), slice(3, 6), slice(6, 8)])
+    assert torch.allclose(large, small, rtol=1e-3, atol=1e-5 * float(large.abs().max()))
+
+
+def order_task(rng, count, slices=6):
+    """Bright slice above the dark one (1) or below it (0); the same slices either way, so only the order tells."""
+    x = np.full((count, slices, 32, 32), 100.0, np.float32)
+    y = rng.integers(0, 2, count)
+    for i in range(count):
+        first, second = sorted(rng.choice(slices, 2, replace=False))
+        bright, dark = (first, second) if y[i] else (second, first)
+        x[i, bright, 8:24, 8:24], x[i, dark, 8:24, 8:24] = 250, 0
+    return torch.from_numpy((x + rng.normal(0, 2, x.shape)).astype(np.float32) / 100 - 1), torch.from_numpy(y)
+
+
+@pytest.mark.parametrize(("sequence", "learns"), [("lstm", True), ("none", False)])
+def test_only_a_sequence_model_sees_the_order_along_z(sequence, learns):
+    rng = np.random.default_rng(3)
+    config = TINY.model_copy(update={"sequence": sequence, "targets": ("bowel",), "slice_loss": 0.0, "hidden": 16})
+    torch.manual_seed(0)
+    model = CnnLstm(torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Conv2d(1, 8, 1)), 8, config)
+    model.norm = torch.nn.Identity()
+    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    x, y = order_task(rng, 256, 6)
+    for _ in range(60):
+        logits, _ = model(x)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits["bowel"][:, 0], y.float())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    x, y = order_task(rng, 256, 6)
+    accuracy = float(((model(x)[0]["bowel"][:, 0] > 0) == y).float().mean())
+    assert accuracy > 0.95 if learns else accuracy < 0.65
+
+
+def test_slice_positions_are_even_and_jitter_stays_in_its_bin():
+    assert slice_positions(96, 48).tolist() == list(range(1, 96, 2))
+    assert slice_positions(5, 5).tolist() == [0, 1, 2, 3, 4]
+    for seed in range(20):
+        jittered = slice_positions(32, 8, np.random.default_rng(seed))
+        assert (jittered // 4 == np.arange(8)).all()
+
+
+def test_slice_labels_reach_their_bin():
+    planes = plane_labels([10, 9, 8, 7, 6, 5, 4, 3], [(9, 0), (3, 1)], 8)
+    assert planes[:, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert bin_labels(planes, 4).tolist() == [[1, 0], [0, 0], [0, 0], [0, 1]]
+
+
+def test_take_slices_crops_and_resizes():
+    volume = np.zeros((6, 40, 40), np.uint8)
+    volume[:, 4:36, 4:36] = 200
+    out = take_slices(volume, np.array([0, 5]), TINY.model_copy(update={"crop": 0.1, "image_size": 16}))
+    assert out.shape == (2, 16, 16)
+    assert (out == 200).all()
+
+
+def test_augmentation_is_one_draw_for_all_slices_and_repeats_by_seed():
+    image = np.zeros((32, 32), np.uint8)
+    image[6:20, 9:15] = 180
+    stack = np.stack([image] * 5)
+    augment = VolumeAugment(AugmentConfig(probability=1.0, rotate_deg=20, cutout=1.0, flip_x=True, flip_y=True))
+    first = augment(stack, 11)
+    assert all(np.array_equal(first[0], other) for other in first[1:]), "every slice moved alike"
+    assert np.array_equal(first, augment(stack, 11))
+    assert not np.array_equal(first, augment(stack, 12))
+    assert not np.array_equal(first, stack)
+
+
+def test_laterality_is_kept_by_default():
+    image = np.zeros((32, 32), np.uint8)
+    image[8:24, 2:14] = 200  # the liver, at image left
+    augment = VolumeAugment(AugmentConfig(probability=1.0))
+    for seed in range(30):
+        out = augment(np.stack([image] * 2), seed)[0].astype(float)
+        assert out[:, :16].sum() > 2 * out[:, 16:].sum()

@@ -1,0 +1,136 @@
+"""Volumes: area resampling against an obvious reference, body outline, letterbox, and series-wise rebuilding."""
+
+import cv2
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.config import VolumeConfig
+from pipeline.volume import build_volume, common_size, letterbox, plane_weights
+from pipeline.volume_store import INDEX, build_all, usable
+
+SMALL = VolumeConfig(depth=8, height=64, width=64)
+
+
+def body_slice(size=256, table=True, arm=True):
+    """An ellipse of soft tissue, an arm beside it (2 mm of air between) and a table top below."""
+    image = np.zeros((size, size), np.uint8)
+    cv2.ellipse(image, (128, 120), (80, 55), 0, 0, 360, 120, -1)
+    if arm:
+        cv2.circle(image, (230, 130), 19, 120, -1)
+    if table:
+        cv2.line(image, (20, 190), (236, 190), 200, 3)
+    return image
+
+
+def naive_plane_weights(z, depth, samples=20_000):
+    """Share of each slice in each plane by brute force: many points, each belonging to its nearest slice's interval."""
+    place = np.abs(np.asarray(z, float) - z[0])
+    edges = np.concatenate(
+        [[place[0] - (place[1] - place[0]) / 2], (place[1:] + place[:-1]) / 2, [place[-1] + (place[-1] - place[-2]) / 2]]
+    )
+    points = edges[0] + (np.arange(samples * depth) + 0.5) / (samples * depth) * (edges[-1] - edges[0])
+    owner = np.searchsorted(edges, points, side="right") - 1
+    return np.stack([np.bincount(part, minlength=len(z)) / samples for part in owner.reshape(depth, samples)], 1)
+
+
+@pytest.mark.parametrize(("z", "depth"), [([0, -2, -4, -6, -8], 3), ([10, 7, 6, 1], 9), ([0, 1, 5], 2)])
+def test_plane_weights_equal_brute_force(z, depth):
+    weights = plane_weights(np.array(z, float), depth)
+    assert weights.sum(0) == pytest.approx(1)
+    assert weights == pytest.approx(naive_plane_weights(z, depth), abs=2e-3)
+
+
+@pytest.mark.parametrize("z", [[np.nan] * 4, [0, 3, 1, 2], [5, 5, 5, 5]])
+def test_slices_without_usable_positions_are_equidistant(z):
+    assert plane_weights(np.array(z, float), 4) == pytest.approx(np.eye(4))
+
+
+def test_box_leaves_table_and_arm_out():
+    images = [body_slice() for _ in range(6)]
+    volume = build_volume(iter(images), [i.shape for i in images], np.arange(0, -18, -3.0), (1.5, 1.5), SMALL)
+    y0, y1, x0, x1 = volume.box
+    assert abs(y0 - 65) <= 5
+    assert abs(y1 - 176) <= 5
+    assert abs(x0 - 48) <= 5
+    assert abs(x1 - 209) <= 5
+    assert not (volume.array > 150).any(), "no table in the volume"
+
+
+def test_arm_that_stays_in_the_box_is_black():
+    image = body_slice(arm=False, table=False)
+    cv2.circle(image, (190, 60), 14, 120, -1)  # inside the body's bounding box, outside the body
+    volume = build_volume([image] * 3, [image.shape] * 3, np.arange(3.0), (1.5, 1.5), SMALL)
+    y0, _, x0, _ = volume.box
+    y, x = (int((p - o) / s * 1.5) for p, o, s in ((60, y0, volume.spacing_mm[1]), (190, x0, volume.spacing_mm[2])))
+    assert volume.array[:, y, x].max() == 0
+
+
+def test_letterbox_keeps_aspect_and_stretch_does_not():
+    images = [body_slice(arm=False, table=False)] * 4
+    kept = build_volume(images, [i.shape for i in images], np.arange(4.0), (1.0, 1.0), SMALL)
+    assert kept.spacing_mm[1] == pytest.approx(kept.spacing_mm[2], rel=0.03)
+    assert (kept.array[:, 0] == 0).all()
+    stretched = build_volume(images, [i.shape for i in images], np.arange(4.0), (1.0, 1.0), SMALL.model_copy(update={"aspect": "stretch"}))
+    assert stretched.spacing_mm[2] > 1.3 * stretched.spacing_mm[1]
+
+
+def test_mixed_sizes_are_letterboxed_to_the_common_one():
+    assert common_size([(512, 512), (512, 512), (768, 768)]) == (512, 512)
+    boxed = letterbox(np.full((20, 40), 9, np.uint8), 40, 40)
+    assert boxed.shape == (40, 40)
+    assert (boxed[10:30] == 9).all()
+    assert not boxed[:9].any()
+    images = [body_slice(), cv2.resize(body_slice(), (128, 128), interpolation=cv2.INTER_AREA), body_slice()]
+    volume = build_volume(images, [i.shape for i in images], np.arange(3.0), (1.5, 1.5), SMALL)
+    assert np.abs(volume.array[0].astype(int) - volume.array[4]).mean() < 3
+
+
+def test_planes_name_their_nearest_slice_and_keep_order():
+    images = [np.full((32, 32), 40 + 20 * i, np.uint8) for i in range(4)]
+    volume = build_volume(images, [(32, 32)] * 4, -np.arange(4.0), (1, 1), VolumeConfig(depth=4, height=16, width=16))
+    assert volume.plane_sources == (0, 1, 2, 3)
+    assert volume.array[:, 8, 8].tolist() == [40, 60, 80, 100]
+
+
+@pytest.fixture
+def slices(tmp_path):
+    """A slice store of two series of five slices, one of them flagged partial."""
+    rows = []
+    for series in ("7", "8"):
+        folder = tmp_path / "slices" / "1" / series
+        folder.mkdir(parents=True)
+        for order in range(5):
+            cv2.imwrite(str(folder / f"{order + 3}.png"), body_slice())
+            rows.append({"patient_id": "1", "series_id": series, "source": "train", "instance_number": order + 3, "order": order,
+                         "z_mm": -3.0 * order, "rows": 256, "cols": 256, "spacing_y_mm": 1.5, "spacing_x_mm": 1.5,
+                         "flags": "partial" if (series, order) == ("8", 2) else "", "png": f"1/{series}/{order + 3}.png"})  # fmt: skip
+    pl.DataFrame(rows).write_parquet(tmp_path / "slices" / INDEX)
+    return tmp_path / "slices"
+
+
+def test_store_builds_reuses_and_forgets_series(slices, tmp_path):
+    target = tmp_path / "volumes"
+    counts = build_all(slices, target, SMALL, 1)
+    assert counts["volumes"] == 2
+    assert counts["slices_left_out"] == 1
+    index = pl.read_parquet(target / INDEX)
+    assert index["slices_used"].to_list() == [5, 4]
+    assert index["plane_instances"][1].to_list() == [3, 3, 4, 4, 6, 6, 7, 7]
+    assert np.load(target / "1_7.npy", mmap_mode="r").shape == (8, 64, 64)
+    before = {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")}
+    table = pl.read_parquet(slices / INDEX)
+    table = table.with_columns(z_mm=pl.when(pl.col("series_id") == "8").then(pl.col("z_mm") * 2).otherwise("z_mm"))
+    table.write_parquet(slices / INDEX)
+    build_all(slices, target, SMALL, 1)
+    after = {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")}
+    assert after["1_7.npy"] == before["1_7.npy"], "an unchanged series is not built again"
+    assert after["1_8.npy"] != before["1_8.npy"], "a changed series is"
+    table.filter(pl.col("series_id") == "8").write_parquet(slices / INDEX)
+    build_all(slices, target, SMALL, 1)
+    assert sorted(path.name for path in target.glob("*.npy")) == ["1_8.npy"]
+
+
+def test_usable_slices_are_ordered_and_unflagged():
+    table = pl.DataFrame({"order": [2, 0, 1, 3], "flags": ["", "", "partial", "resized,duplicate"]})
+    assert usable(table)["order"].to_list() == [0, 2]
