@@ -26,7 +26,8 @@ def body_slice(size=256, table=True, arm=True):
 def naive_plane_weights(z, depth, samples=20_000):
     """Share of each slice in each plane by brute force: many points, each belonging to its nearest slice's interval."""
     place = np.abs(np.asarray(z, float) - z[0])
-    edges = np.concatenate(
+    middle = (place[1:] + place[:-1]) / 2
+    edges = np.concatenate([[2 * place[0] - middle[0]], middle, [2 * place[-1] - middle[-1]]])
         [[place[0] - (place[1] - place[0]) / 2], (place[1:] + place[:-1]) / 2, [place[-1] + (place[-1] - place[-2]) / 2]]
     )
     points = edges[0] + (np.arange(samples * depth) + 0.5) / (samples * depth) * (edges[-1] - edges[0])
