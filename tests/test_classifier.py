@@ -81,10 +81,6 @@ def test_micro_batches_sum_to_the_large_batch():
     rng = np.random.default_rng(2)
     labels, known = torch.from_numpy(one_hot(rng, 8)), torch.ones(8, 2)
     planes = torch.from_numpy(rng.integers(0, 2, (8, 4, 2)).astype(np.float32))
-        torch.from_numpy(one_hot(rng, 8)),
-        torch.from_numpy(rng.integers(0, 2, (8, 4, 2)).astype(np.float32)),
-        torch.ones(8, 2),
-    )
     model, loss = make(TINY).eval(), InjuryLoss(TINY, labels.numpy())  # eval: batch norm is the one part that sees the batch
     images = torch.randn(8, 4, 32, 32)
 

@@ -28,8 +28,6 @@ def naive_plane_weights(z, depth, samples=20_000):
     place = np.abs(np.asarray(z, float) - z[0])
     middle = (place[1:] + place[:-1]) / 2
     edges = np.concatenate([[2 * place[0] - middle[0]], middle, [2 * place[-1] - middle[-1]]])
-        [[place[0] - (place[1] - place[0]) / 2], (place[1:] + place[:-1]) / 2, [place[-1] + (place[-1] - place[-2]) / 2]]
-    )
     points = edges[0] + (np.arange(samples * depth) + 0.5) / (samples * depth) * (edges[-1] - edges[0])
     owner = np.searchsorted(edges, points, side="right") - 1
     return np.stack([np.bincount(part, minlength=len(z)) / samples for part in owner.reshape(depth, samples)], 1)
