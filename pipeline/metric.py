@@ -34,6 +34,17 @@ def any_injury(values: np.ndarray) -> np.ndarray:
     return (1.0 - values[:, HEALTHY]).max(axis=1)
 
 
+def aggregate(series: pl.DataFrame, how: str) -> pl.DataFrame:
+    """The one way from series to patients: `mean` or `max` of the series' normalised probabilities, groups normalised again.
+
+    Takes `patient_id` and the 13 columns, any rows; returns them with one row a patient, in order of first appearance.
+    """
+    values = pl.DataFrame(normalise(series.select(COLUMNS).to_numpy()), schema=list(COLUMNS))
+    column = pl.col(COLUMNS)
+    grouped = values.with_columns(series[KEY]).group_by(KEY, maintain_order=True).agg(column.max() if how == "max" else column.mean())
+    return grouped.select(KEY).hstack(pl.DataFrame(normalise(grouped.select(COLUMNS).to_numpy()), schema=list(COLUMNS)))
+
+
 def loss_terms(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One-hot labels and normalised probabilities (N, 13) -> -log p of the true class (N, 6) and its weight (N, 6).
 

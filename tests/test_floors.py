@@ -8,11 +8,11 @@ import pytest
 PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
     {"targets", "config", "runtime", "artifacts"},
-    {"dicom", "series", "volume", "volume_store", "metric", "folds", "tables", "phantom", "phantom_dicom"},
+    {"dicom", "series", "volume", "volume_store", "metric", "metric_extra", "folds", "tables", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "voco_data"},
     {"weights", "backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
-    {"inference", "calibration", "submission", "report", "voco_figures"},
+    {"inference", "calibration", "scoring", "figures", "submission", "report", "voco_figures"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PIPELINE.glob("*.py") if path.stem != "__init__")
