@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from .runtime import pick_device
+from .runtime import InputError, pick_device
 
 
 class _AllReduce(torch.autograd.Function):
@@ -37,6 +37,11 @@ class World:
     def main(self) -> bool:
         """True for the one process that writes files and logs."""
         return self.rank == 0
+
+    def check_divides(self, batch: int, key: str) -> None:
+        """InputError where a batch cannot be shared out evenly."""
+        if batch % self.size:
+            raise InputError(f"{key}={batch} is no multiple of {self.size} processes", "torchrun", f"choose another {key}")
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, differentiable."""

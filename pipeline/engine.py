@@ -15,8 +15,16 @@ from torch import nn
 from .runtime import atomic_path, disk_errors
 
 
-class NonFiniteLoss(RuntimeError):
-    """A loss is NaN or infinite: names step, terms and batch ids; the last good checkpoint is kept."""
+class TrainingStopped(RuntimeError):
+    """Training went wrong; the message is for the user, the last good checkpoint is kept."""
+
+
+class NonFiniteLoss(TrainingStopped):
+    """A loss is NaN or infinite: names step, terms and batch ids."""
+
+
+class Collapse(TrainingStopped):
+    """All embeddings have become the same."""
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
@@ -75,6 +83,21 @@ def check_finite(step: int, terms: Mapping[str, float], ids: Iterable[str]) -> N
         raise NonFiniteLoss(f"non-finite loss at step {step}: {values}; batch {', '.join(ids)}; the last checkpoint is kept")
 
 
+@contextlib.contextmanager
+def fixed_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms as they are: for backward passes that recompute activations."""
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in norms]
+    for layer in norms:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, count) in zip(norms, before, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
+
+
 class StopSignal:
     """Inside `with`, the first SIGTERM or Ctrl-C is remembered as `signum` instead of raised: the loop ends at a step boundary.
 
@@ -113,14 +136,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def json_log(path: Path, keep: Callable[[dict[str, Any]], bool], active: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that appends one record a line; records of an earlier run stay where `keep` says so (rank 0 only: `active`).
+def json_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that appends one record a line; records of an earlier run stay where `keep` says so.
 
     A resumed run keeps what came before its checkpoint, so that its log is that of a run that never stopped.
     """
-    if not active:
-        yield lambda record: None
-        return
     records = [record for record in read_log(path) if keep(record)]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

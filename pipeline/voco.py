@@ -43,9 +43,9 @@ def make_teacher(student: VocoNet) -> VocoNet:
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
-def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, device: torch.device) -> torch.Tensor:
-    """Inverted dropout as a pure function of `seed`, for the whole batch over all ranks."""
-    generator = torch.Generator(device).manual_seed(seed)
+def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device) -> torch.Tensor:
+    """Inverted dropout as a pure function of `seed` and `step`, for the whole batch over all ranks."""
+    generator = torch.Generator(device).manual_seed((seed << 32) + step)
     return torch.rand(shape, generator=generator, device=device).ge_(rate).div_(1 - rate)
 
 
@@ -83,3 +83,10 @@ def spread_of(embeddings: torch.Tensor) -> torch.Tensor:
     """Standard deviation of unit embeddings over crops, times sqrt(E): about 1 where they fill the sphere, 0 where they collapse."""
     unit = nn.functional.normalize(embeddings.detach().flatten(0, -2), dim=-1)
     return unit.std(0, correction=0).mean() * unit.shape[-1] ** 0.5
+
+
+def correlation(similarity: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
+    """Pearson correlation of similarity (B, G, R, K) and label (B, R, K), 0 where one of them is constant."""
+    s, y = similarity.float().flatten(), overlap[:, None].expand_as(similarity).flatten()
+    s, y = s - s.mean(), y - y.mean()
+    return (s * y).sum() / (s.norm() * y.norm()).clamp_min(1e-12)
