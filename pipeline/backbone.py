@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .runtime import InputError
+from .small_maps import speed_up
 from .weights import load_weights, match, read_weights, save_weights
 
 GREY_MEAN, GREY_STD = 0.449, 0.226  # of ImageNet, mean over R, G and B: what pretrained stems summed over RGB expect
@@ -35,7 +36,7 @@ def create_backbone(name: str, init: str = "scratch", weights: str | None = None
     if init == "imagenet" and weights is not None:
         match(backbone, _imagenet_state(backbone, weights), weights)
     backbone.register_forward_hook(_to_map)
-    return backbone
+    return speed_up(backbone)
 
 
 def _build(name: str, pretrained: bool) -> nn.Module:

@@ -10,7 +10,7 @@ FLOORS = (
     {"targets", "config", "runtime", "artifacts"},
     {"dicom", "series", "volume", "volume_store", "metric", "metric_extra", "folds", "tables", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "voco_data"},
-    {"weights", "backbone", "voco", "losses", "classifier"},
+    {"weights", "small_maps", "backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
     {"inference", "calibration", "scoring", "figures", "submission", "report", "voco_figures"},
 )
