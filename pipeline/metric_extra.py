@@ -102,16 +102,15 @@ def score_intervals(labels: np.ndarray, probabilities: np.ndarray, count: int, s
 
 def extra_metrics(labels: np.ndarray, probabilities: np.ndarray, count: int, seed: int) -> dict[str, dict[str, Interval]]:
     """`METRICS` of every two-class question with bootstrap intervals, and under `mean` the mAP and mean AUC over the five targets."""
-    found: dict[str, np.ndarray] = {}
+    problems = [(*problem, *ranking(problem[1], problem[2])) for problem in binary_problems(labels, probabilities)]
+    rows: dict[str, list[np.ndarray]] = {problem[0]: [] for problem in problems}
     with np.errstate(divide="ignore", invalid="ignore"):
-        for name, truth, probability, weight in binary_problems(labels, probabilities):
-            order, ranked, starts = ranking(truth, probability)
-            rows = []
-            for counts in resamples(len(labels), count, seed):
+        for counts in resamples(len(labels), count, seed):
+            for name, truth, probability, weight, order, ranked, starts in problems:
                 ranks = auc_and_precision(counts[:, order], ranked, starts)
                 error = calibration_error(counts, truth, probability, weight)
-                rows.append(np.stack([*ranks, *thresholded(counts, truth, probability), error], axis=1))
-            found[name] = np.concatenate(rows)
+                rows[name].append(np.stack([*ranks, *thresholded(counts, truth, probability), error], axis=1))
+    found = {name: np.concatenate(parts) for name, parts in rows.items()}
     table = {name: {key: interval(values[:, i]) for i, key in enumerate(METRICS)} for name, values in found.items()}
     means = np.mean([found[name] for name in TARGET_NAMES], axis=0)
     table["mean"] = {key: interval(means[:, i]) for i, key in enumerate(METRICS[:2])}
