@@ -43,7 +43,6 @@ class ConvertConfig(Section):
     """Stage 01. The intensity window is fixed by the contract and no option."""
 
     flip_hfs: bool = Field(False, description="rotate by PatientPosition FFS/HFP too (off: orientation tags decide)")
-    png_level: int = Field(1, ge=0, le=9)
     timeout_s: float = Field(60.0, gt=0, description="time limit of one file in a decoder")
     max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are quarantined undecoded")
 

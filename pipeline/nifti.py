@@ -1,0 +1,70 @@
+"""Unlabelled NIfTI volumes (FLARE 2023 style) as the same oriented 8-bit slices that DICOM series become."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+
+from .dicom import Unreadable, window
+
+MAX_BYTES = 4 << 30
+TO_LPS = np.array([-1.0, -1.0, 1.0])  # NIfTI counts x to the right and y to the front, DICOM to the left and to the back
+
+
+def _open(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
+    """The image, nothing but its header read, and the turn of its axes to left, back and down (nibabel's orientation array)."""
+    try:
+        image = nib.load(path, mmap=False)
+        if len(image.shape) != 3 or image.get_data_dtype().kind not in "iuf":
+            raise Unreadable("NIfTI: not one scalar volume")
+        turn = orientations.ornt_transform(orientations.io_orientation(image.affine), orientations.axcodes2ornt("LPI"))
+    except Unreadable:
+        raise
+    except Exception as fault:  # nibabel raises many kinds; their text may hold header values
+        raise Unreadable(f"NIfTI: not readable ({type(fault).__name__})") from None
+    pixels = np.prod([image.shape[int(axis)] for axis in np.argsort(turn[:, 0])[:2]], dtype=np.int64)
+    if not 0 < pixels <= max_pixels or not 0 < np.prod(image.shape, dtype=np.float64) * image.get_data_dtype().itemsize <= MAX_BYTES:
+        raise Unreadable("too large: NIfTI dimensions are implausible")
+    return image, turn
+
+
+def count_slices(path: Path, max_pixels: int) -> int:
+    """Number of axial slices of a NIfTI file, from its header.
+
+    Raises:
+        Unreadable: no NIfTI, not one scalar volume, absurd size, or an affine that is no orientation.
+    """
+    image, turn = _open(path, max_pixels)
+    return int(image.shape[int(np.argsort(turn[:, 0])[2])])
+
+
+@functools.lru_cache(1)
+def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.ndarray]:
+    """Stored values (x to the left, y to the back, z down), slope, intercept, and the affine of these axes to LPS millimetres."""
+    image, turn = _open(path, max_pixels)
+    try:
+        stored = orientations.apply_orientation(image.dataobj.get_unscaled(), turn)
+    except Exception as fault:  # as above, now from the decompressor
+        raise Unreadable(f"NIfTI: not readable ({type(fault).__name__})") from None
+    affine = image.affine @ orientations.inv_ornt_aff(turn, image.shape)
+    affine[:3] *= TO_LPS[:, None]
+    return stored, float(image.dataobj.slope), float(image.dataobj.inter), affine
+
+
+def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Slice `k`, counted from the most superior: windowed uint8 (rows, cols), and its position, orientation and spacing as DICOM has them.
+
+    Raises:
+        Unreadable: damaged data, or values that are not finite.
+    """
+    stored, slope, intercept, affine = _load(path, max_pixels)
+    hu = stored[:, :, k].T.astype(np.float64) * slope + intercept
+    if not np.isfinite(hu).all():
+        raise Unreadable("NIfTI: values that are not finite")
+    steps = np.linalg.norm(affine[:3, :2], axis=0)
+    orientation = (affine[:3, :2] / steps).T.ravel()
+    position = affine[:3] @ [0.0, 0.0, float(k), 1.0]
+    return window(hu), {"position": position.tolist(), "orientation": orientation.tolist(), "spacing": (float(steps[1]), float(steps[0]))}

@@ -1,0 +1,185 @@
+"""Work in processes that may die: contained children for risky code, and joblib (one machine or a Dask cluster) for many tasks.
+
+`contained` runs a function over items in a forked child. The child answers item by item, so when it dies the culprit is the first
+item without an answer: nothing else is lost, and the items behind it go on in a new child. `spread` runs tasks in joblib's worker
+processes; each of them may use `contained`, here as on a cluster, so results do not depend on where they were made.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from .runtime import InputError, log
+
+GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
+CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The answer for an item, or a task, that brought down its process every time."""
+
+    reason: str
+
+
+def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float, pipe: Connection) -> None:
+    """Body of the child: answer item by item; SIGALRM kills it when one takes longer than `limit_s`, be it in C code."""
+    for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    null = os.open(os.devnull, os.O_WRONLY)  # what C libraries print when they die helps nobody
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    gc.freeze()
+    for item in items:
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        try:
+            answer = work(item, careful)
+        except OSError as fault:  # the disk, not the item
+            answer = fault
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send(answer)
+
+
+def _fork(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float) -> tuple[int, Connection]:
+    """Start a child over `items`: its process id and the pipe that its answers come through."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    pid = os.fork()
+    if pid == 0:
+        code = GAVE_UP
+        try:
+            reader.close()
+            _serve(work, items, careful, limit_s, writer)
+            code = 0
+        finally:
+            os._exit(code)
+    writer.close()
+    return pid, reader
+
+
+def _answers(pipe: Connection) -> Iterator[Any]:
+    """What a child answers until its end, whole answers only; an OSError it met is raised here."""
+    while True:
+        try:
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            return
+        if isinstance(answer, OSError):
+            raise answer
+        yield answer
+
+
+def _cause(status: int, limit_s: float) -> str:
+    """Why a child ended, from its wait status."""
+    if not os.WIFSIGNALED(status):
+        return "raised an exception"
+    if os.WTERMSIG(status) == signal.SIGALRM:
+        return f"hung for more than {limit_s:g} s"
+    return f"died of {signal.Signals(os.WTERMSIG(status)).name}"
+
+
+def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: float, deaths: list[str] | None = None) -> Iterator[Any]:
+    """Yield work(item, careful) for each of `items` in order, from forked children that may crash, hang, be killed or raise.
+
+    An item over which a child was lost is tried alone: once more as before when a signal killed the child, then with `careful`
+    true; after that its answer is a `Failure`. A hang (more than `limit_s` seconds) or an exception goes straight to `careful`.
+    The causes of lost children are appended to `deaths`. An OSError that `work` lets pass is raised here.
+    """
+    at, strikes = 0, 0
+    while at < len(items):
+        pid, pipe = _fork(work, items[at : at + 1] if strikes else items[at:], strikes >= CAREFUL, limit_s)
+        try:
+            for answer in _answers(pipe):
+                at, strikes = at + 1, 0
+                yield answer
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            pipe.close()
+            status = os.waitpid(pid, 0)[1]
+        if status and at < len(items):
+            cause = _cause(status, limit_s)
+            if deaths is not None:
+                deaths.append(cause)
+            strikes = strikes + 1 if cause.startswith("died") else max(strikes + 1, CAREFUL)
+        if strikes >= LOST:
+            at, strikes = at + 1, 0
+            yield Failure(f"undecodable: the decoder {cause}")
+
+
+def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, scheduler: str | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield (k, work(tasks[k])) as they finish, from `jobs` processes or the Dask cluster at `scheduler` (`tcp://host:port`).
+
+    A task whose process was killed is done again; when that happens for the third time it is done alone, and if its process is
+    killed even then its answer is a `Failure`. `work` and tasks must be picklable.
+
+    Raises:
+        InputError: no cluster answers, or `work` raised it.
+    """
+    if jobs == 1 and not scheduler:
+        yield from ((k, work(task)) for k, task in enumerate(tasks))
+        return
+    open_tasks = dict(enumerate(tasks))
+    for trial in range(ROUNDS):
+        if open_tasks:
+            for k, answer in _round(work, open_tasks, jobs, scheduler):
+                del open_tasks[k]
+                yield k, answer
+            if open_tasks:
+                log(f"warning: a worker process was killed; {len(open_tasks)} tasks are done again (trial {trial + 2})")
+    for k, task in list(open_tasks.items()):
+        answers = list(_round(work, {k: task}, 2, scheduler))
+        yield answers[0] if answers else (k, Failure("the worker process was killed (out of memory?)"))
+
+
+def _call(work: Callable[[Any], Any], k: int, task: Any) -> tuple[int | None, Any]:
+    try:
+        return k, work(task)
+    except InputError as fault:  # does not survive pickling
+        return None, str(fault)
+
+
+def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, scheduler: str | None) -> Iterator[tuple[int, Any]]:
+    """One pass over `tasks`, ending early when a worker process is killed."""
+    import joblib
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    calls = [joblib.delayed(_call)(work, k, task) for k, task in tasks.items()]
+    with contextlib.ExitStack() as stack:
+        lost: tuple[type[Exception], ...] = (BrokenProcessPool,)
+        if scheduler:
+            from distributed import KilledWorker
+
+            lost = (KilledWorker,)
+            stack.enter_context(_cluster(scheduler))
+            stack.enter_context(joblib.parallel_config("dask"))
+        try:
+            for k, answer in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="3*n_jobs")(calls):
+                if k is None:
+                    raise InputError(*answer.split(", ", 2))
+                yield k, answer
+        except lost:
+            return
+
+
+def _cluster(scheduler: str) -> Any:
+    """A client of the Dask cluster, to be closed; InputError where none answers or dask is not installed."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise InputError("dask is not installed", f"--scheduler {scheduler}", "pip install 'dask[distributed]'") from None
+    try:
+        return Client(scheduler, timeout=10)
+    except (OSError, ValueError) as fault:
+        raise InputError("no Dask scheduler answers", f"--scheduler {scheduler}", "give the address it printed, tcp://host:port") from fault

@@ -1,0 +1,39 @@
+"""Stage 01: DICOM (and unlabelled NIfTI) series to 8-bit PNG slices, fixed window -150..250 HU.
+
+Reads   <data>/train_series_meta.csv, <data>/train_images/<patient>/<series>/*.dcm,
+        <data>/unlabelled/<patient>/<series>/*.dcm and <data>/unlabelled/*.nii[.gz]
+Writes  <out>/01_slices/<patient>/<series>/<instance>.png, index.parquet, quarantine.csv, manifest.json
+
+Series that are done and unchanged are skipped. --scheduler tcp://HOST:PORT converts on a Dask cluster; data and output folders
+must be on a file system that all its machines share under the same path.
+"""
+
+import argparse
+
+from pipeline.artifacts import Stage, digest, main
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """The flag that only stages 01 and 02 have."""
+    flags.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to work on (default: processes on this machine)")
+
+
+def run(stage: Stage) -> None:
+    """Convert the series of the table and the unlabelled ones that are new or changed."""
+    from pipeline import sources, tables
+
+    data = stage.data
+    tasks = sources.plan(data, tables.read_series(data, "train"))
+    prints = sources.fingerprints(tasks, data)
+    series = digest([[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)])
+    if stage.current({"series": series, "version": sources.VERSION}, ["convert"]) and sources.is_whole(tasks, stage.folder):
+        return
+    from pipeline import slice_store
+
+    counts = slice_store.convert_all(tasks, prints, data, stage.folder, stage.config.convert, stage.jobs, stage.options.scheduler,
+                                     stage.options.force)  # fmt: skip
+    stage.finish(counts, outputs=[slice_store.INDEX, slice_store.QUARANTINE])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, "01_slices", __doc__, run, add_flags))
