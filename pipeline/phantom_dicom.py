@@ -1,11 +1,12 @@
-"""Write the phantom as a data set in the competition's layout: real DICOM with the quirks of real files, and all tables.
+"""Write the phantom as a data set in the competition's layout: DICOM with the quirks of real files, NIfTI, and all tables.
 
-Quirks are dealt from decks to shuffled series, so each appears in a small data set too and none depends on a label.
+Quirks are dealt from decks to shuffled series: each appears in a small data set too and none depends on a label.
 """
 
 import csv
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,24 @@ from .targets import ANY_INJURY, COLUMNS, TARGETS
 
 TRAIN, TEST, UNLABELLED = 0, 1, 2
 FOLDERS = ("train_images", "test_images", "unlabelled")
-TABLES = (
-    "train.csv",
-    "train_series_meta.csv",
-    "image_level_labels.csv",
-    "test_series_meta.csv",
-    "sample_submission.csv",
-    "phantom_truth.csv",
-)
 SLICE_LABELS = {"bowel": "Bowel", "extravasation": "Active_Extravasation"}
-# (bits stored, signed, intercept, slope): stored = (HU - intercept) / slope
+# name: bits stored, signed, intercept, slope of stored x slope + intercept = HU
 STORAGE = {
-    "u12": (12, 0, -1024, 1.0), "s16": (16, 1, 0, 1.0), "s12": (12, 1, 0, 1.0), "s13": (13, 1, 0, 1.0), "u16-8192": (16, 0, -8192, 1.0),
-    "u16": (16, 0, -1024, 1.0), "s14": (14, 1, -1024, 1.0), "u16-32768": (16, 0, -32768, 1.0), "no_bits": (16, 1, 0, 1.0),
+    "u12": (12, 0, -1024, 1.0),
+    "s16": (16, 1, 0, 1.0),
+    "s12": (12, 1, 0, 1.0),
+    "s13": (13, 1, 0, 1.0),
+    "s14": (14, 1, -1024, 1.0),
+    "s15": (15, 1, -8192, 1.0),
+    "u16": (16, 0, -8192, 1.0),
+    "deep": (16, 0, -32768, 1.0),
     "half": (16, 1, -1024, 0.5),
-    "mono1": (12, 0, -1024, 1.0), "s15": (15, 1, -8192, 1.0),
-}  # fmt: skip
-ENCODINGS = ("rle",) * 4 + ("j2k",) + ("rle",) * 4 + ("deflated",) + ("rle",) * 4 + ("explicit",) + ("rle",) * 4 + ("implicit",)
+    "no_bits": (16, 1, 0, 1.0),
+    "mono1": (12, 0, -1024, 1.0),
+}
+ENCODINGS = ("rle",) * 5 + ("j2k",) + ("rle",) * 5 + ("deflated",) + ("rle",) * 5 + ("explicit",) + ("rle",) * 5 + ("implicit",)
+SYNTAXES = {"rle": "RLELossless", "j2k": "JPEG2000Lossless", "deflated": "DeflatedExplicitVRLittleEndian",
+            "explicit": "ExplicitVRLittleEndian", "implicit": "ImplicitVRLittleEndian"}  # fmt: skip
 HEADERS = (
     "",
     "windows",
@@ -53,22 +55,37 @@ HEADERS = (
     "gap",
 )
 FAULTS = (
-    ("",) * 3
-    + ("partial",)
-    + ("",) * 2
-    + ("truncated",)
-    + ("",) * 2
-    + ("duplicate",)
-    + ("",) * 2
-    + ("resized",)
-    + ("",) * 2
-    + ("rle_header", "rows")
+    "",
+    "",
+    "partial",
+    "",
+    "",
+    "",
+    "truncated",
+    "",
+    "",
+    "",
+    "duplicate",
+    "",
+    "",
+    "",
+    "resized",
+    "",
+    "",
+    "",
+    "rle_header",
+    "",
+    "",
+    "",
+    "rows",
 )
+# What differs from file to file of a series, as even-sized placeholders in its header: two UIDs, number, height.
+PLACES = ("2.25." + "9" * 39, "2.25." + "8" * 39, "999999", "999999.99999")
 
 
 @dataclass(frozen=True)
 class SeriesPlan:
-    """One series: its place, contrast phase and quirks (names out of the decks above)."""
+    """One series: contrast phase and quirks, names out of the decks above."""
 
     series_id: str
     phase: str
@@ -81,7 +98,7 @@ class SeriesPlan:
 
 @dataclass(frozen=True)
 class PatientPlan:
-    """One patient: `split` and `index` seed the anatomy; `labels` are class numbers by target."""
+    """One patient: `split` and `index` seed the body, `labels` are class numbers by target."""
 
     split: int
     index: int
@@ -90,185 +107,179 @@ class PatientPlan:
     series: tuple[SeriesPlan, ...]
 
 
-def _draw_labels(config: PhantomConfig, count: int, rng: np.random.Generator) -> dict[str, NDArray[np.int64]]:
-    """Class numbers of `count` patients: prevalences met exactly after rounding, at least two of each class from 24 patients on.
+def draw_labels(config: PhantomConfig, count: int, rng: np.random.Generator) -> dict[str, NDArray[np.int64]]:
+    """Class numbers of `count` patients: each prevalence met exactly after rounding, at least two of a class from 24 patients on.
 
-    Extravasation falls twice as often on a patient with an injured organ.
+    Extravasation is twice as likely in a patient with an injured organ.
     """
 
     def number(share: float) -> int:
-        return max(round(share * count), 2 if count >= 24 and share > 0 else 0)
+        return max(round(share * count), 2 if count >= 24 and share else 0)
 
-    labels = {}
-    for organ in ("kidney", "liver", "spleen"):
-        low, high = number(config.organ_low), number(config.organ_high)
-        labels[organ] = rng.permutation(np.repeat([0, 1, 2], [max(count - low - high, 0), low, high])[:count])
-    labels["bowel"] = rng.permutation(np.arange(count) < number(config.bowel)).astype(int)
-    odds = 1.0 + (sum(labels[organ] for organ in ("kidney", "liver", "spleen")) > 0)
+    low, high = number(config.organ_low), number(config.organ_high)
+    grades = (np.arange(count) < low + high).astype(int) + (np.arange(count) < high)
+    labels = {organ: rng.permutation(grades) for organ in ("kidney", "liver", "spleen")}
+    odds = 1.0 + (sum(labels.values()) > 0)
     chosen = rng.choice(count, number(config.extravasation), replace=False, p=odds / odds.sum())
+    labels["bowel"] = rng.permutation(np.arange(count) < number(config.bowel)).astype(int)
     labels["extravasation"] = np.isin(np.arange(count), chosen).astype(int)
     return labels
 
 
 def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
-    """Who there is, with which labels, series and quirks. Ids are random numbers; decks are dealt in shuffled order."""
+    """Who there is, with which labels, series and quirks. Ids are random numbers; labels have a random stream of their own."""
     counts = (config.train_patients, config.test_patients, config.unlabelled_patients)
     rng = np.random.default_rng([seed, 99, 0])
     ids = iter(rng.choice(90_000, sum(counts), replace=False) + 10_000)
-    several = [rng.random(count) < config.second_series for count in counts]
-    several[UNLABELLED][:] = False
-    total = sum(counts) + sum(int(mask.sum()) for mask in several)
-    series_ids = iter(rng.choice(65_000, total, replace=False) + 1)
-    decks = [iter(_deal(deck, total, rng)) for deck in (tuple(PHASES), ENCODINGS, tuple(STORAGE), HEADERS, FAULTS)]
-    nifti = set(rng.choice(counts[UNLABELLED], -(-counts[UNLABELLED] // 10), replace=False)) if counts[UNLABELLED] else set()
+    pairs = [rng.random(count) < (config.second_series if split != UNLABELLED else 0) for split, count in enumerate(counts)]
+    nifti = np.arange(counts[UNLABELLED]) < -(-counts[UNLABELLED] // 10)
+    total = sum(counts) + int(np.concatenate(pairs).sum())
+    numbers = rng.choice(65_000, total, replace=False) + 1
+    decks = [rng.permutation(list(islice(cycle(deck), total))) for deck in (tuple(PHASES), ENCODINGS, tuple(STORAGE), HEADERS, FAULTS)]
+    dealt = (SeriesPlan(str(number), *map(str, quirks)) for number, *quirks in zip(numbers, *decks, strict=True))
+    dealt = (replace(series, encoding="rle") if series.fault == "rle_header" else series for series in dealt)
     plans = []
     for split, count in enumerate(counts):
-        labels = _draw_labels(config, count, np.random.default_rng([seed, 99, 1 + split]))
+        labels = draw_labels(config, count, np.random.default_rng([seed, 99, 1 + split]))
         for index in range(count):
-            first = _series(next(series_ids), decks, nifti=split == UNLABELLED and index in nifti)
-            series = [first, _series(next(series_ids), decks, other=first.phase)] if several[split][index] else [first]
-            chosen = {name: int(values[index]) for name, values in labels.items()}
-            plans.append(PatientPlan(split, index, str(next(ids)), chosen, tuple(series)))
+            series = [replace(next(dealt), nifti=bool(split == UNLABELLED and nifti[index]))]
+            if pairs[split][index]:
+                other = [phase for phase in PHASES if phase != series[0].phase]
+                series.append(replace(next(dealt), phase=other[int(rng.integers(2))]))
+            plans.append(PatientPlan(split, index, str(next(ids)), {k: int(v[index]) for k, v in labels.items()}, tuple(series)))
     return plans
 
 
-def _deal(deck: tuple[str, ...], count: int, rng: np.random.Generator) -> NDArray[np.str_]:
-    return rng.permutation(list(islice(cycle(deck), count)))
-
-
-def _series(number: int, decks: list[Any], nifti: bool = False, other: str = "") -> SeriesPlan:
-    phase, encoding, storage, header, fault = (str(next(deck)) for deck in decks)
-    if phase == other:
-        phase = tuple(PHASES)[(tuple(PHASES).index(phase) + 1) % len(PHASES)]
-    if fault == "rle_header":
-        encoding = "rle"
-    return SeriesPlan(str(number), phase, encoding, storage, header, fault, nifti)
-
-
-def stored_values(hu: NDArray[np.int16], storage: str) -> NDArray[np.uint16]:
-    """The 16-bit words of a slice: (HU - intercept) / slope in `bits` bits, the unused high bits zero even where signed.
-
-    MONOCHROME1 files store the complement, 2^bits - 1 - value.
-    """
-    bits, _, intercept, slope = STORAGE[storage]
-    words = np.rint((hu.astype(np.float64) - intercept) / slope).astype(np.int64)
-    if storage == "mono1":
-        words = 2**bits - 1 - words
-    return (words & (2**bits - 1)).astype("<u2")
-
-
-def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Write one DICOM file a slice into `folder`; returns the instance number of each slice of `scan`."""
-    depth, (dz, _, _) = len(scan.hu), scan.spacing
+def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Generator) -> list[int]:
+    """Write one DICOM file a plane into `folder`; returns the instance numbers of the planes."""
     folder.mkdir(parents=True)
-    first, top, series_uid = int(rng.choice([1, 1, 2, 37, 120, 401])), rng.uniform(-900, 100), _uid(rng)
-    order = np.arange(depth)[::-1] if plan.header == "ascending" else np.arange(depth)
-    step = 2 if plan.header == "gap" else 1
-    instances = first + step * order
-    odd = int(rng.integers(depth // 4, depth - depth // 4))  # the slice that a fault hits
-    for k in range(depth):
-        z = top - dz * (k - (plan.fault == "duplicate" and k == odd))
-        hit = plan.fault if k == odd or (plan.fault == "partial" and k == odd + 1) else ""
-        data = _encode(scan.hu[k], scan.spacing, plan, hit, instances[k], z, (series_uid, _uid(rng)))
-        (folder / f"{instances[k]}.dcm").write_bytes(_damage(data, hit))
+    depth, dz, top, series_uid = len(scan.hu), scan.spacing[0], rng.uniform(-900, 100), _uid(rng)
+    order = np.arange(depth)[:: -1 if plan.header == "ascending" else 1] * (2 if plan.header == "gap" else 1)
+    instances = (int(rng.choice([1, 1, 2, 37, 120, 401])) + order).tolist()
+    odd = int(rng.integers(depth // 4, depth - depth // 4))  # the plane that a fault hits
+    headers: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
+    for k, number in enumerate(instances):
+        fault = plan.fault if k == odd or (plan.fault == "partial" and k == odd + 1) else ""
+        hu, pitch = _spoilt(scan.hu[k], scan.spacing[1], fault)
+        if hu.shape not in headers:
+            headers[hu.shape] = _header(hu.shape, pitch, dz, plan)
+        z = top - dz * (odd - 1 if fault == "duplicate" else k)
+        values = (series_uid, _uid(rng), f"{number:<6d}", f"{z:<12.4f}")
+        data = _file(*(_filled(part, values) for part in headers[hu.shape]), hu, plan, fault)
+        (folder / f"{number}.dcm").write_bytes(data)
     return instances
 
 
 def _uid(rng: np.random.Generator) -> str:
-    return f"2.25.{int.from_bytes(rng.bytes(15), 'big')}"
+    return f"2.25.1{int.from_bytes(rng.bytes(15), 'big'):038d}"
 
 
-def _encode(hu: NDArray[np.int16], spacing: tuple[float, float, float], plan: SeriesPlan, fault: str, instance: int,
-            z: float, uids: tuple[str, str]) -> bytes:  # fmt: skip
-    """One slice as the bytes of a DICOM file."""
-    import io
+def _filled(header: bytes, values: tuple[str, ...]) -> bytes:
+    for place, value in zip(PLACES, values, strict=True):
+        header = header.replace(place.encode(), value.encode())
+    return header
 
-    from pydicom.encaps import encapsulate
-    from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
-    syntaxes = {"rle": RLELossless, "j2k": JPEG2000Lossless, "deflated": DeflatedExplicitVRLittleEndian,
-                "explicit": ExplicitVRLittleEndian, "implicit": ImplicitVRLittleEndian}  # fmt: skip
-    pitch = spacing[1]
+def _spoilt(hu: NDArray[np.int16], pitch: float, fault: str) -> tuple[NDArray[np.int16], float]:
+    """One plane and its pixel size after faults of the picture: black columns, or another size."""
     if fault == "partial":
-        hu = hu.copy()
-        hu[:, int(0.55 * hu.shape[1]) :] = -1024
+        return np.where(np.arange(hu.shape[1]) < 0.55 * hu.shape[1], hu, np.int16(-1024)), pitch
     if fault == "resized":
-        hu, pitch = _resized(hu, 1.25), pitch / 1.25
-    ds = _header(hu, plan, instance, pitch, abs(spacing[0]), z, uids)
-    flip = plan.header.removeprefix("flip_") if plan.header.startswith("flip_") else ""
-    hu = hu[:: -1 if "y" in flip else 1, :: -1 if "x" in flip else 1]
-    words = stored_values(hu, plan.storage)
-    ds.file_meta.TransferSyntaxUID = syntaxes[plan.encoding]
-    if plan.encoding == "rle":
-        from rle.utils import encode_pixel_data
+        import cv2
 
-        ds.PixelData = encapsulate([encode_pixel_data(words.tobytes(), ds, "<")])
-    elif plan.encoding == "j2k":
-        bits, signed, _, _ = STORAGE[plan.storage]
-        values = words.astype(np.int64)
-        values -= (values >> (bits - 1)) * 2**bits * signed
-        ds.compress(
-            JPEG2000Lossless, values.astype(np.int16 if signed else np.uint16), encoding_plugin="pylibjpeg", generate_instance_uid=False
-        )
-    else:
-        ds.PixelData = words.tobytes()
-    ds["PixelData"].VR = "OW" if plan.encoding in ("explicit", "implicit", "deflated") else "OB"
-    if plan.storage == "no_bits":
-        del ds.BitsStored, ds.HighBit
-    if fault == "rows":
-        ds.Rows = 65535
-    buffer = io.BytesIO()
-    ds.save_as(buffer, enforce_file_format=plan.header != "no_sop_class", implicit_vr=plan.encoding == "implicit", little_endian=True)
-    return buffer.getvalue()
+        larger = cv2.resize(hu, None, fx=1.25, fy=1.25, interpolation=cv2.INTER_LINEAR)
+        return larger, pitch * hu.shape[0] / larger.shape[0]
+    return hu, pitch
 
 
-def _header(hu: NDArray[np.int16], plan: SeriesPlan, instance: int, pitch: float, dz: float, z: float, uids: tuple[str, str]) -> Any:
-    """The tags of one slice, without pixels: no name, no date."""
+def _signs(plan: SeriesPlan) -> tuple[int, int]:
+    """Direction of the columns (x) and of the rows (y): -1 where flipped."""
+    return -1 if plan.header in ("flip_x", "flip_xy") else 1, -1 if plan.header in ("flip_y", "flip_xy") else 1
+
+
+def _header(shape: tuple[int, int], pitch: float, dz: float, plan: SeriesPlan) -> tuple[bytes, bytes]:
+    """Preamble with meta, and all tags before the pixels, with `PLACES` still to fill. No name, no date."""
+    from pydicom import uid
     from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_dataset, write_file_meta_info
 
     bits, signed, intercept, slope = STORAGE[plan.storage]
-    rows, columns = hu.shape
-    ds, quirk = Dataset(), plan.header
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = uids[1]
+    quirk, signs, ds, meta = plan.header, _signs(plan), Dataset(), FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = uid.CTImageStorage, PLACES[1]
+    meta.TransferSyntaxUID = getattr(uid, SYNTAXES[plan.encoding])
+    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.InstanceNumber, ds.Modality = PLACES[1], PLACES[0], PLACES[2], "CT"
     if quirk != "no_sop_class":
-        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = CTImageStorage
-    ds.SeriesInstanceUID, ds.Modality, ds.InstanceNumber = uids[0], "CT", int(instance)
+        ds.SOPClassUID = uid.CTImageStorage
     if quirk != "bare":
         ds.SliceThickness, ds.KVP, ds.PatientPosition = f"{dz:.4f}", "120", "FFS" if quirk == "ffs" else "HFS"
-    flip_x, flip_y = quirk in ("flip_x", "flip_xy"), quirk in ("flip_y", "flip_xy")
-    if quirk != "no_position":
-        corner = [(c - 1) / 2 * pitch * (1 if flip else -1) for c, flip in ((columns, flip_x), (rows, flip_y))]
-        ds.ImagePositionPatient = [f"{corner[0]:.4f}", f"{corner[1]:.4f}", f"{z:.4f}"]
-    ds.ImageOrientationPatient = [-1 if flip_x else 1, 0, 0, 0, -1 if flip_y else 1, 0]
-    ds.PixelSpacing = [f"{pitch:.6f}", f"{pitch:.6f}"]
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME1" if plan.storage == "mono1" else "MONOCHROME2"
-    ds.Rows, ds.Columns, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = rows, columns, 16, bits, bits - 1, signed
-    ds.RescaleIntercept, ds.RescaleSlope = str(intercept), str(slope)
     if quirk not in ("no_window", "bare"):
         ds.WindowCenter, ds.WindowWidth = ([40, 300], [400, 1500]) if quirk == "windows" else (50, 400)
-    return ds
+    if quirk != "no_position":
+        corner = [f"{-sign * (count - 1) / 2 * pitch:.4f}" for sign, count in zip(signs, shape[::-1], strict=True)]
+        ds.ImagePositionPatient = [*corner, PLACES[3]]
+    ds.ImageOrientationPatient, ds.PixelSpacing = [signs[0], 0, 0, 0, signs[1], 0], [f"{pitch:.6f}"] * 2
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME1" if plan.storage == "mono1" else "MONOCHROME2"
+    ds.Rows, ds.Columns, ds.BitsAllocated, ds.PixelRepresentation = *shape, 16, signed
+    if plan.storage != "no_bits":
+        ds.BitsStored, ds.HighBit = bits, bits - 1
+    ds.RescaleIntercept, ds.RescaleSlope = str(intercept), str(slope)
+    head, body = DicomBytesIO(), DicomBytesIO()
+    for buffer in (head, body):
+        buffer.is_little_endian, buffer.is_implicit_VR = True, plan.encoding == "implicit" and buffer is body
+    write_file_meta_info(head, meta)
+    write_dataset(body, ds)
+    return b"\0" * 128 + b"DICM" + head.getvalue(), body.getvalue()
 
 
-def _resized(hu: NDArray[np.int16], factor: float) -> NDArray[np.int16]:
-    from scipy.ndimage import zoom
+def _file(meta: bytes, tags: bytes, hu: NDArray[np.int16], plan: SeriesPlan, fault: str) -> bytes:
+    """A whole file: filled header and pixels in the planned encoding, damaged past mending where `fault` says so."""
+    columns, rows = _signs(plan)
+    values = stored_values(hu[::rows, ::columns], plan.storage)
+    bits = STORAGE[plan.storage][0]
+    words = (values & (2**bits - 1)).astype("<u2")  # unused high bits are 0 even where signed, as in real files
+    if fault == "rows":
+        at = tags.index(b"\x28\x00\x10\x00") + 8
+        tags = tags[:at] + b"\xff\xff" + tags[at + 2 :]
+    if plan.encoding in ("rle", "j2k"):
+        frame = _compressed(words if plan.encoding == "rle" else values, plan)
+        if fault == "rle_header":  # segments that begin beyond the end
+            frame = frame[:4] + b"\xff\xff\xff\x7f" * 2 + frame[12:]
+        parts = (b"", frame + b"\0" * (len(frame) % 2))  # an empty offset table comes first
+        items = b"".join(b"\xfe\xff\x00\xe0" + len(part).to_bytes(4, "little") + part for part in parts)
+        tags += b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff" + items + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    else:
+        kind = b"" if plan.encoding == "implicit" else b"OW\0\0"
+        tags += b"\xe0\x7f\x10\x00" + kind + words.nbytes.to_bytes(4, "little") + words.tobytes()
+    if plan.encoding == "deflated":
+        packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+        tags = packer.compress(tags) + packer.flush()
+        tags += b"\0" * (len(tags) % 2)
+    data = meta + tags
+    return data[: int(0.6 * len(data))] if fault == "truncated" else data
 
-    return np.rint(zoom(hu.astype(np.float32), factor, order=1)).astype(np.int16)
+
+def stored_values(hu: NDArray[np.int16], storage: str) -> NDArray[np.int64]:
+    """(HU - intercept) / slope; MONOCHROME1 files hold the complement, 2^bits - 1 - value."""
+    bits, _, intercept, slope = STORAGE[storage]
+    values = ((hu.astype(np.int64) - intercept) / slope).astype(np.int64)
+    return 2**bits - 1 - values if storage == "mono1" else values
 
 
-def _damage(data: bytes, fault: str) -> bytes:
-    """Break a file in a way that no reader can mend: cut it, or let its RLE header point beyond its end."""
-    if fault == "truncated":
-        return data[: int(0.6 * len(data))]
-    if fault == "rle_header":
-        at = data.index(b"\xfe\xff\x00\xe0", data.index(b"\xfe\xff\x00\xe0") + 4) + 8  # second item: the frame
-        return data[: at + 4] + b"\xff\xff\xff\x7f" * 2 + data[at + 12 :]
-    return data
+def _compressed(values: NDArray[Any], plan: SeriesPlan) -> bytes:
+    """One frame: RLE of 16-bit words, or JPEG 2000 lossless of the stored values."""
+    from pydicom import uid
+    from pydicom.pixels import get_encoder
+
+    bits, signed, _, _ = STORAGE[plan.storage] if plan.encoding == "j2k" else (16, 0, 0, 0)
+    options = {"rows": len(values), "columns": values.shape[1], "samples_per_pixel": 1, "number_of_frames": 1, "bits_allocated": 16,
+               "bits_stored": bits, "pixel_representation": signed, "photometric_interpretation": "MONOCHROME2"}  # fmt: skip
+    encoder = get_encoder(getattr(uid, SYNTAXES[plan.encoding]))
+    return encoder.encode(values.astype(np.int16 if signed else np.uint16), encoding_plugin="pylibjpeg", **options)
 
 
 def write_nifti(path: Path, scan: Scan) -> None:
-    """Write a volume as NIfTI (FLARE style): int16 HU, axes x, y, z from the patient's left, back and feet (RAS affine)."""
+    """Write a volume as NIfTI (FLARE style): int16 HU; x runs to the patient's left, y to the back, z up (affine in RAS)."""
     import nibabel
 
     dz, dy, dx = scan.spacing
@@ -283,16 +294,15 @@ def write_patient(config: PhantomConfig, seed: int, root: Path, plan: PatientPla
     records = []
     for number, series in enumerate(plan.series):
         scan = make_scan(config, plan.labels, (seed, plan.split, plan.index), number, series.phase)
-        folder = root / FOLDERS[plan.split] / plan.patient_id / series.series_id
+        folder = root / FOLDERS[plan.split]
         if series.nifti:
-            write_nifti(folder.parent.with_name(f"{plan.patient_id}.nii.gz"), scan)
-            instances = np.arange(len(scan.hu))
+            write_nifti(folder / f"{plan.patient_id}.nii.gz", scan)
+            instances = list(range(len(scan.hu)))
         else:
-            instances = write_series(folder, scan, series, np.random.default_rng([seed, plan.split, plan.index, 3, number]))
-        shown = {
-            SLICE_LABELS[name]: sorted(instances[mask].tolist()) for name, mask in (("bowel", scan.bowel), ("extravasation", scan.blush))
-        }
-        records.append({"series_id": series.series_id, "aortic_hu": scan.aortic_hu, "slices": len(scan.hu), "shown": shown})
+            stream = np.random.default_rng([seed, plan.split, plan.index, 3, number])
+            instances = write_series(folder / plan.patient_id / series.series_id, scan, series, stream)
+        shown = [(instance, SLICE_LABELS[name]) for name, planes in scan.shown.items() for instance in np.array(instances)[planes].tolist()]
+        records.append({"ids": [plan.patient_id, series.series_id], "aortic_hu": scan.aortic_hu, "slices": len(scan.hu), "shown": shown})
     return records
 
 
@@ -301,39 +311,39 @@ def one_hot(labels: dict[str, int]) -> list[int]:
     return [int(labels[target.name] == k) for target in TARGETS for k in range(len(target.classes))]
 
 
+def tables(plans: list[PatientPlan], records: list[list[dict[str, Any]]]) -> dict[str, list[list[Any]]]:
+    """Rows (header first) of every table, sorted by the random ids as the competition's are."""
+    order = sorted(range(len(plans)), key=lambda k: int(plans[k].patient_id))
+    train, test = ([plans[k] for k in order if plans[k].split == split] for split in (TRAIN, TEST))
+    series, test_series = ([r for k in order if plans[k].split == split for r in records[k]] for split in (TRAIN, TEST))
+    prior = [1 / len(target.classes) for target in TARGETS for _ in target.classes]
+    keys, columns = ["patient_id", "series_id"], ["patient_id", *COLUMNS]
+    return {
+        "train.csv": [[*columns, ANY_INJURY], *([p.patient_id, *one_hot(p.labels), int(any(p.labels.values()))] for p in train)],
+        "train_series_meta.csv": [[*keys, "aortic_hu", "incomplete_organ"], *([*r["ids"], r["aortic_hu"], 0] for r in series)],
+        "image_level_labels.csv": [[*keys, "instance_number", "injury_name"], *([*r["ids"], *one] for r in series for one in r["shown"])],
+        "test_series_meta.csv": [[*keys, "aortic_hu"], *([*r["ids"], r["aortic_hu"]] for r in test_series)],
+        "sample_submission.csv": [columns, *([p.patient_id, *prior] for p in test)],
+        "phantom_truth.csv": [columns, *([p.patient_id, *one_hot(p.labels)] for p in test)],
+    }
+
+
 def write_dataset(config: PhantomConfig, seed: int, root: Path, jobs: int,
-                  report: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items) -> dict[str, Any]:  # fmt: skip
-    """Write the whole data set below `root` with `jobs` processes; returns counts for the manifest. `report` shows progress."""
+                  report: Callable[[Iterable[Any], int], Iterator[Any]]) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Write the whole data set below `root` with `jobs` processes; `report(items, total)` shows progress.
+
+    Returns counts for the manifest and the names of the tables.
+    """
     from joblib import Parallel, delayed
 
     plans = make_plan(config, seed)
     work = Parallel(n_jobs=jobs, batch_size=4, return_as="generator")(delayed(write_patient)(config, seed, root, plan) for plan in plans)
     records = list(report(work, len(plans)))
-    write_tables(root, plans, records)
-    train = [plan for plan in plans if plan.split == TRAIN]
-    prevalence = dict(zip(COLUMNS, np.mean([one_hot(plan.labels) for plan in train], axis=0).round(4).tolist(), strict=True))
-    series = [record for found in records for record in found]
-    return {"patients": len(plans), "series": len(series), "slices": sum(record["slices"] for record in series), "prevalence": prevalence}
-
-
-def write_tables(root: Path, plans: list[PatientPlan], records: list[list[dict[str, Any]]]) -> None:
-    """All tables, sorted by the (random) ids as the competition's are."""
-    pairs = sorted(zip(plans, records, strict=True), key=lambda pair: int(pair[0].patient_id))
-    train, test = ([pair for pair in pairs if pair[0].split == split] for split in (TRAIN, TEST))
-    prior = [1 / len(target.classes) for target in TARGETS for _ in target.classes]
-    tables = {
-        "train.csv": (["patient_id", *COLUMNS, ANY_INJURY],
-                      [[p.patient_id, *one_hot(p.labels), int(any(p.labels.values()))] for p, _ in train]),
-        "train_series_meta.csv": (["patient_id", "series_id", "aortic_hu", "incomplete_organ"],
-                                  [[p.patient_id, r["series_id"], r["aortic_hu"], 0] for p, found in train for r in found]),
-        "image_level_labels.csv": (["patient_id", "series_id", "instance_number", "injury_name"],
-                                   [[p.patient_id, r["series_id"], instance, name] for p, found in train for r in found
-                                    for name, instances in r["shown"].items() for instance in instances]),
-        "test_series_meta.csv": (["patient_id", "series_id", "aortic_hu"],
-                                 [[p.patient_id, r["series_id"], r["aortic_hu"]] for p, found in test for r in found]),
-        "sample_submission.csv": (["patient_id", *COLUMNS], [[p.patient_id, *prior] for p, _ in test]),
-        "phantom_truth.csv": (["patient_id", *COLUMNS], [[p.patient_id, *one_hot(p.labels)] for p, _ in test]),
-    }  # fmt: skip
-    for name, (columns, rows) in tables.items():
+    written = tables(plans, records)
+    for name, rows in written.items():
         with open(root / name, "w", newline="", encoding="utf-8") as handle:
-            csv.writer(handle, lineterminator="\n").writerows([columns, *rows])
+            csv.writer(handle, lineterminator="\n").writerows(rows)
+    share = np.mean([one_hot(plan.labels) for plan in plans if plan.split == TRAIN], axis=0).round(4)
+    flat = [record for found in records for record in found]
+    counts = {"patients": len(plans), "series": len(flat), "slices": sum(record["slices"] for record in flat)}
+    return {**counts, "prevalence": dict(zip(COLUMNS, share.tolist(), strict=True))}, list(written)

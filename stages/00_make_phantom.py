@@ -19,12 +19,14 @@ def run(stage: Stage) -> None:
         return
     if stage.current({"seed": stage.config.seed}, ["phantom"]):
         return
-    from pipeline.phantom_dicom import TABLES, write_dataset
+    from pipeline.phantom_dicom import write_dataset
 
     with atomic_folder(stage.folder) as folder:
-        counts = write_dataset(config, stage.config.seed, folder, stage.jobs, lambda items, n: progress(items, n, stage.name, "patients"))
+        counts, tables = write_dataset(
+            config, stage.config.seed, folder, stage.jobs, lambda items, n: progress(items, n, stage.name, "patients")
+        )
     log(f"{stage.name}: {counts['patients']} patients, {counts['series']} series, {counts['slices']} slices")
-    stage.finish(counts, TABLES)
+    stage.finish(counts, tables)
 
 
 if __name__ == "__main__":

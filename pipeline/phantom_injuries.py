@@ -1,0 +1,99 @@
+"""Injuries of the phantom: lacerations, blood around organs, free gas and fluid, swollen bowel, contrast blush."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .phantom_canvas import Array, Canvas, Region, soft
+
+FLUID, BLOOD, FREE_GAS = 14.0, 42.0, -960.0
+KIDNEYS = ("right kidney", "left kidney")
+
+
+class Injuries:
+    """What `labels` (class numbers by target) add to one canvas. `difficulty` 0: large and plain, 1: small and faint."""
+
+    def __init__(self, c: Canvas, labels: dict[str, int], difficulty: float, aorta: float, rng: np.random.Generator) -> None:
+        self.c, self.labels, self.aorta, self.rng = c, labels, aorta, rng
+        self.contrast, self.size = 1 - 0.6 * difficulty, 1.06 - 0.45 * difficulty
+        self.kidney = KIDNEYS[int(rng.integers(2))]
+        self.thick_loops = 5 if labels["bowel"] else 0
+
+    def grade(self, organ: str) -> int:
+        """Class number of an organ; of the two kidneys only one is injured."""
+        return self.labels.get(organ, self.labels["kidney"] if organ == self.kidney else 0)
+
+    def rim(self, organ: Region) -> Array:
+        """Outer limit (in r of the organ) of the blood around it: about 15 mm, uneven."""
+        return 1 + 15 * self.size / (organ.px * self.c.mm) * (1 + 0.35 * np.clip(self.c.wobble[organ.box], -1, 1))
+
+    def before_organs(self, cavity: Array) -> None:
+        """Free fluid of a bowel injury: in the gutters beside the colon and between the loops."""
+        if not self.labels["bowel"]:
+            return
+        c, rng, within = self.c, self.rng, cavity * self.contrast
+        for side in (-1, 1):
+            c.put(FLUID, (side * 0.6, 0.28), (0.24, rng.uniform(0.3, 0.4) * self.size), wobble=0.2, span=(0.45, 1.0), within=within)
+        for _ in range(3):
+            centre = (rng.uniform(-0.35, 0.35), rng.uniform(-0.4, -0.1), rng.uniform(0.6, 0.9))
+            c.put(FLUID, centre, (0.2, 0.1, 0.12), wobble=0.3, within=within)
+
+    def after_organs(self, cavity: Array) -> dict[str, NDArray[np.bool_]]:
+        """Lacerations, free gas and blush; returns which planes show the bowel injury and the extravasation."""
+        for organ in self.c.organs:
+            if grade := self.grade(organ):
+                self._lacerate(organ, grade)
+        nothing = np.zeros(self.c.depth, bool)
+        gas = self._free_gas(cavity) if self.labels["bowel"] else nothing
+        return {"bowel": gas, "extravasation": self._blush() if self.labels["extravasation"] else nothing}
+
+    def _lacerate(self, organ: str, grade: int) -> None:
+        """Low grade: one tear off the centre. High grade: tears in four directions through a devascularised core."""
+        c, rng = self.c, self.rng
+        box, mask = c.organs[organ]
+        core = np.argwhere(mask > 0.9)
+        if not len(core):
+            return
+        size = self.size * (0.8 if organ in KIDNEYS else 1.0)
+        order = np.argsort((((core - core.mean(0)) / (core.std(0) + 1e-3)) ** 2).sum(1))
+        x, y, z = c.offsets_mm(box, tuple(core[order[int((0.05 if grade == 2 else 0.4) * len(order))]]))
+        away = np.sqrt(x * x + y * y + (0.8 * z) ** 2)
+        tear, start = np.zeros_like(x), rng.uniform(0, np.pi)
+        for branch in range(4 if grade == 2 else 1):
+            angle, half = start + branch * np.pi / 4 + rng.uniform(-0.2, 0.2), rng.uniform(6, 7.5) * size
+            line = np.abs(float(np.cos(angle)) * x + float(np.sin(angle)) * y + 0.15 * z + 4 * c.wobble[box])
+            tear = np.maximum(tear, soft((half * (1 + 0.3 * c.fine[box]) - line) / c.mm))
+        tear *= np.clip(((80 if grade == 2 else 45) * size - away) / 8, 0, 1)
+        if grade == 2:
+            tear = np.maximum(tear, 0.8 * np.clip((26 * size + 6 * c.wobble[box] - away) / 6, 0, 1))
+        c.paint(box, tear * mask * self.contrast, 22 + 10 * c.fine[box])
+
+    def _free_gas(self, cavity: Array) -> NDArray[np.bool_]:
+        """Gas under the front wall, flat below because it rises."""
+        c = self.c
+        middle = self.rng.uniform(0.15, 0.3) + 0.28
+        top = np.where(cavity > 0.5, c.y, 9).min(axis=(1, 2), keepdims=True)
+        gas = soft((top + 0.2 * self.size - c.y) * c.px) * cavity * np.clip((0.28 * self.size - np.abs(c.t - middle)) * 20, 0, 1)
+        c.paint(None, gas, FREE_GAS)
+        return gas.sum(axis=(1, 2)) > 5
+
+    def _blush(self) -> NDArray[np.bool_]:
+        """Escaped contrast: a chain of bright clumps in a pool of blood, at an injured organ or in the mesentery."""
+        c, rng = self.c, self.rng
+        point = (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, 0.0), rng.uniform(0.5, 0.75))
+        hurt = [organ for organ in c.organs if self.grade(organ)]
+        if hurt:
+            box, mask = c.organs[hurt[int(rng.integers(len(hurt)))]]
+            rim = np.argwhere((mask > 0.3) & (np.abs(c.rho[box] - 0.5) < 0.3))
+            point = c.point(box, tuple(rim[int(rng.integers(len(rim)))])) if len(rim) else point
+        clumps = []
+        for k in range(6):
+            radius, step = rng.uniform(10, 15) * self.size, rng.normal(0, (0.05, 0.06, 0.01)) + (0, 0, 0.035 * (k - 2.5))
+            radii = (radius / c.half[0], 1.3 * radius / c.half[1], 1.6 * radius / c.length)
+            clumps.append(c.blob(tuple((point + step).tolist()), radii, wobble=0.3, grow=2.0))
+        shown, wall = np.zeros(c.depth), c.inside(0.86)
+        for limit, value, strength in ((1.9, BLOOD, 0.7), (1.0, max(self.aorta + 150, 420), self.contrast)):
+            for clump in clumps:
+                alpha = clump.alpha(limit) * wall[clump.box]
+                c.paint(clump.box, alpha * strength, value)
+                shown[clump.box[0]] += alpha.sum(axis=(1, 2)) * (limit == 1.0)
+        return shown > 4
