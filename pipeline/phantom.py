@@ -67,27 +67,27 @@ def draw_trunk(c: Canvas) -> Array:
     rng = c.rng
     rim = 1 - rng.uniform(0.05, 0.16) * np.clip(1 - 0.45 * c.y + 0.12 * c.wobble, 0.5, 1.6)  # more fat in front
     limit = rim - rng.uniform(0.085, 0.11)
-    cavity = c.inside(limit)
-    c.hu = np.where(c.rho < 0.975, FAT + 8 * c.fine, np.where(c.rho < 1.0, 30, c.hu)).astype(np.float32)
-    c.paint(None, c.inside(rim) * (1 - cavity), MUSCLE + 6 * c.fine)
+    trunk, cavity = c.inside(rim), c.inside(limit)
+    c.hu = np.where(c.rho < 0.975, FAT + 8 * c.fine, np.where(c.rho < 1.0, np.float32(30), c.hu))
+    c.paint(None, trunk * (1 - cavity), MUSCLE + 6 * c.fine)
     for side in SIDES:  # erector muscles
-        c.put(MUSCLE, (side * 0.2, 0.68), (0.17, 0.15), wobble=0.05, texture=10, within=c.inside(0.95))
+        c.put(MUSCLE, (side * 0.2, 0.68), (0.17, 0.15), wobble=0.05, texture=10, within=trunk)
     angle = np.arctan2(np.abs(c.x), c.y + 0.1)  # 0 at the back, pi in front
     along = c.t * c.length - 42 * np.minimum(angle, 2.5) + 60 * np.maximum(angle - 2.3, 0) + rng.uniform(0, 20)
     band = np.abs(c.rho - limit - 0.035) * c.px
     rib = np.clip((0.23 - np.abs((along / 25) % 1 - 0.5)) * 12, 0, 1) * ((along < 75) & (angle < 2.75)) * np.clip(1.6 - band, 0, 1)
-    c.paint(None, rib, np.where(angle > 2.2, 140.0, np.where(band < 0.5, 260.0, CORTICAL)).astype(np.float32))
+    c.paint(None, rib, np.where(angle > 2.2, np.float32(140), CORTICAL - 220 * (band < 0.5).astype(np.float32)))
     for side in SIDES:
         wing = c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 9), grow=2.3)
-        c.paint(wing.box, np.clip((2.2 - wing.r) * 3, 0, 1) * np.clip((wing.r - 1) * 9, 0, 1) * c.inside(rim)[wing.box], MUSCLE)
-        c.paint(wing.box, np.clip(1.2 - 0.9 * np.abs(wing.r - 1) * wing.px, 0, 1) * c.inside(0.92)[wing.box], CORTICAL)
+        c.paint(wing.box, np.clip((2.2 - wing.r) * 3, 0, 1) * np.clip((wing.r - 1) * 9, 0, 1) * trunk[wing.box], MUSCLE)
+        c.paint(wing.box, np.clip(1.2 - 0.9 * np.abs(wing.r - 1) * wing.px, 0, 1) * trunk[wing.box], CORTICAL)
     return cavity
 
 
 def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, thick: int) -> None:
     """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast; `thick` loops are swollen."""
     rng = c.rng
-    c.paint(None, c.tubes(0.42, (10, 15, 15)) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
+    c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
     oral = rng.uniform(110, 210) if rng.random() < 0.3 else FLUID
     for index in range(26):
         centre = (rng.uniform(-0.55, 0.55), rng.uniform(-0.62, 0.1), rng.uniform(0.42, 1.05))
@@ -133,7 +133,7 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
     left = c.blob((-0.1, -0.42, 0.17), (rng.uniform(0.42, 0.58), 0.27, 0.2), wobble=0.05, grow=1.3)
     _organ(c, "liver", [right, left], hu["liver"], cavity, injuries)
     box, alpha = c.organs["liver"]
-    c.paint(box, c.tubes(0.3, (9, 13, 13))[box] * alpha, max(hu["portal"], hu["liver"] + 20))
+    c.paint(box, c.vessels(0.3, box) * alpha, max(hu["portal"], hu["liver"] + 20))
     c.put(FLUID, (-0.27, -0.3, 0.45), (0.1, 0.13, 0.1), tilt=0.3)
     spleen = c.blob(
         (0.62, 0.26, 0.27), (rng.uniform(0.2, 0.26), rng.uniform(0.38, 0.46), rng.uniform(0.2, 0.26)), tilt=0.35, wobble=0.05, grow=1.4
@@ -157,14 +157,15 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
             away = np.sqrt(sum(d * d for d in c.offsets_mm(box, tuple(core[int(place * len(core))]))))
             c.paint(box, soft((radius - away) / c.mm) * alpha, 6.0)
     floor = np.minimum(_dome(c, -0.42, rng.uniform(0.0, 0.03)), _dome(c, 0.45, rng.uniform(0.02, 0.05)))
-    lung = np.clip((floor - c.t) * 40, 0, 1) * cavity * np.clip((np.abs(c.u) - 0.16 + 0.5 * np.maximum(c.y, 0)) * 20, 0, 1)
+    lung = np.clip((floor - c.t) * 80, 0, 1) * cavity * np.clip((np.abs(c.u) - 0.16 + 0.5 * np.maximum(c.y, 0)) * 20, 0, 1)
     lung[heart.box] *= 1 - heart.alpha()
-    c.paint(None, lung, LUNG + 420 * c.tubes(0.3, (9, 14, 14)))
+    c.paint(None, lung, LUNG + 420 * c.vessels(0.3))
 
 
 def _dome(c: Canvas, u: float, top: float) -> Array:
     """Depth t of one half of the diaphragm, deepest in the recess at the back; the other half of the body is left out."""
-    return top + 0.5 * np.maximum((c.u - u) ** 2 + 0.7 * (c.v + 0.15) ** 2 - 0.06, 0) + 9 * (c.u * np.sign(u) < -0.02)
+    bowl = top + 0.5 * np.maximum((c.u - u) ** 2 + 0.7 * (c.v + 0.15) ** 2 - 0.06, 0)
+    return np.where(c.u * (1 if u > 0 else -1) < -0.02, np.float32(9), bowl)
 
 
 def _organ(c: Canvas, name: str, parts: list[Region], value: float, cavity: Array, injuries: Injuries) -> None:
@@ -217,9 +218,9 @@ def draw_surroundings(c: Canvas) -> None:
     """Table, and in a third of the patients both arms with bone beside the trunk."""
     rng = c.rng
     top, bend = 1.03 + rng.uniform(0, 0.03), rng.uniform(0.03, 0.12)
-    for offset, value in ((0.0, 40.0), (0.14, -60.0)):
+    for offset, value in ((0.0, 150.0), (0.14, 50.0)):
         line = np.abs(c.y - (top + offset - bend * c.x**2)) * c.px
-        c.paint(None, np.clip(1.2 - line, 0, 1) * np.clip((1.05 - np.abs(c.x)) * 40, 0, 1) * (c.rho > 1.02), value)
+        c.paint(None, soft(0.9 - line) * np.clip((1.05 - np.abs(c.x)) * 40, 0, 1) * (c.rho > 1.02), value)
     arms, v, wide = rng.random() < 0.35, rng.uniform(0.0, 0.3), rng.uniform(0.15, 0.2)
     outside = soft((c.rho - 1.03) * c.px)
     for side in SIDES if arms else ():

@@ -65,6 +65,7 @@ class Canvas:
         self.u = self.x / waist + 0.03 * self.field((3, 4, 4))
         self.v = self.y / waist + 0.03 * self.field((3, 4, 4))
         self.wobble, self.fine = self.field((7, 9, 9)), self.field((14, 26, 26))
+        self.tree = np.hypot(self.field((9, 14, 14)), self.field((9, 14, 14)))
         u2, v2 = self.u**2, self.v**2
         self.rho = np.sqrt(0.5 * (u2 + v2) + 0.5 * np.sqrt(u2 * u2 + v2 * v2))  # 1 on the skin
         self.hu = np.full(self.u.shape, AIR, np.float32)
@@ -74,9 +75,9 @@ class Canvas:
         """A smooth random field on this canvas."""
         return smooth_field(self.rng, self.axes, cells)
 
-    def tubes(self, width: float, cells: tuple[int, int, int]) -> Array:
-        """Coverage of a random tree of vessels: where two random fields are both near zero."""
-        return np.clip(4 - np.hypot(self.field(cells), self.field(cells)) * (4 / width), 0, 1)
+    def vessels(self, width: float, box: Box | None = None) -> Array:
+        """Coverage of a random tree of vessels over a box: where two random fields are both near zero."""
+        return np.clip(4 - (self.tree if box is None else self.tree[box]) * (4 / width), 0, 1)
 
     def inside(self, limit: float | Array) -> Array:
         """Coverage of rho < limit."""

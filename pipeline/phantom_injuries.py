@@ -44,7 +44,7 @@ class Injuries:
                 self._lacerate(organ, grade)
         nothing = np.zeros(self.c.depth, bool)
         gas = self._free_gas(cavity) if self.labels["bowel"] else nothing
-        return {"bowel": gas, "extravasation": self._blush() if self.labels["extravasation"] else nothing}
+        return {"bowel": gas, "extravasation": self._blush(cavity) if self.labels["extravasation"] else nothing}
 
     def _lacerate(self, organ: str, grade: int) -> None:
         """Low grade: one tear off the centre. High grade: tears in four directions through a devascularised core."""
@@ -59,10 +59,13 @@ class Injuries:
         away = np.sqrt(x * x + y * y + (0.8 * z) ** 2)
         tear, start = np.zeros_like(x), rng.uniform(0, np.pi)
         for branch in range(4 if grade == 2 else 1):
-            angle, half = start + branch * np.pi / 4 + rng.uniform(-0.2, 0.2), rng.uniform(6, 7.5) * size
+            angle, half = (
+                start + branch * np.pi / 4 + rng.uniform(-0.2, 0.2),
+                rng.uniform(8, 10) * size if grade == 1 else rng.uniform(6, 7.5) * size,
+            )
             line = np.abs(float(np.cos(angle)) * x + float(np.sin(angle)) * y + 0.15 * z + 4 * c.wobble[box])
             tear = np.maximum(tear, soft((half * (1 + 0.3 * c.fine[box]) - line) / c.mm))
-        tear *= np.clip(((80 if grade == 2 else 45) * size - away) / 8, 0, 1)
+        tear *= np.clip(((80 if grade == 2 else 60) * size - away) / 8, 0, 1)
         if grade == 2:
             tear = np.maximum(tear, 0.8 * np.clip((26 * size + 6 * c.wobble[box] - away) / 6, 0, 1))
         c.paint(box, tear * mask * self.contrast, 22 + 10 * c.fine[box])
@@ -76,24 +79,24 @@ class Injuries:
         c.paint(None, gas, FREE_GAS)
         return gas.sum(axis=(1, 2)) > 5
 
-    def _blush(self) -> NDArray[np.bool_]:
+    def _blush(self, cavity: Array) -> NDArray[np.bool_]:
         """Escaped contrast: a chain of bright clumps in a pool of blood, at an injured organ or in the mesentery."""
         c, rng = self.c, self.rng
         point = (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, 0.0), rng.uniform(0.5, 0.75))
         hurt = [organ for organ in c.organs if self.grade(organ)]
         if hurt:
             box, mask = c.organs[hurt[int(rng.integers(len(hurt)))]]
-            rim = np.argwhere((mask > 0.3) & (np.abs(c.rho[box] - 0.5) < 0.3))
+            rim = np.argwhere((mask > 0.3) & (np.abs(c.rho[box] - 0.5) < 0.3) & (c.t[box[0]] > 0.15))
             point = c.point(box, tuple(rim[int(rng.integers(len(rim)))])) if len(rim) else point
         clumps = []
         for k in range(6):
             radius, step = rng.uniform(10, 15) * self.size, rng.normal(0, (0.05, 0.06, 0.01)) + (0, 0, 0.035 * (k - 2.5))
             radii = (radius / c.half[0], 1.3 * radius / c.half[1], 1.6 * radius / c.length)
             clumps.append(c.blob(tuple((point + step).tolist()), radii, wobble=0.3, grow=2.0))
-        shown, wall = np.zeros(c.depth), c.inside(0.86)
+        shown = np.zeros(c.depth)
         for limit, value, strength in ((1.9, BLOOD, 0.7), (1.0, max(self.aorta + 150, 420), self.contrast)):
             for clump in clumps:
-                alpha = clump.alpha(limit) * wall[clump.box]
+                alpha = clump.alpha(limit) * cavity[clump.box]
                 c.paint(clump.box, alpha * strength, value)
                 shown[clump.box[0]] += alpha.sum(axis=(1, 2)) * (limit == 1.0)
         return shown > 4
