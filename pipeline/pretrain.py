@@ -67,7 +67,7 @@ def start(config: Config, world: World) -> Run:
     student = VocoNet(backbone, options.image_size // options.grid, options.width, options.pool)
     student = student.to(world.device, memory_format=torch.channels_last)
     world.broadcast(student)
-    teacher = make_teacher(student)
+    teacher = sync_batch_norm(make_teacher(student), world)
     student = sync_batch_norm(student, world).train()
     if options.activation_checkpointing:
         student.backbone.set_grad_checkpointing(True)
@@ -143,12 +143,14 @@ def train_step(run: Run, batch: Batch, stopping: bool = False) -> tuple[dict[str
 def position_accuracy(net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool) -> float:
     """Share of held-out random crops whose most similar base crop overlaps them within 0.1 of the largest overlap."""
     right = []
+    net.eval()
     for batch in evaluation_batches(samples, EVALUATION_CROPS):
         with engine.autocast(device, amp):
             found = Embeddings.split(net(batch["crops"].to(device)), EVALUATION_CROPS)
         chosen = similarity(found.random, found.base).mean(1).argmax(-1).cpu()  # (1, R)
         overlap = batch["overlap"]
         right.append(overlap.gather(2, chosen[..., None])[..., 0] >= overlap.amax(2) - 0.1 - 1e-6)
+    net.train()
     return torch.cat(right).float().mean().item()
 
 

@@ -39,8 +39,16 @@ class VocoNet(nn.Module):
 
 
 def make_teacher(student: VocoNet) -> VocoNet:
-    """A copy that no gradient reaches, in evaluation mode: batch norms use the averaged statistics beside the averaged weights."""
-    return copy.deepcopy(student).requires_grad_(False).eval()
+    """A copy that no gradient reaches.
+
+    Its batch norms normalise by the batch as the student's do (averaged statistics lag behind weights that move fast, which
+    slows learning several times), but never move their own running statistics: those are averages of the student's.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for layer in teacher.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.momentum = 0.0
+    return teacher.train()
 
 
 def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device) -> torch.Tensor:

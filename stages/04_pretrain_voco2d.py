@@ -1,0 +1,33 @@
+"""Stage 04: pretrain the 2D backbone with 2D-VoCo. Labels are never read.
+
+Reads   <out>/02_volumes/ (index.parquet and the memory-mapped volumes of all sources)
+Writes  <out>/04_voco2d/backbone.safetensors (of the best held-out position accuracy), last.ckpt, best.ckpt, log.jsonl,
+        tensorboard/, crops.png, similarity.png, curve.png, manifest.json
+A stopped run goes on where it stopped. Several GPUs: torchrun --nproc-per-node N stages/04_pretrain_voco2d.py ...
+"""
+
+from pipeline.artifacts import Stage, main
+
+
+def run(stage: Stage) -> None:
+    """Train, then draw what was learnt."""
+    if stage.current({"seed": stage.config.seed, **stage.inputs("02_volumes")}, ["model", "pretrain"]):
+        return
+    from pipeline.distributed import setup
+    from pipeline.engine import TrainingStopped
+    from pipeline.pretrain import pretrain
+    from pipeline.voco_figures import draw_all
+
+    volumes, world = stage.upstream("02_volumes"), setup(stage.device_name)
+    try:
+        counts = pretrain(stage.config, volumes, stage.folder, world, fresh=stage.options.force)
+        pictures = draw_all(stage.config, volumes, stage.folder, world.device) if world.main else []
+        stage.finish(counts, ["backbone.safetensors", *pictures])
+    except TrainingStopped as fault:
+        raise SystemExit(f"error: {fault}") from fault
+    finally:
+        world.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, "04_voco2d", __doc__, run))
