@@ -67,7 +67,7 @@ def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
     table = tables.load_table(path, [KEY, "fold"])
     tables.check_ids(table, KEY)
     distinct = tables.Table(table.name, table.frame.unique([KEY, "fold"], keep="first", maintain_order=True))
-    distinct.refuse(~pl.col(KEY).is_first_distinct(), KEY, "patient {value} is in two folds", "remove the file and run stage 03 again")
+    distinct.refuse((~pl.col(KEY).is_first_distinct(), KEY, "patient {value} is in two folds", "remove the file and run stage 03 again"))
     tables.check_unique(table, KEY)
     frame = tables.numbers(table, ["fold"]).frame.with_columns(pl.col("fold").cast(pl.Int64)).drop(ROW)
     missing = labels.join(frame, on=KEY, how="anti", maintain_order="left")[KEY] if labels is not None else []

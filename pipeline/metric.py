@@ -94,7 +94,7 @@ def require_patients(expected: pl.DataFrame, table: Table) -> None:
         what = f"patient {missing[0]!r} is missing" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         raise InputError(what, f"{table.name} column {KEY}", "predict every patient")
     unknown = ~pl.col(KEY).is_in(expected[KEY].implode())
-    table.refuse(unknown, KEY, "patient {value} is not expected", "remove the row")
+    table.refuse((unknown, KEY, "patient {value} is not expected", "remove the row"))
 
 
 def score(solution: pl.DataFrame, submission: pl.DataFrame) -> dict[str, float]:

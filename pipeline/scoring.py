@@ -51,7 +51,7 @@ def read_oof(paths: list[Path], labels: pl.DataFrame) -> dict[str, pl.DataFrame]
             what = f"series {missing['series_id'][0]!r} of patient {missing[KEY][0]!r} is missing"
             raise InputError(what, f"{path}, which {paths[0]} has", "blend predictions of the same series")
         known = pl.struct(SERIES).is_in(first.select(pl.struct(SERIES)).to_series().implode())
-        Table(str(path), frame).refuse(~known, "series_id", f"series {{value}} is not in {paths[0].name}", "blend the same series")
+        Table(str(path), frame).refuse((~known, "series_id", f"series {{value}} is not in {paths[0].name}", "blend the same series"))
         name = path.stem if path.stem not in found else str(path)
         found[name] = first.select(SERIES).join(frame, on=SERIES, how="left", maintain_order="left").drop(ROW)
     return found
@@ -63,12 +63,17 @@ def _read(path: Path) -> pl.DataFrame:
 
 def read_trained(folds: Path, trained: Path, volumes: Path, labels: pl.DataFrame) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
     """The run's own OOF tables under the name `folds`, and `patient_id, fold`. Patients without a volume may be missing."""
-    parts = [_read(path) for path in sorted(trained.glob("fold*/oof.parquet"))]
-    frame = pl.concat(parts)
-    tables.check_unique(Table(f"{trained}/fold*/oof.parquet", frame), *SERIES)
+    frame = pl.concat([_read(path) for path in sorted(trained.glob("fold*/oof.parquet"))])
+    table = Table(f"{trained}/fold*/oof.parquet", frame)
+    tables.check_unique(table, *SERIES)
     index = pl.read_parquet(volumes / "index.parquet").filter(pl.col("source") == "train")
-    require_patients(labels.join(index, on=KEY, how="semi", maintain_order="left"), Table(f"{trained}/fold*/oof.parquet", frame))
-    return {"folds": frame.drop(ROW)}, read_folds(folds / "folds.csv", labels)
+    require_patients(labels.join(index, on=KEY, how="semi", maintain_order="left"), table)
+    drawn = read_folds(folds / "folds.csv", labels)
+    moved = frame.join(drawn, on=KEY, suffix="_drawn").filter(pl.col("fold") != pl.col("fold_drawn"))
+    if moved.height:
+        what = f"patient {moved[KEY][0]!r} was held out in fold {moved['fold'][0]}, not {moved['fold_drawn'][0]} as folds.csv says"
+        raise InputError(what, table.name, "run stages/05_train_folds.py again")
+    return {"folds": frame.drop(ROW)}, drawn
 
 
 def nested_folds(series: dict[str, pl.DataFrame], labels: pl.DataFrame, config: Config) -> pl.DataFrame:

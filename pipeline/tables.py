@@ -22,6 +22,10 @@ KEY = "patient_id"
 INJURY_NAMES = ("Active_Extravasation", "Bowel")
 
 
+Rule = tuple[pl.Expr, str, str, str]
+"""Which rows are wrong, the column to blame, what is wrong (may show the cell as `{value}`), the remedy."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A frame with a `__row` column and the name to use for it in messages."""
@@ -29,13 +33,14 @@ class Table:
     name: str
     frame: pl.DataFrame
 
-    def refuse(self, wrong: pl.Expr, column: str, what: str, remedy: str) -> None:
-        """Raise InputError for the first row where `wrong` is true; `what` may show the cell as `{value}`."""
-        found = self.frame.filter(wrong)
-        if found.height:
-            row, value = found[ROW][0], found[column][0]
-            shown = repr("" if value is None else str(value)[:40])
-            raise InputError(what.format(value=shown), f"{self.name} row {row} column {column}", remedy)
+    def refuse(self, *rules: Rule) -> None:
+        """Raise InputError for the first rule that is broken, at the first row that breaks it."""
+        broken = self.frame.select(rule[0].any().alias(str(number)) for number, rule in enumerate(rules)).row(0) if rules else ()
+        for (wrong, column, what, remedy), found in zip(rules, broken, strict=True):
+            if found:
+                row, value = self.frame.filter(wrong).select(ROW, column).row(0)
+                shown = repr("" if value is None else str(value)[:40])
+                raise InputError(what.format(value=shown), f"{self.name} row {row} column {column}", remedy)
 
 
 def load_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Table:
@@ -45,6 +50,31 @@ def load_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
         InputError: no such file, unreadable, not UTF-8, not a CSV, ragged rows, no rows, a column missing or there twice.
     """
     return frame_table(_open(Path(path)), str(path), columns, optional)
+
+
+def header(path: Path) -> list[str]:
+    """Column names of a table in their order."""
+    return [column for column in _open(Path(path)).columns if column != ROW]
+
+
+def frame_table(frame: pl.DataFrame, name: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    """The same for a frame in memory: checks the columns, numbers the rows where they have no number, ids to strings."""
+    for column in columns:
+        if column not in frame.columns:
+            near = difflib.get_close_matches(column, [other for other in frame.columns if other != ROW], n=1)
+            remedy = f"rename '{near[0]}'" if near else f"add it (columns, separated by commas: {', '.join(columns)})"
+            raise InputError(f"column '{column}' is missing", f"{name} row 1", remedy)
+        if f"{column}_duplicated_0" in frame.columns:
+            raise InputError(f"column '{column}' is there twice", f"{name} row 1", "remove one of the two")
+    if frame.is_empty():
+        raise InputError("the table has no rows", name, "give the whole table")
+    frame = frame if ROW in frame.columns else frame.with_row_index(ROW, offset=2)
+    frame = frame.select(ROW, *columns, *(column for column in optional if column in frame.columns))
+    ids = [column for column in columns if column.endswith("_id")]
+    for column in ids:
+        if not (frame[column].dtype.is_integer() or frame[column].dtype == pl.String):
+            raise InputError(f"ids are of type {frame[column].dtype}", f"{name} column {column}", "store them as integers or text")
+    return Table(name, frame.with_columns(pl.col(ids).cast(pl.String)))
 
 
 def _open(path: Path) -> pl.DataFrame:
@@ -58,26 +88,6 @@ def _open(path: Path) -> pl.DataFrame:
         raise _explain(path, fault) from fault
 
 
-def frame_table(frame: pl.DataFrame, name: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Table:
-    """The same for a frame in memory: checks the columns, numbers the rows where they have no number, ids to strings."""
-    for column in columns:
-        if column not in frame.columns:
-            near = difflib.get_close_matches(column, [other for other in frame.columns if other != ROW], n=1, cutoff=0.6)
-            hint = f"rename '{near[0]}'" if near else f"add it (columns, separated by commas: {', '.join(columns)})"
-            raise InputError(f"column '{column}' is missing", f"{name} row 1", hint)
-        if f"{column}_duplicated_0" in frame.columns:
-            raise InputError(f"column '{column}' is there twice", f"{name} row 1", "remove one of the two")
-    if frame.is_empty():
-        raise InputError("the table has no rows", name, "give the whole table")
-    frame = frame if ROW in frame.columns else frame.with_row_index(ROW, offset=2)
-    kept = list(dict.fromkeys([*columns, *(column for column in optional if column in frame.columns)]))
-    ids = [column for column in kept if column.endswith("_id")]
-    for column in ids:
-        if not (frame[column].dtype.is_integer() or frame[column].dtype == pl.String):
-            raise InputError(f"ids are of type {frame[column].dtype}", f"{name} column {column}", "store them as integers or text")
-    return Table(name, frame.select(ROW, *kept).with_columns(pl.col(ids).cast(pl.String)))
-
-
 def _read_csv(path: Path) -> pl.DataFrame:
     """All cells as strings with the number of the line that each row begins in; empty lines are left out."""
     frame = pl.read_csv(path.read_bytes(), infer_schema=False)
@@ -88,87 +98,85 @@ def _read_csv(path: Path) -> pl.DataFrame:
 
 def _explain(path: Path, fault: Exception) -> InputError:
     """What is wrong with a file that polars cannot read, and in which row where that can be told."""
+    remedy = "save the table as CSV in UTF-8"
     try:
         rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
         width = len(next(rows, []))
-        long = next((rows.line_num for row in rows if len(row) > width), None)
+        if long := next((rows.line_num for row in rows if len(row) > width), None):
+            return InputError(f"more cells than the header's {width}", f"{path} row {long}", "remove what is too much")
     except UnicodeDecodeError as wrong:
         row = 1 + path.read_bytes()[: wrong.start].count(b"\n")
-        return InputError("not UTF-8 text", f"{path} row {row}", "save the table as CSV in UTF-8")
-    except csv.Error:
-        long = None
-    if not path.stat().st_size:
-        return InputError("the file is empty", str(path), "give the whole table")
-    if long:
-        return InputError(f"more cells than the header's {width}", f"{path} row {long}", "remove what is too much")
-    return InputError("not readable as a table", f"{path}: {str(fault).splitlines()[0]}", "save it as CSV in UTF-8")
+        return InputError("not UTF-8 text", f"{path} row {row}", remedy)
+    except csv.Error as wrong:
+        fault = wrong
+    return InputError(f"not readable as a table ({str(fault).splitlines()[0]})", str(path), remedy)
 
 
 def check_ids(table: Table, *columns: str) -> None:
     """Ids become folder and file names: refuse what is empty, too long, hidden, or has path parts or control characters."""
+    rules = []
     for column in columns:
-        cell, remedy = pl.col(column), "use plain ids such as 10004"
-        table.refuse(cell.is_null() | (cell.str.strip_chars() == ""), column, "the id is empty", remedy)
-        table.refuse(cell.str.contains(r"[/\\]|\.\.|^\."), column, "the id {value} has path parts", remedy)
-        table.refuse(
-            cell.str.contains(r"[\p{C}\p{Zl}\p{Zp}]|^\s|\s$"), column, "the id {value} has control characters or outer blanks", remedy
-        )
-        table.refuse(cell.str.len_bytes() > ID_BYTES, column, f"the id {{value}} is longer than {ID_BYTES} bytes", remedy)
+        cell = pl.col(column)
+        wrong = {
+            "is empty": cell.is_null() | (cell.str.strip_chars() == ""),
+            "has path parts": cell.str.contains(r"[/\\]|\.\.|^\."),
+            "has control characters or outer blanks": cell.str.contains(r"[\p{C}\p{Zl}\p{Zp}]|^\s|\s$"),
+            f"is longer than {ID_BYTES} bytes": cell.str.len_bytes() > ID_BYTES,
+        }
+        rules += [(rows, column, f"the id {{value}} {what}", "use plain ids such as 10004") for what, rows in wrong.items()]
+    table.refuse(*rules)
 
 
 def check_unique(table: Table, *columns: str) -> None:
     """Refuse a second row with the same `columns`."""
     noun = "patient" if columns == (KEY,) else "series"
     again = ~pl.struct(columns).is_first_distinct()
-    table.refuse(again, columns[-1], f"{noun} {{value}} is there twice", "remove one of the rows")
+    table.refuse((again, columns[-1], f"{noun} {{value}} is there twice", "remove one of the rows"))
 
 
-def numbers(table: Table, columns: Sequence[str], empty: bool = False) -> Table:
-    """The table with `columns` as finite Float64; refuses other cells (empty ones too unless `empty`)."""
-    values = {}
+def numbers(table: Table, columns: Sequence[str], empty: bool = False, binary: bool = False) -> Table:
+    """The table with `columns` as finite Float64, with `binary` 0 or 1; refuses other cells (empty ones too unless `empty`)."""
+    values, rules = {}, []
     for column in columns:
         text = table.frame[column].dtype == pl.String
         cell = pl.col(column).str.strip_chars() if text else pl.col(column)
         value = values[column] = cell.cast(pl.Float64, strict=False)
         blank = cell.is_null() | ((cell == "") if text else False)
         if not empty:
-            table.refuse(blank, column, "the cell is empty", "fill in a number")
-        table.refuse(value.is_null() & ~blank, column, "{value} is not a number", "write a number with a decimal point")
-        table.refuse(~value.is_finite(), column, "{value} is not finite", "write a finite number")
+            rules.append((blank, column, "the cell is empty", "fill in a number"))
+        rules.append((value.is_null() & ~blank, column, "{value} is not a number", "write a number with a decimal point"))
+        rules.append((~value.is_finite(), column, "{value} is not finite", "write a finite number"))
+        if binary:
+            rules.append((~value.is_in([0.0, 1.0]), column, "{value} is neither 0 nor 1", "write 0 or 1"))
+    table.refuse(*rules)
     return Table(table.name, table.frame.with_columns(**values))
-
-
-def check_zero_one(table: Table, columns: Sequence[str]) -> None:
-    """Refuse numbers that are neither 0 nor 1."""
-    for column in columns:
-        table.refuse(~pl.col(column).is_in([0.0, 1.0]), column, "{value} is neither 0 nor 1", "write 0 or 1")
 
 
 def check_probabilities(table: Table) -> None:
     """Refuse what the competition's metric refuses: negative values and groups that sum to 0."""
+    rules = [(pl.col(column) < 0, column, "{value} is negative", "write probabilities") for column in COLUMNS]
     for target in TARGETS:
-        for column in target.columns:
-            table.refuse(pl.col(column) < 0, column, "{value} is negative", "write probabilities")
-        total = pl.sum_horizontal(target.columns)
-        table.refuse(total == 0, target.columns[0], f"the {target.name} columns sum to 0", "write probabilities that sum to 1")
-        table.refuse(total.is_infinite(), target.columns[0], f"the {target.name} columns have no finite sum", "write probabilities")
+        total, what = pl.sum_horizontal(target.columns), f"the {target.name} columns"
+        rules.append((total == 0, target.columns[0], f"{what} sum to 0", "write probabilities that sum to 1"))
+        rules.append((total.is_infinite(), target.columns[0], f"{what} have no finite sum", "write probabilities"))
+    table.refuse(*rules)
 
 
 def check_labels(table: Table) -> Table:
     """Numeric labels: 0 or 1, one class per target, `any_injury` (where present) as the others say; adds it where absent."""
     given = ANY_INJURY in table.frame.columns
     columns = [*COLUMNS, ANY_INJURY] if given else list(COLUMNS)
-    table = numbers(table, columns)
-    check_zero_one(table, columns)
+    table = numbers(table, columns, binary=True)
+    rules = []
     for target in TARGETS:
-        total = pl.sum_horizontal(target.columns)
-        last = next(iter(target.columns))
-        table.refuse(total == 0, last, f"no class of {target.name} is set", f"set one of {', '.join(target.columns)} to 1")
-        table.refuse(total > 1, last, f"two classes of {target.name} are set", f"set one of {', '.join(target.columns)} to 1")
+        total, remedy = pl.sum_horizontal(target.columns), f"set one of {', '.join(target.columns)} to 1"
+        rules.append((total == 0, target.columns[0], f"no class of {target.name} is set", remedy))
+        rules.append((total > 1, target.columns[0], f"two classes of {target.name} are set", remedy))
     injured = pl.any_horizontal(pl.col(target.columns[0]) == 0 for target in TARGETS)
     if given:
         remedy = "it is 1 where any target is not healthy; correct it or remove the column"
-        table.refuse((pl.col(ANY_INJURY) == 1) != injured, ANY_INJURY, "{value} contradicts the other columns", remedy)
+        rules.append(((pl.col(ANY_INJURY) == 1) != injured, ANY_INJURY, "{value} contradicts the other columns", remedy))
+    table.refuse(*rules)
     frame = table.frame.with_columns(injured.alias(ANY_INJURY)).with_columns(pl.col(*COLUMNS, ANY_INJURY).cast(pl.Int8))
     return Table(table.name, frame)
 
@@ -196,15 +204,14 @@ def read_series(data: Path, split: str) -> pl.DataFrame:
 
     Patients of the train table must be in `train.csv` where there is one.
     """
-    optional = ["aortic_hu", "incomplete_organ"]
-    table = load_table(Path(data) / f"{split}_series_meta.csv", [KEY, "series_id"], optional)
+    table = load_table(Path(data) / f"{split}_series_meta.csv", [KEY, "series_id"], ["aortic_hu", "incomplete_organ"])
     check_ids(table, KEY, "series_id")
     check_unique(table, KEY, "series_id")
     joined = ~pl.concat_str(KEY, pl.lit("_"), "series_id").is_first_distinct()
-    table.refuse(joined, "series_id", "patient_series of two rows spell the same name, at {value}", "rename one of them")
-    table = numbers(table, [column for column in optional if column in table.frame.columns], empty=True)
-    if optional[1] in table.frame.columns:
-        check_zero_one(table, optional[1:])
+    table.refuse((joined, "series_id", "patient_series of two rows spell the same name, at {value}", "rename one of them"))
+    given = table.frame.columns
+    table = numbers(table, [column for column in ("aortic_hu",) if column in given], empty=True)
+    table = numbers(table, [column for column in ("incomplete_organ",) if column in given], empty=True, binary=True)
     _check_known(table, data, split)
     return table.frame.drop(ROW)
 
@@ -219,9 +226,11 @@ def read_slice_labels(data: Path) -> pl.DataFrame | None:
     table = numbers(table, ["instance_number"])
     number = pl.col("instance_number")
     whole = (number >= 0) & (number == number.floor()) & (number < 2**53)
-    table.refuse(~whole, "instance_number", "{value} is no instance number", "write a whole number")
     known = pl.col("injury_name").is_in(INJURY_NAMES).fill_null(False)
-    table.refuse(~known, "injury_name", "{value} is no injury name", f"write one of {', '.join(INJURY_NAMES)}")
+    table.refuse(
+        (~whole, "instance_number", "{value} is no instance number", "write a whole number"),
+        (~known, "injury_name", "{value} is no injury name", f"write one of {', '.join(INJURY_NAMES)}"),
+    )
     _check_known(table, data, "train")
     frame = table.frame.drop(ROW).with_columns(number.cast(pl.Int64)).unique(maintain_order=True)
     if not (Path(data) / "train_series_meta.csv").is_file():
@@ -235,21 +244,20 @@ def read_slice_labels(data: Path) -> pl.DataFrame | None:
 def _check_known(table: Table, data: Path, split: str) -> None:
     if split == "train" and (Path(data) / "train.csv").is_file():
         known = load_table(Path(data) / "train.csv", [KEY]).frame[KEY]
-        table.refuse(~pl.col(KEY).is_in(known.implode()), KEY, "unknown patient {value}", "add the patient to train.csv or remove the row")
+        wrong = ~pl.col(KEY).is_in(known.implode())
+        table.refuse((wrong, KEY, "unknown patient {value}", "add the patient to train.csv or remove the row"))
 
 
 def read_sample_submission(data: Path) -> pl.DataFrame:
     """`sample_submission.csv`: patient_id and the 13 columns in the file's own order (values as they are, Float64)."""
     path = Path(data) / "sample_submission.csv"
-    frame = _open(path)
-    columns = [column for column in frame.columns if column != ROW]
-    table = frame_table(frame, str(path), [KEY, *COLUMNS], columns)
-    unknown = [column for column in columns if column not in (KEY, *COLUMNS)]
-    if unknown:
-        raise InputError(f"unknown column '{unknown[0]}'", f"{path} row 1", "give the competition's own sample_submission.csv")
+    table = load_table(path, [KEY, *COLUMNS])
+    for column in header(path):
+        if column not in table.frame.columns:
+            raise InputError(f"unknown column '{column}'", f"{path} row 1", "give the competition's own sample_submission.csv")
     check_ids(table, KEY)
     check_unique(table, KEY)
-    return table.frame.select(columns).with_columns(pl.col(COLUMNS).cast(pl.Float64, strict=False))
+    return table.frame.select(header(path)).with_columns(pl.col(COLUMNS).cast(pl.Float64, strict=False))
 
 
 def read_predictions(path: Path, series: bool) -> pl.DataFrame:
