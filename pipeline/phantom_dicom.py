@@ -79,8 +79,8 @@ FAULTS = (
     "",
     "rows",
 )
-# What differs from file to file of a series, as even-sized placeholders in its header: two UIDs, number, height.
-PLACES = ("2.25." + "9" * 39, "2.25." + "8" * 39, "999999", "999999.99999")
+# What differs from file to file of a series, as even-sized placeholders in its header: number, height, then two UIDs.
+PLACES = ("-77777", "-66666.66666", "2.25." + "9" * 39, "2.25." + "8" * 39)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Gene
         if hu.shape not in headers:
             headers[hu.shape] = _header(hu.shape, pitch, dz, plan)
         z = top - dz * (odd - 1 if fault == "duplicate" else k)
-        values = (series_uid, _uid(rng), f"{number:<6d}", f"{z:<12.4f}")
+        values = (f"{number:<6d}", f"{z:<12.4f}", series_uid, _uid(rng))
         data = _file(*(_filled(part, values) for part in headers[hu.shape]), hu, plan, fault)
         (folder / f"{number}.dcm").write_bytes(data)
     return instances
@@ -206,9 +206,9 @@ def _header(shape: tuple[int, int], pitch: float, dz: float, plan: SeriesPlan) -
 
     bits, signed, intercept, slope = STORAGE[plan.storage]
     quirk, signs, ds, meta = plan.header, _signs(plan), Dataset(), FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = uid.CTImageStorage, PLACES[1]
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = uid.CTImageStorage, PLACES[3]
     meta.TransferSyntaxUID = getattr(uid, SYNTAXES[plan.encoding])
-    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.InstanceNumber, ds.Modality = PLACES[1], PLACES[0], PLACES[2], "CT"
+    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.InstanceNumber, ds.Modality = PLACES[3], PLACES[2], PLACES[0], "CT"
     if quirk != "no_sop_class":
         ds.SOPClassUID = uid.CTImageStorage
     if quirk != "bare":
@@ -217,7 +217,7 @@ def _header(shape: tuple[int, int], pitch: float, dz: float, plan: SeriesPlan) -
         ds.WindowCenter, ds.WindowWidth = ([40, 300], [400, 1500]) if quirk == "windows" else (50, 400)
     if quirk != "no_position":
         corner = [f"{-sign * (count - 1) / 2 * pitch:.4f}" for sign, count in zip(signs, shape[::-1], strict=True)]
-        ds.ImagePositionPatient = [*corner, PLACES[3]]
+        ds.ImagePositionPatient = [*corner, PLACES[1]]
     ds.ImageOrientationPatient, ds.PixelSpacing = [signs[0], 0, 0, 0, signs[1], 0], [f"{pitch:.6f}"] * 2
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME1" if plan.storage == "mono1" else "MONOCHROME2"
     ds.Rows, ds.Columns, ds.BitsAllocated, ds.PixelRepresentation = *shape, 16, signed
