@@ -1,0 +1,142 @@
+"""Folds: balanced, seeded, persisted once, no patient twice; stage 03 as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from helpers_scores import label_frame, one_hot
+
+from pipeline import folds, tables
+from pipeline.runtime import InputError
+from pipeline.targets import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def series_of(labels: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
+    """One or two series for every patient."""
+    number = np.random.default_rng(seed).integers(1, 3, labels.height)
+    patients = [patient for patient, count in zip(labels["patient_id"], number, strict=True) for _ in range(count)]
+    return pl.DataFrame({"patient_id": patients, "series_id": [str(i) for i in range(len(patients))]})
+
+
+def assert_balanced(found: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFrame, count: int) -> None:
+    """Every class within 15 percent or one patient of its share of each fold, by plain counting."""
+    counts = dict(series.group_by("patient_id").len().iter_rows())
+    fold_of = dict(found.iter_rows())
+    for column in COLUMNS:
+        positive = [row["patient_id"] for row in labels.iter_rows(named=True) if row[column]]
+        for fold in range(count):
+            inside = sum(fold_of[patient] == fold for patient in positive)
+            share = len(positive) / count
+            assert abs(inside - share) <= max(1, 0.15 * share), f"{column} in fold {fold}: {inside} of {share:.1f}"
+    for number in set(counts.values()):
+        inside = [sum(counts[p] == number for p in fold_of if fold_of[p] == fold) for fold in range(count)]
+        assert max(inside) - min(inside) <= max(2, 0.3 * sum(inside) / count)
+
+
+@pytest.mark.parametrize(("patients", "count"), [(24, 2), (240, 3), (600, 5)])
+def test_every_class_has_its_share(patients, count):
+    labels = label_frame(one_hot(patients, seed=1))
+    series = series_of(labels)
+    found = folds.make_folds(labels, series, count, seed=7)
+    assert found["patient_id"].sort().to_list() == labels["patient_id"].to_list()
+    assert set(found["fold"]) == set(range(count))
+    assert_balanced(found, labels, series, count)
+
+
+def test_seed_decides_and_row_order_does_not():
+    labels = label_frame(one_hot(80))
+    series = series_of(labels)
+    found = folds.make_folds(labels, series, 4, seed=1)
+    assert found.equals(folds.make_folds(labels.sample(fraction=1, shuffle=True, seed=3), series[::-1], 4, seed=1))
+    assert not found.equals(folds.make_folds(labels, series, 4, seed=2))
+
+
+def test_derived_seeds_are_tried_until_the_balance_is_right(monkeypatch):
+    labels = label_frame(one_hot(40))
+    wrong, right = np.arange(40) // 20, np.arange(40) % 2
+    monkeypatch.setattr(folds, "_splits", lambda *_: iter([wrong, right, wrong]))
+    monkeypatch.setattr(folds, "imbalance", lambda found, *_: 3.0 if found is wrong else 0.5)
+    assert folds.make_folds(labels, series_of(labels), 2, 0)["fold"].to_list() == right.tolist()
+
+
+def test_imbalance_by_hand():
+    matrix = np.array([[1, 0]] * 40 + [[0, 1]] * 4)
+    perfect = np.array([0, 1] * 22)
+    assert folds.imbalance(perfect, matrix, 2) == 0
+    skewed = np.array([0] * 26 + [1] * 14 + [0, 1] * 2)
+    assert folds.imbalance(skewed, matrix, 2) == pytest.approx(6 / (0.15 * 20))
+
+
+def test_errors(tmp_path):
+    labels = label_frame(one_hot(9))
+    with pytest.raises(InputError, match="9 patients are too few for 5 folds"):
+        folds.make_folds(labels, series_of(labels), 5, 0)
+    path = tmp_path / "folds.csv"
+    path.write_text("patient_id,fold\n10000,0\n10001,1\n10000,1\n")
+    with pytest.raises(InputError, match=r"patient '10000' is in two folds, .*folds.csv row 4 column patient_id"):
+        folds.read_folds(path)
+    path.write_text("patient_id,fold\n10000,0\n10001,1\n10000,0\n")
+    with pytest.raises(InputError, match="patient '10000' is there twice"):
+        folds.read_folds(path)
+    path.write_text("patient_id,fold\n10000,0\n")
+    with pytest.raises(InputError, match="patient '10001' is in no fold"):
+        folds.read_folds(path, labels)
+
+
+def run_stage(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        str(ROOT / "stages" / "03_make_folds.py"),
+        "--config",
+        "smoke",
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    return subprocess.run([*command, *more], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=tmp_path)
+
+
+def test_stage_03_writes_once_and_then_only_reads(tmp_path):
+    labels = label_frame(one_hot(40))
+    labels.write_csv(tmp_path / "train.csv")
+    series_of(labels).write_csv(tmp_path / "train_series_meta.csv")
+    first = run_stage(tmp_path, "folds.count=4")
+    assert first.returncode == 0, first.stderr
+    assert "fold 3" in first.stdout
+    assert "bowel_injury" in first.stdout
+    path = tmp_path / "out" / "03_folds" / "folds.csv"
+    found, stamp = folds.read_folds(path, labels), path.stat().st_mtime_ns
+    assert_balanced(found, labels, series_of(labels), 4)
+    again = run_stage(tmp_path, "folds.count=4")
+    assert "up to date" in again.stderr
+    assert path.stat().st_mtime_ns == stamp
+    assert run_stage(tmp_path, "folds.count=2").returncode == 0
+    assert set(folds.read_folds(path)["fold"]) == {0, 1}
+
+
+def test_stage_03_refuses_wrong_tables(tmp_path):
+    labels = label_frame(one_hot(40))
+    pl.concat([labels, labels[:1]]).write_csv(tmp_path / "train.csv")
+    series_of(labels).write_csv(tmp_path / "train_series_meta.csv")
+    done = run_stage(tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        .split("\n")[-1]
+        .startswith(f"error: patient '10000' is there twice, {tmp_path}/train.csv row 42 column patient_id")
+    )
+    assert not (tmp_path / "out" / "03_folds" / "folds.csv").exists()
+
+
+@pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
+def test_the_real_table_in_five_folds():
+    data = Path(os.environ["VOCO2D_RSNA_META"])
+    labels, series = tables.read_labels(data), tables.read_series(data, "train")
+    assert_balanced(folds.make_folds(labels, series, 5, 42), labels, series, 5)
