@@ -39,7 +39,7 @@ class Table:
         for (wrong, column, what, remedy), found in zip(rules, broken, strict=True):
             if found:
                 row, value = self.frame.filter(wrong).select(ROW, column).row(0)
-                shown = repr("" if value is None else str(value)[:40])
+                shown = repr("" if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)[:40])
                 raise InputError(what.format(value=shown), f"{self.name} row {row} column {column}", remedy)
 
 

@@ -74,7 +74,6 @@ def test_accepts_byte_order_mark_and_windows_line_ends(tmp_path):
     [
         (b"", ["not readable as a table (empty CSV)", "train.csv"]),
         ([HEADER], ["no rows"]),
-        ([*ROWS, "10010,\u00e9".encode("latin-1").decode("latin-1")], ["row 6"]),
         (("\n".join(ROWS) + "\n10010,").encode() + b"\xe9\n", ["not UTF-8", "row 6"]),
         ([*ROWS, f"10010,{HEALTHY},1"], ["more cells than the header's 15", "row 6"]),
         ([*ROWS, "10010,1,0"], ["the cell is empty", "row 6", "column extravasation_healthy"]),
@@ -83,7 +82,7 @@ def test_accepts_byte_order_mark_and_windows_line_ends(tmp_path):
         ([ROWS[0].replace("any_injury", "liver_low"), *ROWS[1:]], ["column 'liver_low' is there twice"]),
         ([row.replace(",", ";") for row in ROWS], ["column 'patient_id' is missing", "separated by commas"]),
         ([*ROWS[:3], "", *ROWS[3:], ROWS[1]], ["patient '10004' is there twice", "row 7", "column patient_id"]),
-        ([*ROWS, f"10010,{HEALTHY[:-1]}1"], ["'1.0' contradicts", "row 6", "column any_injury"]),
+        ([*ROWS, f"10010,{HEALTHY[:-1]}1"], ["'1' contradicts", "row 6", "column any_injury"]),
     ],
 )
 def test_refuses_broken_tables(tmp_path, rows, parts):
@@ -221,8 +220,8 @@ def test_rows_are_counted_past_cells_with_line_breaks(tmp_path):
     assert (tmp_path / "train.csv").read_text().split("\n")[9].startswith("x/y")
 
 
-def test_a_million_and_a_half_rows_take_seconds(tmp_path):
-    """No clock: the reader may not walk rows in Python, which a trace of calls would show."""
+def test_rows_are_not_walked_in_python(tmp_path):
+    """A table may have 1.5 million rows; no clock here, but fewer calls than rows."""
     import sys
 
     number = 20_000
