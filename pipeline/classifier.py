@@ -103,11 +103,11 @@ class CnnLstm(nn.Module):
     def __init__(self, backbone: nn.Module, channels: int, config: TrainConfig) -> None:
         super().__init__()
         self.backbone = backbone
-        self.norm = nn.LayerNorm(channels)
-        self.sequence = sequence_model(channels, config)
-        self.pool = PoolZ(config.pool, self.sequence.width)
+        self.norm = nn.LayerNorm(2 * channels)
+        self.sequence = sequence_model(2 * channels, config)
+        width = self.sequence.width + 2 * channels
+        self.pool = PoolZ(config.pool, width)
         self.dropout = nn.Dropout(config.dropout)
-        width = self.sequence.width
         self.heads = nn.ModuleDict({t.name: nn.Linear(width, 1 if t.binary else len(t.classes)) for t in chosen_targets(config)})
         self.slice_head = nn.Linear(width, 2) if config.slice_loss else None
 
@@ -115,8 +115,9 @@ class CnnLstm(nn.Module):
         """Logits per target, and per slice where the model has a slice head."""
         B, S, H, W = volumes.shape
         maps = self.backbone(volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last))  # (B*S, C, h, w)
-        features = self.norm(maps.mean((2, 3)).float()).reshape(B, S, -1)  # (B, S, C)
-        states = self.sequence(features)  # (B, S, E)
+        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()  # (B*S, 2C): an organ fills the mean, a small lesion the maximum
+        features = self.norm(pooled).reshape(B, S, -1)  # (B, S, 2C)
+        states = torch.cat([self.sequence(features), features], 2)  # (B, S, E): what a slice shows reaches the heads directly too
         pooled = self.dropout(self.pool(states))  # (B, E)
         logits = {name: head(pooled) for name, head in self.heads.items()}
         return logits, self.slice_head(states) if self.slice_head is not None else None
