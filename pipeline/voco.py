@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,7 +54,7 @@ def make_teacher(student: VocoNet) -> VocoNet:
 
 def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device) -> torch.Tensor:
     """Inverted dropout as a pure function of `seed` and `step`, for the whole batch over all ranks."""
-    generator = torch.Generator(device).manual_seed((seed << 32) + step)
+    generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
     return torch.rand(shape, generator=generator, device=device).ge_(rate).div_(1 - rate)
 
 

@@ -1,5 +1,6 @@
 """Tensor files: safetensors (or `torch.load(weights_only=True)`) read and written strictly, every tensor accounted for."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,23 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 def save_weights(path: Path | str, module: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
     """Write a module's state dict as safetensors, atomically; FloatingPointError (naming the tensor) where a value is not finite."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     if broken := not_finite(state):
         raise FloatingPointError(f"{len(broken)} tensors are not finite ({broken[0]} is the first): {path} is not written")
     with disk_errors(path), atomic_path(path) as temporary:
-        save_file(state, temporary, dict(metadata or {}))
+        temporary.write_bytes(_sorted_header(save(state, dict(metadata or {}))))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same file with its metadata in alphabetical order: the library writes it in an order that changes from run to run."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_weights(module: nn.Module, path: Path | str) -> str:

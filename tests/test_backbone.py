@@ -1,0 +1,153 @@
+"""Backbones: any family gives a map, transfer is strict, and small maps take the fast road to the same numbers."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.backbone import create_backbone, feature_shape, load_backbone, normalise, save_backbone
+from pipeline.runtime import InputError
+from pipeline.small_maps import speed_up
+from pipeline.weights import read_metadata, read_weights, save_weights
+
+TINY = "test_resnet"
+
+
+def test_grey_values_are_normalised_by_constants():
+    pixels = torch.tensor([0, 114, 255], dtype=torch.uint8)
+    assert torch.allclose(normalise(pixels), (torch.tensor([0.0, 114, 255]) / 255 - 0.449) / 0.226, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [TINY, "mobilenetv3_small_050", "test_vit", "swin_tiny_patch4_window7_224"])
+def test_every_family_gives_a_map(name):
+    backbone = create_backbone(name)
+    C, h, w = feature_shape(backbone, 64)
+    assert backbone.training
+    assert backbone.eval()(torch.zeros(2, 1, 64, 64)).shape == (2, C, h, w)
+    assert h == w > 1
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(InputError, match="mobilenetv3_small_050"):
+        create_backbone("mobilenetv3_smal_050")
+
+
+def test_saved_backbone_is_timms_own_state_dict(tmp_path):
+    backbone = create_backbone(TINY)
+    save_backbone(backbone, tmp_path / "backbone.safetensors", {"backbone": TINY})
+    plain = timm.create_model(TINY, in_chans=1, num_classes=0, global_pool="")
+    missing, unexpected = plain.load_state_dict(load_file(tmp_path / "backbone.safetensors"), strict=True)
+    assert not missing
+    assert not unexpected
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.allclose(plain.eval()(x), backbone.eval()(x), atol=1e-5)
+    other = create_backbone(TINY)
+    count = len(plain.state_dict())
+    assert load_backbone(other, tmp_path / "backbone.safetensors").startswith(f"{count} of {count} tensors")
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), backbone.state_dict().values(), strict=True))
+    assert read_metadata(tmp_path / "backbone.safetensors") == {"backbone": TINY}
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "of another shape", "not finite"])
+def test_transfer_names_what_does_not_match_and_changes_nothing(tmp_path, fault):
+    backbone = create_backbone(TINY)
+    state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    name = "layer1.0.conv1.weight"
+    if fault == "missing":
+        del state[name]
+    elif fault == "unexpected":
+        state[name := "layer9.weight"] = torch.zeros(1)
+    elif fault == "of another shape":
+        state[name] = torch.zeros(1)
+    else:
+        state[name][0] = float("nan")
+    save_file(state, tmp_path / "w.safetensors")
+    before = copy.deepcopy(backbone.state_dict())
+    with pytest.raises(InputError, match=f"1 {fault} .*{name}"):
+        load_backbone(backbone, tmp_path / "w.safetensors")
+    assert all(torch.equal(before[key], tensor) for key, tensor in backbone.state_dict().items())
+
+
+def test_imagenet_file_with_three_channels_and_a_head(tmp_path):
+    """timm's own conversion of the same weights is the reference."""
+    full = timm.create_model(TINY)
+    for path in (tmp_path / "full.safetensors", tmp_path / "full.pth"):
+        save_file(full.state_dict(), path) if path.suffix == ".safetensors" else torch.save({"state_dict": full.state_dict()}, path)
+        backbone = create_backbone(TINY, "imagenet", str(path))
+        grey = torch.randn(1, 1, 32, 32)
+        features = full.eval().forward_features(grey.expand(1, 3, 32, 32))
+        assert torch.allclose(backbone.eval()(grey), features, atol=1e-4)
+    with pytest.raises(InputError, match="missing"):
+        create_backbone("mobilenetv3_small_050", "imagenet", str(tmp_path / "full.safetensors"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not tensors at all"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_unreadable_weights_are_input_errors(tmp_path, content, suffix):
+    path = tmp_path / f"w{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="weights"):
+        read_weights(path)
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    torch.save({"weight": nn.Linear(1, 1)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="not readable"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_non_finite_weights_are_not_written(tmp_path):
+    layer = nn.Linear(2, 2)
+    layer.bias.data[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="bias"):
+        save_weights(tmp_path / "w.safetensors", layer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_offline_imagenet_names_the_way_out(monkeypatch):
+    original = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no network")
+        return original(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(InputError, match="model.weights"):
+        create_backbone(TINY, "imagenet")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride):
+    torch.manual_seed(size)
+    plain = nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6).double()
+    fast = speed_up(copy.deepcopy(plain))
+    assert type(fast) is not type(plain)
+    x = torch.randn(3, 6, size, size).double().to(memory_format=torch.channels_last)
+    found = []
+    for layer in (plain, fast):
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        found.append((y, own.grad, layer.weight.grad, layer.bias.grad))
+    for expected, ours in zip(*found, strict=True):
+        assert torch.allclose(expected, ours, rtol=1e-12)
+
+
+def test_whole_network_has_the_librarys_gradients():
+    torch.manual_seed(0)
+    fast = create_backbone("mobilenetv3_small_050").double()
+    plain = timm.create_model("mobilenetv3_small_050", in_chans=1, num_classes=0, global_pool="").double()
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(4, 1, 32, 32).double()
+    gradients = []
+    for model in (plain, fast):
+        model.train()(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert len({type(layer) for layer in fast.modules() if isinstance(layer, nn.Conv2d)}) == 3
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(*gradients, strict=True))
