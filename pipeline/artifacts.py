@@ -79,7 +79,7 @@ class Stage:
         self.device_name: str = options.device
         self.rank = int(os.environ.get("RANK", 0))
         self.writer = self.rank == 0
-        self._started = time.perf_counter()
+        self.started = time.monotonic()
         self._state: dict[str, Any] = {}
 
     @property
@@ -112,7 +112,7 @@ class Stage:
 
     def upstream(self, name: str) -> Path:
         """Folder of an earlier stage; InputError naming the script that makes it when it is not finished."""
-        folder = self.out / name
+        folder = Path(getattr(self.options, "models", None) or self.out) / name
         if read_manifest(folder) is None:
             maker = MAKERS[name.split("/")[0] if not name.startswith("data/") else name]
             raise InputError(f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first")
@@ -146,7 +146,7 @@ class Stage:
         if not self.writer:
             return
         files = {name: {"bytes": (self.folder / name).stat().st_size, "digest": digest(self.folder / name)} for name in outputs}
-        seconds = round(time.perf_counter() - self._started, 2)
+        seconds = round(time.monotonic() - self.started, 2)
         manifest = {"schema": SCHEMA, "stage": self.name, **self._state, "outputs": files, "counts": counts,
                     "seconds": seconds, "versions": versions(), "git": git_commit(), "jobs": self.jobs}  # fmt: skip
         write_json(self.folder / "manifest.json", manifest)

@@ -1,5 +1,6 @@
 """From a config or a weights file to a classifier, and from slices to probabilities: what training and inference share."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .backbone import create_backbone, feature_shape, normalise
-from .checkpoint import load_weights
+from .checkpoint import load_weights, read_metadata
 from .classifier import CnnLstm, probabilities
-from .config import Config
+from .config import Config, TrainConfig
 from .engine import autocast
+from .runtime import InputError
 
 
 def build_model(config: Config, init: str = "scratch") -> CnnLstm:
@@ -20,11 +22,21 @@ def build_model(config: Config, init: str = "scratch") -> CnnLstm:
     return CnnLstm(backbone, channels, config.train)
 
 
-def load_classifier(path: Path, config: Config, device: torch.device) -> CnnLstm:
-    """The model of a `model.safetensors` written by `train_fold`, ready to predict."""
+def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, TrainConfig]:
+    """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to predict, with its training options.
+
+    Raises:
+        InputError: not a classifier of this project, or tensors that do not fit.
+    """
+    metadata = read_metadata(path)
+    try:
+        sections = {name: json.loads(metadata[name]) for name in ("model", "train")}
+        config = Config(name="stored", **sections)
+    except (KeyError, ValueError) as fault:
+        raise InputError("not a classifier of stage 05", str(path), "run stages/05_train_folds.py") from fault
     model = build_model(config)
-    load_weights(path, model)
-    return model.to(device, memory_format=torch.channels_last).eval()
+    load_weights(model, path)
+    return model.to(device, memory_format=torch.channels_last).eval(), config.train
 
 
 @torch.inference_mode()

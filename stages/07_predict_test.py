@@ -1,0 +1,45 @@
+"""Stage 07: predict the test patients straight from DICOM and write the submission; skipped where there are no test tables.
+
+Reads   test_series_meta.csv, sample_submission.csv and test_images/ of the data folder,
+        05_folds/fold<K>/model.safetensors and 06_oof/calibration.json below `--models` (default: <out>)
+Writes  <out>/07_submission/submission.csv, fallbacks.csv (who got the prior, and why), manifest.json
+"""
+
+import argparse
+
+from pipeline.artifacts import Stage, main
+from pipeline.runtime import log
+
+SECTIONS = ("convert", "volume", "score", "predict")
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """The flag that only this stage has."""
+    flags.add_argument("--models", help="folder that holds 05_folds and 06_oof, may be read-only (default: the output folder)")
+
+
+def run(stage: Stage) -> None:
+    """Predict unless the submission is up to date."""
+    from pipeline.tables import has_test, read_sample_submission, read_series
+
+    if not has_test(stage.data):
+        log(f"{stage.name}: skipped, {stage.data} has no test_series_meta.csv and sample_submission.csv")
+        return
+    from pipeline.sources import fingerprints, test_tasks
+
+    tasks = test_tasks(stage.data, read_series(stage.data, "test"))
+    inputs = stage.inputs("05_folds", "06_oof", files=[stage.data / "sample_submission.csv", stage.data / "test_series_meta.csv"])
+    if stage.current(inputs | {"series": fingerprints(tasks, stage.data)}, SECTIONS):
+        return
+    from pipeline.inference import load_ensemble, predict_test
+
+    ensemble = load_ensemble(stage)
+    path = stage.folder / "submission.csv"
+    sample = read_sample_submission(stage.data)
+    counts = predict_test(tasks, stage.data, sample, ensemble, stage.config, path, stage.jobs, stage.started)
+    stage.finish(counts, outputs=["submission.csv", "fallbacks.csv"])
+    log(f"submission: {path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, "07_submission", __doc__, run, add_flags))
