@@ -54,8 +54,8 @@ def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.nda
     return stored, float(image.dataobj.slope), float(image.dataobj.inter), affine
 
 
-def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Slice `k`, counted from the most superior: windowed uint8 (rows, cols), and its position, orientation and spacing as DICOM has them.
+def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, list[float], list[float], tuple[float, float]]:
+    """Slice `k`, counted from the most superior: windowed uint8 (rows, cols); position, orientation and spacing as DICOM has them.
 
     Raises:
         Unreadable: damaged data, or values that are not finite.
@@ -67,4 +67,4 @@ def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, dict[s
     steps = np.linalg.norm(affine[:3, :2], axis=0)
     orientation = (affine[:3, :2] / steps).T.ravel()
     position = affine[:3] @ [0.0, 0.0, float(k), 1.0]
-    return window(hu), {"position": position.tolist(), "orientation": orientation.tolist(), "spacing": (float(steps[1]), float(steps[0]))}
+    return window(hu), position.tolist(), orientation.tolist(), (float(steps[1]), float(steps[0]))

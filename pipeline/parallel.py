@@ -79,15 +79,6 @@ def _answers(pipe: Connection) -> Iterator[Any]:
         yield answer
 
 
-def _cause(status: int, limit_s: float) -> str:
-    """Why a child ended, from its wait status."""
-    if not os.WIFSIGNALED(status):
-        return "raised an exception"
-    if os.WTERMSIG(status) == signal.SIGALRM:
-        return f"hung for more than {limit_s:g} s"
-    return f"died of {signal.Signals(os.WTERMSIG(status)).name}"
-
-
 def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: float, deaths: list[str] | None = None) -> Iterator[Any]:
     """Yield work(item, careful) for each of `items` in order, from forked children that may crash, hang, be killed or raise.
 
@@ -109,13 +100,13 @@ def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: f
             pipe.close()
             status = os.waitpid(pid, 0)[1]
         if status and at < len(items):
-            cause = _cause(status, limit_s)
+            name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exception"
             if deaths is not None:
-                deaths.append(cause)
-            strikes = strikes + 1 if cause.startswith("died") else max(strikes + 1, CAREFUL)
-        if strikes >= LOST:
-            at, strikes = at + 1, 0
-            yield Failure(f"undecodable: the decoder {cause}")
+                deaths.append(name)
+            strikes = max(strikes + 1, CAREFUL) if name in ("SIGALRM", "an exception") else strikes + 1
+            if strikes >= LOST:
+                at, strikes = at + 1, 0
+                yield Failure(f"took longer than {limit_s:g} s" if name == "SIGALRM" else f"brought down by {name}: the worker process")
 
 
 def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, scheduler: str | None = None) -> Iterator[tuple[int, Any]]:
