@@ -4,52 +4,21 @@
     slices, quarantined = read_series(listing, config)
 
 Every picture is made in a contained child process (`parallel.contained`), so a file that crashes, hangs or fools a decoder costs
-that file only, and the rest of its series is what it would have been without it. Pixel libraries are imported when first needed.
+that file only, and the rest of its series is what it would have been without it.
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
-from .artifacts import digest
+from . import dicom, nifti, series
 from .config import ConvertConfig
 from .parallel import Failure, contained
-from .runtime import log
-
-NIFTI = (".nii", ".nii.gz")
-SIDECAR = "series.json"  # marks a finished series folder of stage 01
-VERSION = 1  # raised when the same file would become another picture or another row
-
-
-@dataclass(frozen=True)
-class SeriesTask:
-    """One series to convert: its ids in the index, and the folder of DICOM files or NIfTI file that it is."""
-
-    patient_id: str
-    series_id: str
-    source: str
-    path: str
-
-    @property
-    def name(self) -> str:
-        """Its folder below 01_slices."""
-        return f"{self.patient_id}/{self.series_id}"
-
-
-class Listing(NamedTuple):
-    """The files of one series in the order of their numbers, (path, reason) of those refused, and a fingerprint of all."""
-
-    files: list[str]
-    refused: list[tuple[str, str]]
-    bytes: int
-    fingerprint: str
+from .sources import NIFTI, Listing, instance_of
 
 
 class SliceImage(NamedTuple):
@@ -84,73 +53,8 @@ class Picture(NamedTuple):
     image: np.ndarray | None = None
 
 
-def plan(data: Path, listed: Any) -> list[SeriesTask]:
-    """The series of the table (`patient_id`, `series_id`), then what lies in `unlabelled/`; warns of folders that no row names."""
-    tasks = [SeriesTask(patient, series, "train", str(data / "train_images" / patient / series))
-             for patient, series in listed.select("patient_id", "series_id").iter_rows()]  # fmt: skip
-    strangers = sorted(set(series_folders(data / "train_images")) - {task.path for task in tasks})
-    if strangers:
-        log(f"warning: {len(strangers)} series folders are in no row of train_series_meta.csv and ignored, e.g. {strangers[0]}")
-    for path in series_folders(data / "unlabelled"):
-        patient, series = path.split(os.sep)[-2:]
-        tasks.append(SeriesTask(f"unlabelled-{patient}", series, "unlabelled", path))
-    for path in sorted(path for path in (data / "unlabelled").glob("*") if path.name.endswith(NIFTI)):
-        tasks.append(SeriesTask(f"unlabelled-{path.name.partition('.nii')[0]}", "nifti", "unlabelled", str(path)))
-    return tasks
-
-
-def series_folders(folder: Path) -> list[str]:
-    """Paths <folder>/<patient>/<series>, sorted."""
-    return sorted(str(path) for path in folder.glob("[!.]*/[!.]*") if path.is_dir())
-
-
-def fingerprints(tasks: Sequence[SeriesTask], data: Path) -> list[str]:
-    """Of every series' input files: names, sizes and times. Threads, because a shared file system answers slowly."""
-    with ThreadPoolExecutor(16) as threads:
-        return [listing.fingerprint for listing in threads.map(partial(list_files, data=data), [task.path for task in tasks])]
-
-
-def list_files(path: str | Path, data: str | Path) -> Listing:
-    """The `.dcm` files of a series folder, or one NIfTI file, from one scan of its folder.
-
-    A link that leads out of the image folder (the first folder below `data`, which itself may be a link) is refused.
-    """
-    path, found, refused = str(path), [], []
-    top = os.path.realpath(os.path.join(data, os.path.relpath(path, data).split(os.sep)[0]))
-    folder, single = os.path.split(path) if path.endswith(NIFTI) else (path, "")
-
-    def outside(link: str) -> bool:
-        return os.path.commonpath((os.path.realpath(link), top)) != top
-
-    try:
-        with os.scandir(folder) as entries:
-            for entry in [] if outside(folder) else entries:
-                if entry.name != single if single else not entry.name.lower().endswith(".dcm"):
-                    continue
-                if entry.is_symlink() and outside(entry.path):
-                    refused.append((entry.path, "link out of the data folder"))
-                elif not entry.is_file():
-                    refused.append((entry.path, "not a file"))
-                else:
-                    found.append((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns))
-        if not found and not refused:
-            refused.append((path, "link out of the data folder" if outside(folder) else "no DICOM files"))
-    except OSError as fault:
-        found, refused = [], [(path, f"no such folder: {type(fault).__name__}")]
-    found.sort(key=lambda item: (_number(item[0]) is None, _number(item[0]), item[0]))
-    files, size = [os.path.join(folder, name) for name, _, _ in found], sum(size for _, size, _ in found)
-    return Listing(files, sorted(refused), size, digest({"found": found, "refused": sorted(refused)}))
-
-
-def _number(name: str) -> int | None:
-    """Instance number that the name of a DICOM file says, None where it says none."""
-    return int(name[:-4]) if re.fullmatch(r"[0-9]{1,12}\.dcm", name, re.IGNORECASE) else None
-
-
 def _from_dicom(file: str, config: ConvertConfig, careful: bool) -> tuple[np.ndarray, Picture]:
     """The oriented picture of one DICOM file and what is known of it; Unreadable with the reason where there is none."""
-    from . import dicom, series
-
     try:
         with open(file, "rb", buffering=0) as handle:
             if os.fstat(handle.fileno()).st_size > 4 * config.max_pixels + dicom.SPARE_BYTES:
@@ -160,15 +64,13 @@ def _from_dicom(file: str, config: ConvertConfig, careful: bool) -> tuple[np.nda
         raise dicom.Unreadable(f"not readable: {type(fault).__name__}") from None
     stored, header, decoder = dicom.picture(data, config.max_pixels, careful)
     image = series.orient(stored, header.orientation, header.patient_position, config.flip_hfs)
-    number, spacing = _number(os.path.basename(file)), header.spacing or (None, None)
+    number, spacing = instance_of(os.path.basename(file)), header.spacing or (None, None)
     placement = (header.instance if number is None else number, header.position, header.orientation, header.patient_position)
     spacing = spacing[::-1] if series.is_transposed(header.orientation) else spacing
     return image, Picture(image.shape, spacing, (*placement, series.is_cut(image)), decoder, header.transfer_syntax)
 
 
 def _from_nifti(file: str, k: int, config: ConvertConfig) -> tuple[np.ndarray, Picture]:
-    from . import nifti, series
-
     image, position, orientation, spacing = nifti.nifti_slice(Path(file), k, config.max_pixels)
     return image, Picture(image.shape, spacing, (k + 1, position, orientation, "", series.is_cut(image)), "nibabel", "NIfTI")
 
@@ -179,10 +81,6 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
 
     The child hands picture k to `keep` (which writes it), or sends it back as `image` where there is no `keep`.
     """
-    import cv2
-
-    from . import dicom, nifti
-
     items = [(file, k) for k, file in enumerate(listing.files)]
     if listing.files and listing.files[0].endswith(NIFTI):
         try:
@@ -208,8 +106,6 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
 
 def arranged(found: Sequence[tuple[str, Picture]], config: ConvertConfig) -> list[SliceImage]:
     """The slices of one series, superior first. A slice without any number gets the next free one."""
-    from . import series
-
     following = 1 + max((picture.placement[0] or 0 for _, picture in found), default=0)
     placements = [series.Placement(*picture.placement) for _, picture in found]
     for k, placement in enumerate(placements):

@@ -18,9 +18,10 @@ import polars as pl
 
 from .artifacts import digest
 from .config import ConvertConfig, resolved
-from .convert import SIDECAR, VERSION, SeriesTask, SliceImage, arranged, list_files, pictures, series_folders
+from .convert import SliceImage, arranged, pictures
 from .parallel import Failure, spread
 from .runtime import atomic_folder, atomic_path, log, progress, remove_temporaries, timed, write_text
+from .sources import SIDECAR, VERSION, SeriesTask, list_files, series_folders
 
 try:
     from isal.isal_zlib import compress as _deflate_fast

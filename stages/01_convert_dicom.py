@@ -20,14 +20,14 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(stage: Stage) -> None:
     """Convert the series of the table and the unlabelled ones that are new or changed."""
-    from pipeline import convert, tables
+    from pipeline import sources, tables
 
     data = stage.data
-    tasks = convert.plan(data, tables.read_series(data, "train"))
-    prints = convert.fingerprints(tasks, data)
+    tasks = sources.plan(data, tables.read_series(data, "train"))
+    prints = sources.fingerprints(tasks, data)
     series = digest([[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)])
-    whole = all((stage.folder / task.name / convert.SIDECAR).is_file() for task in tasks)
-    if stage.current({"series": series, "version": convert.VERSION}, ["convert"]) and whole:
+    whole = all((stage.folder / task.name / sources.SIDECAR).is_file() for task in tasks)
+    if stage.current({"series": series, "version": sources.VERSION}, ["convert"]) and whole:
         return
     from pipeline import slice_store
 

@@ -30,8 +30,8 @@ from scipy import ndimage
 
 from pipeline import dicom, slice_store
 from pipeline.config import ConvertConfig
-from pipeline.convert import SeriesTask
 from pipeline.parallel import spread
+from pipeline.sources import SeriesTask
 
 SIZE, CONFIG = 512, ConvertConfig()
 
