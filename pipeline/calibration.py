@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .metric import EPSILON, HEALTHY, WEIGHTS, aggregate, any_injury, loss_terms, normalise
+from .metric import EPSILON, HEALTHY, WEIGHTS, aggregate, any_injury, loss_terms, normalise, value_frame
 from .runtime import InputError
 from .targets import COLUMNS, TARGET_NAMES, TARGETS, group_slices
 
@@ -77,7 +77,7 @@ class Calibration:
 
 def with_values(frame: pl.DataFrame, values: np.ndarray) -> pl.DataFrame:
     """The frame with its 13 columns replaced by `values` (N, 13)."""
-    return frame.with_columns(pl.DataFrame(values, schema=list(COLUMNS)))
+    return frame.with_columns(value_frame(values))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

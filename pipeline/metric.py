@@ -34,15 +34,20 @@ def any_injury(values: np.ndarray) -> np.ndarray:
     return (1.0 - values[:, HEALTHY]).max(axis=1)
 
 
+def value_frame(values: np.ndarray) -> pl.DataFrame:
+    """(N, 13) as a frame with the 13 columns. Rows are rows: polars takes 13 x 13 in Fortran order for its transpose unless told."""
+    return pl.DataFrame(values, schema=list(COLUMNS), orient="row")
+
+
 def aggregate(series: pl.DataFrame, how: str) -> pl.DataFrame:
     """The one way from series to patients: `mean` or `max` of the series' normalised probabilities, groups normalised again.
 
     Takes `patient_id` and the 13 columns, any rows; returns them with one row a patient, in order of first appearance.
     """
-    values = pl.DataFrame(normalise(series.select(COLUMNS).to_numpy()), schema=list(COLUMNS))
+    values = value_frame(normalise(series.select(COLUMNS).to_numpy()))
     column = pl.col(COLUMNS)
     grouped = values.with_columns(series[KEY]).group_by(KEY, maintain_order=True).agg(column.max() if how == "max" else column.mean())
-    return grouped.select(KEY).hstack(pl.DataFrame(normalise(grouped.select(COLUMNS).to_numpy()), schema=list(COLUMNS)))
+    return grouped.select(KEY).hstack(value_frame(normalise(grouped.select(COLUMNS).to_numpy())))
 
 
 def loss_terms(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

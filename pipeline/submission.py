@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from . import tables
-from .metric import normalise
+from .metric import normalise, value_frame
 from .runtime import InputError, atomic_path
 from .tables import KEY, ROW
 from .targets import COLUMNS, TARGETS
@@ -47,8 +47,7 @@ class SubmissionWriter:
 
     def table(self) -> pl.DataFrame:
         """The submission as a frame with the sample's columns, order and patients."""
-        frame = pl.DataFrame(self.values, schema=list(COLUMNS))
-        return frame.with_columns(pl.Series(KEY, list(self.rows), dtype=pl.String)).select(self.columns)
+        return value_frame(self.values).with_columns(pl.Series(KEY, list(self.rows), dtype=pl.String)).select(self.columns)
 
     def write(self, path: Path) -> None:
         """Write the CSV atomically: a reader finds the last file or this one, whole."""

@@ -24,7 +24,7 @@ def one_hot(patients: int, seed: int = 0, injured: float = 0.3) -> np.ndarray:
 def label_frame(labels: np.ndarray) -> pl.DataFrame:
     """The labels as `read_labels` gives them, ids 10000 on."""
     ids = [str(10000 + i) for i in range(len(labels))]
-    return pl.DataFrame({"patient_id": ids}).hstack(pl.DataFrame(labels.astype(np.int8), schema=list(COLUMNS)))
+    return pl.DataFrame({"patient_id": ids}).hstack(pl.DataFrame(labels.astype(np.int8), schema=list(COLUMNS), orient="row"))
 
 
 def predicted(labels: np.ndarray, signal: float, seed: int = 0, sharpness: float = 1.0) -> np.ndarray:
@@ -35,7 +35,7 @@ def predicted(labels: np.ndarray, signal: float, seed: int = 0, sharpness: float
 
 def series_frame(labels: pl.DataFrame, probabilities: np.ndarray, per_patient: int = 1) -> pl.DataFrame:
     """`per_patient` equal series for every patient, with the patient's probabilities."""
-    one = labels.select("patient_id").hstack(pl.DataFrame(probabilities, schema=list(COLUMNS)))
+    one = labels.select("patient_id").hstack(pl.DataFrame(probabilities, schema=list(COLUMNS), orient="row"))
     parts = [one.with_columns(pl.format("{}{}", pl.col("patient_id"), pl.lit(k)).alias("series_id")) for k in range(per_patient)]
     return pl.concat(parts).select("patient_id", "series_id", *COLUMNS)
 

@@ -97,7 +97,7 @@ def test_errors_name_row_and_column(change, message):
 def test_command_prints_the_table_and_refuses_in_one_line(tmp_path):
     labels = one_hot(12)
     label_frame(labels).write_csv(tmp_path / "train.csv")
-    guess = label_frame(labels).with_columns(pl.DataFrame(predicted(labels, 1.0), schema=list(COLUMNS)))
+    guess = label_frame(labels).with_columns(pl.DataFrame(predicted(labels, 1.0), schema=list(COLUMNS), orient="row"))
     guess.sample(fraction=1, shuffle=True, seed=1).write_csv(tmp_path / "guess.csv")
     command = [sys.executable, "-m", "pipeline.metric", "train.csv", "guess.csv"]
 
@@ -148,6 +148,11 @@ def test_aggregation_normalises_series_then_patients(how, expected):
     assert found.select(COLUMNS).to_numpy()[:, 4:].sum(axis=1) == pytest.approx([3, 3])
     assert found["bowel_injury"][0] == pytest.approx(expected)
     assert found["bowel_healthy"][1] == pytest.approx(0.75)
+
+
+def test_thirteen_rows_of_thirteen_columns_are_not_transposed():
+    table = frame((one_hot(13) + 0.5).tolist())
+    assert aggregate(table, "mean").select(COLUMNS).to_numpy() == pytest.approx(metric.normalise(table.select(COLUMNS).to_numpy()))
 
 
 def test_extra_metrics_equal_scikit_learn_with_ties():
