@@ -66,7 +66,8 @@ class Ensemble:
 
 def load_ensemble(stage: Stage) -> Ensemble:
     """All fold models of stage 05 and the calibration of stage 06."""
-    torch.set_num_threads(stage.jobs)
+    if stage.options.jobs:
+        torch.set_num_threads(stage.jobs)
     device = pick_device(stage.device_name)
     folds = sorted(stage.upstream("05_folds").glob("fold*/model.safetensors"))
     loaded = [load_classifier(path, device) for path in folds]

@@ -257,7 +257,8 @@ def train_fold(config: Config, data: FoldData, folder: Path, device: torch.devic
 def run_fold(part: Stage, fold: int) -> dict[str, Any]:
     """Gather fold `fold`'s data from the stage folders and train it in the folder of `part`."""
     config = part.config
-    torch.set_num_threads(part.jobs)
+    if part.options.jobs:
+        torch.set_num_threads(part.jobs)
     folds = dict(pl.read_csv(part.upstream("03_folds") / "folds.csv", schema_overrides={"patient_id": pl.String}).iter_rows())
     if fold not in folds.values():
         raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {sorted(set(folds.values()))}")
