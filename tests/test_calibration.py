@@ -103,12 +103,12 @@ def test_few_cases_and_certain_outputs_leave_the_parameters_finite():
 
 def test_calibrated_outputs_are_left_nearly_alone():
     """The ridge: exact posteriors of the weighted classes can only lose by a change, and from few cases they lose little."""
-    labels = one_hot(4000, seed=1)
+    labels = one_hot(4000, seed=0)
     exact = normalise(predicted(labels, 1.0) * WEIGHTS)
     few, rest = slice(0, 24), slice(24, None)
     found = fit({"a": series_frame(label_frame(labels[few]), exact[few])}, label_frame(labels[few]), "mean")
     after = score_arrays(labels[rest], found.apply(exact[rest]))["score"]
-    assert after < score_arrays(labels[rest], exact[rest])["score"] + 0.2
+    assert after < score_arrays(labels[rest], exact[rest])["score"] + 0.15
 
 
 @pytest.mark.parametrize("how", ["mean", "max"])

@@ -59,10 +59,12 @@ def test_seed_decides_and_row_order_does_not():
 
 def test_derived_seeds_are_tried_until_the_balance_is_right(monkeypatch):
     labels = label_frame(one_hot(40))
-    wrong, right = np.arange(40) // 20, np.arange(40) % 2
-    monkeypatch.setattr(folds, "_splits", lambda *_: iter([wrong, right, wrong]))
-    monkeypatch.setattr(folds, "imbalance", lambda found, *_: 3.0 if found is wrong else 0.5)
-    assert folds.make_folds(labels, series_of(labels), 2, 0)["fold"].to_list() == right.tolist()
+    for excesses, chosen in (([3.0, 0.9, 0.1], 1), ([3.0, 1.5, 2.0], 1), ([0.0], 0)):
+        draws = [np.roll(np.arange(40) // 20, shift) for shift in range(len(excesses))]
+        monkeypatch.setattr(folds, "_splits", lambda *_, draws=draws: iter(draws))
+        excess = {draw.tobytes(): value for draw, value in zip(draws, excesses, strict=True)}
+        monkeypatch.setattr(folds, "imbalance", lambda found, *_, excess=excess: excess[found.tobytes()])
+        assert folds.make_folds(labels, series_of(labels), 2, 0)["fold"].to_list() == draws[chosen].tolist()
 
 
 def test_imbalance_by_hand():

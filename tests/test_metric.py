@@ -94,6 +94,14 @@ def test_errors_name_row_and_column(change, message):
         score(solution, change(solution.with_columns(pl.col(COLUMNS).cast(pl.Float64))))
 
 
+def test_wrong_solutions_are_refused_too():
+    solution = frame([HEALTHY_ROW] * 3)
+    with pytest.raises(InputError, match="patient '0' is there twice, solution row 5 column patient_id"):
+        score(pl.concat([solution, solution[:1]]), solution)
+    with pytest.raises(InputError, match="two classes of bowel are set, solution row 2 column bowel_healthy"):
+        score(solution.with_columns(bowel_injury=1), solution)
+
+
 def test_command_prints_the_table_and_refuses_in_one_line(tmp_path):
     labels = one_hot(12)
     label_frame(labels).write_csv(tmp_path / "train.csv")
