@@ -1,0 +1,16 @@
+"""One run of the whole path on the smoke preset, shared by all tests that need its artifacts."""
+
+from pathlib import Path
+
+import pytest
+from helpers_stages import run_all
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a finished run of the smoke preset; tests only read it."""
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    done = run_all(out)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (out.parent / "stdout.txt").write_text(done.stdout)
+    return out

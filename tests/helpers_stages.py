@@ -1,0 +1,27 @@
+"""Calling the product as a user does: run_all.sh and single stage scripts, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = sorted((ROOT / "stages").glob("0*.py"))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a user's shell, with this interpreter named and the project importable without installation."""
+    return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **more}
+
+
+def run_all(out: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """`./run_all.sh` as a user calls it."""
+    command = [str(ROOT / "run_all.sh"), "--config", "smoke", "--out", str(out), "--jobs", "2", *arguments]
+    return subprocess.run(command, cwd=cwd or out.parent, env=environment(), capture_output=True, text=True, timeout=900)
+
+
+def run_stage(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """One stage script by its number or name."""
+    script = next(path for path in STAGES if path.name.startswith(name))
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
