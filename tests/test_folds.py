@@ -12,7 +12,7 @@ import pytest
 from pipeline import folds, tables
 from pipeline.runtime import InputError
 from pipeline.targets import COLUMNS
-from tests.helpers_scores import label_frame, one_hot
+from helpers_scores import label_frame, one_hot
 
 ROOT = Path(__file__).resolve().parents[1]
 

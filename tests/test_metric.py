@@ -18,7 +18,7 @@ from pipeline.metric import aggregate, floors, score, score_arrays
 from pipeline.runtime import InputError
 from pipeline.tables import read_labels
 from pipeline.targets import COLUMNS, SCORE_KEYS
-from tests.helpers_scores import label_frame, naive_score, one_hot, predicted
+from helpers_scores import label_frame, naive_score, one_hot, predicted
 
 ROOT = Path(__file__).resolve().parents[1]
 HEALTHY_ROW = [1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]

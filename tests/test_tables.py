@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline import tables
 from pipeline.runtime import InputError
 from pipeline.targets import COLUMNS, TARGETS
-from tests.helpers_scores import HEADER, label_frame, one_hot, predicted, series_frame
+from helpers_scores import HEADER, label_frame, one_hot, predicted, series_frame
 
 HEALTHY = "1,0,1,0,1,0,0,1,0,0,1,0,0,0"
 INJURED = "1,0,0,1,0,1,0,1,0,0,0,0,1,1"
