@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from . import dicom, nifti, series
@@ -90,7 +89,6 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
             return
 
     def work(item: tuple[str, int], careful: bool) -> Picture | Failure:
-        cv2.setNumThreads(1)
         file, k = item
         try:
             image, found = _from_nifti(file, k, config) if file.endswith(NIFTI) else _from_dicom(file, config, careful)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -53,6 +54,8 @@ def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool
 
 def _fork(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float) -> tuple[int, Connection]:
     """Start a child over `items`: its process id and the pipe that its answers come through."""
+    if cv2 := sys.modules.get("cv2"):
+        cv2.setNumThreads(1)  # its pool of threads does not outlive a fork, but a call that waits for them would
     reader, writer = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:

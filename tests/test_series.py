@@ -1,0 +1,193 @@
+"""Order, orientation and flags; NIfTI against DICOM."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from helpers_dicom import dataset, to_bytes
+
+from pipeline import nifti
+from pipeline.config import ConvertConfig
+from pipeline.convert import read_series
+from pipeline.dicom import Unreadable
+from pipeline.series import Placement, arrange, is_cut, is_transposed, orient
+from pipeline.sources import list_files
+
+AXIAL = [1, 0, 0, 0, 1, 0]
+
+
+def at(instance, z, orientation=AXIAL, **more):
+    return Placement(instance, None if z is None else [0.0, 0.0, z], orientation, **more)
+
+
+def orders(slices, **more):
+    return [place.order for place in arrange(slices, **more)]
+
+
+def test_superior_first_whatever_the_numbers_say():
+    assert orders([at(1, -5.0), at(2, 0.0), at(3, 5.0)]) == [2, 1, 0]
+    assert orders([at(1, 5.0), at(2, 0.0), at(3, -5.0)]) == [0, 1, 2]
+    assert [place.z_mm for place in arrange([at(1, -5.0), at(2, 7.5)])] == [-5.0, 7.5]
+
+
+@pytest.mark.parametrize("orientation", [AXIAL, [-1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0], [-1, 0, 0, 0, -1, 0], [0, 1, 0, 1, 0, 0], None])
+def test_flipped_directions_do_not_turn_the_order(orientation):
+    assert orders([at(k, -3.0 * k, orientation) for k in range(5)]) == [0, 1, 2, 3, 4]
+
+
+def test_a_tilted_gantry_is_ordered_along_its_normal():
+    tilt = np.deg2rad(20)
+    column = [0, np.cos(tilt), np.sin(tilt)]
+    normal = np.cross([1, 0, 0], column)
+    slices = [Placement(k, (normal * -2.5 * k + [0, 30.0 * k, 0] * (np.array([1, 0, 0]))).tolist(), [1, 0, 0, *column]) for k in range(6)]
+    places = arrange(slices)
+    assert [place.order for place in places] == [0, 1, 2, 3, 4, 5]
+    assert np.allclose(np.diff([place.z_mm for place in places]), -2.5, atol=0.01)
+    assert {place.flags for place in places} == {""}
+
+
+def test_no_positions_fall_back_to_numbers_and_single_gaps_are_filled():
+    assert arrange([at(10, None), at(9, None)]) == [(1, None, ""), (0, None, "")]
+    places = arrange([at(1, 30.0), at(2, None), at(3, 10.0), at(4, 0.0)])
+    assert [place.order for place in places] == [0, 1, 2, 3]
+    assert places[1].z_mm == 20.0
+    assert arrange([]) == []
+
+
+def test_duplicates_are_kept_behind_the_first_and_flagged():
+    places = arrange([at(1, 0.0), at(3, -3.0), at(2, -3.0), at(4, -6.0)])
+    assert [place.order for place in places] == [0, 2, 1, 3]
+    assert [place.flags for place in places] == ["", "duplicate", "", ""]
+
+
+def test_a_scout_view_is_flagged_and_makes_no_slice_a_duplicate():
+    places = arrange([at(1, 0.0, [0, 1, 0, 0, 0, -1]), at(2, 0.0), at(3, -3.0), at(4, -6.0)])
+    assert [place.flags for place in places] == ["tilted", "", "", ""]
+
+
+def test_patient_position_only_counts_when_asked_for():
+    feet = [at(1, 5.0, patient_position="FFS"), at(2, 0.0, patient_position="FFS")]
+    assert orders(feet) == [0, 1]
+    assert orders(feet, flip_hfs=True) == [1, 0]
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for position, turned in (("HFS", image), ("FFS", image[:, ::-1]), ("HFP", image[::-1, ::-1]), ("FFP", image[::-1])):
+        assert np.array_equal(orient(image, AXIAL, position), image)
+        assert np.array_equal(orient(image, AXIAL, position, flip_hfs=True), turned)
+
+
+def test_every_orientation_shows_the_same_patient():
+    """Draw a patient in millimetres, sample it along 8 orientations, and get one picture back."""
+    world = np.random.default_rng(0).integers(0, 255, (6, 6), np.uint8)  # [y to the back, x to the left]
+    for row in ([1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]):
+        for column in ([0, 1, 0], [0, -1, 0], [1, 0, 0], [-1, 0, 0]):
+            if row[0] * column[0] + row[1] * column[1]:
+                continue
+            centre = np.array([2.5, 2.5, 0])
+            image = np.empty((6, 6), np.uint8)
+            for r in range(6):
+                for c in range(6):
+                    x, y, _ = centre + np.array(row) * (c - 2.5) + np.array(column) * (r - 2.5)
+                    image[r, c] = world[int(y), int(x)]
+            assert np.array_equal(orient(image, [*row, *column]), world)
+            assert is_transposed([*row, *column]) == (row[0] == 0)
+
+
+def body(rows=96, cols=96, power=2.0, a=0.42, b=0.33):
+    y, x = np.mgrid[:rows, :cols]
+    inside = abs((x - cols / 2) / (a * cols)) ** power + abs((y - rows / 2) / (b * rows)) ** power < 1
+    return np.where(inside, 120, 0).astype(np.uint8)
+
+
+@pytest.mark.parametrize("power", [2.0, 2.5, 3.0])
+@pytest.mark.parametrize("size", [64, 96, 512])
+def test_a_body_outline_is_no_cut(power, size):
+    assert not is_cut(body(size, size, power))
+    assert not is_cut(body(size, size, power, a=0.6))
+    assert not is_cut(np.zeros((size, size), np.uint8))
+
+
+@pytest.mark.parametrize("size", [96, 512])
+def test_black_columns_through_the_body_are_a_cut(size):
+    for columns in (slice(int(0.55 * size), None), slice(None, int(0.4 * size)), slice(size // 2, size // 2 + size // 16)):
+        image = body(size, size)
+        image[:, columns] = 0
+        assert is_cut(image)
+
+
+def test_cuts_in_most_slices_are_the_field_of_view():
+    few = arrange([at(k, -k, cut=k == 3) for k in range(6)])
+    assert [place.flags for place in few] == ["", "", "", "partial", "", ""]
+    assert {place.flags for place in arrange([at(k, -k, cut=k != 3) for k in range(6)])} == {""}
+
+
+def volume(rng):
+    """HU of a (slice, row, column) volume: superior first, anterior at top, patient's right at left."""
+    return rng.integers(-300, 400, (5, 20, 24)).astype(np.int16)
+
+
+def write_dicom_series(folder, hu, flip):
+    folder.mkdir(parents=True)
+    for k, plane in enumerate(hu):
+        x = -1 if flip else 1
+        words = (plane[:, ::x].astype(np.int64) + 1024).astype("<u2")
+        corner = [(-8.0 + 0.8 * 23) if flip else -8.0, 4.0, 50.0 - 2.5 * k]
+        ds = dataset(words, InstanceNumber=k + 1, ImagePositionPatient=corner, ImageOrientationPatient=[x, 0, 0, 0, 1, 0],
+                     PixelSpacing=[0.7, 0.8])  # fmt: skip
+        (folder / f"{k + 1}.dcm").write_bytes(to_bytes(ds))
+
+
+def write_nifti(path, hu, axes, slope=1.0, inter=0.0, kind=np.int16):
+    """The same volume stored with other axes: `axes` as nibabel's codes, e.g. RAS."""
+    affine = np.diag([-0.8, -0.7, -2.5, 1.0])
+    affine[:3, 3] = [8.0, -4.0, 50.0]  # array axes: to the left, to the back, down; world: right, front, up
+    stored = ((hu.transpose(2, 1, 0) - inter) / slope).astype(kind)
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPI"), nib.orientations.axcodes2ornt(axes))
+    image = nib.Nifti1Image(
+        nib.orientations.apply_orientation(stored, turn), affine @ nib.orientations.inv_ornt_aff(turn, stored.shape), dtype=kind
+    )
+    image.header.set_slope_inter(slope, inter)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI", "SRA", "PIR"])
+def test_nifti_gives_what_dicom_gives(axes, tmp_path):
+    hu = volume(np.random.default_rng(1))
+    write_dicom_series(tmp_path / "unlabelled" / "a" / "1", hu, flip=axes[0] == "R")
+    write_nifti(tmp_path / "unlabelled" / "b.nii.gz", hu, axes)
+    dicom, bad = read_series(list_files(tmp_path / "unlabelled" / "a" / "1", tmp_path), ConvertConfig())
+    other, worse = read_series(list_files(tmp_path / "unlabelled" / "b.nii.gz", tmp_path), ConvertConfig())
+    assert bad == worse == []
+    assert len(dicom) == len(other) == len(hu)
+    for mine, its, plane in zip(dicom, other, hu, strict=True):
+        expected = np.clip(np.rint((plane.astype(np.float64) + 150) * 255 / 400), 0, 255)
+        assert np.array_equal(mine.image, expected)
+        assert np.array_equal(its.image, expected)
+        assert (mine.order, mine.z_mm, mine.flags, mine.rows, mine.cols) == (its.order, its.z_mm, its.flags, its.rows, its.cols)
+        assert np.allclose([mine.spacing_y_mm, mine.spacing_x_mm], [its.spacing_y_mm, its.spacing_x_mm])
+
+
+def test_nifti_scale_factors_and_floats(tmp_path):
+    hu = volume(np.random.default_rng(2))
+    write_nifti(tmp_path / "s.nii", hu, "RAS", slope=0.5, inter=-1024.0)
+    write_nifti(tmp_path / "f.nii.gz", hu, "LPS", kind=np.float32)
+    for name in ("s.nii", "f.nii.gz"):
+        image, *_ = nifti.nifti_slice(tmp_path / name, 2, 1 << 20)
+        assert np.array_equal(image, np.clip(np.rint((hu[2].astype(float) + 150) * 255 / 400), 0, 255))
+
+
+def test_bad_nifti_is_refused_with_the_reason(tmp_path):
+    hu = volume(np.random.default_rng(3))
+    write_nifti(tmp_path / "good.nii.gz", hu, "RAS")
+    raw = gzip.decompress((tmp_path / "good.nii.gz").read_bytes())
+    (tmp_path / "cut.nii").write_bytes(raw[:-100])
+    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "good.nii.gz").read_bytes()[:-200])
+    (tmp_path / "junk.nii").write_bytes(b"x" * 1000)
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.int16), np.eye(4)), tmp_path / "four.nii")
+    nib.save(nib.Nifti1Image(np.full((4, 4, 4), np.nan, np.float32), np.eye(4)), tmp_path / "nan.nii")
+    nib.save(nib.Nifti1Image(np.zeros((400, 400, 1), np.int16), np.eye(4)), tmp_path / "large.nii")
+    for name, reason in (("cut.nii", "not readable"), ("cut.nii.gz", "not readable"), ("junk.nii", "not readable"), ("four.nii", "scalar"),
+                         ("nan.nii", "finite"), ("large.nii", "too large")):  # fmt: skip
+        with pytest.raises(Unreadable, match=reason):
+            nifti.nifti_slice(tmp_path / name, 0, 1 << 16)
