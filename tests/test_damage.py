@@ -1,0 +1,222 @@
+"""Whatever the files are, the run ends and good slices are what they would be without the bad ones."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import polars as pl
+import pytest
+from helpers_dicom import dataset, pattern, to_bytes, write_series
+
+from pipeline import convert, dicom
+from pipeline.config import ConvertConfig
+from pipeline.convert import read_series
+from pipeline.parallel import Failure, contained, spread
+from pipeline.slice_store import convert_all
+from pipeline.sources import SeriesTask, fingerprints, list_files
+
+DAMAGED, GOOD, SERIES = 1050, 15, 7
+
+
+def damage(data: bytes, rng: np.random.Generator) -> bytes:
+    """One random damage: flipped bytes in the pixels or the header, a cut, a deleted run, a repeated run, zeros."""
+    data, kind = bytearray(data), rng.integers(6)
+    pixels = data.rindex(b"\xe0\x7f\x10\x00")
+    at, length = int(rng.integers(pixels, len(data))), int(rng.integers(1, 200))
+    if kind == 0:
+        for _ in range(rng.integers(1, 20)):
+            data[rng.integers(pixels, len(data))] = rng.integers(256)
+    elif kind == 1:
+        for _ in range(rng.integers(1, 6)):
+            data[rng.integers(128, pixels + 12)] = rng.integers(256)
+    elif kind == 2:
+        del data[int(rng.integers(0, len(data))) :]
+    elif kind == 3:
+        del data[at : at + length]
+    elif kind == 4:
+        data[at:at] = data[at : at + length]
+    else:
+        data[at : at + length] = bytes(len(data[at : at + length]))
+    return bytes(data)
+
+
+def make(data: Path, damaged: int) -> list[SeriesTask]:
+    """Series of good slices (RLE, JPEG 2000, JPEG-LS, JPEG lossless), `damaged` broken ones spread among them."""
+    rng, tasks = np.random.default_rng(11), []
+    kinds = ("rle", "j2k", "rle", "j2k", "rle", "jpegls", "jpeg")
+    for number, kind in enumerate(kinds):
+        folder = data / "train_images" / "1" / str(number)
+        source = "rle" if kind in ("jpegls", "jpeg") else kind
+        write_series(folder, GOOD, source, seed=number)
+        files = [path.read_bytes() for path in sorted(folder.glob("*.dcm"))]
+        if source != kind:
+            files = [to_bytes(dataset(pattern(bits), bits, signed, kind)) for bits in (12, 16) for signed in (False, True)]
+        for k in range(damaged // len(kinds)):
+            (folder / f"{100 + k}.dcm").write_bytes(damage(files[k % len(files)], rng))
+        tasks.append(SeriesTask("1", str(number), "train", str(folder)))
+    return tasks
+
+
+def test_a_thousand_damaged_files_among_good_ones(tmp_path, capsys):
+    results = {}
+    for name, damaged in (("clean", 0), ("mixed", DAMAGED)):
+        data, out = tmp_path / name, tmp_path / f"out-{name}"
+        tasks = make(data, damaged)
+        start = time.perf_counter()
+        counts = convert_all(tasks, fingerprints(tasks, data), data, out, ConvertConfig(timeout_s=5), jobs=2)
+        results[name] = (data, out, counts, pl.read_parquet(out / "index.parquet"), time.perf_counter() - start)
+    data, out, counts, index, seconds = results["mixed"]
+    _, clean, _, expected, _ = results["clean"]
+    good = index.filter(pl.col("instance_number") < 100)
+    facts = [name for name in expected.columns if name not in ("order", "flags", "z_mm")]  # a damaged file may carry a good position
+    assert good.select(facts).sort("png").equals(expected.select(facts).sort("png"))
+    assert len(good) == SERIES * GOOD
+    for png in expected["png"]:
+        assert (out / png).read_bytes() == (clean / png).read_bytes()
+    rows = list(csv.reader((out / "quarantine.csv").open()))[1:]
+    listed = Counter(path for path, _ in rows)
+    assert set(listed.values()) == {1}
+    shown = {f"train_images/{png.removesuffix('.png')}.dcm" for png in index["png"]}
+    assert shown | set(listed) == {str(path.relative_to(data)) for path in data.rglob("*.dcm")}
+    assert not shown & set(listed)
+    assert len(rows) > DAMAGED / 3
+    assert not list(out.rglob("*.part"))
+    with capsys.disabled():
+        print(f"\n{DAMAGED} damaged files: {len(rows)} quarantined, worker deaths {counts['worker_deaths']}, {seconds:.1f} s")
+
+
+def small_series(tmp_path: Path, count: int = 5, syntax: str = "j2k") -> Path:
+    folder = tmp_path / "train_images" / "1" / "2"
+    write_series(folder, count, syntax)
+    return folder
+
+
+def crash(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def hang(_: int) -> None:
+    time.sleep(60)
+
+
+def fail(_: int) -> None:
+    raise RuntimeError("the decoder says no")
+
+
+@pytest.mark.parametrize(("deed", "what", "deaths"), [
+    (crash, signal.SIGSEGV, ["SIGSEGV", "SIGSEGV"]),
+    (crash, signal.SIGABRT, ["SIGABRT", "SIGABRT"]),
+    (hang, 0, ["SIGALRM"]),
+    (fail, 0, ["an exception"]),
+])  # fmt: skip
+def test_a_file_that_brings_dicomsdl_down_is_decoded_by_pydicom(deed, what, deaths, tmp_path, monkeypatch):
+    folder = small_series(tmp_path)
+    expected, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
+    real, evil = dicom.dicomsdl.open_memory, (folder / "3.dcm").read_bytes()
+
+    def open_memory(data, copy):
+        if data == evil:
+            deed(what)
+        return real(data, copy)
+
+    monkeypatch.setattr(dicom.dicomsdl, "open_memory", open_memory)
+    found: list[str] = []
+    listing = list_files(folder, tmp_path)
+    pictures = [picture for _, picture in convert.pictures(listing, ConvertConfig(timeout_s=1), deaths=found)]
+    assert found == deaths
+    assert [picture.decoder for picture in pictures] == ["dicomsdl", "dicomsdl", "pydicom", "dicomsdl", "dicomsdl"]
+    for picture, item in zip(pictures, expected, strict=True):
+        assert np.array_equal(picture.image, item.image)
+
+
+@pytest.mark.parametrize(("deed", "reason"), [(crash, "brought down by SIGSEGV"), (hang, "took longer than 1 s")])
+def test_a_file_that_brings_every_decoder_down_is_quarantined_with_the_reason(deed, reason, tmp_path, monkeypatch):
+    folder = small_series(tmp_path)
+    evil = (folder / "3.dcm").read_bytes()
+    real = dicom.picture
+    monkeypatch.setattr(dicom, "picture", lambda data, *more: deed(signal.SIGSEGV) if data == evil else real(data, *more))
+    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(timeout_s=1))
+    assert [item.instance_number for item in slices] == [1, 2, 4, 5]
+    assert [path for path, _ in quarantined] == [str(folder / "3.dcm")]
+    assert quarantined[0][1].startswith(reason)
+
+
+def test_a_child_that_is_killed_from_outside_changes_nothing(tmp_path, monkeypatch):
+    folder = small_series(tmp_path)
+    expected, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
+    mark, real = tmp_path / "killed", dicom.picture
+
+    def killed_once(*arguments):
+        if not mark.exists():
+            mark.touch()
+            crash(signal.SIGKILL)
+        return real(*arguments)
+
+    monkeypatch.setattr(dicom, "picture", killed_once)
+    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig())
+    assert quarantined == []
+    assert [item[:-1] for item in slices] == [item[:-1] for item in expected]
+
+
+def test_open_cv_threads_in_the_parent_do_not_hang_the_child(tmp_path):
+    folder = small_series(tmp_path, syntax="rle")
+    cv2.setNumThreads(4)
+    cv2.GaussianBlur(np.zeros((2000, 2000), np.uint8), (9, 9), 3)
+    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(timeout_s=3))
+    assert (len(slices), quarantined) == (5, [])
+
+
+def test_errors_of_the_disk_are_no_damage():
+    def full(item, careful):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        list(contained(full, [1, 2], 5))
+
+
+def test_leaving_early_ends_the_child():
+    answers = contained(lambda item, careful: os.getpid(), range(1000), 5)
+    child = next(answers)
+    answers.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_an_orphaned_child_does_not_live_on(tmp_path):
+    code = (
+        "import os, sys, time\nfrom pipeline.parallel import contained\n"
+        "def work(item, careful):\n    if item: time.sleep(60)\n    return os.getpid()\n"
+        "for child in contained(work, [0, 1], 1.0):\n    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    child = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+
+
+def square_or_die(task: tuple[str, int]) -> int:
+    """A task that kills its process: once, where `task` names a file that is not there yet, or always."""
+    mark, number = task
+    if mark == "always" or (mark and not Path(mark).exists()):
+        if mark != "always":
+            Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path, capsys):
+    tasks = [(str(tmp_path / "once") if k == 3 else "always" if k == 5 else "", k) for k in range(8)]
+    answers = dict(spread(square_or_die, tasks, jobs=2))
+    assert {k: answer for k, answer in answers.items() if k != 5} == {k: k * k for k in range(8) if k != 5}
+    assert isinstance(answers[5], Failure)
+    assert "killed" in answers[5].reason
+    assert "done again" in capsys.readouterr().err
