@@ -17,11 +17,11 @@ from .phantom_injuries import BLOOD, FLUID, Injuries
 # Mean HU by contrast phase: rounded textbook values.
 TISSUES = ("aorta", "ivc", "portal", "liver", "spleen", "cortex", "medulla", "wall", "urine")
 PHASES = {
-    "arterial": (330, 100, 130, 78, 128, 190, 80, 95, 10),
+    "arterial": (230, 100, 130, 78, 128, 190, 80, 95, 10),
     "portal": (175, 160, 185, 112, 124, 185, 155, 85, 15),
-    "delayed": (118, 115, 118, 95, 98, 125, 130, 70, 380),
+    "delayed": (118, 115, 118, 95, 98, 125, 130, 70, 240),
 }
-FAT, MUSCLE, CORTICAL, MARROW, GAS, LUNG = -100.0, 58.0, 480.0, 190.0, -930.0, -860.0
+FAT, MUSCLE, CORTICAL, MARROW, GAS, LUNG = -100.0, 58.0, 480.0, 150.0, -930.0, -860.0
 SIDES = (-1, 1)
 
 
@@ -52,10 +52,10 @@ def _draw_scan(config: PhantomConfig, labels: dict[str, int], key: tuple[int, ..
     cavity = draw_trunk(c)
     injuries.before_organs(cavity)
     draw_bowel(c, hu, cavity, injuries.thick_loops)
-    draw_organs(c, hu, cavity, injuries)
+    abdomen = draw_organs(c, hu, cavity, injuries)
     draw_vessels(c, hu)
     draw_spine(c)
-    shown = injuries.after_organs(cavity)
+    shown = injuries.after_organs(abdomen)
     draw_surroundings(c)
     draw_noise(c, config.noise_hu, take)
     spacing = (float(c.tz[1] - c.tz[0]) * c.length, c.mm, c.mm)
@@ -121,8 +121,11 @@ def _loop(c: Canvas, shape: Region, cavity: Array, wall: float, content: float |
         c.paint(shape.box, inner * soft((middle - y) * c.px - gas * shape.px), GAS)
 
 
-def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
-    """Heart, pancreas, liver, gallbladder, spleen, kidneys, cysts, then the lung bases around the domes; fills `c.organs`."""
+def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> Array:
+    """Heart, pancreas, liver, gallbladder, spleen, kidneys, cysts, then the lung bases around the domes; fills `c.organs`.
+
+    Returns the coverage of the cavity below the diaphragm.
+    """
     rng = c.rng
     heart = c.put(0.5 * hu["aorta"] + 40, (0.1, -0.32, -0.08), (0.42, 0.34, 0.16), within=cavity)
     c.put(0.8 * hu["liver"] + 15, (0.1, rng.uniform(-0.06, 0.02), 0.4), (0.34, 0.085, 0.07), tilt=-0.35, wobble=0.25, texture=25)
@@ -142,7 +145,7 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
     for side, name in zip(SIDES, ("right kidney", "left kidney"), strict=True):
         u, v, t = side * rng.uniform(0.35, 0.4), rng.uniform(0.34, 0.39), 0.55 - 0.04 * side + rng.uniform(-0.03, 0.03)
         radii = (rng.uniform(0.16, 0.19), rng.uniform(0.22, 0.27), rng.uniform(0.19, 0.22))
-        kidney = c.blob((u, v, t), radii, tilt=side * 0.5, wobble=0.03, grow=1.6)
+        kidney = c.blob((u, v, t), radii, tilt=side * 0.5, wobble=0.03, grow=2.0)
         c.paint(kidney.box, kidney.alpha(1.15), FAT)
         _organ(c, name, [kidney], hu["cortex"], cavity, injuries)
         c.paint(kidney.box, kidney.alpha(0.72) * np.clip(0.9 + c.fine[kidney.box], 0, 1), hu["medulla"])
@@ -160,6 +163,9 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
     lung = np.clip((floor - c.t) * 80, 0, 1) * cavity * np.clip((np.abs(c.u) - 0.16 + 0.5 * np.maximum(c.y, 0)) * 20, 0, 1)
     lung[heart.box] *= 1 - heart.alpha()
     c.paint(None, lung, LUNG + 420 * c.vessels(0.3))
+    below = 1 - lung
+    c.organs = {name: (box, alpha * below[box]) for name, (box, alpha) in c.organs.items()}
+    return cavity * below
 
 
 def _dome(c: Canvas, u: float, top: float) -> Array:
@@ -176,7 +182,7 @@ def _organ(c: Canvas, name: str, parts: list[Region], value: float, cavity: Arra
         at = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(part.box, box, strict=True))
         whole.r[at] = np.minimum(whole.r[at], part.r)
     if injuries.grade(name) == 2:
-        c.paint(box, whole.alpha(injuries.rim(whole)) * cavity[box], BLOOD + 8 * c.fine[box])
+        c.paint(box, whole.alpha(injuries.rim(name, whole)) * cavity[box], BLOOD + 8 * c.fine[box])
     alpha = whole.alpha() * cavity[box]
     c.paint(box, alpha, value + 4 * c.fine[box])
     c.organs[name] = (box, alpha)
@@ -208,7 +214,7 @@ def draw_spine(c: Canvas) -> None:
     body = c.put(CORTICAL + (90 - CORTICAL) * disc, (0.0, 0.44), (0.145, 0.15), wobble=0.02)
     c.paint(body.box, body.alpha(0.86), MARROW + (85 - MARROW) * disc + 35 * c.fine[body.box])
     everywhere = np.ones_like(c.hu)
-    c.put(420.0, (0.0, 0.66), (0.135, 0.1), within=everywhere * (1 - 0.6 * disc))
+    c.put(300.0, (0.0, 0.66), (0.135, 0.1), within=everywhere * (1 - 0.6 * disc))
     c.put(CORTICAL, (0.0, 0.8), (0.03, 0.13), within=everywhere * np.clip(1.4 - 2 * np.abs(level - 0.2), 0, 1))
     c.put(400.0, (0.0, 0.62), (0.33, 0.035), within=everywhere * np.clip((0.16 - np.abs(level - 0.05)) * 12, 0, 1))
     c.put(25.0, (0.0, 0.64), (0.075, 0.065))

@@ -22,9 +22,11 @@ class Injuries:
         """Class number of an organ; of the two kidneys only one is injured."""
         return self.labels.get(organ, self.labels["kidney"] if organ == self.kidney else 0)
 
-    def rim(self, organ: Region) -> Array:
-        """Outer limit (in r of the organ) of the blood around it: about 15 mm, uneven."""
-        return 1 + 15 * self.size / (organ.px * self.c.mm) * (1 + 0.35 * np.clip(self.c.wobble[organ.box], -1, 1))
+    def rim(self, name: str, organ: Region) -> Array:
+        """Outer limit (in r of the organ) of the uneven blood around it, thickest in the loose fat around a kidney."""
+        return 1 + (26 if name in KIDNEYS else 18) * self.size / (organ.px * self.c.mm) * (
+            1 + 0.35 * np.clip(self.c.wobble[organ.box], -1, 1)
+        )
 
     def before_organs(self, cavity: Array) -> None:
         """Free fluid of a bowel injury: in the gutters beside the colon and between the loops."""
@@ -41,34 +43,38 @@ class Injuries:
         """Lacerations, free gas and blush; returns which planes show the bowel injury and the extravasation."""
         for organ in self.c.organs:
             if grade := self.grade(organ):
-                self._lacerate(organ, grade)
+                self._lacerate(organ, grade, cavity)
         nothing = np.zeros(self.c.depth, bool)
         gas = self._free_gas(cavity) if self.labels["bowel"] else nothing
         return {"bowel": gas, "extravasation": self._blush(cavity) if self.labels["extravasation"] else nothing}
 
-    def _lacerate(self, organ: str, grade: int) -> None:
-        """Low grade: one tear off the centre. High grade: tears in four directions through a devascularised core."""
+    def _lacerate(self, organ: str, grade: int, cavity: Array) -> None:
+        """Low grade: one tear with blood at its mouth. High grade: tears in four directions, half of the organ without blood supply."""
         c, rng = self.c, self.rng
         box, mask = c.organs[organ]
         core = np.argwhere(mask > 0.9)
         if not len(core):
             return
-        size = self.size * (0.8 if organ in KIDNEYS else 1.0)
-        order = np.argsort((((core - core.mean(0)) / (core.std(0) + 1e-3)) ** 2).sum(1))
-        x, y, z = c.offsets_mm(box, tuple(core[order[int((0.05 if grade == 2 else 0.4) * len(order))]]))
+        size = self.size * (0.85 if organ in KIDNEYS else 1.0)
+        order = np.argsort((((core - core.mean(0)) / (core.std(0) + 1e-3)) ** 2).sum(1))  # from the middle to the surface
+        if grade == 1:  # on the side away from the spine
+            order = order[np.abs(c.u[box][tuple(core[order].T)]) >= np.median(np.abs(c.u[box][tuple(core.T)]))]
+        depth = (0.05 if grade == 2 else 0.5 if organ == "liver" else 0.8) + rng.uniform(-0.05, 0.1)
+        x, y, z = c.offsets_mm(box, tuple(core[order[int(depth * len(order))]]))
         away = np.sqrt(x * x + y * y + (0.8 * z) ** 2)
         tear, start = np.zeros_like(x), rng.uniform(0, np.pi)
         for branch in range(4 if grade == 2 else 1):
-            angle, half = (
-                start + branch * np.pi / 4 + rng.uniform(-0.2, 0.2),
-                rng.uniform(8, 10) * size if grade == 1 else rng.uniform(6, 7.5) * size,
-            )
-            line = np.abs(float(np.cos(angle)) * x + float(np.sin(angle)) * y + 0.15 * z + 4 * c.wobble[box])
-            tear = np.maximum(tear, soft((half * (1 + 0.3 * c.fine[box]) - line) / c.mm))
-        tear *= np.clip(((80 if grade == 2 else 60) * size - away) / 8, 0, 1)
+            half = rng.uniform(6.5, 8) * size if grade == 2 else rng.uniform(9, 11) * size
+            line = _across(x, y, z, start + branch * np.pi / 4 + rng.uniform(-0.2, 0.2)) + 4 * c.wobble[box]
+            tear = np.maximum(tear, soft((half * (1 + 0.3 * c.fine[box]) - np.abs(line)) / c.mm))
+        tear *= np.clip((80 * size - away) / 8, 0, 1)
         if grade == 2:
-            tear = np.maximum(tear, 0.8 * np.clip((26 * size + 6 * c.wobble[box] - away) / 6, 0, 1))
-        c.paint(box, tear * mask * self.contrast, 22 + 10 * c.fine[box])
+            dead = np.clip((_across(x, y, z, start + np.pi / 8) + 6 * c.wobble[box]) / 6 + 0.5, 0, 1)
+            c.paint(box, 0.8 * dead * mask * self.contrast, BLOOD)
+        else:
+            mouth = np.clip((36 * self.size - away) / 5, 0, 1) * (np.abs(c.hu[box] + 100) < 60) * cavity[box]  # blood fills fat
+            c.paint(box, mouth * self.contrast, BLOOD + 8 * c.fine[box])
+        c.paint(box, tear * mask * self.contrast, 12 + 8 * c.fine[box])
 
     def _free_gas(self, cavity: Array) -> NDArray[np.bool_]:
         """Gas under the front wall, flat below because it rises."""
@@ -89,8 +95,8 @@ class Injuries:
             rim = np.argwhere((mask > 0.3) & (np.abs(c.rho[box] - 0.5) < 0.3) & (c.t[box[0]] > 0.15))
             point = c.point(box, tuple(rim[int(rng.integers(len(rim)))])) if len(rim) else point
         clumps = []
-        for k in range(6):
-            radius, step = rng.uniform(10, 15) * self.size, rng.normal(0, (0.05, 0.06, 0.01)) + (0, 0, 0.035 * (k - 2.5))
+        for k in range(7):
+            radius, step = rng.uniform(12, 18) * self.size, rng.normal(0, (0.05, 0.06, 0.01)) + (0, 0, 0.04 * (k - 3))
             radii = (radius / c.half[0], 1.3 * radius / c.half[1], 1.6 * radius / c.length)
             clumps.append(c.blob(tuple((point + step).tolist()), radii, wobble=0.3, grow=2.0))
         shown = np.zeros(c.depth)
@@ -100,3 +106,8 @@ class Injuries:
                 c.paint(clump.box, alpha * strength, value)
                 shown[clump.box[0]] += alpha.sum(axis=(1, 2)) * (limit == 1.0)
         return shown > 4
+
+
+def _across(x: Array, y: Array, z: Array, angle: float) -> Array:
+    """Signed distance (mm) from an upright, slightly slanting plane through the origin."""
+    return float(np.cos(angle)) * x + float(np.sin(angle)) * y + 0.15 * z
