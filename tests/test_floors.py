@@ -11,9 +11,9 @@ FLOORS = (
     {"dicom", "series", "nifti", "parallel", "sources", "convert", "slice_store", "volume", "volume_store", "folds", "tables"}
     | {"metric", "metric_extra", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "voco_data"},
-    {"weights", "small_maps", "backbone", "voco", "losses", "classifier"},
+    {"weights", "layers", "backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
-    {"inference", "calibration", "scoring", "figures", "submission", "report", "voco_figures"},
+    {"inference", "calibration", "scoring", "figures", "submission", "report", "report_figures", "voco_figures"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PIPELINE.glob("*.py") if path.stem != "__init__")

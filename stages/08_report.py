@@ -1,0 +1,40 @@
+"""Stage 08: one self-contained page about the run, for people: what ran, what it made of the data, scores, errors, cost.
+
+Reads   the manifests, logs, tables and pictures of all finished stages below <out>, image_level_labels.csv of the data folder
+Writes  <out>/08_report/index.html, manifest.json
+"""
+
+import shlex
+
+from pipeline.artifacts import Stage, digest, main
+from pipeline.runtime import InputError, log, write_text
+
+MANIFESTS = ("data/phantom/manifest.json", "0*/manifest.json", "05_folds/fold*/manifest.json")
+
+
+def flags_of(stage: Stage) -> str:
+    """The command-line flags that repeat this run."""
+    given = (("--config", stage.options.config), ("--data", stage.options.data), ("--out", stage.options.out))
+    return shlex.join([part for flag, value in given if value for part in (flag, value)] + stage.options.overrides)
+
+
+def run(stage: Stage) -> None:
+    """Write the page unless it shows these very results."""
+    found = {str(path.relative_to(stage.out)): digest(path) for pattern in MANIFESTS for path in sorted(stage.out.glob(pattern))}
+    found.pop("08_report/manifest.json", None)
+    if not found:
+        raise InputError("nothing to report", str(stage.out), "run ./run_all.sh or earlier stages first")
+    data, flags = stage.data if stage.real_data else None, flags_of(stage)
+    labels = (data or stage.out / "data" / "phantom") / "image_level_labels.csv"
+    if stage.current({**stage.inputs(files=[labels]), **found, "flags": flags}, ["name"]):
+        return
+    from pipeline.report import find_run, render
+
+    page = render(find_run(stage.out, stage.config, data, flags))
+    write_text(stage.folder / "index.html", page)
+    stage.finish({"stages": len(found), "bytes": len(page.encode())}, ["index.html"])
+    log(f"report: {stage.folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, "08_report", __doc__, run))
