@@ -42,10 +42,15 @@ def resamples(patients: int, count: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def ranking(truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order of descending probability (N,), the sorted truth as 0/1, and where each run of equal values starts."""
+    """Order of descending probability (N,), the sorted truth as 0/1, and where each run of equal values starts.
+
+    Neighbouring runs without a positive are one run: they give the same areas, and most cases are negative.
+    """
     order = np.argsort(-probability, kind="stable")
+    hits = truth[order].astype(np.float64)
     starts = np.flatnonzero(np.diff(probability[order], prepend=np.inf))
-    return order, truth[order].astype(np.float64), starts
+    positive = np.add.reduceat(hits, starts) > 0
+    return order, hits, starts[positive | np.concatenate([[True], positive[:-1]])]
 
 
 def auc_and_precision(counts: np.ndarray, truth: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

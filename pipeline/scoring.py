@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from threadpoolctl import threadpool_limits
 
 from . import calibration, tables
 from .calibration import Calibration
@@ -122,6 +123,11 @@ def _of(series: dict[str, pl.DataFrame], patients: pl.DataFrame) -> dict[str, pl
 
 def score_oof(series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config) -> Outcome:
     """Everything that stage 06 reports, from aligned series tables, labels and `patient_id, fold`."""
+    with threadpool_limits(1):  # the matrices are small: threads of the linear algebra would only wait for each other
+        return _score(series, labels, folds, config)
+
+
+def _score(series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config) -> Outcome:
     options = config.score
     parts = nested(series, labels, folds, options)
     final = calibration.fit(series, labels, options.aggregate, options.calibrate)
