@@ -22,7 +22,7 @@ from .runtime import InputError, log
 
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
-ROUNDS = 3
+ROUNDS, CONNECT_S = 3, 10
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,6 @@ def _cluster(scheduler: str) -> Any:
     except ImportError:
         raise InputError("dask is not installed", f"--scheduler {scheduler}", "pip install 'dask[distributed]'") from None
     try:
-        return Client(scheduler, timeout=10)
+        return Client(scheduler, timeout=CONNECT_S)
     except (OSError, ValueError) as fault:
         raise InputError("no Dask scheduler answers", f"--scheduler {scheduler}", "give the address it printed, tcp://host:port") from fault

@@ -1,0 +1,293 @@
+"""Stage 01 as a whole: what it writes, what it skips, what it does again, on one machine and on a Dask cluster."""
+
+import csv
+import errno
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import polars as pl
+import pytest
+from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
+
+from pipeline import parallel, slice_store
+from pipeline.config import ConvertConfig
+from pipeline.runtime import InputError
+from pipeline.slice_store import convert_all, convert_series, encode_png
+from pipeline.sources import SeriesTask, fingerprints, list_files, plan
+
+STAGE = Path(__file__).resolve().parents[1] / "stages" / "01_convert_dicom.py"
+COLUMNS = ["patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
+           "flags", "decoder", "transfer_syntax", "png"]  # fmt: skip
+
+
+def make_data(folder: Path) -> Path:
+    """Two patients with three series (RLE, JPEG 2000, RLE), one unlabelled series, one file of each that is damaged, meta table."""
+    rows = ["patient_id,series_id,aortic_hu,incomplete_organ"]
+    for number, (patient, series, syntax) in enumerate((("10", "1", "rle"), ("10", "2", "j2k"), ("20", "3", "rle"))):
+        write_series(folder / "train_images" / patient / series, 5, syntax, seed=number, first=7)
+        rows.append(f"{patient},{series},100.0,0")
+    write_series(folder / "unlabelled" / "10" / "9", 3, "explicit", seed=9)
+    bad = folder / "train_images" / "20" / "3" / "8.dcm"
+    bad.write_bytes(bad.read_bytes()[:-300])
+    (folder / "train_series_meta.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def run(data: Path, out: Path, *more: str) -> tuple[int, str]:
+    """Stage 01 in a process of its own: exit code and its log."""
+    command = [sys.executable, str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All final files of the stage but its manifest (which holds times)."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def test_the_stage_writes_pictures_index_and_quarantine(tmp_path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out" / "01_slices"
+    code, log = run(data, tmp_path / "out")
+    assert code == 0, log
+    index = pl.read_parquet(out / "index.parquet")
+    assert index.columns == COLUMNS
+    assert index["patient_id"].unique(maintain_order=True).to_list() == ["10", "20", "unlabelled-10"]
+    assert index.group_by("source").len().sort("source").rows() == [("train", 14), ("unlabelled", 3)]
+    first = index.filter(pl.col("series_id") == "1")
+    assert first["instance_number"].to_list() == [7, 8, 9, 10, 11]
+    assert first["order"].to_list() == [0, 1, 2, 3, 4]
+    assert first["png"].to_list() == [f"10/1/{k}.png" for k in range(7, 12)]
+    for row in index.iter_rows(named=True):
+        image = cv2.imread(str(out / row["png"]), cv2.IMREAD_UNCHANGED)
+        assert image.shape == (row["rows"], row["cols"]) == (32, 40)
+        assert image.dtype == np.uint8
+    assert (out / "quarantine.csv").read_text() == (
+        "path,reason\ntrain_images/20/3/8.dcm,pixel data too short: a fragment is damaged or cut off\n"
+    )
+    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    assert (counts["series"], counts["slices"], counts["quarantined"]) == (4, 17, 1)
+    assert counts["by_decoder"] == {"dicomsdl": 5, "numpy": 3, "pylibjpeg": 9}
+    assert counts["by_reason"] == {"pixel data too short": 1}
+    assert "slices_per_s" in log
+    everything = b"".join([log.encode(), (out / "manifest.json").read_bytes(), *tree(out).values()])
+    assert not any(part in everything for part in NO_NAME.encode().split(b"^"))
+    code, log = run(data, tmp_path / "out")
+    assert (code, "up to date" in log) == (0, True)
+
+
+def convert(data: Path, out: Path, **more: object) -> tuple[list[str], dict[str, object]]:
+    """Convert in this process: names of the series that were made now, and the counts."""
+    listed = pl.read_csv(data / "train_series_meta.csv", infer_schema=False)
+    tasks = plan(data, listed)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("series.json")}
+    counts = convert_all(tasks, fingerprints(tasks, data), data, out, ConvertConfig(), **more)
+    made = [str(path.parent.relative_to(out)) for path in out.rglob("series.json") if before.get(path) != path.stat().st_mtime_ns]
+    return sorted(made), counts
+
+
+def test_only_what_changed_is_converted_again(tmp_path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    everything = ["10/1", "10/2", "20/3", "unlabelled-10/9"]
+    assert convert(data, out)[0] == everything
+    clean = tree(out)
+    assert convert(data, out)[0] == []
+    assert tree(out) == clean
+    folder = data / "train_images" / "10" / "1"
+    added = to_bytes(dataset(pattern(12), InstanceNumber=50, ImagePositionPatient=[0, 0, 99]))
+    (folder / "50.dcm").write_bytes(added)
+    assert convert(data, out)[0] == ["10/1"]
+    assert pl.read_parquet(out / "index.parquet").filter(series_id="1")["instance_number"].to_list() == [50, 7, 8, 9, 10, 11]
+    (folder / "50.dcm").unlink()
+    assert convert(data, out)[0] == ["10/1"]
+    assert tree(out) == clean
+    os.utime(folder / "7.dcm", (1, 1))
+    assert convert(data, out)[0] == ["10/1"]
+    leftover = out / "10" / ".1.tmp-123"
+    leftover.mkdir()
+    (leftover / "7.png").write_bytes(b"half")
+    (out / "20" / "3" / "series.json").write_text('{"fingerprint": "tru')
+    assert convert(data, out)[0] == ["20/3"]
+    assert not leftover.exists()
+    assert convert(data, out, force=True)[0] == everything
+
+
+def test_series_that_are_listed_no_more_are_removed(tmp_path, capsys):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    convert(data, out)
+    table = data / "train_series_meta.csv"
+    table.write_text("\n".join(line for line in table.read_text().splitlines() if not line.startswith("10,2")) + "\n20,404,1.0,0\n")
+    _, counts = convert(data, out)
+    log = capsys.readouterr().err
+    assert "1 series folders are in no row" in log
+    assert "10/2" in log
+    assert not (out / "10" / "2").exists()
+    assert pl.read_parquet(out / "index.parquet")["series_id"].unique().sort().to_list() == ["1", "3", "9"]
+    assert "train_images/20/404,no such folder: FileNotFoundError" in (out / "quarantine.csv").read_text()
+    assert counts["quarantined"] == 2
+
+
+def test_links_out_of_the_image_folder_are_refused(tmp_path):
+    data, away = make_data(tmp_path / "data"), tmp_path / "away"
+    write_series(away, 2, "explicit")
+    folder = data / "train_images" / "10" / "1"
+    (folder / "90.dcm").symlink_to(away / "1.dcm")
+    (folder / "91.dcm").symlink_to(folder / "7.dcm")
+    (folder / "92.dcm").symlink_to(tmp_path / "nowhere.dcm")
+    (folder / "93.dcm").mkdir()
+    (data / "unlabelled" / "x").mkdir()
+    (data / "unlabelled" / "x" / "1").symlink_to(away, target_is_directory=True)
+    convert(data, tmp_path / "out")
+    rows = dict(list(csv.reader((tmp_path / "out" / "quarantine.csv").open()))[1:])
+    assert rows["train_images/10/1/90.dcm"] == rows["train_images/10/1/92.dcm"] == "link out of the data folder"
+    assert rows["train_images/10/1/93.dcm"] == "not a file"
+    assert rows["unlabelled/x/1"] == "link out of the data folder"
+    index = pl.read_parquet(tmp_path / "out" / "index.parquet")
+    assert 91 in index["instance_number"]
+    assert 90 not in index["instance_number"]
+    moved = tmp_path / "disk"
+    (data / "train_images").rename(moved)
+    (data / "train_images").symlink_to(moved, target_is_directory=True)
+    assert len(list_files(data / "train_images" / "20" / "3", data).files) == 5
+
+
+def test_names_that_are_no_numbers_take_the_tag_and_never_collide(tmp_path):
+    folder, data = tmp_path / "data" / "unlabelled" / "a" / "b", tmp_path / "data"
+    folder.mkdir(parents=True)
+    for name, tags in (("CT.1.2.dcm", {"InstanceNumber": 4}), ("CT.1.3.DCM", {"InstanceNumber": 4}), ("x.dcm", {"InstanceNumber": None}),
+                       ("7.dcm", {"InstanceNumber": 1})):  # fmt: skip
+        (folder / name).write_bytes(to_bytes(dataset(pattern(12), **tags, ImagePositionPatient=[0, 0, -len(list(folder.iterdir()))])))
+    (folder / "notes.txt").write_text("no picture")
+    sidecar = convert_series(SeriesTask("p", "s", "unlabelled", str(folder)), data, tmp_path / "out", ConvertConfig())
+    assert sidecar["rows"]["instance_number"] == [4, 4, 8, 7]
+    assert sidecar["rows"]["png"] == ["p/s/4.png", "p/s/4-2.png", "p/s/8.png", "p/s/7.png"]
+    assert sidecar["quarantine"] == []
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_png_encoder_is_lossless(fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(slice_store, "_deflate_fast", None)
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (5, 3), (32, 40), (512, 512)):
+        image = rng.integers(0, 256, shape, np.uint8)
+        assert np.array_equal(cv2.imdecode(np.frombuffer(encode_png(image), np.uint8), cv2.IMREAD_UNCHANGED), image)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    real = slice_store._write_png
+
+    def full(folder, k, image):
+        if k == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        real(folder, k, image)
+
+    monkeypatch.setattr(slice_store, "_write_png", full)
+    arguments = [str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(STAGE), run_name="__main__")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("error: the disk is full, ")
+    assert tree(out / "01_slices") == {}
+    monkeypatch.undo()
+    assert run(data, out)[0] == 0
+
+
+def slow_phantom(folder: Path) -> Path:
+    """Six series of 60 pictures: long enough to be killed in between."""
+    rows = ["patient_id,series_id,aortic_hu,incomplete_organ"]
+    for series in range(6):
+        write_series(folder / "train_images" / "1" / str(series), 12, "rle", seed=series, shape=(64, 64))
+        source = folder / "train_images" / "1" / str(series)
+        for k in range(13, 61):
+            os.link(source / f"{k % 12 + 1}.dcm", source / f"{k}.dcm")
+        rows.append(f"1,{series},100.0,0")
+    (folder / "train_series_meta.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(tmp_path):
+    data, out = slow_phantom(tmp_path / "data"), tmp_path / "killed"
+    assert run(data, tmp_path / "whole")[0] == 0
+    command = [sys.executable, str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(out.rglob("series.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.rglob("series.json")}
+    assert 2 <= len(done) < 6
+    code, log = run(data, out)
+    assert code == 0, log
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert tree(out / "01_slices") == tree(tmp_path / "whole" / "01_slices")
+
+
+def test_processes_and_one_process_write_the_same_bytes(tmp_path):
+    data = make_data(tmp_path / "data")
+    convert(data, tmp_path / "one", jobs=1)
+    convert(data, tmp_path / "two", jobs=2)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def die_once(task: tuple[SeriesTask, str], data: Path, target: Path) -> dict[str, object]:
+    """Convert a series; kill the worker that does so once."""
+    task, mark = task
+    if mark and not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return convert_series(task, data, target, ConvertConfig())
+
+
+def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    data = slow_phantom(tmp_path / "data")
+    assert run(data, tmp_path / "one")[0] == 0
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+        address = cluster.scheduler_address
+        code, log = run(data, tmp_path / "cluster", "--scheduler", address)
+        assert code == 0, log
+        assert tree(tmp_path / "cluster" / "01_slices") == tree(tmp_path / "one" / "01_slices")
+        tasks = plan(data, pl.read_csv(data / "train_series_meta.csv", infer_schema=False))
+        marked = [(task, str(tmp_path / "mark") if k == 2 else "") for k, task in enumerate(tasks)]
+        cluster.scheduler.allowed_failures = 3
+        answers = dict(parallel.spread(partial(die_once, data=data, target=tmp_path / "again"), marked, 1, address))
+        assert sorted(answers) == list(range(6))
+        assert (tmp_path / "mark").exists()
+    first = tree(tmp_path / "one" / "01_slices")
+    assert tree(tmp_path / "again") == {name: data for name, data in first.items() if name.startswith("1/")}
+
+
+def test_no_scheduler_is_one_clear_line(monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(parallel, "CONNECT_S", 0.3)
+    with pytest.raises(InputError, match="no Dask scheduler answers, --scheduler tcp://127.0.0.1:9, "):
+        list(parallel.spread(len, [(), ()], 1, "tcp://127.0.0.1:9"))
+
+
+def test_monochrome1_and_orientation_reach_the_png(tmp_path):
+    folder = tmp_path / "data" / "train_images" / "1" / "2"
+    folder.mkdir(parents=True)
+    ds = dataset(pattern(13), 13, True, "rle", PhotometricInterpretation="MONOCHROME1", ImageOrientationPatient=[-1, 0, 0, 0, -1, 0])
+    (folder / "1.dcm").write_bytes(to_bytes(ds))
+    convert_series(SeriesTask("1", "2", "train", str(folder)), tmp_path / "data", tmp_path / "out", ConvertConfig())
+    stored = pattern(13).astype(np.int64)
+    stored -= (stored >> 12) << 13
+    image = cv2.imread(str(tmp_path / "out" / "1" / "2" / "1.png"), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(image, naive_window(stored, inverted=True)[::-1, ::-1])
