@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from helpers_scores import label_frame, one_hot, predicted, series_frame
 from scipy.optimize import approx_fprime
 
 from pipeline import calibration, figures, scoring
@@ -17,7 +18,6 @@ from pipeline.config import load_config
 from pipeline.metric import WEIGHTS, aggregate, floors, normalise, score_arrays
 from pipeline.runtime import InputError
 from pipeline.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
-from helpers_scores import label_frame, one_hot, predicted, series_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = load_config("smoke", ["score.bootstrap=20"])

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from helpers_scores import label_frame, one_hot
 
 from pipeline import folds, tables
 from pipeline.runtime import InputError
 from pipeline.targets import COLUMNS
-from helpers_scores import label_frame, one_hot
 
 ROOT = Path(__file__).resolve().parents[1]
 

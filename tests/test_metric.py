@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from helpers_scores import label_frame, naive_score, one_hot, predicted
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline import metric, metric_extra
@@ -18,7 +19,6 @@ from pipeline.metric import aggregate, floors, score, score_arrays
 from pipeline.runtime import InputError
 from pipeline.tables import read_labels
 from pipeline.targets import COLUMNS, SCORE_KEYS
-from helpers_scores import label_frame, naive_score, one_hot, predicted
 
 ROOT = Path(__file__).resolve().parents[1]
 HEALTHY_ROW = [1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]

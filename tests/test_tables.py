@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from helpers_scores import HEADER, label_frame, one_hot, predicted, series_frame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import tables
 from pipeline.runtime import InputError
 from pipeline.targets import COLUMNS, TARGETS
-from helpers_scores import HEADER, label_frame, one_hot, predicted, series_frame
 
 HEALTHY = "1,0,1,0,1,0,0,1,0,0,1,0,0,0"
 INJURED = "1,0,0,1,0,1,0,1,0,0,0,0,1,1"
