@@ -140,7 +140,7 @@ def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
     dealt = (replace(series, encoding="rle") if series.fault == "rle_header" else series for series in dealt)
     plans = []
     for split, count in enumerate(counts):
-        labels = draw_labels(config, count, np.random.default_rng([seed, 99, 1 + split]))
+        labels = draw_labels(config, count, np.random.default_rng([seed, 99, 1 + split])) if count else {}
         for index in range(count):
             series = [replace(next(dealt), nifti=bool(split == UNLABELLED and nifti[index]))]
             if pairs[split][index]:

@@ -1,0 +1,372 @@
+"""The phantom: anatomy, injuries, files, tables, and that nothing but the injury gives a label away."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+from pipeline import tables
+from pipeline.config import PhantomConfig
+from pipeline.phantom import PHASES, make_scan
+from pipeline.phantom_dicom import FAULTS, FOLDERS, HEADERS, STORAGE, SYNTAXES, draw_labels, make_plan, write_dataset
+from pipeline.targets import COLUMNS, TARGETS
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = PhantomConfig(train_patients=24, test_patients=3, unlabelled_patients=5, image_size=64, slices_min=12, slices_max=15)
+HEALTHY = dict.fromkeys(("bowel", "extravasation", "kidney", "liver", "spleen"), 0)
+SEED = 5
+
+
+def silent(items, total):
+    return items
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantom")
+    counts, names = write_dataset(SMALL, SEED, root, 1, silent)
+    return root, counts, names
+
+
+@pytest.fixture(scope="module")
+def series():
+    """(patient, series number, plan of the series) of everything that is written as DICOM."""
+    return [(p, n, s) for p in make_plan(SMALL, SEED) for n, s in enumerate(p.series) if not s.nifti]
+
+
+def scan(labels, index=0, phase="portal", config=SMALL, series=0):
+    return make_scan(config, {**HEALTHY, **labels}, (SEED, 0, index), series, phase)
+
+
+def tree(root):
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def tags(path):
+    """All tags but the pixels; None where a deflated file is cut."""
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True)
+    except zlib.error:
+        return None
+
+
+def read(path):
+    """HU of a file in the standard orientation, by pydicom alone."""
+    ds = pydicom.dcmread(path)
+    if "BitsStored" not in ds:
+        ds.BitsStored, ds.HighBit = 16, 15
+    stored = ds.pixel_array.astype(np.float64)
+    if ds.PhotometricInterpretation == "MONOCHROME1":
+        stored = 2**ds.BitsStored - 1 - stored
+    hu = stored * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+    direction = [float(x) for x in ds.ImageOrientationPatient]
+    return hu[:: int(direction[4]), :: int(direction[0])]
+
+
+def test_same_seed_same_bytes_whatever_the_number_of_processes(dataset, tmp_path):
+    write_dataset(SMALL, SEED, tmp_path, 2, silent)
+    assert tree(tmp_path) == tree(dataset[0])
+
+
+def test_another_seed_is_another_data_set():
+    assert not np.array_equal(scan({}).hu[:12], make_scan(SMALL, HEALTHY, (SEED + 1, 0, 0), 0, "portal").hu[:12])
+
+
+def test_files_hold_the_drawn_hounsfield_units(dataset, series):
+    for patient, number, plan in series:
+        drawn = make_scan(SMALL, patient.labels, (SEED, patient.split, patient.index), number, plan.phase)
+        folder = dataset[0] / FOLDERS[patient.split] / patient.patient_id / plan.series_id
+        instances = sorted((int(p.stem) for p in folder.glob("*.dcm")), reverse=plan.header == "ascending")
+        assert len(instances) == len(drawn.hu)
+        differ = 0
+        for hu, instance in zip(drawn.hu, instances, strict=True):
+            try:
+                differ += not np.array_equal(read(folder / f"{instance}.dcm"), hu)
+            except (AttributeError, RuntimeError, ValueError, NotImplementedError, zlib.error):
+                differ += 1
+        assert differ == {"": 0, "duplicate": 0, "partial": 2}.get(plan.fault, 1), plan
+
+
+def test_every_quirk_is_in_the_files(dataset, series):
+    root, seen, per_series = dataset[0], Counter(), {}
+    for patient, _, plan in series:
+        folder = root / FOLDERS[patient.split] / patient.patient_id / plan.series_id
+        heads = [head for p in sorted(folder.glob("*.dcm"), key=lambda p: int(p.stem)) if (head := tags(p)) is not None]
+        ds = heads[0]
+        names = {str(ds.file_meta.TransferSyntaxUID.name), f"intercept {int(float(ds.RescaleIntercept))}", ds.PhotometricInterpretation}
+        names |= {
+            f"bits {ds.get('BitsStored', 'absent')} signed {ds.PixelRepresentation}",
+            f"position {ds.get('PatientPosition', 'absent')}",
+        }
+        names |= {
+            f"slope {float(ds.RescaleSlope)}",
+            f"class {'SOPClassUID' in ds}",
+            f"directions {[int(x) for x in ds.ImageOrientationPatient]}",
+        }
+        names |= {f"windows {ds['WindowCenter'].VM if 'WindowCenter' in ds else 'absent'}", f"first is 1: {int(ds.InstanceNumber) == 1}"}
+        z = [float(head.ImagePositionPatient[2]) for head in heads if "ImagePositionPatient" in head]
+        names |= {("ascending" if z[-1] > z[0] else "descending") if z else "no position"}
+        names |= {"duplicate"} if len(set(z)) < len(z) else set()
+        sizes = {(head.Rows, head.Columns) for head in heads}
+        names |= {"mixed sizes"} if any(64 < rows < 1000 for rows, _ in sizes) else set()
+        names |= {"absurd rows"} if any(rows == 65535 for rows, _ in sizes) else set()
+        seen.update(names)
+        per_series[plan.series_id] = names
+    expected = {
+        *("RLE Lossless", "JPEG 2000 Image Compression (Lossless Only)", "Deflated Explicit VR Little Endian"),
+        *("Explicit VR Little Endian", "Implicit VR Little Endian", "MONOCHROME1", "MONOCHROME2"),
+        *("intercept -1024", "intercept 0", "intercept -8192", "intercept -32768", "slope 0.5", "bits absent signed 1"),
+        *("directions [-1, 0, 0, 0, 1, 0]", "directions [1, 0, 0, 0, -1, 0]", "directions [-1, 0, 0, 0, -1, 0]"),
+        *("windows 2", "windows absent", "first is 1: False", "first is 1: True", "position absent", "position FFS"),
+        *("class False", "no position", "ascending", "descending", "duplicate", "mixed sizes", "absurd rows"),
+    }
+    expected |= {f"bits {bits} signed 1" for bits in (12, 13, 14, 15, 16)}
+    assert expected <= set(seen), expected - set(seen)
+    assert seen["RLE Lossless"] > 0.7 * len(per_series)
+    assert {"partial", "truncated", "rle_header"} <= {plan.fault for _, _, plan in series}
+
+
+def test_decks_reach_every_series_kind():
+    plans = [s for p in make_plan(SMALL, SEED) for s in p.series]
+    for name, deck in (("encoding", SYNTAXES), ("storage", STORAGE), ("header", HEADERS), ("fault", FAULTS), ("phase", PHASES)):
+        assert {getattr(s, name) for s in plans} == set(deck)
+    assert len({s.series_id for s in plans}) == len(plans)
+    for patient in make_plan(SMALL, SEED):
+        assert len({s.phase for s in patient.series}) == len(patient.series)
+
+
+def test_files_carry_no_name_and_no_date(dataset):
+    path = next(dataset[0].glob("train_images/*/*/*.dcm"))
+    for element in pydicom.dcmread(path, stop_before_pixels=True):
+        assert element.VR not in ("PN", "DA", "TM", "DT", "SH", "LO"), element
+
+
+def test_tables_are_what_the_product_reads(dataset):
+    root, counts, names = dataset
+    labels, listed = tables.read_labels(root), tables.read_series(root, "train")
+    assert set(labels["patient_id"]) == {p.name for p in (root / "train_images").iterdir()}
+    assert {(p.parent.name, p.name) for p in root.glob("train_images/*/*")} == set(
+        zip(listed["patient_id"], listed["series_id"], strict=True)
+    )
+    tests = tables.read_series(root, "test")
+    assert {(p.parent.name, p.name) for p in root.glob("test_images/*/*")} == set(zip(tests["patient_id"], tests["series_id"], strict=True))
+    assert set(tables.read_sample_submission(root)["patient_id"]) == set(tests["patient_id"])
+    assert sorted(names) == sorted(p.name for p in root.glob("*.csv"))
+    files = len(list(root.rglob("*.dcm")))
+    assert counts["patients"] == 32
+    assert counts["slices"] > files  # NIfTI slices too
+    assert len(list((root / "unlabelled").glob("*.nii.gz"))) == 1
+
+
+def test_truth_matches_the_plan_and_stays_out_of_the_official_tables(dataset):
+    with open(dataset[0] / "phantom_truth.csv", encoding="utf-8") as handle:
+        rows = {row["patient_id"]: row for row in csv.DictReader(handle)}
+    for patient in make_plan(SMALL, SEED):
+        if patient.split == 1:
+            for target in TARGETS:
+                assert rows[patient.patient_id][target.columns[patient.labels[target.name]]] == "1"
+            assert sum(int(rows[patient.patient_id][column]) for column in COLUMNS) == len(TARGETS)
+    assert not set(rows) & set(tables.read_labels(dataset[0])["patient_id"])
+
+
+def test_slice_labels_name_existing_slices_of_injured_patients(dataset):
+    root = dataset[0]
+    patients = {p.patient_id: p for p in make_plan(SMALL, SEED)}
+    frame = tables.read_slice_labels(root)
+    with open(root / "image_level_labels.csv", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    assert frame is not None
+    assert frame.height == len(rows) > 20
+    for row in rows:
+        target = {"Bowel": "bowel", "Active_Extravasation": "extravasation"}[row["injury_name"]]
+        assert patients[row["patient_id"]].labels[target] == 1
+        assert (root / "train_images" / row["patient_id"] / row["series_id"] / f"{row['instance_number']}.dcm").is_file()
+
+
+def test_nifti_affine_puts_the_liver_on_the_patients_right(dataset):
+    import nibabel
+
+    path = next((dataset[0] / "unlabelled").glob("*.nii.gz"))
+    image = nibabel.load(path)
+    patient = next(p for p in make_plan(SMALL, SEED) if f"{p.patient_id}.nii.gz" == path.name)
+    drawn = make_scan(SMALL, patient.labels, (SEED, 2, patient.index), 0, patient.series[0].phase)
+    volume = np.asarray(nibabel.as_closest_canonical(image).dataobj)  # x to the right, y to the front, z up
+    assert nibabel.aff2axcodes(image.affine) == ("L", "P", "S")
+    assert np.array_equal(volume[::-1, ::-1, ::-1].transpose(2, 1, 0), drawn.hu)
+    assert np.allclose(sorted(image.header.get_zooms()), sorted(drawn.spacing), rtol=1e-5)
+
+
+def test_exact_prevalence_and_at_least_two_of_each_class():
+    labels = draw_labels(PhantomConfig(), 200, np.random.default_rng(0))
+    assert labels["bowel"].sum() == labels["extravasation"].sum() == 50
+    for organ in ("kidney", "liver", "spleen"):
+        assert np.bincount(labels[organ]).tolist() == [140, 30, 30]
+    rare = draw_labels(PhantomConfig(organ_low=0.01, organ_high=0.01, bowel=0.01, extravasation=0.01), 24, np.random.default_rng(0))
+    assert all((values == k).sum() >= 2 for values in rare.values() for k in range(1, values.max() + 1))
+    assert rare["liver"].max() == 2
+
+
+def test_extravasation_prefers_injured_organs_without_being_bound_to_them():
+    rates = []
+    for seed in range(20):
+        labels = draw_labels(PhantomConfig(), 200, np.random.default_rng(seed))
+        hurt = (labels["kidney"] + labels["liver"] + labels["spleen"]) > 0
+        rates.append((labels["extravasation"][hurt].mean(), labels["extravasation"][~hurt].mean()))
+    with_organ, without = np.mean(rates, axis=0)
+    assert with_organ > 1.4 * without > 0.1
+
+
+def test_anatomy_is_where_it_belongs():
+    soft, bone, air = [], [], []
+    for index in range(6):
+        hu = scan({}, index).hu.astype(int)
+        upper = hu[len(hu) // 4]
+        half = upper.shape[1] // 2
+        soft.append(((upper[:, :half] > 60) & (upper[:, :half] < 200)).sum() / ((upper[:, half:] > 60) & (upper[:, half:] < 200)).sum())
+        body = np.argwhere(upper > -200)
+        bone.append((np.argwhere(hu > 350)[:, 1].mean() - body[:, 0].min()) / np.ptp(body[:, 0]))
+        middle = hu[:, body[:, 0].min() + 8 : body[:, 0].max() - 8, body[:, 1].min() + 8 : body[:, 1].max() - 8]
+        air.append([(plane < -700).mean() for plane in middle])
+    assert min(soft) > 1.15, "the liver lies at image left"
+    assert min(bone) > 0.5, "the spine lies at the back"
+    assert all(planes[0] > 0.2 > 0.1 > np.mean(planes[6:]) for planes in air), "lung bases in the top planes only"
+
+
+def test_phases_differ_and_a_second_series_shows_the_same_body():
+    one, two = scan({}, phase="arterial"), scan({}, phase="delayed", series=1)
+    assert one.aortic_hu > 200 > 160 > two.aortic_hu
+    assert one.spacing[1:] == two.spacing[1:]
+    outline = [(s.hu[len(s.hu) // 2] > -300) for s in (one, two)]
+    assert (outline[0] & outline[1]).sum() / (outline[0] | outline[1]).sum() > 0.9
+    assert not np.array_equal(one.hu[:12], two.hu[:12])
+
+
+@pytest.mark.parametrize(("target", "grade"), [("liver", 1), ("liver", 2), ("spleen", 1), ("spleen", 2), ("kidney", 1), ("kidney", 2)])
+def test_organ_injury_is_dark_and_wide_and_nothing_else_changes(target, grade):
+    for index in range(4):
+        healthy, hurt = scan({}, index), scan({target: grade}, index)
+        change = hurt.hu.astype(int) - healthy.hu
+        planes = (np.abs(change) > 25).sum(axis=(1, 2)) > 3
+        assert planes.mean() >= 0.15
+        assert change[change != 0].size < 0.2 * (healthy.hu > -300).sum()
+        dark = (change < -25) & (healthy.hu > 40) & (healthy.hu < 260)
+        assert np.abs(change)[~(dark | (change > 0))].mean() < 25, "blood fills fat, organs darken, nothing else"
+        assert dark.sum() > (20 if grade == 1 else 60)
+
+
+@pytest.mark.parametrize("target", ["liver", "spleen", "kidney"])
+def test_high_grade_is_more_than_low_grade(target):
+    sizes = [[(scan({target: grade}, k).hu != scan({}, k).hu).sum() for k in range(4)] for grade in (1, 2)]
+    assert np.median(sizes[1]) > 2 * np.median(sizes[0])
+
+
+def test_blush_is_brighter_than_the_aorta_and_on_the_labelled_slices():
+    for index, other in ((0, {}), (1, {"liver": 2}), (2, {"spleen": 1}), (3, {"kidney": 1})):
+        without, with_blush = scan(other, index, "arterial"), scan({**other, "extravasation": 1}, index, "arterial")
+        bright = (with_blush.hu > without.hu + 60) & (with_blush.hu > with_blush.aortic_hu)
+        planes = bright.sum(axis=(1, 2))
+        assert (planes > 0).sum() >= 3
+        assert with_blush.shown["extravasation"].sum() >= 3
+        assert bright[with_blush.shown["extravasation"]].sum() > 0.8 * bright.sum()
+        assert not without.shown["extravasation"].any()
+
+
+def test_bowel_injury_has_free_gas_in_front_and_fluid_on_the_sides():
+    for index in range(4):
+        healthy, hurt = scan({}, index), scan({"bowel": 1}, index)
+        change = hurt.hu.astype(int) - healthy.hu
+        gas = (hurt.hu < -800) & (change < -300)
+        assert gas[hurt.shown["bowel"]].sum() > 0.9 * gas.sum() > 40
+        rows = np.argwhere((healthy.hu > -300).any(axis=(0, 2)))
+        assert np.argwhere(gas)[:, 1].mean() < np.quantile(rows, 0.35)
+        assert ((change > 60) & (np.abs(hurt.hu) < 60)).sum() > 30  # fat becomes fluid
+        assert 0.2 < hurt.shown["bowel"].mean() < 0.9
+
+
+def test_difficulty_makes_injuries_smaller_and_fainter():
+    strength = []
+    for difficulty in (0.0, 0.5, 1.0):
+        config = SMALL.model_copy(update={"difficulty": difficulty})
+        strength.append(
+            sum(np.abs(scan({"liver": 2, "bowel": 1}, k, config=config).hu - scan({}, k).hu.astype(float)).sum() for k in range(3))
+        )
+    assert strength[0] > 1.4 * strength[1] > 1.4 * 1.4 * strength[2]
+
+
+def test_healthy_patients_have_distractors():
+    volumes = [scan({}, index) for index in range(12)]
+    assert all((v.hu[4:, 12:-12, 12:-12] < -700).sum() > 30 for v in volumes), "gas inside loops"
+    assert sum((v.hu > 600).any() for v in volumes) > 3, "bone as bright as a blush"
+    assert max(scan({}, index, "delayed").hu[5:10, :, 20:44].max() for index in range(6)) > 330, "contrast in the kidneys"
+
+
+def test_labels_change_nothing_but_the_picture_of_the_injury():
+    everything = {"bowel": 1, "extravasation": 1, "kidney": 2, "liver": 1, "spleen": 2}
+    for index in range(3):
+        healthy, hurt = scan({}, index), scan(everything, index)
+        assert (healthy.hu.shape, healthy.spacing, healthy.aortic_hu) == (hurt.hu.shape, hurt.spacing, hurt.aortic_hu)
+        skin = (healthy.hu > -300).any(axis=0)
+        outside = ~(np.maximum.accumulate(skin, axis=0) & np.maximum.accumulate(skin[::-1], axis=0)[::-1])
+        assert np.array_equal(healthy.hu[:, outside], hurt.hu[:, outside]), "noise, table and arms are the same"
+        assert (healthy.hu == hurt.hu).mean() > 0.8
+
+
+def test_plan_does_not_depend_on_labels():
+    one, other = make_plan(SMALL, SEED), make_plan(SMALL.model_copy(update={"bowel": 0.9, "organ_high": 0.4, "extravasation": 0.7}), SEED)
+    assert [(p.patient_id, p.series) for p in one] == [(p.patient_id, p.series) for p in other]
+    assert [p.labels for p in one] != [p.labels for p in other]
+
+
+def test_no_label_in_the_metadata():
+    """A forest on ids, order, number of series and all quirks is at chance (what else files say is the same for all labels: above)."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import cross_val_predict
+
+    config, decks = PhantomConfig(train_patients=600), {}
+    rows, labels = [], []
+    for order, patient in enumerate(p for p in make_plan(config, 1) if p.split == 0):
+        first = patient.series[0]
+        quirks = [
+            decks.setdefault((name, getattr(first, name)), len(decks)) for name in ("phase", "encoding", "storage", "header", "fault")
+        ]
+        rows.append([int(patient.patient_id), int(first.series_id), order, len(patient.series), *quirks])
+        labels.append(any(patient.labels.values()))
+    y = np.array(labels)
+    forest = RandomForestClassifier(50, min_samples_leaf=5, random_state=0)
+    guess = cross_val_predict(forest, np.array(rows), y, cv=5, method="predict_proba")[:, 1]
+    assert abs(roc_auc_score(y, guess) - 0.5) < 0.08
+
+
+def stage(*arguments):
+    command = [sys.executable, str(ROOT / "stages" / "00_make_phantom.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/")
+
+
+def test_stage_writes_skips_and_says_why(tmp_path):
+    tiny = ["--config", "smoke", "--out", str(tmp_path / "run"), "--jobs", "1", "phantom.train_patients=10", "phantom.test_patients=1",
+            "phantom.unlabelled_patients=0", "phantom.image_size=64"]  # fmt: skip
+    first = stage(*tiny)
+    folder = tmp_path / "run" / "data" / "phantom"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert first.returncode == 0, first.stderr
+    assert manifest["counts"]["patients"] == 11
+    assert set(manifest["outputs"]) == {p.name for p in folder.glob("*.csv")}
+    assert not [p for p in folder.parent.iterdir() if p.name != "phantom"], "no temporary folder is left"
+    before = tree(folder)
+    assert "up to date" in stage(*tiny).stderr
+    assert tree(folder) == before
+    assert "--data names" in stage(*tiny, "--data", str(folder)).stderr
+    empty = stage("--config", "paper", "--out", str(tmp_path / "paper"))
+    assert empty.returncode == 0
+    assert "phantom: null" in empty.stderr
+    assert not (tmp_path / "paper" / "data").exists()
