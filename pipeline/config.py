@@ -93,7 +93,8 @@ class VocoConfig(Section):
     warmup: int = Field(5000, ge=0)
     clip: float = Field(1.0, gt=0, description="gradient norm")
     init: Literal["scratch", "imagenet"] = "imagenet"
-    augment: bool = Field(True, description="crop augmentation: turn and intensity")
+    augment: bool = Field(True, description="augmentation: jitter, turn and intensity")
+    jitter: bool = Field(True, description="evenly spread slices start at a random one, so that all slices are seen in time")
     turn: float = Field(0.2, ge=0, le=1, description="probability that a crop is mirrored or turned by right angles within its box")
     intensity: float = Field(0.5, ge=0, le=1, description="probability of a change of brightness, contrast and gamma")
     unlabelled: float = Field(1.0, ge=0, le=1, description="share of the unlabelled volumes that is used")

@@ -34,9 +34,9 @@ def overlap_labels(random_boxes: Boxes, base_boxes: Boxes) -> Boxes:
     return sides[..., 0] * sides[..., 1] / (own[..., 0] * own[..., 1])
 
 
-def spread(depth: int, count: int) -> np.ndarray:
-    """(count,) indices spread evenly over `depth` slices: the middle of each of `count` equal parts."""
-    return ((np.arange(count) + 0.5) * depth / count).astype(int)
+def spread(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
+    """(count,) indices spread evenly over `depth` slices: at `phase` (0 to 1) of each of `count` equal parts, the middle if not told."""
+    return ((np.arange(count) + phase) * depth / count).astype(int)
 
 
 def resize_planes(planes: np.ndarray, size: int) -> np.ndarray:

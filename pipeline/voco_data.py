@@ -68,15 +68,16 @@ class VocoSamples(Dataset):
         rng, config = np.random.default_rng(seeds), self.config
         augment = config.augment if augment is None else augment
         boxes = random_boxes(config.image_size, config.grid, random_crops or config.random_crops, rng)
-        crops = cut(self.planes(index), np.concatenate([boxes, self.base]))
+        phase = rng.random() if augment and config.jitter else 0.5
+        crops = cut(self.planes(index, phase), np.concatenate([boxes, self.base]))
         if augment:
             crops = self._augment(crops, len(boxes), rng)
         return {"crops": crops, "overlap": overlap_labels(boxes, self.base).astype(np.float32), "ids": self.paths[index]}
 
-    def planes(self, index: int) -> np.ndarray:
+    def planes(self, index: int, phase: float = 0.5) -> np.ndarray:
         """(S, size, size) uint8 of one volume: base crops tile the plane, so the bytes of S planes are read and no more."""
         volume = np.load(self.folder / self.paths[index], mmap_mode="r")
-        return resize_planes(np.asarray(volume[spread(len(volume), self.config.slices)]), self.config.image_size)
+        return resize_planes(np.asarray(volume[spread(len(volume), self.config.slices, phase)]), self.config.image_size)
 
     def _augment(self, crops: np.ndarray, random_crops: int, rng: np.random.Generator) -> np.ndarray:
         """Turn crops, and change the intensity by one draw for each random crop and one for all base crops."""
