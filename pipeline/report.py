@@ -61,10 +61,11 @@ def render(run: Run) -> str:
 
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["duration"] = duration
-    needs = {"montage": "02_volumes", "conversion": "01_slices", "pretraining": "04_voco2d", "training": "05_folds/fold",
-             "scores": "06_oof", "worst": "06_oof", "test": "07_submission", "cost": ""}  # fmt: skip
-    values = {name: globals()[name](run) if any(one.startswith(stage) for one in run.manifests) else None for name, stage in needs.items()}
-    return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(name=run.config.name, facts=facts(run), **values)
+    needs = {conversion: "01_slices", montage: "02_volumes", pretraining: "04_voco2d", training: "05_folds/fold", scores: "06_oof",
+             worst: "06_oof", test: "07_submission", facts: "", cost: ""}  # fmt: skip
+    names = ("", *run.manifests)
+    values = {make.__name__: make(run) if any(one.startswith(stage) for one in names) else None for make, stage in needs.items()}
+    return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(name=run.config.name, **values)
 
 
 def duration(seconds: float) -> str:
@@ -77,7 +78,8 @@ def duration(seconds: float) -> str:
 
 def facts(run: Run) -> dict[str, str]:
     """What ran on what, by term."""
-    manifests, index, train = list(run.manifests.values()), run.index(), run.config.train
+    manifests, index = list(run.manifests.values()), run.index()
+    trained = next((manifest["config"] for name, manifest in run.manifests.items() if name.startswith("05_folds/")), None)
     converted = run.manifests.get("01_slices", {}).get("counts")
     patients = {} if index is None else dict(index.group_by("source").agg(pl.col("patient_id").n_unique()).iter_rows())
     versions = {name: version for manifest in manifests for name, version in manifest["versions"].items() if version}
@@ -85,7 +87,9 @@ def facts(run: Run) -> dict[str, str]:
         "Data": f"{run.data}" if run.data else "phantom, made by this run: no patient's data",
         "Patients": f"{patients.get('train', 0)} labelled, {patients.get('unlabelled', 0)} unlabelled" if patients else "",
         "Images": f"{converted['series']} series, {converted['slices']} slices" if converted else "",
-        "Model": f"{run.config.model.backbone}, {train.init} start, {train.sequence} over {train.slices} slices, {run.config.folds.count} folds",
+        "Model": "{model[backbone]}, {train[init]} start, {train[sequence]} over {train[slices]} slices".format(**trained)
+        if trained
+        else "",
         "Device": ", ".join(sorted({manifest["device"] for manifest in manifests if manifest.get("device")})),
         "Commit": ", ".join(sorted({(manifest["git"] or "no git checkout")[:12] for manifest in manifests})),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -132,8 +136,9 @@ def pretraining(run: Run) -> dict[str, Any]:
     overlap = overlap_labels(boxes, base_boxes(options["image_size"], options["grid"]))
     chance = float((overlap >= overlap.max(axis=1, keepdims=True) - 0.1).mean())  # of a base crop chosen blindly
     terms = [Line(name, f"c{k}", curve(records, "step", name)) for k, name in enumerate(("loss", "intra", "inter", "reg"), 1)]
-    accuracy = [Line("", "rule", [(0, chance), (options["steps"], chance)]), Line("", "c1", curve(records, "step", "position_accuracy"), True)]
-    charts = [chart("Loss and its terms", "step", terms), chart("Position accuracy, held out", "step", accuracy)]
+    level = Line("", "rule", [(0, chance), (options["steps"], chance)])
+    found = Line("", "c1", curve(records, "step", "position_accuracy"), True)
+    charts = [chart("Loss and its terms", "step", terms), chart("Position accuracy, held out", "step", [level, found])]
     for key, title in (("correlation", "Correlation of label and similarity"), ("std", "Standard deviation of embeddings")):
         charts.append(chart(title, "step", [Line("", "c1", curve(records, "step", key))]))
     pictures = {path.stem: figures.data_uri(path.read_bytes(), "png") for path in (run.out / "04_voco2d").glob("*.png")}

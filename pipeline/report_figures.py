@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to six round values in [low, high]."""
+    """Two to six round values in [low, high]."""
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power * 5.001 >= high - low)
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
