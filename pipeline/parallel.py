@@ -1,7 +1,7 @@
 """Work in processes that may die: contained children for risky code, and joblib (one machine or a Dask cluster) for many tasks.
 
-`contained` runs a function over items in a forked child. The child answers item by item, so when it dies the culprit is the first
-item without an answer: nothing else is lost, and the items behind it go on in a new child. `spread` runs tasks in joblib's worker
+`contained` runs a function over items in a forked child. When the child dies, the next one answers item by item, so the culprit is
+the first item without an answer: nothing else is lost, and the items behind it go on in a new child. `spread` runs tasks in joblib's worker
 processes; each of them may use `contained`, here as on a cluster, so results do not depend on where they were made.
 """
 
@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ from .runtime import InputError, log
 
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
+WAIT_S = 0.02  # a child answers no more often: waking the parent costs as much as a tenth of a slice
 ROUNDS, CONNECT_S = 3, 10
 
 
@@ -32,8 +34,8 @@ class Failure:
     reason: str
 
 
-def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float, pipe: Connection) -> None:
-    """Body of the child: answer item by item; SIGALRM kills it when one takes longer than `limit_s`, be it in C code."""
+def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float, wait_s: float, pipe: Connection) -> None:
+    """Body of the child: answer at least every `wait_s`; SIGALRM kills it when one item takes longer than `limit_s`, be it in C code."""
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     faulthandler.disable()
@@ -42,18 +44,23 @@ def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool
     os.dup2(null, 1)
     os.dup2(null, 2)
     gc.freeze()
+    answers, sent = [], time.monotonic()
     for item in items:
         signal.setitimer(signal.ITIMER_REAL, limit_s)
         try:
-            answer = work(item, careful)
+            answers.append(work(item, careful))
         except OSError as fault:  # the disk, not the item
-            answer = fault
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        pipe.send(answer)
+            answers.append(fault)
+        if time.monotonic() - sent >= wait_s:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            pipe.send(answers)
+            answers, sent = [], time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    pipe.send(answers)
 
 
-def _fork(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float) -> tuple[int, Connection]:
-    """Start a child over `items`: its process id and the pipe that its answers come through."""
+def _fork(*work: Any) -> tuple[int, Connection]:
+    """Start a child that runs `_serve(*work, pipe)`: its process id and the pipe that its answers come through."""
     if cv2 := sys.modules.get("cv2"):
         cv2.setNumThreads(1)  # its pool of threads does not outlive a fork, but a call that waits for them would
     reader, writer = multiprocessing.Pipe(duplex=False)
@@ -62,7 +69,7 @@ def _fork(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool,
         code = GAVE_UP
         try:
             reader.close()
-            _serve(work, items, careful, limit_s, writer)
+            _serve(*work, writer)
             code = 0
         finally:
             os._exit(code)
@@ -74,24 +81,25 @@ def _answers(pipe: Connection) -> Iterator[Any]:
     """What a child answers until its end, whole answers only; an OSError it met is raised here."""
     while True:
         try:
-            answer = pipe.recv()
+            answers = pipe.recv()
         except (EOFError, OSError):
             return
-        if isinstance(answer, OSError):
-            raise answer
-        yield answer
+        for answer in answers:
+            if isinstance(answer, OSError):
+                raise answer
+            yield answer
 
 
 def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: float, deaths: list[str] | None = None) -> Iterator[Any]:
     """Yield work(item, careful) for each of `items` in order, from forked children that may crash, hang, be killed or raise.
 
-    An item over which a child was lost is tried alone: once more as before when a signal killed the child, then with `careful`
-    true; after that its answer is a `Failure`. A hang (more than `limit_s` seconds) or an exception goes straight to `careful`.
-    The causes of lost children are appended to `deaths`. An OSError that `work` lets pass is raised here.
+    An item over which a child was lost is tried alone: once more as before when a signal killed the child (SIGALRM: the item took
+    more than `limit_s`), then, or at once after an exception, with `careful` true; after that its answer is a `Failure`. The causes
+    of lost children are appended to `deaths`. An OSError that `work` lets pass is raised here.
     """
-    at, strikes = 0, 0
+    at, strikes, wait_s = 0, 0, WAIT_S
     while at < len(items):
-        pid, pipe = _fork(work, items[at : at + 1] if strikes else items[at:], strikes >= CAREFUL, limit_s)
+        pid, pipe = _fork(work, items[at : at + 1] if strikes else items[at:], strikes >= CAREFUL, limit_s, wait_s)
         try:
             for answer in _answers(pipe):
                 at, strikes = at + 1, 0
@@ -102,14 +110,18 @@ def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: f
         finally:
             pipe.close()
             status = os.waitpid(pid, 0)[1]
-        if status and at < len(items):
-            name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exception"
-            if deaths is not None:
-                deaths.append(name)
-            strikes = max(strikes + 1, CAREFUL) if name in ("SIGALRM", "an exception") else strikes + 1
-            if strikes >= LOST:
-                at, strikes = at + 1, 0
-                yield Failure(f"took longer than {limit_s:g} s" if name == "SIGALRM" else f"brought down by {name}: the worker process")
+        if status == 0 or at == len(items):
+            continue
+        name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exception"
+        if deaths is not None:
+            deaths.append(name)
+        if wait_s:  # answers may be lost: the culprit is only known when each is sent at once
+            wait_s = 0.0
+            continue
+        strikes = strikes + 1 if os.WIFSIGNALED(status) else max(strikes + 1, CAREFUL)
+        if strikes >= LOST:
+            at, strikes = at + 1, 0
+            yield Failure(f"took longer than {limit_s:g} s" if name == "SIGALRM" else f"brought down by {name}: the worker process")
 
 
 def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, scheduler: str | None = None) -> Iterator[tuple[int, Any]]:

@@ -9,6 +9,7 @@ memory     peak memory of converting 100 and 2,000 slices
 
 import argparse
 import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -113,27 +115,29 @@ def speed(data: Path, rounds: int) -> None:
     pictures = [dicom.picture(file.read_bytes(), CONFIG.max_pixels, False)[0] for file in files]
     other = data / "usual"
     other.mkdir()
+    number = itertools.count()
     works = {
-        "stage 01": lambda: slice_store.convert_series(task, data, data / "out", CONFIG),
+        "stage 01": lambda: slice_store.convert_series(task, data, data / f"out{next(number)}", CONFIG),
         "usual converter": lambda: usual(files, other, "pydicom"),
         "usual converter with pylibjpeg": lambda: usual(files, other, "pylibjpeg"),
         "decoding and encoding alone": lambda: alone(files, pictures, other),
     }
     medians = {name: 1e3 * statistics.median(values) / len(files) for name, values in alternate(works, rounds).items()}
     for k, picture in enumerate(pictures):
-        assert np.array_equal(cv2.imread(str(data / "out" / "1" / "1" / f"{k + 1}.png"), cv2.IMREAD_UNCHANGED), picture)
+        assert np.array_equal(cv2.imread(str(data / "out0" / "1" / "1" / f"{k + 1}.png"), cv2.IMREAD_UNCHANGED), picture)
     for name, value in medians.items():
         print(f"{name}: {value:.2f} ms a slice, {value / medians['stage 01']:.2f} x stage 01's time")
+
+
+def _convert(task: SeriesTask, data: Path) -> None:
+    slice_store.convert_series(task, data, data / "out", CONFIG)
 
 
 def processes(data: Path, rounds: int) -> None:
     """Throughput of two processes against one, start-up of the workers not counted."""
     tasks = [make_series(data, str(k), 96, 8) for k in range(12)]
 
-    def convert(task: SeriesTask) -> None:
-        slice_store.convert_series(task, data, data / "out", CONFIG)
-
-    works = {jobs: (lambda jobs=jobs: [None for _ in spread(convert, tasks, jobs)]) for jobs in (1, 2)}
+    works = {jobs: (lambda jobs=jobs: list(spread(partial(_convert, data=data), tasks, jobs))) for jobs in (1, 2)}
     works[2]()
     seconds = alternate({str(jobs): work for jobs, work in works.items()}, rounds)
     one, two = (statistics.median(seconds[jobs]) for jobs in "12")
