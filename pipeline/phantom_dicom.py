@@ -21,64 +21,21 @@ from .targets import ANY_INJURY, COLUMNS, TARGETS
 TRAIN, TEST, UNLABELLED = 0, 1, 2
 FOLDERS = ("train_images", "test_images", "unlabelled")
 SLICE_LABELS = {"bowel": "Bowel", "extravasation": "Active_Extravasation"}
+WINDOW_CENTRE = 50  # HU, of the fixed window
 # name: bits stored, signed, intercept, slope of stored x slope + intercept = HU
 STORAGE = {
-    "u12": (12, 0, -1024, 1.0),
-    "s16": (16, 1, 0, 1.0),
-    "s12": (12, 1, 0, 1.0),
-    "s13": (13, 1, 0, 1.0),
-    "s14": (14, 1, -1024, 1.0),
-    "s15": (15, 1, -8192, 1.0),
-    "u16": (16, 0, -8192, 1.0),
-    "deep": (16, 0, -32768, 1.0),
-    "half": (16, 1, -1024, 0.5),
-    "no_bits": (16, 1, 0, 1.0),
-    "mono1": (12, 0, -1024, 1.0),
-}
-ENCODINGS = ("rle",) * 5 + ("j2k",) + ("rle",) * 5 + ("deflated",) + ("rle",) * 5 + ("explicit",) + ("rle",) * 5 + ("implicit",)
+    "u12": (12, 0, -1024, 1.0), "s16": (16, 1, 0, 1.0), "s12": (12, 1, 0, 1.0), "s13": (13, 1, 0, 1.0),
+    "s14": (14, 1, -1024, 1.0), "s15": (15, 1, -8192, 1.0), "u16": (16, 0, -8192, 1.0), "deep": (16, 0, -32768, 1.0),
+    "half": (16, 1, -1024, 0.5), "no_bits": (16, 1, 0, 1.0), "mono1": (12, 0, -1024, 1.0),
+}  # fmt: skip
 SYNTAXES = {"rle": "RLELossless", "j2k": "JPEG2000Lossless", "deflated": "DeflatedExplicitVRLittleEndian",
             "explicit": "ExplicitVRLittleEndian", "implicit": "ImplicitVRLittleEndian"}  # fmt: skip
-HEADERS = (
-    "",
-    "windows",
-    "flip_x",
-    "no_window",
-    "",
-    "flip_y",
-    "no_sop_class",
-    "bare",
-    "ascending",
-    "",
-    "flip_xy",
-    "no_position",
-    "ffs",
-    "gap",
-)
-FAULTS = (
-    "",
-    "",
-    "partial",
-    "",
-    "",
-    "",
-    "truncated",
-    "",
-    "",
-    "",
-    "duplicate",
-    "",
-    "",
-    "",
-    "resized",
-    "",
-    "",
-    "",
-    "rle_header",
-    "",
-    "",
-    "",
-    "rows",
-)
+_RLE = 5 * ("rle",)
+ENCODINGS = (*_RLE, "j2k", *_RLE, "deflated", *_RLE, "explicit", *_RLE, "implicit")
+HEADERS = ("plain", "windows", "flip_x", "no_window", "plain", "flip_y", "no_sop_class", "bare", "ascending", "plain", "flip_xy",
+           "no_position", "ffs", "gap")  # fmt: skip
+_NONE = 3 * ("none",)
+FAULTS = (*_NONE, "partial", *_NONE, "truncated", *_NONE, "duplicate", *_NONE, "resized", *_NONE, "rle_header", *_NONE, "rows")
 # What differs from file to file of a series, as even-sized placeholders in its header: number, height, then two UIDs.
 PLACES = ("-77777", "-66666.66666", "2.25." + "9" * 39, "2.25." + "8" * 39)
 
@@ -159,7 +116,7 @@ def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Gene
     odd = int(rng.integers(depth // 4, depth - depth // 4))  # the plane that a fault hits
     headers: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
     for k, number in enumerate(instances):
-        fault = plan.fault if k == odd or (plan.fault == "partial" and k == odd + 1) else ""
+        fault = plan.fault if k == odd or (plan.fault == "partial" and k == odd + 1) else "none"
         hu, pitch = _spoilt(scan.hu[k], scan.spacing[1], fault)
         if hu.shape not in headers:
             headers[hu.shape] = _header(hu.shape, pitch, dz, plan)
@@ -260,10 +217,11 @@ def _file(meta: bytes, tags: bytes, hu: NDArray[np.int16], plan: SeriesPlan, fau
 
 
 def stored_values(hu: NDArray[np.int16], storage: str) -> NDArray[np.int64]:
-    """(HU - intercept) / slope; MONOCHROME1 files hold the complement, 2^bits - 1 - value."""
+    """(HU - intercept) / slope; MONOCHROME1 files hold HU mirrored about the window's centre, so that the inverted picture looks right."""
     bits, _, intercept, slope = STORAGE[storage]
-    values = ((hu.astype(np.int64) - intercept) / slope).astype(np.int64)
-    return 2**bits - 1 - values if storage == "mono1" else values
+    if storage == "mono1":
+        return np.clip(2 * WINDOW_CENTRE - hu.astype(np.int64) - intercept, 0, 2**bits - 1)
+    return ((hu.astype(np.int64) - intercept) / slope).astype(np.int64)
 
 
 def _compressed(values: NDArray[Any], plan: SeriesPlan) -> bytes:
