@@ -17,11 +17,11 @@ from .phantom_injuries import BLOOD, FLUID, Injuries
 # Mean HU by contrast phase: rounded textbook values.
 TISSUES = ("aorta", "ivc", "portal", "liver", "spleen", "cortex", "medulla", "wall", "urine")
 PHASES = {
-    "arterial": (230, 100, 130, 78, 128, 190, 80, 95, 10),
+    "arterial": (200, 100, 130, 78, 128, 190, 80, 95, 10),
     "portal": (175, 160, 185, 112, 124, 185, 155, 85, 15),
     "delayed": (118, 115, 118, 95, 98, 125, 130, 70, 240),
 }
-FAT, MUSCLE, CORTICAL, MARROW, GAS, LUNG = -100.0, 58.0, 480.0, 150.0, -930.0, -860.0
+FAT, MUSCLE, CORTICAL, MARROW, GAS, LUNG = -100.0, 58.0, 340.0, 110.0, -930.0, -860.0
 SIDES = (-1, 1)
 
 
@@ -76,7 +76,7 @@ def draw_trunk(c: Canvas) -> Array:
     along = c.t * c.length - 42 * np.minimum(angle, 2.5) + 60 * np.maximum(angle - 2.3, 0) + rng.uniform(0, 20)
     band = np.abs(c.rho - limit - 0.035) * c.px
     rib = np.clip((0.23 - np.abs((along / 25) % 1 - 0.5)) * 12, 0, 1) * ((along < 75) & (angle < 2.75)) * np.clip(1.6 - band, 0, 1)
-    c.paint(None, rib, np.where(angle > 2.2, np.float32(140), CORTICAL - 220 * (band < 0.5).astype(np.float32)))
+    c.paint(None, rib, np.where(angle > 2.2, np.float32(140), CORTICAL - 160 * (band < 0.5).astype(np.float32)))
     for side in SIDES:
         wing = c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 9), grow=2.3)
         c.paint(wing.box, np.clip((2.2 - wing.r) * 3, 0, 1) * np.clip((wing.r - 1) * 9, 0, 1) * trunk[wing.box], MUSCLE)
@@ -214,9 +214,9 @@ def draw_spine(c: Canvas) -> None:
     body = c.put(CORTICAL + (90 - CORTICAL) * disc, (0.0, 0.44), (0.145, 0.15), wobble=0.02)
     c.paint(body.box, body.alpha(0.86), MARROW + (85 - MARROW) * disc + 35 * c.fine[body.box])
     everywhere = np.ones_like(c.hu)
-    c.put(300.0, (0.0, 0.66), (0.135, 0.1), within=everywhere * (1 - 0.6 * disc))
-    c.put(CORTICAL, (0.0, 0.8), (0.03, 0.13), within=everywhere * np.clip(1.4 - 2 * np.abs(level - 0.2), 0, 1))
-    c.put(400.0, (0.0, 0.62), (0.33, 0.035), within=everywhere * np.clip((0.16 - np.abs(level - 0.05)) * 12, 0, 1))
+    c.put(210.0, (0.0, 0.66), (0.135, 0.1), within=everywhere * (1 - 0.6 * disc))
+    c.put(260.0, (0.0, 0.8), (0.03, 0.13), within=everywhere * np.clip(1.4 - 2 * np.abs(level - 0.2), 0, 1))
+    c.put(240.0, (0.0, 0.62), (0.33, 0.035), within=everywhere * np.clip((0.16 - np.abs(level - 0.05)) * 12, 0, 1))
     c.put(25.0, (0.0, 0.64), (0.075, 0.065))
 
 

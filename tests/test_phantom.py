@@ -233,17 +233,17 @@ def test_anatomy_is_where_it_belongs():
         half = upper.shape[1] // 2
         soft.append(((upper[:, :half] > 60) & (upper[:, :half] < 200)).sum() / ((upper[:, half:] > 60) & (upper[:, half:] < 200)).sum())
         body = np.argwhere(upper > -200)
-        bone.append((np.argwhere(hu > 350)[:, 1].mean() - body[:, 0].min()) / np.ptp(body[:, 0]))
+        bone.append((np.argwhere(hu[:, :, half - 4 : half + 4] > 200)[:, 1].mean() - body[:, 0].min()) / np.ptp(body[:, 0]))
         middle = hu[:, body[:, 0].min() + 8 : body[:, 0].max() - 8, body[:, 1].min() + 8 : body[:, 1].max() - 8]
         air.append([(plane < -700).mean() for plane in middle])
     assert min(soft) > 1.15, "the liver lies at image left"
-    assert min(bone) > 0.5, "the spine lies at the back"
+    assert min(bone) > 0.55, "the spine lies at the back"
     assert all(planes[0] > 0.2 > 0.1 > np.mean(planes[6:]) for planes in air), "lung bases in the top planes only"
 
 
 def test_phases_differ_and_a_second_series_shows_the_same_body():
     one, two = scan({}, phase="arterial"), scan({}, phase="delayed", series=1)
-    assert one.aortic_hu > 200 > 160 > two.aortic_hu
+    assert one.aortic_hu > 180 > 140 > two.aortic_hu
     assert one.spacing[1:] == two.spacing[1:]
     outline = [(s.hu[len(s.hu) // 2] > -300) for s in (one, two)]
     assert (outline[0] & outline[1]).sum() / (outline[0] | outline[1]).sum() > 0.9
@@ -305,8 +305,8 @@ def test_difficulty_makes_injuries_smaller_and_fainter():
 def test_healthy_patients_have_distractors():
     volumes = [scan({}, index) for index in range(12)]
     assert all((v.hu[4:, 12:-12, 12:-12] < -700).sum() > 30 for v in volumes), "gas inside loops"
-    assert sum((v.hu > 600).any() for v in volumes) > 3, "bone as bright as a blush"
-    assert max(scan({}, index, "delayed").hu[5:10, :, 20:44].max() for index in range(6)) > 330, "contrast in the kidneys"
+    assert all((v.hu[:, :, 16:-16] > 250).any(axis=(1, 2)).mean() > 0.5 for v in volumes), "bone as bright as a blush"
+    assert max(scan({}, index, "delayed").hu[5:10, :, 20:44].max() for index in range(6)) > 230, "contrast in the kidneys"
 
 
 def test_labels_change_nothing_but_the_picture_of_the_injury():
