@@ -15,7 +15,7 @@ from pipeline.scoring import score_oof
 from pipeline.targets import COLUMNS, TARGET_NAMES
 from pipeline.volume_store import INDEX_SCHEMA
 
-EVIL = """<img src=x onerror=alert(1)>&"'"""
+EVIL = """<img src=x onerror=alert(1)>&"'""" + 32 * "W"
 EVIL_PATH = "train_images/<script>alert(1)</script>/7/1.dcm"
 DEPTH = 8
 
@@ -34,7 +34,7 @@ def write_manifest(out: Path, name: str, counts: dict[str, Any], inputs: dict[st
 
 def write_run(out: Path) -> pl.DataFrame:
     """Fill `out` with all stages of 24 patients; returns the labels. The first patient's id is `EVIL`, the bowel injury is labelled
-    in slices 104, 105 and 111, and the prediction is the worst by far."""
+    in slices 103, 108 and 111, and the prediction is the worst by far."""
     config, truth = smoke_config(), one_hot(24)
     truth[0] = np.eye(13)[[1, 3, 6, 9, 12]].sum(0)
     labels = label_frame(truth)
@@ -82,7 +82,7 @@ def write_volumes(out: Path, labels: pl.DataFrame, series: pl.DataFrame) -> None
     write_manifest(out, "02_volumes", {"volumes": len(rows)})
     marked = series.filter(pl.col("patient_id") == labels["patient_id"][0])["series_id"][0]
     (out / "data" / "phantom").mkdir(parents=True)
-    table = {"patient_id": [EVIL] * 3, "series_id": [marked] * 3, "instance_number": [104, 105, 111], "injury_name": ["Bowel"] * 3}
+    table = {"patient_id": [EVIL] * 3, "series_id": [marked] * 3, "instance_number": [103, 108, 111], "injury_name": ["Bowel"] * 3}
     pl.DataFrame(table).write_csv(out / "data" / "phantom" / "image_level_labels.csv")
 
 
@@ -98,7 +98,7 @@ def write_training(out: Path, config: Config) -> None:
         for k in range(1, 7)
     ]  # fmt: skip
     for name in ("crops", "similarity"):
-        cv2.imwrite(str(out / "04_voco2d" / f"{name}.png"), np.full((30, 40, 3), 200, np.uint8))
+        cv2.imwrite(str(out / "04_voco2d" / f"{name}.png"), np.full((300, 1500, 3), 200, np.uint8))
     (out / "04_voco2d" / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
     for fold in range(2):
         rows = [{"epoch": k, "loss": 5.0 - k, "terms": {**dict.fromkeys(TARGET_NAMES, 1.0 / k), "slices": 0.5}, "slices_per_s": 80.0,

@@ -212,14 +212,14 @@ def test_worst_errors_are_ordered_by_their_part_of_the_score(out):
 def test_worst_errors_show_the_labelled_slice_and_evenly_chosen_ones(out):
     errors = worst(find_run(out, smoke_config(), None, ""))
     marked = [one for one in errors[0]["series"]["pictures"] if one["injuries"]]
-    assert [(one["plane"], one["injuries"]) for one in marked] == [(2, ["bowel"])], "105 is the middle label, 104 the nearest plane"
+    assert [(one["plane"], one["injuries"]) for one in marked] == [(4, ["bowel"])], "108 is the middle of the labels"
     for error in errors:
         planes = [one["plane"] for one in error["series"]["pictures"]]
         assert len(planes) == 4
         assert planes == sorted(set(planes))
     shown = cv2.imdecode(np.frombuffer(base64.b64decode(marked[0]["uri"].partition(",")[2]), np.uint8), 0)
     assert shown.shape == (20, 24)
-    assert abs(int(shown.mean()) - 40) <= 2, "plane 2 of the volume"
+    assert abs(int(shown.mean()) - 80) <= 2, "plane 4 of the volume"
     assert [one["plane"] for one in errors[1]["series"]["pictures"]] == [1, 3, 5, 7], "no label: evenly spread"
     assert DEPTH == 8
 
