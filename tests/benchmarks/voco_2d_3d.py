@@ -1,0 +1,134 @@
+"""2D-VoCo against 3D VoCo on one volume: time of a step, peak memory, inference latency: `python tests/benchmarks/voco_2d_3d.py`.
+
+3D, the published setting of arXiv 2402.17300: MONAI's SwinUNETR encoder (feature size 48, with its convolution blocks), 16 base and
+4 random crops resized to 64^3, activation checkpointing as published, student and teacher, each level pooled, projector 2048.
+2D, the published setting of arXiv 2601.14593 (preset `paper`): 9 base and 2 random crops of 32 slices of 64 x 64. Latency is
+the encoder over one whole volume: 16 tiles of 64^3 (3D), 48 slices of 192 x 192 (2D). Needs monai (the extra `bench`).
+"""
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+from voco_step import batch_of
+
+from pipeline import pretrain
+from pipeline.backbone import create_backbone
+from pipeline.config import load_config
+from pipeline.distributed import World
+from pipeline.engine import adamw, autocast, ema_update
+from pipeline.losses import base_regularisation, position_loss, similarity
+from pipeline.runtime import timed
+
+
+class Encoder3D(nn.Module):
+    """(N, 1, 64, 64, 64) -> (N, 1152): all levels of the SwinUNETR encoder, pooled."""
+
+    def __init__(self) -> None:
+        from monai.networks.nets import SwinUNETR
+
+        super().__init__()
+        net = SwinUNETR(in_channels=1, out_channels=2, feature_size=48, use_checkpoint=True, use_v2=True)
+        self.swin, self.blocks = net.swinViT, nn.ModuleList([net.encoder1, net.encoder2, net.encoder3, net.encoder4, net.encoder10])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        levels = self.swin(x)
+        inputs = [x, levels[0], levels[1], levels[2], levels[4]]
+        return torch.cat([block(level).mean((2, 3, 4)) for block, level in zip(self.blocks, inputs, strict=True)], 1)
+
+
+def step_3d(device: torch.device, base: int, random: int) -> Callable[[], object]:
+    """One step of the 3D method on one volume: intra-volume loss and regularisation."""
+    layers: list[nn.Module] = [Encoder3D(), nn.Linear(1152, 2048)]
+    for _ in range(2):
+        layers += [nn.BatchNorm1d(2048), nn.ReLU(inplace=True), nn.Linear(2048, 2048)]
+    student = nn.Sequential(*layers).to(device)
+    teacher, optimiser = copy.deepcopy(student).requires_grad_(False), adamw(student, 1e-4, 1e-2)
+    crops, overlap = torch.rand(base + random, 1, 64, 64, 64, device=device), torch.rand(random, base, device=device)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with autocast(device, True):
+            own = student(crops).float()
+            with torch.no_grad():
+                other = teacher(crops).float()
+        (position_loss(similarity(own[:random], other[random:]), overlap) + base_regularisation(own[random:])).backward()
+        optimiser.step()
+        ema_update(teacher, student, 0.9)
+
+    return step
+
+
+def step_2d(device: torch.device) -> Callable[[], object]:
+    """One step of the 2D method; the batch of two volumes that it needs counts as two."""
+    config = load_config("paper", ("pretrain.init=scratch", "pretrain.batch=2"))
+    run, batch = pretrain.start(config, World(0, 1, device)), batch_of(config)
+    return lambda: pretrain.train_step(run, batch)
+
+
+def latency(kind: str, device: torch.device) -> Callable[[], object]:
+    """The encoder over one whole volume, without gradient."""
+    shape = (16, 1, 64, 64, 64) if kind == "3D" else (48, 1, 192, 192)
+    net = (Encoder3D() if kind == "3D" else create_backbone("efficientnet_b0")).to(device).eval()
+    net = net.to(memory_format=torch.channels_last) if kind == "2D" else net
+    x = torch.rand(shape, device=device)
+
+    @torch.no_grad()
+    def embed() -> torch.Tensor:
+        with autocast(device, True):
+            return functional.adaptive_avg_pool2d(net(x), 1) if kind == "2D" else net(x)
+
+    return embed
+
+
+def measure(kind: str, device: torch.device, rounds: int, base: int, random: int) -> dict[str, float]:
+    """Seconds a volume of a step, peak memory in GiB after the steps, seconds of the latency."""
+    step, volumes = (step_3d(device, base, random), 1) if kind == "3D" else (step_2d(device), 2)
+
+    def clock(work: Callable[[], object]) -> float:
+        def finished() -> None:
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return statistics.median([timed(finished)[1] for _ in range(rounds + 1)][1:])
+
+    seconds = clock(step) / volumes
+    cuda = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"step": seconds, "memory": memory, "latency": clock(latency(kind, device))}
+
+
+def main() -> None:
+    """Print one Markdown table; each method runs in a process of its own."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--rounds", type=int, default=2)
+    flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    flags.add_argument("--base", type=int, default=16, help="3D base crops (fewer where memory says so)")
+    flags.add_argument("--random", type=int, default=4, help="3D random crops")
+    flags.add_argument("--only", choices=("2D", "3D"), help="internal: measure one method")
+    options = flags.parse_args()
+    if options.only:
+        print(json.dumps(measure(options.only, torch.device(options.device), options.rounds, options.base, options.random)))
+        return
+    print(f"{options.device}, {torch.get_num_threads()} threads, 3D with {options.base} + {options.random} crops\n")
+    print("| method | step, s a volume | peak memory of a step (GiB) | latency, s a volume |\n|---|---|---|---|")
+    found = {}
+    for kind in ("3D", "2D"):
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", kind], stdout=subprocess.PIPE, text=True, check=True)
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(f"| {kind} | {found[kind]['step']:.2f} | {found[kind]['memory']:.2f} | {found[kind]['latency']:.2f} |")
+    ratios = " | ".join(f"{found['3D'][name] / found['2D'][name]:.1f} x" for name in ("step", "memory", "latency"))
+    print(f"| 3D over 2D | {ratios} |")
+
+
+if __name__ == "__main__":
+    main()
