@@ -87,9 +87,7 @@ def facts(run: Run) -> dict[str, str]:
         "Data": f"{run.data}" if run.data else "phantom, made by this run: no patient's data",
         "Patients": f"{patients.get('train', 0)} labelled, {patients.get('unlabelled', 0)} unlabelled" if patients else "",
         "Images": f"{converted['series']} series, {converted['slices']} slices" if converted else "",
-        "Model": "{model[backbone]}, {train[init]} start, {train[sequence]} over {train[slices]} slices".format(**trained)
-        if trained
-        else "",
+        "Model": trained and "{model[backbone]} from {train[init]}, {train[sequence]} over {train[slices]} slices".format(**trained),
         "Device": ", ".join(sorted({manifest["device"] for manifest in manifests if manifest.get("device")})),
         "Commit": ", ".join(sorted({(manifest["git"] or "no git checkout")[:12] for manifest in manifests})),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -249,19 +247,17 @@ def cost(run: Run) -> dict[str, Any]:
         made = {one: digest(run.manifests[one]["outputs"]) for one in manifest["inputs"] if one in run.manifests}
         stale = [one for one, value in made.items() if value != manifest["inputs"][one]]
         if name != "05_folds":  # its folds are listed
-            rows.append({**manifest, "name": name, "rate": _rate(run, name), "memory": manifest.get("peak_mb"), "stale": stale})
+            rows.append({**manifest, **_rate(run, name), "name": name, "memory": manifest.get("peak_mb"), "stale": stale})
     scripts = sorted({script for name, script in MAKERS.items() if any(one.startswith(name) for one in run.manifests)}) + ["08_report"]
     return {"rows": rows, "total": sum(row["seconds"] for row in rows), "flags": run.flags, "scripts": scripts,
             "config": yaml.safe_dump(used, sort_keys=False, allow_unicode=True)}  # fmt: skip
 
 
-def _rate(run: Run, name: str) -> str:
-    """Throughput of a stage in its own unit, of training the median step or epoch."""
+def _rate(run: Run, name: str) -> dict[str, Any]:
+    """Throughput of a stage in its own unit and the share of time it waits for data; of training the median step or epoch."""
     records, counts = run.log(name), run.manifests[name]["counts"]
-    for key, unit in (("samples_per_s", "volumes/s"), ("slices_per_s", "slices/s"), ("patients_per_hour", "patients/h")):
-        if records and key in records[-1]:
-            rate, waiting = (np.median([row[column] for row in records]) for column in (key, "waiting"))
-            return f"{rate:.1f} {unit}, {waiting:.1%} of the time waiting for data"
-        if key in counts:
-            return f"{counts[key]:.0f} {unit}"
-    return ""
+    units = {"samples_per_s": "volumes/s", "slices_per_s": "slices/s", "patients_per_hour": "patients/h"}
+    seen = [key for key in (*units, "waiting") if records and key in records[-1]]
+    middle = {key: float(np.median([row[key] for row in records])) for key in seen} or counts
+    rate = next((f"{middle[key]:.0f} {unit}" for key, unit in units.items() if key in middle), "")
+    return {"rate": rate, "waiting": middle.get("waiting")}
