@@ -110,12 +110,26 @@ class CnnLstm(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleDict({t.name: nn.Linear(width, 1 if t.binary else len(t.classes)) for t in chosen_targets(config)})
         self.slice_head = nn.Linear(width, 2) if config.slice_loss else None
+        for head in (*self.heads.values(), *([self.slice_head] if config.slice_loss else [])):
+            nn.init.zeros_(head.weight)
+
+    @torch.no_grad()
+    def start_at_prior(self, labels: np.ndarray) -> None:
+        """Set the heads' biases to the best constant prediction for one-hot `labels` (N, 13): class shares times sample weights."""
+        columns = group_slices()
+        for target in TARGETS:
+            if target.name in self.heads:
+                share = np.maximum(labels[:, columns[target.name]].mean(0) * target.weights, 1e-3)
+                logits = np.log(share)
+                bias = logits[1:] - logits[:1] if target.binary else logits - logits.mean()
+                self.heads[target.name].bias.copy_(torch.as_tensor(bias))
 
     def forward(self, volumes: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Logits per target, and per slice where the model has a slice head."""
         B, S, H, W = volumes.shape
         maps = self.backbone(volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last))  # (B*S, C, h, w)
-        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()  # (B*S, 2C): an organ fills the mean, a small lesion the maximum
+        # An organ fills the mean of a slice, a small lesion shows in its maximum.
+        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()  # (B*S, 2C)
         features = self.norm(pooled).reshape(B, S, -1)  # (B, S, 2C)
         states = torch.cat([self.sequence(features), features], 2)  # (B, S, E): what a slice shows reaches the heads directly too
         pooled = self.dropout(self.pool(states))  # (B, E)

@@ -49,9 +49,10 @@ class FoldTrainer:
         self.model = build_model(config, "imagenet" if self.options.init == "imagenet" else "scratch")
         if pretrained is not None:
             log(f"fold {data.fold}: {load_backbone(self.model.backbone, pretrained)}")
+        labels = np.stack([series.labels for series in data.train])
+        self.model.start_at_prior(labels)
         self.model.to(device, memory_format=torch.channels_last)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
-        labels = np.stack([series.labels for series in data.train])
         self.loss = InjuryLoss(self.options, labels).to(device)
         self.optimiser = adamw(parameter_groups(self.model, self.options), self.options.lr, self.options.weight_decay)
         self.scaler = grad_scaler(device, self.options.amp)

@@ -37,9 +37,19 @@ def test_every_variant_gives_all_heads_and_gradients(sequence, pool):
     terms = InjuryLoss(TINY, labels.numpy())((logits, slices), labels, torch.zeros(2, 4, 2), torch.ones(2, 2), 2)
     assert set(terms) == {*(t.name for t in TARGETS), "slices"}
     sum(terms.values()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     for target in TARGETS:
         assert model.heads[target.name].weight.grad.abs().sum() > 0, f"{target.name} is trained"
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_model_starts_at_the_best_constant_prediction():
+    labels = one_hot(np.random.default_rng(4), 40)
+    model = make(TINY).eval()
+    model.start_at_prior(labels)
+    values = probabilities(model(torch.randn(3, 4, 32, 32))[0]).numpy()
+    for target, where in zip(TARGETS, group_slices().values(), strict=True):
+        share = labels[:, where].mean(0) * target.weights
+        assert values[:, where] == pytest.approx(np.tile(share / share.sum(), (3, 1)), rel=1e-4)
 
 
 def test_single_target_model_has_that_head_and_loss_only():
