@@ -62,7 +62,7 @@ def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool
 def _fork(*work: Any) -> tuple[int, Connection]:
     """Start a child that runs `_serve(*work, pipe)`: its process id and the pipe that its answers come through."""
     if cv2 := sys.modules.get("cv2"):
-        cv2.setNumThreads(1)  # its pool of threads does not outlive a fork, but a call that waits for them would
+        cv2.setNumThreads(1)  # its threads do not outlive a fork: a child that changes their number would wait for them
     reader, writer = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:

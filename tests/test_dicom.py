@@ -139,6 +139,17 @@ def test_unused_high_bits_do_not_count():
     assert np.array_equal(clean, dirty)
 
 
+@pytest.mark.parametrize(("syntax", "signed"), [("j2k", False), ("j2k", True), ("jpegls", False), ("jpegls", True)])
+def test_the_codestream_says_how_many_bits_count(syntax, signed):
+    """A stream of 16 bits in a file that says 12 are stored: what pydicom makes of it."""
+    ds = dataset(pattern(16), 16, signed, syntax)
+    ds.BitsStored, ds.HighBit, ds.RescaleSlope, ds.RescaleIntercept = 12, 11, 0.01, 0
+    data = to_bytes(ds)
+    expected = reference(pydicom.dcmread(pydicom.filebase.DicomBytesIO(data)))
+    assert len(np.unique(expected)) > 50
+    assert np.array_equal(picture(data, PIXELS)[0], expected)
+
+
 def test_windows_are_never_read_and_optional_tags_may_be_missing():
     plain = picture(to_bytes(dataset(pattern(12))), PIXELS)[0]
     windows = dataset(pattern(12), WindowCenter=[40, 300], WindowWidth=[400, 1500])
@@ -180,6 +191,16 @@ def test_sequences_before_the_pixels_are_skipped_whatever_their_length_form(synt
         ds["ReferencedImageSequence"].is_undefined_length = undefined
         deep.is_undefined_length_sequence_item = inner.is_undefined_length_sequence_item = undefined
         assert np.array_equal(picture(to_bytes(ds), PIXELS)[0], expected)
+
+
+def test_an_unknown_sequence_of_undefined_length_holds_implicit_items():
+    item = b"\x08\x00\x60\x00\x04\x00\x00\x00CT  " + b"\xfe\xff\x0d\xe0\0\0\0\0"
+    unknown = b"\x08\x00\x50\x11UN\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff" + item + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    odd = unknown.replace(b"\x04\x00\x00\x00CT  ", b"UN\0\0" + b"x" * 0x4E55)  # a length that reads like a VR
+    data = to_bytes(dataset(pattern(12)))
+    at = data.index(b"\x10\x00\x10\x00PN")
+    for element in (unknown, odd):
+        assert np.array_equal(picture(data[:at] + element + data[at:], PIXELS)[0], naive_window(pattern(12)))
 
 
 def test_nesting_without_end_is_refused():
