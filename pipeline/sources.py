@@ -14,7 +14,7 @@ from .runtime import log
 
 NIFTI = (".nii", ".nii.gz")
 SIDECAR = "series.json"  # marks a finished series folder of stage 01
-VERSION = 1  # raised when the same file would become another picture or another row
+VERSION = 2  # raised when the same file would become another picture or another row
 
 
 @dataclass(frozen=True)

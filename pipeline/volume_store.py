@@ -18,7 +18,7 @@ from .volume import Volume, build_volume, common_size
 INDEX = "index.parquet"
 UNUSABLE = ("partial", "duplicate")  # flags of the slice index that keep a slice out of its volume
 SLICE_COLUMNS = ("patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
-                 "flags", "png")  # fmt: skip
+                 "flags", "png", "crc32")  # fmt: skip
 
 
 def usable(slices: pl.DataFrame) -> pl.DataFrame:

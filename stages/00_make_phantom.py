@@ -1,13 +1,13 @@
 """Make the phantom data set of the demo: a seeded procedural abdomen with injuries, as DICOM.
 
-reads   the config's `phantom` section and `seed`
-writes  <out>/data/phantom/ in the competition's layout: train_images/, test_images/, unlabelled/, train.csv,
+Reads   the config's `phantom` section and `seed`
+Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_images/, unlabelled/, train.csv,
         train_series_meta.csv, image_level_labels.csv, test_series_meta.csv, sample_submission.csv,
         phantom_truth.csv (labels of the test patients, for evaluation only), manifest.json
 Skipped when --data names a data set or the config has `phantom: null`.
 """
 
-from pipeline.artifacts import Stage, main
+from pipeline.artifacts import ROOT, Stage, digest, main
 from pipeline.runtime import atomic_folder, log, progress
 
 
@@ -17,7 +17,8 @@ def run(stage: Stage) -> None:
     if stage.real_data or config is None:
         log(f"{stage.name}: skipped, " + (f"--data names {stage.options.data}" if stage.real_data else "the config has `phantom: null`"))
         return
-    if stage.current({"seed": stage.config.seed}, ["phantom"]):
+    code = {path.name: digest(path) for path in sorted((ROOT / "pipeline").glob("phantom*.py"))}  # the data set is what they draw
+    if stage.current({"seed": stage.config.seed, **code}, ["phantom"]):
         return
     from pipeline.phantom_dicom import write_dataset
 

@@ -103,7 +103,7 @@ def slices(tmp_path):
             cv2.imwrite(str(folder / f"{order + 3}.png"), body_slice())
             rows.append({"patient_id": "1", "series_id": series, "source": "train", "instance_number": order + 3, "order": order,
                          "z_mm": -3.0 * order, "rows": 256, "cols": 256, "spacing_y_mm": 1.5, "spacing_x_mm": 1.5,
-                         "flags": "partial" if (series, order) == ("8", 2) else "", "png": f"1/{series}/{order + 3}.png"})  # fmt: skip
+                         "flags": "partial" if (series, order) == ("8", 2) else "", "png": f"1/{series}/{order + 3}.png", "crc32": 0})  # fmt: skip
     pl.DataFrame(rows).write_parquet(tmp_path / "slices" / INDEX)
     return tmp_path / "slices"
 
@@ -125,6 +125,10 @@ def test_store_builds_reuses_and_forgets_series(slices, tmp_path):
     after = {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")}
     assert after["1_7.npy"] == before["1_7.npy"], "an unchanged series is not built again"
     assert after["1_8.npy"] != before["1_8.npy"], "a changed series is"
+    table = table.with_columns(crc32=pl.when(pl.col("series_id") == "7").then(1).otherwise("crc32"))
+    table.write_parquet(slices / INDEX)
+    build_all(slices, target, SMALL, 1)
+    assert (target / "1_7.npy").stat().st_mtime_ns != before["1_7.npy"], "other pixels under the same header are a change too"
     table.filter(pl.col("series_id") == "8").write_parquet(slices / INDEX)
     build_all(slices, target, SMALL, 1)
     assert sorted(path.name for path in target.glob("*.npy")) == ["1_8.npy"]
