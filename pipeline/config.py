@@ -54,7 +54,7 @@ class VolumeConfig(Section):
     height: int = Field(256, ge=16)
     width: int = Field(256, ge=16)
     aspect: Literal["letterbox", "stretch"] = "letterbox"
-    margin_mm: float = Field(4.0, ge=0, description="kept around the body; what lies outside is black")
+    margin_mm: float = Field(2.0, ge=0, description="kept around the body; what lies outside is black")
 
 
 class FoldConfig(Section):
