@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from . import dicom, nifti, series
 from .config import ConvertConfig
@@ -24,7 +25,8 @@ class SliceImage(NamedTuple):
     """One slice: its row of the slice index (without ids and `png`), the file it came from, and its picture.
 
     `instance_number` is the number in the file's name, else the tag's. `z_mm` grows towards the head, None where the series has no
-    positions. `flags` are those of `series`, joined by commas. `image` is uint8 (rows, cols), None where it went to disk.
+    positions. `flags` are those of `series`, joined by commas. `crc32` is that of the pixels, by which stage 02 notices a change. `image`
+    is uint8 (rows, cols), None where it went to disk.
     """
 
     instance_number: int
@@ -37,6 +39,7 @@ class SliceImage(NamedTuple):
     flags: str
     decoder: str
     transfer_syntax: str
+    crc32: int
     file: str
     image: np.ndarray | None
 
@@ -49,6 +52,7 @@ class Picture(NamedTuple):
     placement: tuple[Any, ...]
     decoder: str
     transfer_syntax: str
+    crc32: int
     image: np.ndarray | None = None
 
 
@@ -66,12 +70,12 @@ def _from_dicom(file: str, config: ConvertConfig, careful: bool) -> tuple[np.nda
     number, spacing = instance_of(os.path.basename(file)), header.spacing or (None, None)
     placement = (header.instance if number is None else number, header.position, header.orientation, header.patient_position)
     spacing = spacing[::-1] if series.is_transposed(header.orientation) else spacing
-    return image, Picture(image.shape, spacing, (*placement, series.is_cut(image)), decoder, header.transfer_syntax)
+    return image, Picture(image.shape, spacing, (*placement, series.is_cut(image)), decoder, header.transfer_syntax, crc32(image))
 
 
 def _from_nifti(file: str, k: int, config: ConvertConfig) -> tuple[np.ndarray, Picture]:
     image, position, orientation, spacing = nifti.nifti_slice(Path(file), k, config.max_pixels)
-    return image, Picture(image.shape, spacing, (k + 1, position, orientation, "", series.is_cut(image)), "nibabel", "NIfTI")
+    return image, Picture(image.shape, spacing, (k + 1, position, orientation, "", series.is_cut(image)), "nibabel", "NIfTI", crc32(image))
 
 
 def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.ndarray], None] | None = None,
@@ -111,7 +115,7 @@ def arranged(found: Sequence[tuple[str, Picture]], config: ConvertConfig) -> lis
             placements[k], following = placement._replace(instance=following), following + 1
     slices = [
         SliceImage(placement.instance, place.order, place.z_mm, *picture.shape, *picture.spacing, place.flags, picture.decoder,
-                   picture.transfer_syntax, file, picture.image)
+                   picture.transfer_syntax, picture.crc32, file, picture.image)
         for (file, picture), placement, place in zip(found, placements, series.arrange(placements, config.flip_hfs), strict=True)
     ]  # fmt: skip
     return sorted(slices, key=lambda item: item.order)

@@ -180,9 +180,9 @@ def check(header: Header, max_pixels: int) -> Header:
         (h.samples != 1 or h.photometric not in ("MONOCHROME1", "MONOCHROME2"), "colour: not one grey sample a pixel"),
         (h.frames != 1, f"multi-frame: {h.frames} frames"),
         (h.bits_allocated not in (8, 16), f"{h.bits_allocated}-bit: only 8 and 16 bits a pixel are converted"),
-        (native and there < needed, f"pixel data too short: {there} of {needed} bytes"),
         (not native and h.transfer_syntax not in (RLE, *JPEG, *JPEG_LS, *JPEG_2000), "unknown transfer syntax"),
-        (not native and h.length != UNDEFINED, "damaged: compressed pixel data without fragments"),
+        (native == (h.length == UNDEFINED), "damaged header: pixel data are in fragments where they must not, or not where they must"),
+        (native and there < needed, f"pixel data too short: {there} of {needed} bytes"),
     ):
         if wrong:
             raise Unreadable(reason)

@@ -67,4 +67,4 @@ def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, list[f
     steps = np.linalg.norm(affine[:3, :2], axis=0)
     orientation = (affine[:3, :2] / steps).T.ravel()
     position = affine[:3] @ [0.0, 0.0, float(k), 1.0]
-    return window(hu), position.tolist(), orientation.tolist(), (float(steps[1]), float(steps[0]))
+    return np.ascontiguousarray(window(hu)), position.tolist(), orientation.tolist(), (float(steps[1]), float(steps[0]))

@@ -116,8 +116,14 @@ def speed(data: Path, rounds: int) -> None:
     other = data / "usual"
     other.mkdir()
     number = itertools.count()
+
+    def new_folder() -> Path:
+        folder = data / f"out{next(number)}"
+        folder.mkdir()
+        return folder
+
     works = {
-        "stage 01": lambda: slice_store.convert_series(task, data, data / f"out{next(number)}", CONFIG),
+        "stage 01": lambda: slice_store.convert_series(task, data, new_folder(), CONFIG),
         "usual converter": lambda: usual(files, other, "pydicom"),
         "usual converter with pylibjpeg": lambda: usual(files, other, "pylibjpeg"),
         "decoding and encoding alone": lambda: alone(files, pictures, other),
@@ -136,6 +142,7 @@ def _convert(task: SeriesTask, data: Path) -> None:
 def processes(data: Path, rounds: int) -> None:
     """Throughput of two processes against one, start-up of the workers not counted."""
     tasks = [make_series(data, str(k), 96, 8) for k in range(12)]
+    (data / "out").mkdir()
 
     works = {jobs: (lambda jobs=jobs: list(spread(partial(_convert, data=data), tasks, jobs))) for jobs in (1, 2)}
     works[2]()
@@ -155,7 +162,7 @@ def png(data: Path, rounds: int) -> None:
                     cv2.IMWRITE_PNG_COMPRESSION, level, cv2.IMWRITE_PNG_STRATEGY, getattr(cv2, f"IMWRITE_PNG_STRATEGY_{strategy}"),
                     cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_{name}")]  # fmt: skip
     encoders = {key: (lambda picture, s=s: cv2.imencode(".png", picture, s)[1]) for key, s in settings.items()}
-    encoders["ours (isal)" if slice_store._deflate_fast else "ours (zlib)"] = slice_store.encode_png
+    encoders["ours (isal)"] = slice_store.encode_png
     seconds = alternate({key: (lambda e=e: [e(picture) for picture in pictures]) for key, e in encoders.items()}, rounds)
     for key in sorted(encoders, key=lambda key: statistics.median(seconds[key])):
         size = sum(len(encoders[key](picture)) for picture in pictures) / len(pictures)
@@ -164,6 +171,7 @@ def png(data: Path, rounds: int) -> None:
 
 def memory(data: Path, rounds: int) -> None:
     """Peak resident memory of the converting process and of its children, each number of slices in a process of its own."""
+    (data / "out").mkdir()
     for slices in (100, 2000):
         task = make_series(data, str(slices), slices)
         pid = os.fork()
