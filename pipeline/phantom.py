@@ -14,12 +14,12 @@ from .config import PhantomConfig
 from .phantom_canvas import Array, Canvas, Region, soft
 from .phantom_injuries import BLOOD, FLUID, Injuries
 
-# Mean HU by contrast phase: rounded textbook values.
+# Mean HU by contrast phase, of a modest dose: nothing but bone and a blush saturates the window.
 TISSUES = ("aorta", "ivc", "portal", "liver", "spleen", "cortex", "medulla", "wall", "urine")
 PHASES = {
-    "arterial": (200, 100, 130, 78, 128, 190, 80, 95, 10),
-    "portal": (175, 160, 185, 112, 124, 185, 155, 85, 15),
-    "delayed": (118, 115, 118, 95, 98, 125, 130, 70, 240),
+    "arterial": (180, 95, 120, 78, 122, 165, 80, 95, 10),
+    "portal": (155, 145, 160, 112, 122, 165, 140, 85, 15),
+    "delayed": (118, 115, 118, 95, 98, 125, 130, 70, 190),
 }
 FAT, MUSCLE, CORTICAL, MARROW, GAS, LUNG = -100.0, 58.0, 340.0, 110.0, -930.0, -860.0
 SIDES = (-1, 1)
@@ -54,7 +54,7 @@ def _draw_scan(config: PhantomConfig, labels: dict[str, int], key: tuple[int, ..
     draw_bowel(c, hu, cavity, injuries.thick_loops)
     abdomen = draw_organs(c, hu, cavity, injuries)
     draw_vessels(c, hu)
-    draw_spine(c)
+    draw_bones(c)
     shown = injuries.after_organs(abdomen)
     draw_surroundings(c)
     draw_noise(c, config.noise_hu, take)
@@ -63,7 +63,7 @@ def _draw_scan(config: PhantomConfig, labels: dict[str, int], key: tuple[int, ..
 
 
 def draw_trunk(c: Canvas) -> Array:
-    """Skin, fat, muscle wall with ribs, iliac wings; returns the coverage of the fat-filled cavity."""
+    """Skin, fat, muscle wall with ribs; returns the coverage of the fat-filled cavity."""
     rng = c.rng
     rim = 1 - rng.uniform(0.05, 0.16) * np.clip(1 - 0.45 * c.y + 0.12 * c.wobble, 0.5, 1.6)  # more fat in front
     limit = rim - rng.uniform(0.085, 0.11)
@@ -78,17 +78,21 @@ def draw_trunk(c: Canvas) -> Array:
     rib = np.clip((0.23 - np.abs((along / 25) % 1 - 0.5)) * 12, 0, 1) * ((along < 75) & (angle < 2.75)) * np.clip(1.6 - band, 0, 1)
     c.paint(None, rib, np.where(angle > 2.2, np.float32(140), CORTICAL - 160 * (band < 0.5).astype(np.float32)))
     for side in SIDES:
-        wing = c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 9), grow=2.3)
+        wing = _wing(c, side)  # the muscles on both sides of the bone, which is drawn later
         c.paint(wing.box, np.clip((2.2 - wing.r) * 3, 0, 1) * np.clip((wing.r - 1) * 9, 0, 1) * trunk[wing.box], MUSCLE)
-        c.paint(wing.box, np.clip(1.2 - 0.9 * np.abs(wing.r - 1) * wing.px, 0, 1) * trunk[wing.box], CORTICAL)
     return cavity
+
+
+def _wing(c: Canvas, side: int) -> Region:
+    """One iliac wing: its bone lies at r = 1."""
+    return c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 9), grow=2.3)
 
 
 def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, thick: int) -> None:
     """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast; `thick` loops are swollen."""
     rng = c.rng
     c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
-    oral = rng.uniform(110, 210) if rng.random() < 0.3 else FLUID
+    oral = rng.uniform(100, 160) if rng.random() < 0.3 else FLUID
     for index in range(26):
         centre = (rng.uniform(-0.55, 0.55), rng.uniform(-0.62, 0.1), rng.uniform(0.42, 1.05))
         size, long, tilt = rng.uniform(0.085, 0.14), rng.uniform(1.0, 1.9), rng.uniform(0, np.pi)
@@ -207,17 +211,19 @@ def draw_vessels(c: Canvas, hu: dict[str, float]) -> None:
         c.put(hu[name], centre, radii, tilt=tilt)
 
 
-def draw_spine(c: Canvas) -> None:
-    """Vertebral bodies (34 mm each) with discs, arch, transverse and spinous processes, canal."""
+def draw_bones(c: Canvas) -> None:
+    """Vertebral bodies (34 mm each) with discs, arch, transverse and spinous processes, canal; iliac wings."""
     level = (c.t * c.length / 34 + c.rng.uniform(0, 1)) % 1
     disc = np.clip((0.2 - np.abs(level - 0.5)) * 12, 0, 1) * (c.t < 0.9)
     body = c.put(CORTICAL + (90 - CORTICAL) * disc, (0.0, 0.44), (0.145, 0.15), wobble=0.02)
-    c.paint(body.box, body.alpha(0.86), MARROW + (85 - MARROW) * disc + 35 * c.fine[body.box])
+    c.paint(body.box, body.alpha(0.86), MARROW + (85 - MARROW) * disc + 20 * c.fine[body.box])
     everywhere = np.ones_like(c.hu)
-    c.put(210.0, (0.0, 0.66), (0.135, 0.1), within=everywhere * (1 - 0.6 * disc))
+    c.put(190.0, (0.0, 0.66), (0.135, 0.1), within=everywhere * (1 - 0.6 * disc))
     c.put(260.0, (0.0, 0.8), (0.03, 0.13), within=everywhere * np.clip(1.4 - 2 * np.abs(level - 0.2), 0, 1))
     c.put(240.0, (0.0, 0.62), (0.33, 0.035), within=everywhere * np.clip((0.16 - np.abs(level - 0.05)) * 12, 0, 1))
     c.put(25.0, (0.0, 0.64), (0.075, 0.065))
+    for wing in (_wing(c, side) for side in SIDES):
+        c.paint(wing.box, np.clip(1.2 - 0.9 * np.abs(wing.r - 1) * wing.px, 0, 1) * (c.rho[wing.box] < 0.92), 290.0)
 
 
 def draw_surroundings(c: Canvas) -> None:

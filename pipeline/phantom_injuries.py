@@ -96,11 +96,11 @@ class Injuries:
             point = c.point(box, tuple(rim[int(rng.integers(len(rim)))])) if len(rim) else point
         clumps = []
         for k in range(7):
-            radius, step = rng.uniform(12, 18) * self.size, rng.normal(0, (0.05, 0.06, 0.01)) + (0, 0, 0.04 * (k - 3))
+            radius, step = rng.uniform(16, 23) * self.size, rng.normal(0, (0.05, 0.06, 0.01)) + (0, 0, 0.045 * (k - 3))
             radii = (radius / c.half[0], 1.3 * radius / c.half[1], 1.6 * radius / c.length)
             clumps.append(c.blob(tuple((point + step).tolist()), radii, wobble=0.15, grow=2.0))
         shown = np.zeros(c.depth)
-        for limit, value, strength in ((1.9, BLOOD, 0.7), (1.0, max(self.aorta + 150, 420), self.contrast)):
+        for limit, value, strength in ((1.6, BLOOD, 0.8), (1.0, max(self.aorta + 150, 420), self.contrast)):
             for clump in clumps:
                 alpha = clump.alpha(limit) * cavity[clump.box]
                 c.paint(clump.box, alpha * strength, value)
