@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .runtime import InputError
 from .layers import speed_up
+from .runtime import InputError
 from .weights import load_weights, match, read_weights, save_weights
 
 GREY_MEAN, GREY_STD = 0.449, 0.226  # of ImageNet, mean over R, G and B: what pretrained stems summed over RGB expect

@@ -8,8 +8,8 @@ import pytest
 PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
     {"targets", "config", "runtime", "artifacts"},
-    {"dicom", "series", "nifti", "parallel", "sources", "convert", "slice_store", "volume", "volume_store", "decode_ahead", "folds", "tables"}
-    | {"metric", "metric_extra", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
+    {"dicom", "series", "nifti", "parallel", "sources", "convert", "slice_store", "volume", "volume_store", "decode_ahead"}
+    | {"folds", "tables", "metric", "metric_extra", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "voco_data"},
     {"weights", "layers", "backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},

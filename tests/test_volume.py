@@ -103,7 +103,8 @@ def slices(tmp_path):
             cv2.imwrite(str(folder / f"{order + 3}.png"), body_slice())
             rows.append({"patient_id": "1", "series_id": series, "source": "train", "instance_number": order + 3, "order": order,
                          "z_mm": -3.0 * order, "rows": 256, "cols": 256, "spacing_y_mm": 1.5, "spacing_x_mm": 1.5,
-                         "flags": "partial" if (series, order) == ("8", 2) else "", "png": f"1/{series}/{order + 3}.png", "crc32": 0})  # fmt: skip
+                         "flags": "partial" if (series, order) == ("8", 2) else "", "png": f"1/{series}/{order + 3}.png",
+                         "crc32": 0})  # fmt: skip
     pl.DataFrame(rows).write_parquet(tmp_path / "slices" / INDEX)
     return tmp_path / "slices"
 
