@@ -1,0 +1,116 @@
+"""Stage 05's loop: resuming equals not stopping, early stopping, averaged weights, non-finite losses, weights that do not fit."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import load_config
+from pipeline.datasets import Series
+from pipeline.engine import NonFiniteLoss
+from pipeline.prediction import load_classifier
+from pipeline.runtime import InputError
+from pipeline.targets import COLUMNS, TARGETS
+from pipeline.training import MODEL, OOF, FoldData, FoldTrainer, train_fold
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six training and three held-out series of noise, every class there."""
+    folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
+    series = []
+    for k in range(9):
+        path = folder / f"{k}.npy"
+        np.save(path, rng.integers(0, 256, (12, 48, 48), dtype=np.uint8))
+        labels = np.concatenate([np.eye(len(t.classes), dtype=np.float32)[k % len(t.classes)] for t in TARGETS])
+        series.append(Series(str(k), f"s{k}", path, labels, np.zeros((12, 2), np.float32), np.ones(2, np.float32)))
+    return FoldData(0, series[:6], series[6:])
+
+
+def config(*overrides):
+    return load_config("smoke", ["train.init=scratch", "train.image_size=32", "train.epochs=3", *overrides])
+
+
+def trainer(data, folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    return FoldTrainer(config(*overrides), data, folder, CPU, None)
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.ema=0.5", "train.accumulate=2", "train.batch=2")])
+def test_resuming_equals_not_stopping(data, tmp_path, overrides):
+    whole = trainer(data, tmp_path / "whole", *overrides)
+    whole.run()
+    first = trainer(data, tmp_path / "cut", *overrides)
+    for _ in range(2):
+        row = first.train_epoch()
+        first.epoch += 1
+        first.history.append(row | first.validate())
+        first.save()
+    second = trainer(data, tmp_path / "cut", *overrides)
+    second.run()
+    assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
+    assert second.predict_held_out().equals(whole.predict_held_out())
+    for name, tensor in whole.final_model.state_dict().items():
+        assert torch.equal(tensor, second.final_model.state_dict()[name]), name
+
+
+def test_checkpoint_of_another_config_is_not_taken_up(data, tmp_path):
+    trainer(data, tmp_path / "fold", "train.epochs=1").run()
+    other = trainer(data, tmp_path / "fold", "train.epochs=1", "train.lr=0.01")
+    other.resume()
+    assert other.epoch == 0
+
+
+def test_fold_writes_a_model_that_predicts_its_own_out_of_fold_rows(data, tmp_path):
+    counts = train_fold(config("train.epochs=1", "train.sequence=gru"), data, tmp_path, CPU, None)
+    assert counts["held_out_series"] == 3
+    import polars as pl
+
+    from pipeline.datasets import SeriesDataset
+    from pipeline.prediction import predict
+
+    model, options = load_classifier(tmp_path / MODEL, CPU)
+    assert options.sequence == "gru"
+    rows = pl.read_parquet(tmp_path / OOF)
+    samples = torch.from_numpy(np.stack([sample["slices"] for sample in map(SeriesDataset(data.held_out, options).__getitem__, range(3))]))
+    assert predict(model, samples).numpy() == pytest.approx(rows.select(COLUMNS).to_numpy(), abs=1e-6)
+
+
+def test_patience_stops_and_keeps_the_best_weights(data, tmp_path, monkeypatch):
+    run = trainer(data, tmp_path / "fold", "train.epochs=9", "train.patience=2")
+    scores = iter([0.9, 0.5, 0.6, 0.7, 0.1])
+    kept = {}
+
+    def validate():
+        value = next(scores)
+        kept[value] = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        return {"score": value}
+
+    monkeypatch.setattr(run, "validate", validate)
+    run.run()
+    assert run.epoch == 4
+    assert all(torch.equal(tensor, kept[0.5][name]) for name, tensor in run.final_model.state_dict().items())
+
+
+def test_non_finite_loss_stops_with_step_terms_and_ids(data, tmp_path, monkeypatch):
+    run = trainer(data, tmp_path / "fold")
+    with torch.no_grad():
+        run.model.heads["liver"].bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match=r"step 0.*liver nan.*s\d"):
+        run.run()
+
+
+def test_wrong_backbone_file_names_the_tensors(data, tmp_path):
+    from pipeline.backbone import create_backbone, save_backbone
+
+    save_backbone(create_backbone("lcnet_035"), tmp_path / "other.safetensors", {"backbone": "lcnet_035"})
+    with pytest.raises(InputError, match="missing.*unexpected"):
+        FoldTrainer(config(), data, tmp_path, CPU, tmp_path / "other.safetensors")
+
+
+def test_frozen_backbone_stays_as_it_was(data, tmp_path):
+    run = trainer(data, tmp_path / "fold", "train.freeze_backbone=true", "train.epochs=1")
+    before = {name: tensor.clone() for name, tensor in run.model.backbone.state_dict().items()}
+    run.run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.backbone.state_dict().items())
