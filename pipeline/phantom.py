@@ -71,7 +71,8 @@ def draw_trunk(c: Canvas) -> Array:
     c.hu = np.where(c.rho < 0.975, FAT + 8 * c.fine, np.where(c.rho < 1.0, np.float32(30), c.hu))
     c.paint(None, trunk * (1 - cavity), MUSCLE + 6 * c.fine)
     for side in SIDES:  # erector muscles
-        c.put(MUSCLE, (side * 0.2, 0.68), (0.17, 0.15), wobble=0.05, texture=10, within=trunk)
+        back = c.put(MUSCLE, (side * 0.2, 0.7), (0.18, 0.15), wobble=0.05, texture=10, within=trunk)
+        cavity[back.box] *= 1 - back.alpha()
     angle = np.arctan2(np.abs(c.x), c.y + 0.1)  # 0 at the back, pi in front
     along = c.t * c.length - 42 * np.minimum(angle, 2.5) + 60 * np.maximum(angle - 2.3, 0) + rng.uniform(0, 20)
     band = np.abs(c.rho - limit - 0.035) * c.px
@@ -174,7 +175,7 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
 
 def _dome(c: Canvas, u: float, top: float) -> Array:
     """Depth t of one half of the diaphragm, deepest in the recess at the back; the other half of the body is left out."""
-    bowl = top + 0.5 * np.maximum((c.u - u) ** 2 + 0.7 * (c.v + 0.15) ** 2 - 0.06, 0)
+    bowl = top + 0.42 * np.maximum((c.u - u) ** 2 + 0.7 * (c.v + 0.15) ** 2 - 0.06, 0)
     return np.where(c.u * (1 if u > 0 else -1) < -0.02, np.float32(9), bowl)
 
 
@@ -229,7 +230,7 @@ def draw_bones(c: Canvas) -> None:
 def draw_surroundings(c: Canvas) -> None:
     """Table, and in a third of the patients both arms with bone beside the trunk."""
     rng = c.rng
-    top, bend = 1.03 + rng.uniform(0, 0.03), rng.uniform(0.03, 0.12)
+    top, bend = 1.03 + rng.uniform(0, 0.03), rng.uniform(0.06, 0.18)
     for offset, value in ((0.0, 150.0), (0.14, 50.0)):
         line = np.abs(c.y - (top + offset - bend * c.x**2)) * c.px
         c.paint(None, soft(0.9 - line) * np.clip((1.05 - np.abs(c.x)) * 40, 0, 1) * (c.rho > 1.02), value)
