@@ -18,6 +18,7 @@ from .classifier import CnnLstm
 from .config import Config, PredictConfig, TrainConfig
 from .datasets import slice_positions, take_slices
 from .decode_ahead import Ahead
+from .metric import value_frame
 from .prediction import load_classifier, predict
 from .runtime import log, pick_device, write_text
 from .sources import SeriesTask
@@ -43,7 +44,7 @@ class Ensemble:
     def patient(self, patient_id: str, series: Sequence[np.ndarray]) -> np.ndarray:
         """Calibrated probabilities (13,) of a patient from those of the series."""
         ids = pl.DataFrame({"patient_id": [patient_id] * len(series), "series_id": [str(k) for k in range(len(series))]})
-        table = ids.hstack(pl.DataFrame(np.stack(series), schema=list(COLUMNS)))
+        table = ids.hstack(value_frame(np.stack(series)))
         return self.calibration.predict([table]).select(COLUMNS).to_numpy()[0]
 
 

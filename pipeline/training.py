@@ -163,7 +163,7 @@ class FoldTrainer:
         model = self.final_model.eval()
         loader = make_loader(dataset, plan, self.options.workers, self.device)
         values = torch.cat([predict(model, batch["slices"].to(self.device), self.options.amp) for batch in loader]).numpy()
-        frame = pl.DataFrame(values, schema=list(COLUMNS))
+        frame = metric.value_frame(values)
         ids = {
             "patient_id": [s.patient_id for s in series],
             "series_id": [s.series_id for s in series],
