@@ -11,6 +11,7 @@ import polars as pl
 import torch
 
 from . import engine
+from .artifacts import digest
 from .backbone import create_backbone, save_backbone
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import Config, resolved
@@ -31,6 +32,7 @@ class Run:
     """What a step changes, and the settings that it obeys."""
 
     config: Config
+    identity: dict[str, Any]
     world: World
     student: VocoNet
     teacher: VocoNet
@@ -42,7 +44,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds; random numbers and data order follow from `step` and the seed."""
-        return {"identity": identity(self.config), "step": self.step, "best": self.best, "flat": self.flat,
+        return {"identity": self.identity, "step": self.step, "best": self.best, "flat": self.flat,
                 "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
                 "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}  # fmt: skip
 
@@ -53,13 +55,13 @@ class Run:
         self.step, self.best, self.flat = state["step"], state["best"], state["flat"]
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """The settings that two sittings must share to be one run."""
+def identity(config: Config, volumes: Path | None) -> dict[str, Any]:
+    """What two sittings must share to be one run: settings and volumes."""
     section = {name: value for name, value in resolved(config.pretrain).items() if name not in FREE}
-    return {"seed": config.seed, **resolved(config.model), **section}
+    return {"seed": config.seed, **resolved(config.model), **section, "volumes": volumes and digest(volumes / "index.parquet")}
 
 
-def start(config: Config, world: World) -> Run:
+def start(config: Config, world: World, volumes: Path | None = None) -> Run:
     """Student, teacher and optimiser at step 0, the same on every rank."""
     options = config.pretrain
     seed_everything(config.seed)
@@ -75,7 +77,7 @@ def start(config: Config, world: World) -> Run:
         student.backbone.compile()
         teacher.backbone.compile()
     optimiser = engine.adamw(student, options.lr, options.weight_decay, options.amsgrad)
-    return Run(config, world, student, teacher, optimiser, engine.grad_scaler(world.device, options.amp))
+    return Run(config, identity(config, volumes), world, student, teacher, optimiser, engine.grad_scaler(world.device, options.amp))
 
 
 def resume(run: Run, folder: Path) -> None:
@@ -83,8 +85,7 @@ def resume(run: Run, folder: Path) -> None:
     state = newest_checkpoint(folder / "last.ckpt", run.config.pretrain.keep)
     if state is None:
         return
-    ours = identity(run.config)
-    changed = [name for name in ours if state["identity"].get(name) != ours[name]]
+    changed = [name for name, value in run.identity.items() if state["identity"].get(name) != value]
     if changed or state["step"] > run.config.pretrain.steps:
         log(f"last.ckpt is of another run ({changed[0] if changed else 'steps'} differs): training starts afresh")
         return
@@ -108,9 +109,11 @@ def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             teacher = Embeddings.split(run.teacher(crops), options.random_crops)
     following = torch.arange(world.rank * B + 1, (world.rank + 1) * B + 1, device=world.device) % options.batch
-    terms = voco_terms(student, teacher, overlap, world.gather(student.base)[following], world.gather(teacher.base)[following])
+    everyone = world.gather(student.base)
+    terms = voco_terms(student, teacher, overlap, everyone[following], world.gather(teacher.base)[following])
     loss = options.intra * terms["intra"] + options.inter * terms["inter"] + options.regularisation * terms["reg"]
-    stats = [loss, terms["intra"], terms["inter"], terms["reg"], spread_of(student.base), correlation(terms["similarity"], overlap)]
+    correlated = correlation(world.gather(terms["similarity"]), world.gather(overlap))
+    stats = [loss, terms["intra"], terms["inter"], terms["reg"], spread_of(everyone), correlated]
     return loss, torch.stack([value.detach() for value in stats])
 
 
@@ -166,7 +169,7 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
     options = config.pretrain
     world.check_divides(options.batch, "pretrain.batch")
     training, held = choose_volumes(pl.read_parquet(volumes / "index.parquet"), options, config.seed)
-    run = start(config, world)
+    run = start(config, world, volumes)
     if not fresh:
         resume(run, folder)
     samples = VocoSamples(volumes, training, options, config.seed, world.rank, world.size)
@@ -174,7 +177,8 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
     folder.mkdir(parents=True, exist_ok=True)
     with engine.StopSignal() as stop, _logs(folder, run) as write:
         stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
-        for _ in progress(range(run.step, options.steps), options.steps - run.step, "2D-VoCo", "steps"):
+        steps = range(run.step, options.steps)
+        for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:
             began = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - began

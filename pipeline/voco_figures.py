@@ -1,4 +1,4 @@
-"""Pictures of pretraining: crops with their labels, similarity maps before and after, curves."""
+"""Pictures of pretraining: crops with their labels, similarity maps before and after."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,6 @@ from .checkpoint import load_checkpoint
 from .config import Config
 from .crops import base_boxes, cut, overlap_labels, random_boxes
 from .distributed import World
-from .engine import read_log
 from .losses import similarity
 from .pretrain import start
 from .runtime import atomic_path
@@ -24,7 +23,7 @@ WINDOWS = 9  # positions an axis of the similarity maps
 
 
 def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) -> list[str]:
-    """Write crops.png, similarity.png and curve.png into `folder`; returns their names."""
+    """Write crops.png and similarity.png into `folder`; returns their names."""
     _, held = choose_volumes(pl.read_parquet(volumes / "index.parquet"), config.pretrain, config.seed)
     planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
     options = config.pretrain
@@ -37,8 +36,7 @@ def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) 
     maps.append(similarity_maps(run.teacher, planes, boxes, device))
     draw_crops(planes, boxes, base_boxes(options.image_size, options.grid), folder / "crops.png")
     draw_similarity(planes, boxes, maps, folder / "similarity.png")
-    draw_curve(read_log(folder / "log.jsonl"), folder / "curve.png")
-    return ["crops.png", "similarity.png", "curve.png"]
+    return ["crops.png", "similarity.png"]
 
 
 @torch.no_grad()
@@ -83,21 +81,6 @@ def draw_similarity(planes: np.ndarray, boxes: np.ndarray, maps: Sequence[np.nda
             extent = (side / 2, size - side / 2, size - side / 2, side / 2)  # at the centres of the windows
             axes[r][column].imshow(found[r], extent=extent, vmin=0, vmax=1, cmap="inferno", alpha=0.75, interpolation="bilinear")
             axes[r][column].set(xlim=(0, size), ylim=(size, 0))
-    _save(figure, path)
-
-
-def draw_curve(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss terms, position accuracy and spread of the embeddings over steps."""
-    figure, axes = _figure(1, 3, 3.2)
-    groups = (("loss", "intra", "inter", "reg"), ("position_accuracy", "correlation"), ("std",))
-    for axis, names in zip(axes[0], groups, strict=True):
-        for name in names:
-            found = [(record["step"], record[name]) for record in records if name in record]
-            axis.plot(
-                *zip(*found, strict=True), label=name.replace("_", " "), lw=1, marker="o" if name == "position_accuracy" else None, ms=3
-            )
-        axis.set(xlabel="step", ylim=(0, None))
-        axis.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

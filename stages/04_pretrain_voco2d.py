@@ -2,7 +2,7 @@
 
 Reads   <out>/02_volumes/ (index.parquet and the memory-mapped volumes of all sources)
 Writes  <out>/04_voco2d/backbone.safetensors (of the best held-out position accuracy), last.ckpt, best.ckpt, log.jsonl,
-        tensorboard/, crops.png, similarity.png, curve.png, manifest.json
+        tensorboard/, crops.png, similarity.png, manifest.json
 A stopped run goes on where it stopped. Several GPUs: torchrun --nproc-per-node N stages/04_pretrain_voco2d.py ...
 """
 

