@@ -171,7 +171,7 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
             stack.enter_context(_cluster(scheduler))
             stack.enter_context(joblib.parallel_config("dask"))
         try:
-            for k, answer in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="3*n_jobs")(calls):
+            for k, answer in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="3*n_jobs")(calls):
                 if k is None:
                     raise InputError(*answer.split(", ", 2))
                 yield k, answer

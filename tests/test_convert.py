@@ -260,7 +260,7 @@ def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path
     distributed = pytest.importorskip("distributed")
     data = slow_phantom(tmp_path / "data")
     assert run(data, tmp_path / "one")[0] == 0
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
         address = cluster.scheduler_address
         code, log = run(data, tmp_path / "cluster", "--scheduler", address)
         assert code == 0, log
