@@ -2,29 +2,28 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
-import joblib
 import numpy as np
 import polars as pl
 
 from .artifacts import digest
 from .config import VolumeConfig, resolved
+from .parallel import Failure, spread
 from .runtime import InputError, atomic_path, log, progress, remove_temporaries, write_json
 from .volume import Volume, build_volume, common_size
 
 INDEX = "index.parquet"
-UNUSABLE = ("partial", "duplicate")  # flags of the slice index that keep a slice out of its volume
 SLICE_COLUMNS = ("patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
                  "flags", "png", "crc32")  # fmt: skip
 
 
 def usable(slices: pl.DataFrame) -> pl.DataFrame:
-    """Slices of one series that go into its volume, superior first."""
-    flagged = pl.any_horizontal([pl.col("flags").str.split(",").list.contains(flag) for flag in UNUSABLE])
-    return slices.filter(~flagged).sort("order")
+    """Slices of one series that go into its volume: those without any flag, superior first."""
+    return slices.filter(pl.col("flags") == "").sort("order")
 
 
 def volume_of(images: Iterator[np.ndarray], slices: pl.DataFrame, config: VolumeConfig) -> Volume:
@@ -84,19 +83,19 @@ def _describe(volume: Volume, used: pl.DataFrame, left_out: int, path: Path) -> 
     }  # fmt: skip
 
 
-def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int) -> dict[str, Any]:
-    """Build every series of `source`'s slice index into `target`; returns the manifest's counts."""
+def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, scheduler: str | None = None) -> dict[str, Any]:
+    """Build every series of `source`'s slice index into `target`, here or on a Dask cluster; returns the manifest's counts."""
     slices = pl.read_parquet(source / INDEX, columns=list(SLICE_COLUMNS))
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target)
     groups = slices.partition_by("patient_id", "series_id", maintain_order=True)
-    work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
-        joblib.delayed(build_series)(group, source, target, config) for group in groups
-    )
-    rows = list(progress(work, len(groups), "volumes", "series"))
-    for group, row in zip(groups, rows, strict=True):
-        if row is None:
-            log(f"warning: no usable slice in series {group['patient_id'][0]}/{group['series_id'][0]}: no volume")
+    work = partial(build_series, source=source, target=target, config=config)
+    rows: list[dict[str, Any] | None] = [None] * len(groups)
+    for k, row in progress(spread(work, groups, jobs, scheduler), len(groups), "volumes", "series"):
+        rows[k] = None if isinstance(row, Failure) else row
+        if rows[k] is None:
+            reason = row.reason if isinstance(row, Failure) else "no usable slice"
+            log(f"warning: no volume of series {groups[k]['patient_id'][0]}/{groups[k]['series_id'][0]}: {reason}")
     table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
     with atomic_path(target / INDEX) as temporary:
         table.write_parquet(temporary)

@@ -4,7 +4,14 @@ Reads   <out>/01_slices/ (index.parquet and the PNG slices)
 Writes  <out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.parquet, manifest.json
 """
 
+import argparse
+
 from pipeline.artifacts import Stage, main
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """The flag that only stages 01 and 02 have."""
+    flags.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to work on (default: processes on this machine)")
 
 
 def run(stage: Stage) -> None:
@@ -13,9 +20,9 @@ def run(stage: Stage) -> None:
         return
     from pipeline.volume_store import INDEX, build_all
 
-    counts = build_all(stage.upstream("01_slices"), stage.folder, stage.config.volume, stage.jobs)
+    counts = build_all(stage.upstream("01_slices"), stage.folder, stage.config.volume, stage.jobs, stage.options.scheduler)
     stage.finish(counts, outputs=[INDEX])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "02_volumes", __doc__, run))
+    raise SystemExit(main(__file__, "02_volumes", __doc__, run, add_flags))
