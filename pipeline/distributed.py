@@ -75,11 +75,6 @@ class World:
             for tensor in module.state_dict().values():
                 distributed.broadcast(tensor, 0)
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            distributed.barrier()
-
     def close(self) -> None:
         """Leave the process group."""
         if self.size > 1 and distributed.is_initialized():
@@ -89,6 +84,7 @@ class World:
 def setup(device_name: str = "auto") -> World:
     """Join the process group that `torchrun` describes in the environment; without it, a world of one."""
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    torch.backends.cudnn.benchmark = True  # the shapes of a run never change
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -95,11 +95,12 @@ class _DepthwiseFunction(torch.autograd.Function):
     """(N, C, H, W), (C, 1, k, l) -> (N, C, h, w)."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=None)
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        y = functional.conv2d(x, weight, None, stride, padding, 1, x.shape[1])
+        ctx.save_for_backward(x.to(y.dtype), weight)  # autocast may have chosen another type
         ctx.options = stride, padding
-        return functional.conv2d(x, weight.to(x.dtype), None, stride, padding, 1, x.shape[1])
+        return y
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
@@ -108,10 +109,8 @@ class _DepthwiseFunction(torch.autograd.Function):
         stride, padding = ctx.options
         of_x = None
         if ctx.needs_input_grad[0]:
-            masks = (True, False, False)
-            of_x = torch.ops.aten.convolution_backward(
-                gradient, x, weight.to(x.dtype), None, stride, padding, (1, 1), False, (0, 0), x.shape[1], masks
-            )[0]
+            options = stride, padding, (1, 1), False, (0, 0), x.shape[1], (True, False, False)
+            of_x = torch.ops.aten.convolution_backward(gradient, x, weight.to(x.dtype), None, *options)[0]
         return of_x, weight_gradient(x, gradient, weight, stride, padding), None, None
 
 
@@ -125,7 +124,7 @@ def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tenso
     for i, (rows_in, rows_out) in enumerate(rows):
         for j, (columns_in, columns_out) in enumerate(columns):
             if rows_in and columns_in:
-                total[:, 0, i, j] = (x[:, rows_in, columns_in] * gradient[:, rows_out, columns_out]).sum((0, 1, 2))
+                total[:, 0, i, j] = (x[:, rows_in, columns_in] * gradient[:, rows_out, columns_out]).sum((0, 1, 2), dtype=weight.dtype)
     return total
 
 

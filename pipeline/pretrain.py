@@ -183,6 +183,7 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
             batch = next(stream)
             waited = time.perf_counter() - began
             record, stopping = train_step(run, batch, stop.signum > 0)
+            stopping = stopping or (world.size == 1 and stop.signum > 0)  # several ranks agree one step later
             seconds = time.perf_counter() - began
             record |= {"samples_per_s": round(options.batch / seconds, 3), "waiting": round(waited / seconds, 4)}
             _finish_step(run, record, evaluation, folder, write, stopping)

@@ -156,6 +156,20 @@ def test_whole_network_has_the_librarys_gradients_and_statistics(name):
     assert all(torch.allclose(a, b) for a, b in zip(plain.buffers(), fast.buffers(), strict=True))
 
 
+def test_mixed_precision_gradients_are_close():
+    torch.manual_seed(0)
+    backbone = create_backbone("mobilenetv3_small_050").to(memory_format=torch.channels_last)
+    x, gradients = torch.randn(8, 1, 32, 32).to(memory_format=torch.channels_last), []
+    for enabled in (False, True):
+        backbone.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = backbone(x).float().square().mean()
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+    assert all(parameter.grad.dtype == torch.float32 for parameter in backbone.parameters())
+
+
 def test_less_is_kept_for_the_backward_pass():
     kept = {}
     for fast in (False, True):

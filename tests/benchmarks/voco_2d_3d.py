@@ -3,7 +3,8 @@
 3D, the published setting of arXiv 2402.17300: MONAI's SwinUNETR encoder (feature size 48, with its convolution blocks), 16 base and
 4 random crops resized to 64^3, activation checkpointing as published, student and teacher, each level pooled, projector 2048.
 2D, the published setting of arXiv 2601.14593 (preset `paper`): 9 base and 2 random crops of 32 slices of 64 x 64. Latency is
-the encoder over one whole volume: 16 tiles of 64^3 (3D), 48 slices of 192 x 192 (2D). Needs monai (the extra `bench`).
+the encoder over one whole volume: 16 tiles of 64^3 (3D), 48 slices of 192 x 192 (2D). On a CPU the 3D step is measured with 4
+crops and 2 tiles and its times are scaled to 20 and 16; its memory is not scaled. Needs monai (the extra `bench`).
 """
 
 import argparse
@@ -27,6 +28,8 @@ from pipeline.distributed import World
 from pipeline.engine import adamw, autocast, ema_update
 from pipeline.losses import base_regularisation, position_loss, similarity
 from pipeline.runtime import timed
+
+CROPS, TILES = 20, 16  # of one volume: 16 base and 4 random crops, and the tiles of a whole volume
 
 
 class Encoder3D(nn.Module):
@@ -74,9 +77,9 @@ def step_2d(device: torch.device) -> Callable[[], object]:
     return lambda: pretrain.train_step(run, batch)
 
 
-def latency(kind: str, device: torch.device) -> Callable[[], object]:
-    """The encoder over one whole volume, without gradient."""
-    shape = (16, 1, 64, 64, 64) if kind == "3D" else (48, 1, 192, 192)
+def latency(kind: str, device: torch.device, tiles: int) -> Callable[[], object]:
+    """The encoder over one whole volume (3D: `tiles` of it), without gradient."""
+    shape = (tiles, 1, 64, 64, 64) if kind == "3D" else (48, 1, 192, 192)
     net = (Encoder3D() if kind == "3D" else create_backbone("efficientnet_b0")).to(device).eval()
     net = net.to(memory_format=torch.channels_last) if kind == "2D" else net
     x = torch.rand(shape, device=device)
@@ -89,9 +92,9 @@ def latency(kind: str, device: torch.device) -> Callable[[], object]:
     return embed
 
 
-def measure(kind: str, device: torch.device, rounds: int, base: int, random: int) -> dict[str, float]:
+def measure(kind: str, device: torch.device, rounds: int, crops: int, tiles: int) -> dict[str, float]:
     """Seconds a volume of a step, peak memory in GiB after the steps, seconds of the latency."""
-    step, volumes = (step_3d(device, base, random), 1) if kind == "3D" else (step_2d(device), 2)
+    step, volumes = (step_3d(device, crops - crops // 4, crops // 4), crops / CROPS) if kind == "3D" else (step_2d(device), 2)
 
     def clock(work: Callable[[], object]) -> float:
         def finished() -> None:
@@ -104,22 +107,24 @@ def measure(kind: str, device: torch.device, rounds: int, base: int, random: int
     seconds = clock(step) / volumes
     cuda = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"step": seconds, "memory": memory, "latency": clock(latency(kind, device))}
+    return {"step": seconds, "memory": memory, "latency": clock(latency(kind, device, tiles)) * (TILES / tiles if kind == "3D" else 1)}
 
 
 def main() -> None:
     """Print one Markdown table; each method runs in a process of its own."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--rounds", type=int, default=2)
+    flags.add_argument("--rounds", type=int, default=1)
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    flags.add_argument("--base", type=int, default=16, help="3D base crops (fewer where memory says so)")
-    flags.add_argument("--random", type=int, default=4, help="3D random crops")
+    flags.add_argument("--crops", type=int, help=f"3D crops, of {CROPS} (default: all on a GPU, 4 on a CPU)")
+    flags.add_argument("--tiles", type=int, help=f"3D tiles of the latency, of {TILES} (default: all on a GPU, 2 on a CPU)")
     flags.add_argument("--only", choices=("2D", "3D"), help="internal: measure one method")
     options = flags.parse_args()
+    cuda = options.device == "cuda"
+    crops, tiles = options.crops or (CROPS if cuda else 4), options.tiles or (TILES if cuda else 2)
     if options.only:
-        print(json.dumps(measure(options.only, torch.device(options.device), options.rounds, options.base, options.random)))
+        print(json.dumps(measure(options.only, torch.device(options.device), options.rounds, crops, tiles)))
         return
-    print(f"{options.device}, {torch.get_num_threads()} threads, 3D with {options.base} + {options.random} crops\n")
+    print(f"{options.device}, {torch.get_num_threads()} threads, 3D from {crops} of {CROPS} crops and {tiles} of {TILES} tiles\n")
     print("| method | step, s a volume | peak memory of a step (GiB) | latency, s a volume |\n|---|---|---|---|")
     found = {}
     for kind in ("3D", "2D"):
