@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import polars as pl
+from joblib.externals.loky import get_reusable_executor  # here, not when two threads may import it at once
 
 from .config import Config, ConvertConfig, VolumeConfig
 from .convert import SliceImage, read_series
@@ -97,7 +98,5 @@ class Ahead:
             self._close()
 
     def _close(self) -> None:
-        from joblib.externals.loky import get_reusable_executor
-
         self._stop.set()
         get_reusable_executor().shutdown(wait=False, kill_workers=True)

@@ -41,10 +41,11 @@ class Ensemble:
         batch = torch.from_numpy(slices)[None].to(self.device)
         return torch.stack([predict(model, batch, self.options.amp, flips)[0] for model in self.models]).mean(0).numpy()
 
-    def patient(self, patient_id: str, series: Sequence[np.ndarray]) -> np.ndarray:
-        """Calibrated probabilities (13,) of a patient from those of the series."""
-        ids = pl.DataFrame({"patient_id": [patient_id] * len(series), "series_id": [str(k) for k in range(len(series))]})
-        table = ids.hstack(value_frame(np.stack(series)))
+    def patient(self, patient_id: str, series: dict[str, np.ndarray]) -> np.ndarray:
+        """Calibrated probabilities (13,) of a patient from those of each series id, summed in the order of ids whatever came first."""
+        names = sorted(series)
+        ids = pl.DataFrame({"patient_id": [patient_id] * len(names), "series_id": names})
+        table = ids.hstack(value_frame(np.stack([series[name] for name in names])))
         return self.calibration.predict([table]).select(COLUMNS).to_numpy()[0]
 
 
@@ -101,7 +102,7 @@ def _listed_without_series(writer: SubmissionWriter, tasks: Sequence[SeriesTask]
 def _run(tasks: Sequence[SeriesTask], data: Path, writer: SubmissionWriter, ensemble: Ensemble, config: Config, path: Path, jobs: int,
          deadline: float) -> list[tuple[str, str, str]]:  # fmt: skip
     """Predict until all is done or the deadline passes; returns (patient, series, reason) of what fell back."""
-    missing, found, problems, done = defaultdict(int), defaultdict(list), [], 0
+    missing, found, problems, done = defaultdict(int), defaultdict(dict), [], 0
     for task in tasks:
         missing[task.patient_id] += 1
     start = shown = time.monotonic()
@@ -109,11 +110,11 @@ def _run(tasks: Sequence[SeriesTask], data: Path, writer: SubmissionWriter, ense
         if item.volume is None:
             problems.append((item.patient_id, item.series_id, item.problem))
         else:
-            found[item.patient_id].append(ensemble.series(item.volume, config.predict.flips))
+            found[item.patient_id][item.series_id] = ensemble.series(item.volume, config.predict.flips)
         missing[item.patient_id] -= 1
         if missing[item.patient_id]:
             continue
-        series = found.pop(item.patient_id, [])
+        series = found.pop(item.patient_id, {})
         if not series or not writer.update(item.patient_id, ensemble.patient(item.patient_id, series)):
             problems.append((item.patient_id, "", "no readable series: prior"))
         done += 1

@@ -46,7 +46,7 @@ def test_model_starts_at_the_best_constant_prediction():
     labels = one_hot(np.random.default_rng(4), 40)
     model = make(TINY).eval()
     model.start_at_prior(labels)
-    values = probabilities(model(torch.randn(3, 4, 32, 32))[0]).numpy()
+    values = probabilities(model(torch.randn(3, 4, 32, 32))[0]).detach().numpy()
     for target, where in zip(TARGETS, group_slices().values(), strict=True):
         share = labels[:, where].mean(0) * target.weights
         assert values[:, where] == pytest.approx(np.tile(share / share.sum(), (3, 1)), rel=1e-4)
