@@ -152,7 +152,8 @@ def test_whole_network_has_the_librarys_gradients_and_statistics(name):
         gradients.append([parameter.grad for parameter in model.parameters()])
     kinds = {type(layer).__name__ for layer in fast.modules()}
     assert {"_NormAct", "_Depthwise", "_Pointwise"} <= kinds
-    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-9) for a, b in zip(*gradients, strict=True))
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0])  # of efficientnet_b0: 6e4, so an absolute bound must scale
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-11 * largest) for a, b in zip(*gradients, strict=True))
     assert all(torch.allclose(a, b) for a, b in zip(plain.buffers(), fast.buffers(), strict=True))
 
 
