@@ -194,6 +194,6 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
     assert np.allclose(rows[0], rows[1]), "both have the prior"
     reported = pl.read_csv(tmp_path / "out" / "07_submission" / "fallbacks.csv", schema_overrides={"patient_id": pl.String})
     assert {broken, empty} <= set(reported["patient_id"])
-    untouched = pl.read_csv(smoke / "07_submission" / "submission.csv", schema_overrides={"patient_id": pl.String})
+    untouched = check_submission(smoke / "07_submission" / "submission.csv", read_sample_submission(data))
     rest = ~pl.col("patient_id").is_in([broken, empty])
     assert table.filter(rest).equals(untouched.filter(rest)), "the others are as they were"
