@@ -187,7 +187,7 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
                 path.write_bytes(path.read_bytes()[:200])
         elif patient == empty:
             shutil.rmtree(folder)
-    done = run_stage("07", "--config", "smoke", "--models", str(smoke), "--data", str(data), "--out", str(tmp_path / "out"))
+    done = run_stage("07", "--config", "smoke", "--models", str(smoke), "--data", str(data), "--out", str(tmp_path / "out"), "--jobs", "2")
     assert done.returncode == 0, done.stderr
     table = check_submission(tmp_path / "out" / "07_submission" / "submission.csv", read_sample_submission(data))
     rows = table.filter(pl.col("patient_id").is_in([broken, empty])).select(COLUMNS).to_numpy()
@@ -196,4 +196,5 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
     assert {broken, empty} <= set(reported["patient_id"])
     untouched = check_submission(smoke / "07_submission" / "submission.csv", read_sample_submission(data))
     rest = ~pl.col("patient_id").is_in([broken, empty])
-    assert table.filter(rest).equals(untouched.filter(rest)), "the others are as they were"
+    pair = [frame.filter(rest).select(COLUMNS).to_numpy() for frame in (table, untouched)]
+    assert np.allclose(*pair, atol=1e-5), "the others are as they were (to float32 sums by another number of threads)"
