@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,7 @@ class TrainConfig(Section):
 
     targets: tuple[str, ...] = TARGET_NAMES
     init: Init = "voco2d"
+    label_fraction: float = Field(1.0, gt=0, le=1, description="share of a fold's training patients that is used, stratified and nested")
     slices: int = Field(48, ge=1)
     image_size: int = Field(192, ge=16)
     crop: float = Field(0.0, ge=0, lt=0.5, description="share cut from each border of the stored plane before resizing")
@@ -183,6 +185,34 @@ class PredictConfig(Section):
     flush_every: int = Field(16, ge=1, description="patients between two writes of submission.csv")
 
 
+class AblationConfig(Section):
+    """Stage 09: `variants` are names with the keys of `model`, `pretrain` and `train` that they change.
+
+    Every variant is compared with `reference`, and the first of each of `pairs` with the second.
+    """
+
+    variants: dict[str, dict[str, Any]] = {}
+    reference: str = ""
+    pairs: tuple[tuple[str, str], ...] = ()
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    bootstrap: int = Field(2000, ge=1, description="resamples of patients and seeds")
+    neighbours: int = Field(15, ge=1, description="of the k-nearest-neighbour probe")
+
+    @model_validator(mode="after")
+    def _known_names(self) -> "AblationConfig":
+        named = [self.reference, *(name for pair in self.pairs for name in pair)] if self.variants else []
+        unknown = [name for name in named if name not in self.variants]
+        if unknown:
+            raise ValueError(f"'{unknown[0]}' is none of the variants {', '.join(self.variants)}")
+        bad = [name for name in self.variants if not name.replace("_", "").isalnum() or name == "pretrained"]
+        if bad:
+            raise ValueError(f"'{bad[0]}' is no name for a variant: letters, digits and _, and not 'pretrained'")
+        fixed = [key for keys in self.variants.values() for key in keys if key.partition(".")[0] not in ("model", "pretrain", "train")]
+        if fixed:
+            raise ValueError(f"'{fixed[0]}' is the same for all variants: they may change keys of model, pretrain and train")
+        return self
+
+
 class Config(Section):
     """A whole run. `phantom: null` means that `--data` must name the real data set."""
 
@@ -197,6 +227,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
     predict: PredictConfig = PredictConfig()
+    ablation: AblationConfig = AblationConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -227,10 +258,22 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     tree.setdefault("name", path.stem)
     for override in overrides:
         _apply(tree, override)
+    return _validated(tree, f"{path} and its overrides")
+
+
+def derive(config: Config, changes: Mapping[str, Any], where: str) -> Config:
+    """`config` with other values of dotted keys; InputError naming `where` as `load_config` does."""
+    tree = resolved(config)
+    for key, value in changes.items():
+        _set(tree, key, value)
+    return _validated(tree, where)
+
+
+def _validated(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as fault:
-        raise _explain(fault, path) from fault
+        raise _explain(fault, where) from fault
 
 
 def resolve_preset(path: Path | str) -> Path:
@@ -253,25 +296,28 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key:
         raise InputError("not an option or a key=value override", f"'{override}'", "write for example pretrain.steps=200")
+    try:
+        _set(tree, key, yaml.safe_load(text))
+    except yaml.YAMLError as fault:
+        raise InputError("the value is not readable as YAML", f"'{override}'", "quote it") from fault
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        raise InputError("the value is not readable as YAML", f"'{override}'", "quote it") from fault
+    tree[leaf] = value
 
 
-def _explain(fault: ValidationError, path: Path) -> InputError:
+def _explain(fault: ValidationError, where: str) -> InputError:
     error = fault.errors()[0]
     key = ".".join(str(part) for part in error["loc"])
-    where = f"key '{key}' of {path} and its overrides" if key else f"{path} and its overrides"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.0)
-        return InputError(f"unknown config key '{key}'", str(path), f"did you mean '{near[0]}'?")
-    return InputError(error["msg"].removeprefix("Value error, "), where, "correct the value")
+        return InputError(f"unknown config key '{key}'", where, f"did you mean '{near[0]}'?")
+    return InputError(error["msg"].removeprefix("Value error, "), f"key '{key}' of {where}" if key else where, "correct the value")
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:

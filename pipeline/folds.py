@@ -62,6 +62,21 @@ def _splits(matrix: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
         yield folds
 
 
+def label_subset(patients: list[str], labels: np.ndarray, fraction: float, seed: int) -> set[str]:
+    """The share `fraction` of `patients` (N,), stratified by their labels (N, 13); for one seed a smaller share is part of a larger one.
+
+    Patients are taken one by one: of a random order the first that keeps the class counts nearest to what so many should have.
+    """
+    order = np.random.default_rng([seed, 13]).permutation(np.argsort(patients))
+    rows, share = labels[order].astype(np.float64), labels.mean(axis=0, dtype=np.float64)
+    weight, counts, left, taken = 1 / np.maximum(share, 1e-9), np.zeros_like(share), np.ones(len(order), bool), []
+    for number in range(1, max(1, round(fraction * len(order))) + 1):
+        distance = ((counts + rows - number * share) ** 2 * weight).sum(axis=1)
+        taken.append(int(np.where(left, distance, np.inf).argmin()))
+        counts, left[taken[-1]] = counts + rows[taken[-1]], False
+    return {patients[k] for k in order[taken]}
+
+
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
     """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with `labels`) in none."""
     table = tables.load_table(path, [KEY, "fold"])

@@ -23,6 +23,7 @@ from .classifier import CnnLstm, InjuryLoss
 from .config import Config, TrainConfig, resolved
 from .datasets import Series, SeriesDataset, labelled_series
 from .engine import adamw, autocast, check_finite, ema_update, grad_scaler, warmup_cosine
+from .folds import label_subset
 from .prediction import build_model, predict
 from .runtime import InputError, atomic_path, log, pick_device, progress, seed_everything, write_text
 from .tables import read_labels, read_slice_labels
@@ -255,8 +256,8 @@ def train_fold(config: Config, data: FoldData, folder: Path, device: torch.devic
             "loss": last["loss"], "held_out_score": last["score"]}  # fmt: skip
 
 
-def run_fold(part: Stage, fold: int) -> dict[str, Any]:
-    """Gather fold `fold`'s data from the stage folders and train it in the folder of `part`."""
+def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str, Any]:
+    """Gather fold `fold`'s data from the stage folders and train it in the folder of `part`, from stage 04's backbone unless told."""
     config = part.config
     if part.options.jobs:
         torch.set_num_threads(part.jobs)
@@ -273,7 +274,12 @@ def run_fold(part: Stage, fold: int) -> dict[str, Any]:
     for side, name in ((True, "held-out"), (False, "training")):
         if not sides[side]:
             raise InputError(f"fold {fold} has no {name} series", str(part.out / "02_volumes"), "check stage 01's quarantine.csv")
-    pretrained = part.upstream("04_voco2d") / "backbone.safetensors" if config.train.init == "voco2d" else None
+    if config.train.init == "voco2d" and pretrained is None:
+        pretrained = part.upstream("04_voco2d") / "backbone.safetensors"
+    if config.train.label_fraction < 1:
+        patients = {one.patient_id: one.labels for one in sides[False]}
+        chosen = label_subset(list(patients), np.stack(list(patients.values())), config.train.label_fraction, config.seed)
+        sides[False] = [one for one in sides[False] if one.patient_id in chosen]
     return train_fold(
         config,
         FoldData(fold, sides[False], sides[True]),

@@ -9,11 +9,11 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
     {"targets", "config", "runtime", "artifacts"},
     {"dicom", "series", "nifti", "parallel", "sources", "convert", "slice_store", "volume", "volume_store", "decode_ahead"}
-    | {"folds", "tables", "metric", "metric_extra", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
+    | {"folds", "tables", "metric", "metric_extra", "ablation_stats", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "voco_data"},
     {"weights", "layers", "backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
-    {"inference", "calibration", "scoring", "figures", "submission", "report", "report_figures", "voco_figures"},
+    {"inference", "ablation", "probes", "calibration", "scoring", "figures", "submission", "report", "report_figures", "voco_figures"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PIPELINE.glob("*.py") if path.stem != "__init__")

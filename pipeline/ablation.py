@@ -1,0 +1,213 @@
+"""Stage 09's cells: each variant of a declared grid with each seed, trained on the shared volumes and folds; pretraining is shared too.
+
+A cell leaves its out-of-fold predictions and its log, not its weights. Everything is resumable: a finished cell or
+pretraining is skipped, one that was stopped goes on from its checkpoints.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from .ablation_stats import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
+from .artifacts import Stage, digest, read_manifest
+from .config import Config, derive, resolved
+from .metric import aggregate
+from .runtime import InputError, atomic_path, log, write_json, write_text
+from .tables import read_labels
+from .targets import COLUMNS, SCORE_KEYS
+
+SECTIONS = ("seed", "model", "train")
+OOF, LOG, BACKBONE = "oof.parquet", "log.jsonl", "backbone.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One variant with one seed; `config` is the whole config that it runs with, `backbone` the key of its pretraining."""
+
+    variant: str
+    seed: int
+    config: Config
+    backbone: str | None
+
+    @property
+    def name(self) -> str:
+        """Its folder below `09_ablation`."""
+        return f"{self.variant}/seed{self.seed}"
+
+
+def declared_cells(config: Config) -> list[Cell]:
+    """The whole grid, seed by seed, so that a stopped run has whole comparisons.
+
+    Raises:
+        InputError: no variants, or one that is no valid config.
+    """
+    options = config.ablation
+    if not options.variants:
+        raise InputError("no variants to compare", f"ablation.variants of config '{config.name}'", "use --config ablation_quick")
+    cells = []
+    for seed in options.seeds:
+        for variant, changes in options.variants.items():
+            own = derive(config, {**changes, "seed": seed}, f"ablation.variants.{variant}")
+            cells.append(Cell(variant, seed, own, pretraining_key(own) if own.train.init == "voco2d" else None))
+    return cells
+
+
+def pretraining_key(config: Config) -> str:
+    """Cells with the same key share one pretraining."""
+    tree = resolved(config)
+    return digest({name: tree[name] for name in ("seed", "model", "pretrain")})[:12]
+
+
+def pretrainings(cells: list[Cell]) -> dict[str, Cell]:
+    """The first cell of each distinct pretraining, by key."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.backbone:
+            found.setdefault(cell.backbone, cell)
+    return found
+
+
+def part_of(stage: Stage, name: str, config: Config) -> Stage:
+    """A sub-folder of the stage with a config of its own."""
+    part = stage.part(name)
+    part.config = config
+    return part
+
+
+def backbone_part(stage: Stage, cell: Cell) -> Stage:
+    """Where the cell's pretraining lies."""
+    return part_of(stage, f"pretrained/{cell.backbone}", cell.config)
+
+
+def pretrain_backbone(part: Stage) -> None:
+    """Pretrain for all cells that share this backbone, unless that is done; the checkpoints are removed at the end."""
+    if part.current(part.inputs("02_volumes"), ("seed", "model", "pretrain")):
+        return
+    from .distributed import World
+    from .engine import read_log
+    from .pretrain import pretrain
+    from .runtime import pick_device
+
+    world = World(0, 1, pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))))
+    with part.lock():
+        counts = pretrain(part.config, part.upstream("02_volumes"), part.folder, world, fresh=part.options.force)
+        rates = pl.Series([row["samples_per_s"] for row in read_log(part.folder / LOG)])
+        counts["training_s"] = round(part.config.pretrain.steps * part.config.pretrain.batch * (1 / rates).mean(), 1)
+        part.finish(counts, [BACKBONE, LOG])
+        for checkpoint in part.folder.glob("*.ckpt"):
+            checkpoint.unlink()
+
+
+def train_cell(stage: Stage, cell: Cell) -> None:
+    """Train the folds of one cell unless it is up to date, and join their out-of-fold rows and logs."""
+    part, pretrained = part_of(stage, cell.name, cell.config), None
+    inputs = part.inputs("02_volumes", "03_folds", files=[part.data / "train.csv", part.data / "image_level_labels.csv"])
+    if cell.backbone:
+        pretrained = backbone_part(stage, cell).folder / BACKBONE
+        inputs["backbone"] = digest(pretrained)
+    if part.current(inputs, SECTIONS):
+        return
+    from .training import run_fold
+
+    with part.lock():
+        tree = resolved(cell.config)
+        _forget_another_run(part.folder, digest([inputs, *(tree[name] for name in SECTIONS)]))
+        folds = [part.part(f"fold{fold}") for fold in range(cell.config.folds.count)]
+        for fold in folds:
+            fold.config = cell.config
+        counts = [run_fold(fold, number, pretrained) for number, fold in enumerate(folds)]
+        rows = list(_logs([fold.folder / LOG for fold in folds]))
+        with atomic_path(part.folder / OOF) as path:
+            pl.concat([pl.read_parquet(fold.folder / OOF) for fold in folds]).write_parquet(path)
+        write_text(part.folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+        seconds = round(sum(row["seconds"] for row in rows), 1)
+        part.finish({"training_s": seconds, "train_series": sum(one["train_series"] for one in counts)}, [OOF, LOG])
+        for fold in folds:
+            shutil.rmtree(fold.folder)
+
+
+def _forget_another_run(folder: Path, identity: str) -> None:
+    """Remove what a run with other inputs or another config left half-done, and say whose the folder is now."""
+    mark = folder / "identity.txt"
+    if folder.is_dir() and not (mark.is_file() and mark.read_text(encoding="utf-8") == identity):
+        shutil.rmtree(folder)
+    write_text(mark, identity)
+
+
+def _logs(paths: list[Path]) -> Iterator[dict]:
+    for number, path in enumerate(paths):
+        yield from ({"fold": number, **json.loads(line)} for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def wait_for(folder: Path, every_s: float = 1.0) -> None:
+    """Return when another rank has finished `folder`; torchrun ends all ranks when one fails."""
+    if read_manifest(folder) is None:
+        log(f"waiting for {folder}, which another rank makes")
+    while read_manifest(folder) is None:
+        time.sleep(every_s)
+
+
+def run_cells(stage: Stage) -> list[Cell]:
+    """Pretrain and train everything that is not up to date, shared out over the ranks; returns the grid when all of it is there."""
+    cells = declared_cells(stage.config)
+    for cell in stage.share(list(pretrainings(cells).values())):
+        pretrain_backbone(backbone_part(stage, cell))
+    for cell in stage.share(cells):
+        if cell.backbone:
+            wait_for(backbone_part(stage, cell).folder)
+        train_cell(stage, cell)
+    for cell in cells if stage.writer else ():
+        wait_for(stage.folder / cell.name)
+    return cells
+
+
+def read_cells(stage: Stage, cells: list[Cell]) -> tuple[np.ndarray, dict[Cell, np.ndarray]]:
+    """Labels (N, 13) and each cell's patient-level probabilities (N, 13) of the same patients in the same order."""
+    labels = read_labels(stage.data).select("patient_id", *COLUMNS)
+    tables = {cell: aggregate(pl.read_parquet(stage.folder / cell.name / OOF), stage.config.score.aggregate) for cell in cells}
+    patients = labels.join(next(iter(tables.values())), on="patient_id", how="semi", maintain_order="left")
+    order = patients.select("patient_id")
+    found = {cell: order.join(table, on="patient_id", how="left", maintain_order="left").select(COLUMNS) for cell, table in tables.items()}
+    return patients.select(pl.col(COLUMNS).cast(pl.Float64)).to_numpy(), {cell: table.to_numpy() for cell, table in found.items()}
+
+
+def seconds_of(stage: Stage, cell: Cell) -> dict[str, float]:
+    """Seconds spent in training steps: of the cell's folds, and of the pretraining that it starts from."""
+    own = read_manifest(stage.folder / cell.name)["counts"]["training_s"]
+    before = read_manifest(backbone_part(stage, cell).folder)["counts"]["training_s"] if cell.backbone else 0.0
+    return {"training_s": own, "pretraining_s": before}
+
+
+def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
+    """Score every cell, compare the variants, write table.json, table.csv, table.md and cells.csv; returns these names."""
+    options, (labels, probabilities) = stage.config.ablation, read_cells(stage, cells)
+    draws: dict[str, list[Draws]] = {}
+    rows = []
+    for cell in cells:
+        targets = cell.config.train.targets
+        found = cell_draws(labels, probabilities[cell], options.bootstrap, stage.config.seed)
+        draws.setdefault(cell.variant, []).append(found)
+        figures = dict(zip(FIGURES, found.figures(targets)[0].tolist(), strict=True))
+        losses = dict(zip((f"loss_{name}" for name in SCORE_KEYS[:-1]), found.loss[0].tolist(), strict=True))
+        rows.append({"variant": cell.variant, "seed": cell.seed, **figures, **losses, **seconds_of(stage, cell)})
+    table = pl.DataFrame(rows)
+    others = [(name, options.reference) for name in options.variants if name != options.reference]
+    pairs = [*others, *(pair for pair in options.pairs if pair not in others)]
+    targets = {cell.variant: cell.config.train.targets for cell in cells}
+    compared = compare(draws, targets, pairs, stage.config.seed)
+    own = compare(draws, targets, [(name, name) for name in options.variants], stage.config.seed)
+    costs = table.group_by("variant", maintain_order=True).agg(pl.col("training_s", "pretraining_s").mean().round(1))
+    result = {"patients": len(labels), "seeds": list(options.seeds), "reference": options.reference, "variants": own, "compared": compared,
+              "costs": costs.to_dicts(), "sentences": [sentence(row) for row in compared]}  # fmt: skip
+    write_json(stage.folder / "table.json", result)
+    write_text(stage.folder / "table.md", markdown(result))
+    write_text(stage.folder / "table.csv", pl.DataFrame(list(long_rows(result))).write_csv())
+    write_text(stage.folder / "cells.csv", table.write_csv())
+    return ["table.json", "table.md", "table.csv", "cells.csv"]

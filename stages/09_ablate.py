@@ -1,0 +1,29 @@
+"""Compare a declared grid of variants (config section `ablation`), each with several seeds, on this run's volumes and folds.
+
+Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, train.csv and, where present, image_level_labels.csv of the data folder
+Writes  <out>/09_ablation/<variant>/seed<K>/ (oof.parquet, log.jsonl), pretrained/<key>/ (backbone.safetensors, log.jsonl),
+        table.csv, table.md (figures and paired differences with intervals), cells.csv, probes.csv, probes.png
+A stopped run goes on where it stopped; finished cells are skipped. Several devices: torchrun --nproc-per-node N stages/09_ablate.py ...
+Run stages/08_report.py again to have the tables in the report. ./run_all.sh does not run this stage.
+"""
+
+from pipeline.artifacts import Stage, main
+
+
+def run(stage: Stage) -> None:
+    """Train what is missing, then compare, unless these very cells are compared."""
+    from pipeline.ablation import run_cells, summarise
+
+    cells = run_cells(stage)
+    if not stage.writer:
+        return
+    parts = stage.inputs(*(f"{stage.name}/{cell.name}" for cell in cells), files=[stage.data / "train.csv"])
+    if stage.current(parts, ["seed", "ablation", "score"]):
+        return
+    outputs = summarise(stage, cells)
+    stage.finish({"cells": len(cells), "variants": len(stage.config.ablation.variants)}, outputs)
+    print((stage.folder / "table.md").read_text(encoding="utf-8"), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, "09_ablation", __doc__, run))
