@@ -9,10 +9,10 @@ from .config import AugmentConfig
 
 
 class VolumeAugment:
-    """Callable (S, H, W) uint8 -> same shape; the draw is a pure function of `seed`.
+    """Callable (slices (S, H, W) uint8, their labels (S, 2)) -> both, augmented; the draw is a pure function of `seed`.
 
-    Geometry in plane and intensity are albumentations'; the z-flip is a reversal of the slices. Laterality is kept
-    unless `flip_x` is set: a mirrored patient has the liver on the left.
+    Geometry in plane and intensity are albumentations'; the z-flip reverses the slices and with them their labels.
+    Laterality is kept unless `flip_x` is set: a mirrored patient has the liver on the left.
     """
 
     def __init__(self, config: AugmentConfig) -> None:
@@ -37,10 +37,10 @@ class VolumeAugment:
             steps.append(A.VerticalFlip(p=0.5))
         self._compose = A.Compose(steps)
 
-    def __call__(self, slices: np.ndarray, seed: int) -> np.ndarray:
-        """Augment (S, H, W) uint8 with the draw that belongs to `seed`."""
+    def __call__(self, slices: np.ndarray, planes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Augment slices (S, H, W) uint8 and turn `planes` (S, 2) with them, by the draw that belongs to `seed`."""
         self._compose.set_random_seed(seed)
         moved = self._compose(images=slices[..., None])["images"][..., 0]
         if self.config.flip_z and np.random.default_rng(seed).random() < 0.5:
-            moved = moved[::-1]
-        return np.ascontiguousarray(moved)
+            moved, planes = moved[::-1], planes[::-1]
+        return np.ascontiguousarray(moved), np.ascontiguousarray(planes)

@@ -85,25 +85,27 @@ def _series(row: dict[str, Any], folder: Path, marks: list[tuple[int, int]]) -> 
 
 
 class SeriesDataset:
-    """Map-style data set: index -> dict of arrays (`slices` (S, h, w) uint8, `labels` (13,), `planes` (S, 2), `known` (2,), `item`).
+    """Map-style data set: (epoch, index) -> arrays: `slices` (S, h, w) uint8, `labels` (13,), `planes` (S, 2), `known` (2,), `item`.
 
-    With an `augment` the sample is a pure function of (seed, epoch, index), so a resumed run draws what it would have drawn.
+    With an `augment` the sample is a pure function of (seed, epoch, index), so a resumed run draws what it would have drawn, in
+    any number of workers, and one set of workers serves all epochs.
     """
 
     def __init__(self, series: Sequence[Series], config: TrainConfig, seed: int = 0, augment: bool = False) -> None:
-        self.series, self.config, self.seed, self.epoch = list(series), config, seed, 0
+        self.series, self.config, self.seed = list(series), config, seed
         self._augment = VolumeAugment(config.augment) if augment else None
 
     def __len__(self) -> int:
         return len(self.series)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        epoch, index = key
         series, config = self.series[index], self.config
-        seed = int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
+        seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
         jitter = np.random.default_rng(seed) if self._augment and config.augment.z_jitter else None
         volume = np.load(series.path, mmap_mode="r")
         slices = take_slices(volume, slice_positions(len(volume), config.slices, jitter), config)
         planes = bin_labels(series.planes, config.slices)
         if self._augment:
-            slices = self._augment(slices, seed)
+            slices, planes = self._augment(slices, planes, seed)
         return {"slices": slices, "labels": series.labels, "planes": planes, "known": series.known, "item": np.int64(index)}

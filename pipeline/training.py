@@ -59,6 +59,7 @@ class FoldTrainer:
         self.scaler = grad_scaler(device, self.options.amp)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
         self.dataset = SeriesDataset(data.train, self.options, config.seed + data.fold, augment=True)
+        self._stream: Iterator[dict[str, Tensor]] | None = None
         self.history: list[dict[str, Any]] = []
         self.best: float = float("inf")
         self.epoch = 0
@@ -84,6 +85,7 @@ class FoldTrainer:
             self.save()
             log(f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss {row['loss']:.4f}, held-out score "
                 f"{row['score']:.4f}, {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %")  # fmt: skip
+        self._stream = None  # ends its workers
         if self.options.patience:
             self._load_best()
 
@@ -108,14 +110,20 @@ class FoldTrainer:
                 "slices_per_s": slices / seconds, "waiting": waiting / seconds}  # fmt: skip
 
     def batches(self) -> Iterator[list[dict[str, Tensor]]]:
-        """Lists of up to `accumulate` micro-batches, in an order that is a pure function of (seed, fold, epoch)."""
-        self.dataset.epoch = self.epoch
-        order = np.random.default_rng((self.config.seed, self.data.fold, self.epoch)).permutation(len(self.dataset)).tolist()
+        """Lists of up to `accumulate` micro-batches of the next epoch, out of one stream: its workers start once and work ahead."""
+        if self._stream is None:
+            plan = [batch for epoch in range(self.epoch, self.options.epochs) for batch in self._plan(epoch)]
+            self._stream = iter(make_loader(self.dataset, plan, self.options.workers, self.device))
+        left = -(-len(self.dataset) // self.options.batch)
+        while left > 0:
+            yield list(itertools.islice(self._stream, min(self.options.accumulate, left)))
+            left -= self.options.accumulate
+
+    def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Keys of an epoch's micro-batches, in an order that is a pure function of (seed, fold, epoch)."""
+        order = np.random.default_rng((self.config.seed, self.data.fold, epoch)).permutation(len(self.dataset)).tolist()
         size = self.options.batch
-        plan = [order[i : i + size] for i in range(0, len(order), size)]
-        loader = iter(make_loader(self.dataset, plan, self.options.workers, self.device))
-        while micro := list(itertools.islice(loader, self.options.accumulate)):
-            yield micro
+        return [[(epoch, index) for index in order[i : i + size]] for i in range(0, len(order), size)]
 
     def learning_rate(self, step: int) -> float:
         """Warm-up and cosine, a pure function of the step."""
@@ -160,7 +168,7 @@ class FoldTrainer:
         series = self.data.held_out
         dataset = SeriesDataset(series, self.options)
         size = 2 * self.options.batch
-        plan = [list(range(i, min(i + size, len(series)))) for i in range(0, len(series), size)]
+        plan = [[(0, k) for k in range(i, min(i + size, len(series)))] for i in range(0, len(series), size)]
         model = self.final_model.eval()
         loader = make_loader(dataset, plan, self.options.workers, self.device)
         values = torch.cat([predict(model, batch["slices"].to(self.device), self.options.amp) for batch in loader]).numpy()
@@ -237,8 +245,8 @@ def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any
     return groups
 
 
-def make_loader(dataset: SeriesDataset, plan: list[list[int]], workers: int, device: torch.device) -> DataLoader:
-    """Batches of `dataset` by the index lists of `plan`."""
+def make_loader(dataset: SeriesDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device) -> DataLoader:
+    """Batches of `dataset` by the keys of `plan`."""
     return DataLoader(dataset, batch_sampler=plan, num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
 
 

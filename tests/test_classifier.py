@@ -10,9 +10,10 @@ from pipeline.augment import VolumeAugment
 from pipeline.backbone import create_backbone, feature_shape
 from pipeline.classifier import CnnLstm, InjuryLoss, probabilities
 from pipeline.config import AugmentConfig, TrainConfig
-from pipeline.datasets import bin_labels, plane_labels, slice_positions, take_slices
+from pipeline.datasets import Series, SeriesDataset, bin_labels, plane_labels, slice_positions, take_slices
 from pipeline.targets import TARGETS, group_slices
 
+NO_LABELS = np.zeros((0, 2), np.float32)
 TINY = TrainConfig(init="scratch", slices=4, image_size=32, hidden=8, slice_loss=0.5, dropout=0.0)
 
 
@@ -162,11 +163,30 @@ def test_augmentation_is_one_draw_for_all_slices_and_repeats_by_seed():
     image[6:20, 9:15] = 180
     stack = np.stack([image] * 5)
     augment = VolumeAugment(AugmentConfig(probability=1.0, rotate_deg=20, cutout=1.0, flip_x=True, flip_y=True))
-    first = augment(stack, 11)
+    first = augment(stack, NO_LABELS, 11)[0]
     assert all(np.array_equal(first[0], other) for other in first[1:]), "every slice moved alike"
-    assert np.array_equal(first, augment(stack, 11))
-    assert not np.array_equal(first, augment(stack, 12))
+    assert np.array_equal(first, augment(stack, NO_LABELS, 11)[0])
+    assert not np.array_equal(first, augment(stack, NO_LABELS, 12)[0])
     assert not np.array_equal(first, stack)
+
+
+def test_flip_in_z_turns_the_slice_labels_with_the_slices(tmp_path):
+    """The one bright slice is the one labelled slice before and after, and both halves of a flip's coin come up."""
+    volume = np.full((8, 32, 32), 40, np.uint8)
+    volume[1] = 200
+    np.save(tmp_path / "volume.npy", volume)
+    planes = np.zeros((8, 2), np.float32)
+    planes[1, 0] = 1
+    series = Series("1", "1", tmp_path / "volume.npy", one_hot(np.random.default_rng(0), 1)[0], planes, np.ones(2, np.float32))
+    still = {"rotate_deg": 0, "scale": 0, "shift": 0, "brightness": 0, "contrast": 0, "flip_z": True, "z_jitter": False}
+    dataset = SeriesDataset([series], TINY.model_copy(update={"augment": AugmentConfig(**still)}), augment=True)
+    places = set()
+    for epoch in range(20):
+        sample = dataset[epoch, 0]
+        bright = sample["slices"].mean((1, 2)) > 45
+        assert np.array_equal(bright, sample["planes"][:, 0] > 0)
+        places |= set(np.flatnonzero(bright).tolist())
+    assert places == {0, 3}
 
 
 def test_laterality_is_kept_by_default():
@@ -174,5 +194,5 @@ def test_laterality_is_kept_by_default():
     image[8:24, 2:14] = 200  # the liver, at image left
     augment = VolumeAugment(AugmentConfig(probability=1.0))
     for seed in range(30):
-        out = augment(np.stack([image] * 2), seed)[0].astype(float)
+        out = augment(np.stack([image] * 2), NO_LABELS, seed)[0][0].astype(float)
         assert out[:, :16].sum() > 2 * out[:, 16:].sum()

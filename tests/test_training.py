@@ -1,9 +1,12 @@
 """Stage 05's loop: resuming equals not stopping, early stopping, averaged weights, non-finite losses, weights that do not fit."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
 
+from pipeline import training
 from pipeline.config import load_config
 from pipeline.datasets import Series
 from pipeline.engine import NonFiniteLoss
@@ -55,6 +58,34 @@ def test_resuming_equals_not_stopping(data, tmp_path, overrides):
         assert torch.equal(tensor, second.final_model.state_dict()[name]), name
 
 
+def test_workers_change_nothing(data, tmp_path):
+    """Nor does accumulation over the end of an epoch: 6 series in batches of 2 by fours are a step of 8 and one of 2."""
+    overrides = ("train.accumulate=2", "train.batch=2", "train.epochs=2")
+    alone, helped = (trainer(data, tmp_path / f"{workers}", *overrides, f"train.workers={workers}") for workers in (0, 2))
+    alone.run()
+    helped.run()
+    assert [row["terms"] for row in helped.history] == [row["terms"] for row in alone.history]
+    assert all(torch.equal(tensor, helped.model.state_dict()[name]) for name, tensor in alone.model.state_dict().items())
+
+
+def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
+    made, original = [], training.make_loader
+    monkeypatch.setattr(training, "make_loader", lambda *given: made.append(given[0]) or original(*given))
+    run = trainer(data, tmp_path / "fold", "train.workers=1")
+    run.run()
+    assert [dataset is run.dataset for dataset in made].count(True) == 1
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()], "they end with the training"
+
+
+def test_epochs_draw_anew_and_in_their_own_order(data, tmp_path):
+    run = trainer(data, tmp_path / "fold")
+    plans = [[key for batch in run._plan(epoch) for key in batch] for epoch in range(2)]
+    assert [sorted(index for _, index in plan) for plan in plans] == [list(range(6))] * 2
+    assert [index for _, index in plans[0]] != [index for _, index in plans[1]]
+    assert not np.array_equal(run.dataset[0, 0]["slices"], run.dataset[1, 0]["slices"])
+    assert np.array_equal(run.dataset[1, 0]["slices"], run.dataset[1, 0]["slices"])
+
+
 def test_checkpoint_of_another_config_is_not_taken_up(data, tmp_path):
     trainer(data, tmp_path / "fold", "train.epochs=1").run()
     other = trainer(data, tmp_path / "fold", "train.epochs=1", "train.lr=0.01")
@@ -73,7 +104,8 @@ def test_fold_writes_a_model_that_predicts_its_own_out_of_fold_rows(data, tmp_pa
     model, options = load_classifier(tmp_path / MODEL, CPU)
     assert options.sequence == "gru"
     rows = pl.read_parquet(tmp_path / OOF)
-    samples = torch.from_numpy(np.stack([sample["slices"] for sample in map(SeriesDataset(data.held_out, options).__getitem__, range(3))]))
+    held_out = SeriesDataset(data.held_out, options)
+    samples = torch.from_numpy(np.stack([held_out[0, k]["slices"] for k in range(3)]))
     assert predict(model, samples).numpy() == pytest.approx(rows.select(COLUMNS).to_numpy(), abs=1e-6)
 
 
