@@ -13,16 +13,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from .config import Config, load_config, resolved
-from .runtime import InputError, cpu_count, disk_errors, log, write_json
+from .runtime import InputError, TrainingStopped, cpu_count, device_used, disk_errors, log, peak_mb, remove_temporaries, write_json
+
+if TYPE_CHECKING:  # at run time it is imported inside `main`: a Ctrl-C is answered in one line from the first moment on
+    from .config import Config
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
+STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
 MAKERS = {
     "data/phantom": "00_make_phantom",
     "01_slices": "01_convert_dicom",
@@ -62,7 +65,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         log(f"{path} was written by another version: the stage runs again")
         return None
+    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(manifest.get("outputs"), dict):
+        log(f"{path} is damaged: the stage runs again")
+        return None
     return manifest
+
+
+def broken_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the manifest's outputs that are missing or have another size; contents are `pipeline.verify`'s to check."""
+    return [name for name, entry in manifest["outputs"].items() if not _same_size(folder / name, entry)]
 
 
 class Stage:
@@ -71,7 +82,7 @@ class Stage:
     A stage script asks `current(...)` first, imports what is heavy only after that, works, and calls `finish(...)`.
     """
 
-    def __init__(self, name: str, config: Config, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, config: "Config", options: argparse.Namespace) -> None:
         self.name, self.config, self.options = name, config, options
         self.out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
         self.folder = self.out / name
@@ -81,6 +92,17 @@ class Stage:
         self.writer = self.rank == 0
         self.started = time.monotonic()
         self._state: dict[str, Any] = {}
+        self._checked: set[str] = set()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the inputs and config sections given to `current`, empty before."""
+        return self._state.get("fingerprint", "")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config sections given to `current`."""
+        return self._state["config"]
 
     @property
     def real_data(self) -> bool:
@@ -111,11 +133,16 @@ class Stage:
         return items[self.rank :: int(os.environ.get("WORLD_SIZE", 1))]
 
     def upstream(self, name: str) -> Path:
-        """Folder of an earlier stage; InputError naming the script that makes it when it is not finished."""
+        """Folder of an earlier stage; InputError naming the script that makes it when it is not finished or not whole."""
         folder = Path(getattr(self.options, "models", None) or self.out) / name
-        if read_manifest(folder) is None:
-            maker = MAKERS[name.split("/")[0] if not name.startswith("data/") else name]
+        if name in self._checked:
+            return folder
+        manifest, maker = read_manifest(folder), MAKERS[name.split("/")[0] if not name.startswith("data/") else name]
+        if manifest is None:
             raise InputError(f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first")
+        if broken := broken_outputs(folder, manifest):
+            raise InputError(f"a file of {name} is missing or has another size", str(folder / broken[0]), f"run stages/{maker}.py again")
+        self._checked.add(name)
         return folder
 
     def inputs(self, *stages: str, files: Iterable[Path] = ()) -> dict[str, Any]:
@@ -125,36 +152,50 @@ class Stage:
             found[path.name] = digest(path) if path.is_file() else None
         return found
 
-    def current(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:
-        """True (and says so) when the folder was made from exactly these inputs and config sections and is whole."""
-        tree = resolved(self.config)
+    def current(self, inputs: dict[str, Any], sections: Iterable[str], whole: bool = True) -> bool:
+        """True (and says so) when the folder was made from exactly these inputs and config sections and is whole.
+
+        `whole` is what the caller knows of files that the manifest does not list. Otherwise the stage is about to run: the old
+        manifest, outputs of a wrong size and what a killed run left go, so that nothing looks finished until `finish`.
+        """
+        tree = self.config.model_dump(mode="json")
         config = {name: tree[name] for name in sections}
         fingerprint = digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
         self._state = {"config": config, "inputs": inputs, "fingerprint": fingerprint}
         manifest = read_manifest(self.folder)
-        if self.options.force or manifest is None or manifest["fingerprint"] != fingerprint:
-            return False
-        broken = [name for name, entry in manifest["outputs"].items() if not _same_size(self.folder / name, entry)]
+        broken = broken_outputs(self.folder, manifest) if manifest else []
         if broken:
             log(f"{self.name}: {broken[0]} is missing or has another size, made again")
-            return False
-        log(f"{self.name}: up to date")
-        return True
+        if whole and manifest and not broken and manifest["fingerprint"] == fingerprint and not self.options.force:
+            log(f"{self.name}: up to date")
+            return True
+        if self.writer:
+            for name in ("manifest.json", *broken):
+                (self.folder / name).unlink(missing_ok=True)
+            remove_temporaries(self.folder)
+            remove_temporaries(self.folder.parent, of=self.folder.name)
+        return False
 
-    def finish(self, counts: dict[str, Any], outputs: Iterable[str]) -> None:
-        """Write the manifest, the last act of a stage: `outputs` are the files (relative) that later stages depend on."""
+    def finish(self, counts: dict[str, Any], outputs: Iterable[str] | Mapping[str, str]) -> None:
+        """Write the manifest, the last act of a stage: `outputs` are the files (relative) that later stages depend on.
+
+        A mapping gives the digests of those that need not be read again.
+        """
         if not self.writer:
             return
-        files = {name: {"bytes": (self.folder / name).stat().st_size, "digest": digest(self.folder / name)} for name in outputs}
+        known = outputs if isinstance(outputs, Mapping) else {}
+        paths = {name: self.folder / name for name in outputs}
+        files = {name: {"bytes": path.stat().st_size, "digest": known.get(name) or digest(path)} for name, path in paths.items()}
         seconds = round(time.monotonic() - self.started, 2)
         manifest = {"schema": SCHEMA, "stage": self.name, **self._state, "outputs": files, "counts": counts,
-                    "seconds": seconds, "versions": versions(), "git": git_commit(), "jobs": self.jobs}  # fmt: skip
+                    "seconds": seconds, "peak_mb": peak_mb(), "device": device_used(), "jobs": self.jobs, "versions": versions(),
+                    "git": git_commit()}  # fmt: skip
         write_json(self.folder / "manifest.json", manifest)
         log(f"{self.name}: done in {seconds:.1f} s")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the stage's folder for this process; InputError naming the holder when another run has it."""
+    def lock(self, patience_s: float = 0.0) -> Iterator[None]:
+        """Hold the stage's folder for this process; InputError naming the holder when another run has it for `patience_s` seconds."""
         if not self.writer:
             yield
             return
@@ -163,16 +204,28 @@ class Stage:
             self.out.mkdir(parents=True, exist_ok=True)
             handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing gives the lock up)
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                holder = handle.read().strip()
-                raise InputError(f"another run holds {self.name}", f"{path}: {holder}", "wait for it or choose another --out") from None
+            deadline = time.monotonic() + patience_s
+            while not _flock(handle, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    handle.seek(0)
+                    where = f"{path}: {handle.read().strip()}"
+                    raise InputError(f"another run holds {self.name}", where, "wait for it or choose another --out")
+                time.sleep(0.1)
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
             handle.flush()
             yield
+
+
+def _flock(handle: TextIO, kind: int) -> bool:
+    """True where this process now has the lock; also, with a warning, where the file system knows no locks."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as fault:
+        log(f"warning: {handle.name} cannot be locked ({fault.strerror}): see to it that no second run uses this folder")
+    return True
 
 
 def _same_size(path: Path, entry: dict[str, Any]) -> bool:
@@ -212,27 +265,66 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     return flags
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise SystemExit(128 + signum)
-
-
 def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None],
          extend: Callable[[argparse.ArgumentParser], None] | None = None, exclusive: bool = True) -> int:  # fmt: skip
-    """Entry point of a stage script: parse, lock (unless not `exclusive`), run; exit code 0 done, 2 the user's input is wrong,
-    130 or 143 stopped by a signal."""
+    """Entry point of a stage script: parse, lock (unless not `exclusive`), run. Exit code 0 done, 1 training went wrong, 2 the user's
+    input is wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, each with one line and no traceback."""
     flags = parser(Path(script).stem, doc or "")
     if extend:
         extend(flags)
     options = flags.parse_intermixed_args()
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        stage = Stage(folder, load_config(options.config, options.overrides), options)
-        with stage.lock() if exclusive else contextlib.nullcontext():
-            run(stage)
-    except InputError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
+    with _stops() as received:
+        try:
+            _run(folder, options, run, exclusive)
+        except InputError as fault:
+            return _say(f"error: {fault}", 2)
+        except TrainingStopped as fault:
+            return _say(f"error: {fault}", 1)
+        except BaseException as fault:  # whatever a library makes of a signal
+            code = 130 if isinstance(fault, KeyboardInterrupt) else getattr(fault, "code", None)
+            code = 128 + received[0] if received else code
+            if code not in (130, 143):
+                raise
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number in STOPS:
+                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end
+            return _say("stopped: run the same command again to go on", code)
     return 0
+
+
+def _run(folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool) -> None:
+    from .config import load_config
+
+    stage = Stage(folder, load_config(options.config, options.overrides), options)
+    with disk_errors(stage.folder), stage.lock() if exclusive else contextlib.nullcontext():
+        run(stage)
+
+
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return code
+
+
+@contextlib.contextmanager
+def _stops() -> Iterator[list[int]]:
+    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143); yields the list of those that came. An ignored one stays so.
+
+    Where Python swallows the exception (in a destructor, in the import system), it is raised again, by an alarm.
+    """
+    received: list[int] = []
+
+    def stop(signum: int, frame: Any) -> None:
+        if signum != signal.SIGALRM:
+            received.append(signum)
+        sys.unraisablehook = lambda swallowed: None
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
+
+    before = {number: signal.getsignal(number) for number in (*STOPS, signal.SIGALRM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, stop)
+    yield received
+    if not received:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .runtime import atomic_path, disk_errors
-
-
-class TrainingStopped(RuntimeError):
-    """Training went wrong; the message is for the user, the last good checkpoint is kept."""
+from .runtime import TrainingStopped, atomic_path, disk_errors
 
 
 class NonFiniteLoss(TrainingStopped):
@@ -110,7 +106,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
     def __exit__(self, *fault: object) -> None:

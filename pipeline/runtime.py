@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import sys
 import time
@@ -20,6 +21,10 @@ class InputError(Exception):
 
     def __init__(self, what: str, where: str, remedy: str) -> None:
         super().__init__(" ".join(f"{what}, {where}, {remedy}".split()))
+
+
+class TrainingStopped(RuntimeError):
+    """Training went wrong; the message is for the user (exit code 1), the last good checkpoint is kept."""
 
 
 def log(message: str) -> None:
@@ -71,6 +76,18 @@ def pick_device(name: str, rank: int = 0) -> Any:
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_used() -> str:
+    """The GPU's name where this process computes on one, else `cpu`; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else "cpu"
+
+
+def peak_mb() -> int:
+    """Peak resident memory in MB: this process's own plus that of its largest child that has ended (pages they share count twice)."""
+    unit = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # ru_maxrss is in bytes there, in KiB here
+    return round(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -129,12 +146,20 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            if path.exists():
-                shutil.rmtree(path)
+            remove_folder(path)
             os.rename(temporary, path)
             _sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there, under a temporary name: a run killed meanwhile leaves nothing that looks whole."""
+    grave = path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}-old")
+    shutil.rmtree(grave, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, grave)
+        shutil.rmtree(grave)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -148,10 +173,10 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def remove_temporaries(folder: Path, depth: int = 0) -> None:
-    """Remove what killed runs left in `folder` (and `depth` folder levels below it) under temporary names."""
+def remove_temporaries(folder: Path, depth: int = 0, of: str = "") -> None:
+    """Remove what killed runs left in `folder` (and `depth` folder levels below it) under temporary names, of the file `of` if given."""
     for entry in os.scandir(folder) if folder.is_dir() else ():
-        if TEMPORARY in entry.name and entry.name.startswith("."):
+        if entry.name.startswith(f".{of}{TEMPORARY}" if of else ".") and TEMPORARY in entry.name:
             path = Path(entry.path)
             shutil.rmtree(path) if entry.is_dir(follow_symlinks=False) else path.unlink()
         elif depth and entry.is_dir(follow_symlinks=False):

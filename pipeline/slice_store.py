@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import socket
 import struct
 from collections import Counter
@@ -21,7 +20,7 @@ from .artifacts import digest
 from .config import ConvertConfig, resolved
 from .convert import SliceImage, arranged, pictures
 from .parallel import Failure, spread
-from .runtime import InputError, atomic_folder, atomic_path, log, progress, remove_temporaries, timed, write_text
+from .runtime import InputError, atomic_folder, atomic_path, log, progress, remove_folder, remove_temporaries, timed, write_text
 from .sources import SIDECAR, VERSION, SeriesTask, list_files, series_folders
 
 INDEX, QUARANTINE = "index.parquet", "quarantine.csv"
@@ -115,7 +114,7 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
     for path in series_folders(target):
         if os.path.relpath(path, target) not in names:
             log(f"{path}: listed no more, removed")
-            shutil.rmtree(path)
+            remove_folder(Path(path))
     done: list[Any] = [None] * len(tasks)
     for k, (task, files) in enumerate(zip(tasks, prints, strict=True)):
         sidecar = None if force else _finished(target / task.name, _fingerprint(files, config))

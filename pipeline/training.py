@@ -39,6 +39,7 @@ class FoldData:
     fold: int
     train: list[Series]
     held_out: list[Series]
+    fingerprint: str = ""  # of everything that the run depends on: a checkpoint of other inputs is not taken up
 
 
 class FoldTrainer:
@@ -212,8 +213,9 @@ class FoldTrainer:
     def _identity(self) -> str:
         held_out = [series.series_id for series in self.data.held_out]
         return json.dumps(
-            {"train": resolved(self.options), "model": resolved(self.config.model), "seed": self.config.seed, "held_out": held_out}
-        )
+            {"train": resolved(self.options), "model": resolved(self.config.model), "seed": self.config.seed, "held_out": held_out,
+             "fingerprint": self.data.fingerprint}
+        )  # fmt: skip
 
     def _out_of_patience(self) -> bool:
         scores = [row["score"] for row in self.history]
@@ -282,6 +284,8 @@ def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str
     for side, name in ((True, "held-out"), (False, "training")):
         if not sides[side]:
             raise InputError(f"fold {fold} has no {name} series", str(part.out / "02_volumes"), "check stage 01's quarantine.csv")
+    if part.options.force:
+        (part.folder / CHECKPOINT).unlink(missing_ok=True)
     if config.train.init == "voco2d" and pretrained is None:
         pretrained = part.upstream("04_voco2d") / "backbone.safetensors"
     if config.train.label_fraction < 1:
@@ -290,7 +294,7 @@ def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str
         sides[False] = [one for one in sides[False] if one.patient_id in chosen]
     return train_fold(
         config,
-        FoldData(fold, sides[False], sides[True]),
+        FoldData(fold, sides[False], sides[True], part.fingerprint),
         part.folder,
         pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))),
         pretrained,

@@ -43,7 +43,7 @@ def read_slice(path: Path) -> np.ndarray:
     return image
 
 
-def build_series(slices: pl.DataFrame, source: Path, target: Path, config: VolumeConfig) -> dict[str, Any] | None:
+def build_series(slices: pl.DataFrame, source: Path, target: Path, config: VolumeConfig, force: bool = False) -> dict[str, Any] | None:
     """Build, store and describe the volume of one series; reuse it where slices and config are the same as last time.
 
     Returns the row of the volume index, or None where no slice is usable.
@@ -52,13 +52,14 @@ def build_series(slices: pl.DataFrame, source: Path, target: Path, config: Volum
     path = target / f"{patient}_{series}.npy"
     fingerprint = digest({"slices": slices.write_csv(), "config": resolved(config)})
     sidecar = path.with_suffix(".json")
-    if sidecar.is_file() and path.is_file():
+    if not force and sidecar.is_file() and path.is_file():
         known = json.loads(sidecar.read_text(encoding="utf-8"))
         if known["fingerprint"] == fingerprint and known["bytes"] == path.stat().st_size:
             return known["row"]
     used = usable(slices)
     if used.is_empty():
         return None
+    sidecar.unlink(missing_ok=True)  # it must not vouch for another volume if this run is killed between the two
     cv2.setNumThreads(1)
     volume = volume_of((read_slice(source / png) for png in used["png"]), used, config)
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
@@ -83,13 +84,17 @@ def _describe(volume: Volume, used: pl.DataFrame, left_out: int, path: Path) -> 
     }  # fmt: skip
 
 
-def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, scheduler: str | None = None) -> dict[str, Any]:
-    """Build every series of `source`'s slice index into `target`, here or on a Dask cluster; returns the manifest's counts."""
+def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, scheduler: str | None = None,
+              force: bool = False) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """Build every series of `source`'s slice index into `target`, here or on a Dask cluster.
+
+    Returns the manifest's counts and the digest of every volume by file name.
+    """
     slices = pl.read_parquet(source / INDEX, columns=list(SLICE_COLUMNS))
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target)
     groups = slices.partition_by("patient_id", "series_id", maintain_order=True)
-    work = partial(build_series, source=source, target=target, config=config)
+    work = partial(build_series, source=source, target=target, config=config, force=force)
     rows: list[dict[str, Any] | None] = [None] * len(groups)
     for k, row in progress(spread(work, groups, jobs, scheduler), len(groups), "volumes", "series"):
         rows[k] = None if isinstance(row, Failure) else row
@@ -100,8 +105,9 @@ def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, sched
     with atomic_path(target / INDEX) as temporary:
         table.write_parquet(temporary)
     _remove_orphans(target, set(table["path"]))
-    return {"series": len(groups), "volumes": len(table), "slices_used": int(table["slices_used"].sum()),
+    counts = {"series": len(groups), "volumes": len(table), "slices_used": int(table["slices_used"].sum()),
             "slices_left_out": int(table["slices_left_out"].sum()), "bytes": sum(_size(row) for row in rows if row)}  # fmt: skip
+    return counts, dict(table.select("path", "digest").iter_rows())
 
 
 def _size(row: dict[str, Any]) -> int:

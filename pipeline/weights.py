@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .runtime import InputError, atomic_path, disk_errors
+from .runtime import InputError, TrainingStopped, atomic_path, disk_errors
 
 NESTS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
@@ -59,12 +59,12 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 
 def save_weights(path: Path | str, module: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a module's state dict as safetensors, atomically; FloatingPointError (naming the tensor) where a value is not finite."""
+    """Write a module's state dict as safetensors, atomically; TrainingStopped (naming the tensor) where a value is not finite."""
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     if broken := not_finite(state):
-        raise FloatingPointError(f"{len(broken)} tensors are not finite ({broken[0]} is the first): {path} is not written")
+        raise TrainingStopped(f"{len(broken)} tensors are not finite ({broken[0]} is the first): {path} is not written")
     with disk_errors(path), atomic_path(path) as temporary:
         temporary.write_bytes(_sorted_header(save(state, dict(metadata or {}))))
 

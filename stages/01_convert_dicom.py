@@ -27,7 +27,7 @@ def run(stage: Stage) -> None:
     prints = sources.fingerprints(tasks, data)
     series = digest([[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)])
     whole = all((stage.folder / task.name / sources.SIDECAR).is_file() for task in tasks)
-    if stage.current({"series": series, "version": sources.VERSION}, ["convert"]) and whole:
+    if stage.current({"series": series, "version": sources.VERSION}, ["convert"], whole):
         return
     from pipeline import slice_store
 

@@ -20,8 +20,10 @@ def run(stage: Stage) -> None:
         return
     from pipeline.volume_store import INDEX, build_all
 
-    counts = build_all(stage.upstream("01_slices"), stage.folder, stage.config.volume, stage.jobs, stage.options.scheduler)
-    stage.finish(counts, outputs=[INDEX])
+    counts, digests = build_all(
+        stage.upstream("01_slices"), stage.folder, stage.config.volume, stage.jobs, stage.options.scheduler, stage.options.force
+    )
+    stage.finish(counts, outputs={INDEX: "", **digests})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ def run(stage: Stage) -> None:
     if stage.current({"seed": stage.config.seed, **stage.inputs("02_volumes")}, ["model", "pretrain"]):
         return
     from pipeline.distributed import setup
-    from pipeline.engine import TrainingStopped
     from pipeline.pretrain import pretrain
     from pipeline.voco_figures import draw_all
 
@@ -23,8 +22,6 @@ def run(stage: Stage) -> None:
         counts = pretrain(stage.config, volumes, stage.folder, world, fresh=stage.options.force)
         pictures = draw_all(stage.config, volumes, stage.folder, world.device) if world.main else []
         stage.finish(counts, ["backbone.safetensors", *pictures])
-    except TrainingStopped as fault:
-        raise SystemExit(f"error: {fault}") from fault
     finally:
         world.close()
 

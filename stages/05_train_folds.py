@@ -10,6 +10,7 @@ import argparse
 from pipeline.artifacts import Stage, main, read_manifest
 
 SECTIONS = ("seed", "model", "train")
+PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def run(stage: Stage) -> None:
     config = stage.config
     upstream = ["02_volumes", "03_folds"] + (["04_voco2d"] if config.train.init == "voco2d" else [])
     inputs = stage.inputs(*upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv"])
+    with stage.lock(PATIENCE_S):
+        known = all((stage.folder / f"fold{k}" / "manifest.json").is_file() for k in range(config.folds.count))
+        whole = stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
     wanted = range(config.folds.count) if stage.options.fold is None else [stage.options.fold]
     for fold in stage.share(wanted):
         part = stage.part(f"fold{fold}")
@@ -32,9 +36,10 @@ def run(stage: Stage) -> None:
 
             part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])
     parts = {f"fold{k}": read_manifest(stage.folder / f"fold{k}") for k in range(config.folds.count)}
-    if all(parts.values()) and not stage.current(inputs, SECTIONS):
+    if not whole and all(part and part["inputs"] == inputs and part["config"] == stage.settings for part in parts.values()):
         counts = {name: manifest["counts"] for name, manifest in parts.items()}
-        stage.finish(counts, outputs=[f"{name}/{file}" for name in parts for file in ("oof.parquet", "model.safetensors")])
+        with stage.lock(PATIENCE_S):
+            stage.finish(counts, outputs=[f"{name}/{file}" for name in parts for file in ("oof.parquet", "model.safetensors")])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from pipeline.artifacts import digest
 from pipeline.config import VolumeConfig
 from pipeline.volume import build_volume, common_size, letterbox, plane_weights
 from pipeline.volume_store import INDEX, build_all, usable
@@ -111,8 +112,9 @@ def slices(tmp_path):
 
 def test_store_builds_reuses_and_forgets_series(slices, tmp_path):
     target = tmp_path / "volumes"
-    counts = build_all(slices, target, SMALL, 1)
+    counts, digests = build_all(slices, target, SMALL, 1)
     assert counts["volumes"] == 2
+    assert digests == {name: digest(target / name) for name in ("1_7.npy", "1_8.npy")}
     assert counts["slices_left_out"] == 1
     index = pl.read_parquet(target / INDEX)
     assert index["slices_used"].to_list() == [5, 4]
