@@ -51,7 +51,7 @@ def _draw_scan(config: PhantomConfig, labels: dict[str, int], key: tuple[int, ..
     injuries = Injuries(c, labels, config.difficulty, hu["aorta"], np.random.default_rng([*key, 2]))
     cavity = draw_trunk(c)
     injuries.before_organs(cavity)
-    draw_bowel(c, hu, cavity, injuries.thick_loops)
+    draw_bowel(c, hu, cavity, injuries)
     abdomen = draw_organs(c, hu, cavity, injuries)
     draw_vessels(c, hu)
     draw_bones(c)
@@ -89,25 +89,31 @@ def _wing(c: Canvas, side: int) -> Region:
     return c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 9), grow=2.3)
 
 
-def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, thick: int) -> None:
-    """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast; `thick` loops are swollen."""
+def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
+    """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast.
+
+    What an injury might be mistaken for is in everybody: collapsed loops, and in most bowel gas under the front wall.
+    """
     rng = c.rng
     c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
     oral = rng.uniform(100, 160) if rng.random() < 0.3 else FLUID
-    for index in range(26):
+    front = 2 * int(rng.integers(0, 3))  # loops full of gas that lie against the front wall
+    for index in range(24 + front):
         centre = (rng.uniform(-0.55, 0.55), rng.uniform(-0.62, 0.1), rng.uniform(0.42, 1.05))
-        size, long, tilt = rng.uniform(0.085, 0.14), rng.uniform(1.0, 1.9), rng.uniform(0, np.pi)
+        size, long, tilt, lumen = rng.uniform(0.085, 0.14), rng.uniform(1.0, 1.9), rng.uniform(0, np.pi), rng.uniform(0.62, 0.82)
         content, gas = (oral if rng.random() < 0.6 else 40.0), (0.2 if rng.random() < 0.2 else None)
+        if index >= 24:
+            centre, long, tilt, gas = (centre[0], -0.66, centre[2]), 1.3 * long, 0.0, -0.6
+        swollen = injuries.swollen(centre)
         loop = c.blob(centre, (size * long, size * 1.3, size), tilt=tilt, wobble=0.12)
-        swollen = index < thick
-        _loop(c, loop, cavity, hu["wall"] * (1.5 if swollen else 1), content, 0.45 if swollen else 0.72, None if swollen else gas)
+        _loop(c, loop, cavity, hu["wall"] * (1.3 if swollen else 1), content, 0.42 if swollen else lumen, gas)
     colon = {"wobble": 0.15}
     for side, v, start in ((-1, 0.12, 0.5), (1, 0.2, 0.36)):  # ascending and descending
         u = side * (0.66 + 0.03 * np.sin(9 * c.tz + rng.uniform(0, 6)))
         part = c.blob((u, v), (rng.uniform(0.1, 0.15), rng.uniform(0.14, 0.19)), span=(start, 0.97), **colon)
         _loop(c, part, cavity, 60.0, -40 + 130 * np.clip(c.fine[part.box], -1.5, 1), 0.8, rng.uniform(-0.1, 0.6))
-    arch = c.blob((rng.uniform(-0.1, 0.1), -0.58, rng.uniform(0.4, 0.5)), (0.5, 0.13, 0.08), **colon)
-    _loop(c, arch, cavity, 60.0, -20 + 100 * np.clip(c.fine[arch.box], -1.5, 1), 0.8, rng.uniform(-0.2, 0.4))
+    arch = c.blob((rng.uniform(-0.1, 0.1), rng.uniform(-0.66, -0.58), rng.uniform(0.4, 0.5)), (0.5, 0.13, rng.uniform(0.06, 0.1)), **colon)
+    _loop(c, arch, cavity, 60.0, -20 + 100 * np.clip(c.fine[arch.box], -1.5, 1), 0.8, rng.uniform(-0.7, 0.3))
     stomach = c.blob((0.3, -0.3, 0.22), (rng.uniform(0.24, 0.32), rng.uniform(0.26, 0.34), 0.2), tilt=0.5, wobble=0.1)
     _loop(c, stomach, cavity, 70.0, oral + 12 * c.fine[stomach.box], 0.85, rng.uniform(-0.2, 0.35))
 

@@ -1,12 +1,15 @@
-"""Injuries of the phantom: lacerations, blood around organs, free gas and fluid, swollen bowel, contrast blush."""
+"""Injuries of the phantom: lacerations, blood around organs, hazy fat, swollen bowel, free fluid and gas, contrast blush."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .phantom_canvas import Array, Canvas, Region, soft
 
-FLUID, BLOOD, FREE_GAS = 14.0, 42.0, -960.0
+FLUID, BLOOD, FREE_GAS, HAZE = 14.0, 42.0, -960.0, -25.0
 KIDNEYS = ("right kidney", "left kidney")
+# Signs of a bowel injury beside hazy fat, one row a patient: every injury has two more, gas is in two of five.
+BOWEL_SIGNS = (("wall", "fluid"), ("wall", "gas"), ("wall", "fluid"), ("fluid", "gas"), ("wall", "fluid"))
+SEGMENT = (0.4, 0.34, 0.16)  # half axes (u, v, t) of the injured segment
 
 
 class Injuries:
@@ -16,7 +19,13 @@ class Injuries:
         self.c, self.labels, self.aorta, self.rng = c, labels, aorta, rng
         self.contrast, self.size = 1 - 0.6 * difficulty, 1.06 - 0.45 * difficulty
         self.kidney = KIDNEYS[int(rng.integers(2))]
-        self.thick_loops = 5 if labels["bowel"] else 0
+        self.segment = (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, -0.1), rng.uniform(0.6, 0.85))  # middle of the injured loops
+        self.signs = BOWEL_SIGNS[int(rng.integers(len(BOWEL_SIGNS)))] if labels["bowel"] else ()
+
+    def swollen(self, centre: tuple[float, float, float]) -> bool:
+        """Whether a loop of small bowel belongs to the injured segment."""
+        away = ((a - b) / radius for a, b, radius in zip(centre, self.segment, SEGMENT, strict=True))
+        return "wall" in self.signs and sum(d * d for d in away) < 1
 
     def grade(self, organ: str) -> int:
         """Class number of an organ; of the two kidneys only one is injured."""
@@ -29,24 +38,32 @@ class Injuries:
         )
 
     def before_organs(self, cavity: Array) -> None:
-        """Free fluid of a bowel injury: in the gutters beside the colon and between the loops."""
+        """Bowel injury behind the loops: hazy fat around the injured segment, a little free fluid between loops and in one gutter."""
         if not self.labels["bowel"]:
             return
-        c, rng, within = self.c, self.rng, cavity * self.contrast
-        for side in (-1, 1):
-            c.put(FLUID, (side * 0.6, 0.28), (0.24, rng.uniform(0.3, 0.4) * self.size), wobble=0.2, span=(0.45, 1.0), within=within)
-        for _ in range(3):
-            centre = (rng.uniform(-0.35, 0.35), rng.uniform(-0.4, -0.1), rng.uniform(0.6, 0.9))
-            c.put(FLUID, centre, (0.2, 0.1, 0.12), wobble=0.3, within=within)
+        c, rng = self.c, self.rng
+        haze = c.blob(self.segment, tuple(1.3 * radius for radius in SEGMENT), wobble=0.25, grow=1.3)
+        fade = np.clip((1.3 - haze.r) * 2, 0, 1) * np.clip(0.75 + 0.35 * c.fine[haze.box], 0, 1)
+        c.paint(haze.box, 0.7 * fade * cavity[haze.box] * self.contrast, HAZE)
+        side = (-1, 1)[int(rng.integers(2))]
+        spread = rng.normal(0, (0.2, 0.1, 0.05), (4, 3)) + self.segment
+        if "fluid" in self.signs:
+            within = cavity * self.contrast
+            c.put(FLUID, (side * 0.62, 0.26), (0.2, 0.22 * self.size), wobble=0.2, span=(self.segment[2], 1.0), within=within)
+            for centre in spread.tolist():
+                c.put(FLUID, tuple(centre), (0.14, 0.08, 0.07), wobble=0.3, within=within)
 
     def after_organs(self, cavity: Array) -> dict[str, NDArray[np.bool_]]:
         """Lacerations, free gas and blush; returns which planes show the bowel injury and the extravasation."""
         for organ in self.c.organs:
             if grade := self.grade(organ):
                 self._lacerate(organ, grade, cavity)
-        nothing = np.zeros(self.c.depth, bool)
-        gas = self._free_gas(cavity) if self.labels["bowel"] else nothing
-        return {"bowel": gas, "extravasation": self._blush(cavity) if self.labels["extravasation"] else nothing}
+        bowel, blush = np.zeros(self.c.depth, bool), np.zeros(self.c.depth, bool)
+        if self.labels["bowel"]:
+            bowel |= np.abs(self.c.tz - self.segment[2]) < SEGMENT[2]
+        if "gas" in self.signs:
+            bowel |= self._free_gas(cavity)
+        return {"bowel": bowel, "extravasation": self._blush(cavity) if self.labels["extravasation"] else blush}
 
     def _lacerate(self, organ: str, grade: int, cavity: Array) -> None:
         """Low grade: one tear with blood at its mouth. High grade: tears in four directions, half of the organ without blood supply."""
@@ -77,11 +94,11 @@ class Injuries:
         c.paint(box, tear * mask * self.contrast, 12 + 8 * c.fine[box])
 
     def _free_gas(self, cavity: Array) -> NDArray[np.bool_]:
-        """Gas under the front wall, flat below because it rises."""
+        """A little gas under the front wall, flat below because it rises."""
         c = self.c
-        middle = self.rng.uniform(0.15, 0.3) + 0.28
+        middle = self.segment[2] - 0.15
         top = np.where(cavity > 0.5, c.y, 9).min(axis=(1, 2), keepdims=True)
-        gas = soft((top + 0.2 * self.size - c.y) * c.px) * cavity * np.clip((0.28 * self.size - np.abs(c.t - middle)) * 20, 0, 1)
+        gas = soft((top + 0.1 * self.size - c.y) * c.px) * cavity * np.clip((0.16 * self.size - np.abs(c.t - middle)) * 20, 0, 1)
         c.paint(None, gas, FREE_GAS)
         return gas.sum(axis=(1, 2)) > 5
 
