@@ -6,9 +6,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from nibabel import orientations
 
-from .dicom import Unreadable, window
+from .dicom import SPARE_BYTES, Unreadable, window
 
 MAX_BYTES = 4 << 30
 TO_LPS = np.array([-1.0, -1.0, 1.0])  # NIfTI counts x to the right and y to the front, DICOM to the left and to the back
@@ -41,14 +42,31 @@ def count_slices(path: Path, max_pixels: int) -> int:
     return int(image.shape[int(np.argsort(turn[:, 0])[2])])
 
 
+def _verify(path: Path) -> None:
+    """Read a `.nii.gz` to its end, for its checksum lies there and nibabel stops before it."""
+    size = 0
+    with igzip.open(path) as stream:
+        while chunk := stream.read(1 << 20):
+            size += len(chunk)
+            if size > MAX_BYTES + SPARE_BYTES:
+                raise Unreadable("too large: the compressed NIfTI has no end")
+
+
 @functools.lru_cache(1)
-def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.ndarray]:
-    """Stored values (x to the left, y to the back, z down), slope, intercept, and the affine of these axes to LPS millimetres."""
-    image, turn = _open(path, max_pixels)
+def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.ndarray] | Unreadable:
+    """Stored values (x to the left, y to the back, z down), slope, intercept, and the affine of these axes to LPS millimetres.
+
+    What is wrong with a damaged file is returned, not raised, and so found once, not for each slice.
+    """
     try:
+        image, turn = _open(path, max_pixels)
+        if path.name.endswith(".gz"):
+            _verify(path)
         stored = orientations.apply_orientation(image.dataobj.get_unscaled(), turn)
-    except Exception as fault:  # as above, now from the decompressor
-        raise Unreadable(f"NIfTI: not readable ({type(fault).__name__})") from None
+    except Unreadable as fault:
+        return fault
+    except Exception as fault:  # nibabel and the decompressor raise many kinds
+        return Unreadable(f"NIfTI: not readable ({type(fault).__name__})")
     affine = image.affine @ orientations.inv_ornt_aff(turn, image.shape)
     affine[:3] *= TO_LPS[:, None]
     return stored, float(image.dataobj.slope), float(image.dataobj.inter), affine
@@ -60,7 +78,10 @@ def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, list[f
     Raises:
         Unreadable: damaged data, or values that are not finite.
     """
-    stored, slope, intercept, affine = _load(path, max_pixels)
+    loaded = _load(path, max_pixels)
+    if isinstance(loaded, Unreadable):
+        raise loaded
+    stored, slope, intercept, affine = loaded
     hu = stored[:, :, k].T.astype(np.float64) * slope + intercept
     if not np.isfinite(hu).all():
         raise Unreadable("NIfTI: values that are not finite")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .artifacts import digest
-from .runtime import log
+from .runtime import InputError, log
 
 NIFTI = (".nii", ".nii.gz")
 SIDECAR = "series.json"  # marks a finished series folder of stage 01
-VERSION = 2  # raised when the same file would become another picture or another row
+VERSION = 3  # raised when the same file would become another picture or another row
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,11 @@ def _listed(folder: Path, listed: Any, source: str) -> list[SeriesTask]:
 
 
 def plan(data: Path, listed: Any) -> list[SeriesTask]:
-    """The series of the table (`patient_id`, `series_id`), then what lies in `unlabelled/`; warns of folders that no row names."""
+    """The series of the table (`patient_id`, `series_id`), then what lies in `unlabelled/`; warns of folders that no row names.
+
+    Raises:
+        InputError: two inputs of one name, such as `a.nii` and `a.nii.gz`.
+    """
     tasks = _listed(data / "train_images", listed, "train")
     strangers = sorted(set(series_folders(data / "train_images")) - {task.path for task in tasks})
     if strangers:
@@ -62,6 +66,10 @@ def plan(data: Path, listed: Any) -> list[SeriesTask]:
         tasks.append(SeriesTask(f"unlabelled-{patient}", series, "unlabelled", path))
     for path in sorted(path for path in (data / "unlabelled").glob("*") if path.name.endswith(NIFTI)):
         tasks.append(SeriesTask(f"unlabelled-{path.name.partition('.nii')[0]}", "nifti", "unlabelled", str(path)))
+    seen: dict[str, str] = {}
+    for task in tasks:
+        if seen.setdefault(task.name, task.path) != task.path:
+            raise InputError("two inputs would share a folder", f"{seen[task.name]} and {task.path}", "rename or remove one of them")
     return tasks
 
 

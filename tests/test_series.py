@@ -1,18 +1,23 @@
 """Order, orientation and flags; NIfTI against DICOM."""
 
+import csv
 import gzip
 
 import nibabel as nib
 import numpy as np
+import polars as pl
 import pytest
 from helpers_dicom import dataset, to_bytes
 
 from pipeline import nifti
-from pipeline.config import ConvertConfig
+from pipeline.config import ConvertConfig, VolumeConfig
 from pipeline.convert import read_series
 from pipeline.dicom import Unreadable
+from pipeline.runtime import InputError
 from pipeline.series import Placement, arrange, is_cut, is_transposed, orient
-from pipeline.sources import list_files
+from pipeline.slice_store import convert_all
+from pipeline.sources import fingerprints, list_files, plan
+from pipeline.volume_store import build_all
 
 AXIAL = [1, 0, 0, 0, 1, 0]
 
@@ -166,6 +171,62 @@ def test_nifti_gives_what_dicom_gives(axes, tmp_path):
         assert np.array_equal(its.image, expected)
         assert (mine.order, mine.z_mm, mine.flags, mine.rows, mine.cols) == (its.order, its.z_mm, its.flags, its.rows, its.cols)
         assert np.allclose([mine.spacing_y_mm, mine.spacing_x_mm], [its.spacing_y_mm, its.spacing_x_mm])
+
+
+def stages_01_and_02(data, out):
+    """All volumes (by file name) that conversion and resampling make of `data/unlabelled`, and the quarantine's rows."""
+    tasks = plan(data, pl.DataFrame({"patient_id": [], "series_id": []}))
+    convert_all(tasks, fingerprints(tasks, data), data, out / "slices", ConvertConfig())
+    build_all(out / "slices", out / "volumes", VolumeConfig(depth=4, height=16, width=20), 1)
+    with open(out / "slices" / "quarantine.csv", encoding="utf-8") as handle:
+        return {path.name: np.load(path) for path in (out / "volumes").glob("*.npy")}, list(csv.reader(handle))[1:]
+
+
+def test_nifti_and_dicom_give_equal_volumes(tmp_path):
+    hu = volume(np.random.default_rng(4))
+    write_dicom_series(tmp_path / "unlabelled" / "a" / "1", hu, flip=True)
+    for axes in ("RAS", "PIR"):
+        write_nifti(tmp_path / "unlabelled" / f"{axes}.nii.gz", hu, axes)
+    volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
+    assert quarantined == []
+    assert sorted(volumes) == ["unlabelled-PIR_nifti.npy", "unlabelled-RAS_nifti.npy", "unlabelled-a_1.npy"]
+    for array in volumes.values():
+        assert len(np.unique(array)) > 50
+        assert np.array_equal(array, volumes["unlabelled-a_1.npy"])
+
+
+def test_damaged_nifti_is_quarantined_and_good_files_beside_it_are_not(tmp_path):
+    folder, rng = tmp_path / "unlabelled", np.random.default_rng(5)
+    write_nifti(folder / "good.nii.gz", volume(rng), "RAS")
+    good = (folder / "good.nii.gz").read_bytes()
+    (folder / "cut.nii.gz").write_bytes(good[: len(good) // 2])
+    (folder / "tail.nii.gz").write_bytes(good[:-3])
+    for k in range(20):  # single flipped bits behind the header: many decompress to other values, which only the checksum tells
+        data, at = bytearray(good), int(rng.integers(800, len(good)))
+        data[at] ^= 1 << int(rng.integers(8))
+        (folder / f"flipped{k}.nii.gz").write_bytes(data)
+    volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
+    assert sorted(volumes) == ["unlabelled-good_nifti.npy"]
+    assert len(quarantined) == 22
+    assert {path for path, _ in quarantined} == {f"unlabelled/{path.name}" for path in folder.iterdir()} - {"unlabelled/good.nii.gz"}
+    assert all(reason.startswith("NIfTI: not readable (") for _, reason in quarantined)
+
+
+def test_compressed_nifti_without_end_is_refused(tmp_path, monkeypatch):
+    write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(6)), "RAS")
+    with gzip.open(tmp_path / "a.nii.gz", "ab") as handle:
+        handle.write(bytes(3 << 20))
+    monkeypatch.setattr(nifti, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(nifti, "SPARE_BYTES", 1 << 20)
+    with pytest.raises(Unreadable, match="has no end"):
+        nifti.nifti_slice(tmp_path / "a.nii.gz", 0, 1 << 16)
+
+
+def test_two_volumes_of_one_name_are_an_error(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        write_nifti(tmp_path / "unlabelled" / name, volume(np.random.default_rng(7)), "RAS")
+    with pytest.raises(InputError, match=r"two inputs would share a folder, .*a\.nii and .*a\.nii\.gz, rename"):
+        plan(tmp_path, pl.DataFrame({"patient_id": [], "series_id": []}))
 
 
 def test_nifti_scale_factors_and_floats(tmp_path):
