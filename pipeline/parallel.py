@@ -24,7 +24,7 @@ from .runtime import InputError, log
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
 WAIT_S = 0.02  # a child answers no more often: waking the parent costs as much as a tenth of a slice
-ROUNDS, CONNECT_S = 3, 10
+ROUNDS, CONNECT_S = 3, 30
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 import zlib
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -46,7 +44,7 @@ def make_data(folder: Path) -> Path:
 def run(data: Path, out: Path, *more: str) -> tuple[int, str]:
     """Stage 01 in a process of its own: exit code and its log."""
     command = [sys.executable, str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1", *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     return done.returncode, done.stderr
 
 
@@ -222,22 +220,41 @@ def slow_phantom(folder: Path) -> Path:
     return folder
 
 
-def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(tmp_path):
+KILLER = """
+import itertools, os, runpy, signal, sys
+from pipeline import slice_store
+name, when, count = sys.argv[1], eval("lambda *a: " + sys.argv[2]), itertools.count(1)
+real = getattr(slice_store, name)
+def call(*arguments):
+    if when(*arguments):
+        os.killpg(0, signal.SIGKILL)
+    return real(*arguments)
+setattr(slice_store, name, call)
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("function", "when", "done_before"), [
+    ("_write_png", "a[0].name.startswith('.3.') and a[1] == 30", 3),  # between the pictures of a series
+    ("arranged", "next(count) == 5", 4),  # before a series gets its name
+    ("write_text", "next(count) == 1", 6),  # between index and quarantine
+])  # fmt: skip
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(function, when, done_before, tmp_path):
     data, out = slow_phantom(tmp_path / "data"), tmp_path / "killed"
     assert run(data, tmp_path / "whole")[0] == 0
-    command = [sys.executable, str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(out.rglob("[0-9]/series.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", KILLER, function, when, str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out)]
+    killed = subprocess.run([*command, "--jobs", "1"], stderr=subprocess.DEVNULL, start_new_session=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in out.rglob("[0-9]/series.json")}
-    assert 2 <= len(done) < 6
+    assert len(done) == done_before
+    assert not (out / "01_slices" / "manifest.json").exists()
     code, log = run(data, out)
     assert code == 0, log
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert tree(out / "01_slices") == tree(tmp_path / "whole" / "01_slices")
+    counts = json.loads((out / "01_slices" / "manifest.json").read_text())["counts"]
+    assert counts["converted_now"] == 60 * (6 - done_before)
 
 
 def test_processes_and_one_process_write_the_same_bytes(tmp_path):
@@ -247,33 +264,35 @@ def test_processes_and_one_process_write_the_same_bytes(tmp_path):
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-def die_once(task: tuple[SeriesTask, str], data: Path, target: Path) -> dict[str, object]:
-    """Convert a series; kill the worker that does so once."""
-    task, mark = task
-    if mark and not Path(mark).exists():
-        Path(mark).touch()
+def convert_or_die(task: SeriesTask, data: Path, target: Path, config: ConvertConfig) -> dict[str, object]:
+    """Convert a series; the first worker to meet series 2 is killed."""
+    mark = target.with_suffix(".mark")
+    if task.series_id == "2" and not mark.exists():
+        mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return convert_series(task, data, target, ConvertConfig())
+    return convert_series(task, data, target, config)
 
 
-def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path):
+def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
+    import dask
+
     data = slow_phantom(tmp_path / "data")
     assert run(data, tmp_path / "one")[0] == 0
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
+    expected = tree(tmp_path / "one" / "01_slices")
+    patience = {"distributed.comm.timeouts.connect": "120s", "distributed.comm.timeouts.tcp": "120s"}
+    with dask.config.set(patience), distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
+    ) as cluster:  # fmt: skip
         address = cluster.scheduler_address
         code, log = run(data, tmp_path / "cluster", "--scheduler", address)
         assert code == 0, log
-        assert tree(tmp_path / "cluster" / "01_slices") == tree(tmp_path / "one" / "01_slices")
-        tasks = plan(data, pl.read_csv(data / "train_series_meta.csv", infer_schema=False))
-        marked = [(task, str(tmp_path / "mark") if k == 2 else "") for k, task in enumerate(tasks)]
-        cluster.scheduler.allowed_failures = 3
-        (tmp_path / "again").mkdir()
-        answers = dict(parallel.spread(partial(die_once, data=data, target=tmp_path / "again"), marked, 1, address))
-        assert sorted(answers) == list(range(6))
-        assert (tmp_path / "mark").exists()
-    first = tree(tmp_path / "one" / "01_slices")
-    assert tree(tmp_path / "again") == {name: data for name, data in first.items() if name.startswith("1/")}
+        assert tree(tmp_path / "cluster" / "01_slices") == expected
+        monkeypatch.setattr(slice_store, "convert_series", convert_or_die)
+        made, _ = convert(data, tmp_path / "again", scheduler=address)
+        assert made == [f"1/{k}" for k in range(6)]
+        assert (tmp_path / "again.mark").exists()
+    assert tree(tmp_path / "again") == expected
 
 
 def test_no_scheduler_is_one_clear_line(monkeypatch):

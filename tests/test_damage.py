@@ -1,6 +1,7 @@
 """Whatever the files are, the run ends and good slices are what they would be without the bad ones."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -14,13 +15,13 @@ import numpy as np
 import polars as pl
 import pytest
 from helpers_dicom import dataset, pattern, to_bytes, write_series
+from helpers_stages import run_stage
 
 from pipeline import convert, dicom
 from pipeline.config import ConvertConfig
 from pipeline.convert import read_series
 from pipeline.parallel import Failure, contained, spread
-from pipeline.slice_store import convert_all
-from pipeline.sources import SeriesTask, fingerprints, list_files
+from pipeline.sources import list_files
 
 DAMAGED, GOOD, SERIES = 1050, 15, 7
 
@@ -47,9 +48,9 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def make(data: Path, damaged: int) -> list[SeriesTask]:
-    """Series of good slices (RLE, JPEG 2000, JPEG-LS, JPEG lossless), `damaged` broken ones spread among them."""
-    rng, tasks = np.random.default_rng(11), []
+def make(data: Path, damaged: int) -> None:
+    """A data set with series of good slices (RLE, JPEG 2000, JPEG-LS, JPEG lossless), `damaged` broken ones spread among them."""
+    rng, rows = np.random.default_rng(11), ["patient_id,series_id,aortic_hu,incomplete_organ"]
     kinds = ("rle", "j2k", "rle", "j2k", "rle", "jpegls", "jpeg")
     for number, kind in enumerate(kinds):
         folder = data / "train_images" / "1" / str(number)
@@ -60,17 +61,19 @@ def make(data: Path, damaged: int) -> list[SeriesTask]:
             files = [to_bytes(dataset(pattern(bits), bits, signed, kind)) for bits in (12, 16) for signed in (False, True)]
         for k in range(damaged // len(kinds)):
             (folder / f"{100 + k}.dcm").write_bytes(damage(files[k % len(files)], rng))
-        tasks.append(SeriesTask("1", str(number), "train", str(folder)))
-    return tasks
+        rows.append(f"1,{number},100.0,0")
+    (data / "train_series_meta.csv").write_text("\n".join(rows) + "\n")
 
 
 def test_a_thousand_damaged_files_among_good_ones(tmp_path, capsys):
     results = {}
     for name, damaged in (("clean", 0), ("mixed", DAMAGED)):
-        data, out = tmp_path / name, tmp_path / f"out-{name}"
-        tasks = make(data, damaged)
+        data, out = tmp_path / name, tmp_path / f"out-{name}" / "01_slices"
+        make(data, damaged)
         start = time.perf_counter()
-        counts = convert_all(tasks, fingerprints(tasks, data), data, out, ConvertConfig(timeout_s=5), jobs=2)
+        done = run_stage("01", "--config", "smoke", "--data", str(data), "--out", str(out.parent), "--jobs", "2")
+        assert done.returncode == 0, done.stderr
+        counts = json.loads((out / "manifest.json").read_text())["counts"]
         results[name] = (data, out, counts, pl.read_parquet(out / "index.parquet"), time.perf_counter() - start)
     data, out, counts, index, seconds = results["mixed"]
     _, clean, _, expected, _ = results["clean"]
