@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from .config import PhantomConfig
 from .phantom_canvas import Array, Canvas, Region, soft
-from .phantom_injuries import BLOOD, FLUID, Injuries
+from .phantom_injuries import BLOOD, FLUID, Injuries, haze
 
 # Mean HU by contrast phase, of a modest dose: nothing but bone and a blush saturates the window.
 TISSUES = ("aorta", "ivc", "portal", "liver", "spleen", "cortex", "medulla", "wall", "urine")
@@ -92,9 +92,12 @@ def _wing(c: Canvas, side: int) -> Region:
 def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
     """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast.
 
-    What an injury might be mistaken for is in everybody: collapsed loops, and in most bowel gas under the front wall.
+    What an injury might be mistaken for is in the healthy too: loops with thick walls, gas under the front wall, a hazy mesentery.
     """
     rng = c.rng
+    misty, place = rng.uniform(-0.7, 0.5), (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, -0.1), rng.uniform(0.55, 0.85))
+    if misty > 0:
+        haze(c, cavity, place, misty)
     c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
     oral = rng.uniform(100, 160) if rng.random() < 0.3 else FLUID
     front = 2 * int(rng.integers(0, 3))  # loops full of gas that lie against the front wall

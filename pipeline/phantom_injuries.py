@@ -42,9 +42,7 @@ class Injuries:
         if not self.labels["bowel"]:
             return
         c, rng = self.c, self.rng
-        haze = c.blob(self.segment, tuple(1.3 * radius for radius in SEGMENT), wobble=0.25, grow=1.3)
-        fade = np.clip((1.3 - haze.r) * 2, 0, 1) * np.clip(0.75 + 0.35 * c.fine[haze.box], 0, 1)
-        c.paint(haze.box, 0.7 * fade * cavity[haze.box] * self.contrast, HAZE)
+        haze(c, cavity, self.segment, rng.uniform(0.4, 0.75) * self.contrast)
         side = (-1, 1)[int(rng.integers(2))]
         spread = rng.normal(0, (0.2, 0.1, 0.05), (4, 3)) + self.segment
         if "fluid" in self.signs:
@@ -123,6 +121,13 @@ class Injuries:
                 c.paint(clump.box, alpha * strength, value)
                 shown[clump.box[0]] += alpha.sum(axis=(1, 2)) * (limit == 1.0)
         return shown > 4
+
+
+def haze(c: Canvas, cavity: Array, centre: tuple[float, float, float], strength: float) -> None:
+    """Stranding: patchy fat of up to `HAZE` HU with no sharp edge, of the size of a segment."""
+    shape = c.blob(centre, SEGMENT, wobble=0.25, grow=1.5)
+    fade = np.clip(1.6 - shape.r, 0, 1) * np.clip(0.75 + 0.35 * c.fine[shape.box], 0, 1)
+    c.paint(shape.box, strength * fade * cavity[shape.box], HAZE)
 
 
 def _across(x: Array, y: Array, z: Array, angle: float) -> Array:
