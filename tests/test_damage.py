@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import polars as pl
 import pytest
+from benchmarks.damage import damaged as damaged_copy
 from helpers_dicom import dataset, pattern, to_bytes, write_series
 from helpers_stages import run_stage
 
@@ -24,28 +25,6 @@ from pipeline.parallel import Failure, contained, spread
 from pipeline.sources import list_files
 
 DAMAGED, GOOD, SERIES = 1050, 15, 7
-
-
-def damage(data: bytes, rng: np.random.Generator) -> bytes:
-    """One random damage: flipped bytes in the pixels or the header, a cut, a deleted run, a repeated run, zeros."""
-    data, kind = bytearray(data), rng.integers(6)
-    pixels = data.rindex(b"\xe0\x7f\x10\x00")
-    at, length = int(rng.integers(pixels, len(data))), int(rng.integers(1, 200))
-    if kind == 0:
-        for _ in range(rng.integers(1, 20)):
-            data[rng.integers(pixels, len(data))] = rng.integers(256)
-    elif kind == 1:
-        for _ in range(rng.integers(1, 6)):
-            data[rng.integers(128, pixels + 12)] = rng.integers(256)
-    elif kind == 2:
-        del data[int(rng.integers(0, len(data))) :]
-    elif kind == 3:
-        del data[at : at + length]
-    elif kind == 4:
-        data[at:at] = data[at : at + length]
-    else:
-        data[at : at + length] = bytes(len(data[at : at + length]))
-    return bytes(data)
 
 
 def make(data: Path, damaged: int) -> None:
@@ -60,7 +39,7 @@ def make(data: Path, damaged: int) -> None:
         if source != kind:
             files = [to_bytes(dataset(pattern(bits), bits, signed, kind)) for bits in (12, 16) for signed in (False, True)]
         for k in range(damaged // len(kinds)):
-            (folder / f"{100 + k}.dcm").write_bytes(damage(files[k % len(files)], rng))
+            (folder / f"{100 + k}.dcm").write_bytes(damaged_copy(files[k % len(files)], rng))
         rows.append(f"1,{number},100.0,0")
     (data / "train_series_meta.csv").write_text("\n".join(rows) + "\n")
 
@@ -132,20 +111,20 @@ def test_a_file_that_brings_dicomsdl_down_is_decoded_by_pydicom(deed, what, deat
     monkeypatch.setattr(dicom.dicomsdl, "open_memory", open_memory)
     found: list[str] = []
     listing = list_files(folder, tmp_path)
-    pictures = [picture for _, picture in convert.pictures(listing, ConvertConfig(timeout_s=1), deaths=found)]
+    pictures = [picture for _, picture in convert.pictures(listing, ConvertConfig(timeout_s=2), deaths=found)]
     assert found == deaths
     assert [picture.decoder for picture in pictures] == ["dicomsdl", "dicomsdl", "pydicom", "dicomsdl", "dicomsdl"]
     for picture, item in zip(pictures, expected, strict=True):
         assert np.array_equal(picture.image, item.image)
 
 
-@pytest.mark.parametrize(("deed", "reason"), [(crash, "brought down by SIGSEGV"), (hang, "took longer than 1 s")])
+@pytest.mark.parametrize(("deed", "reason"), [(crash, "brought down by SIGSEGV"), (hang, "took longer than 2 s")])
 def test_a_file_that_brings_every_decoder_down_is_quarantined_with_the_reason(deed, reason, tmp_path, monkeypatch):
     folder = small_series(tmp_path)
     evil = (folder / "3.dcm").read_bytes()
     real = dicom.picture
     monkeypatch.setattr(dicom, "picture", lambda data, *more: deed(signal.SIGSEGV) if data == evil else real(data, *more))
-    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(timeout_s=1))
+    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(timeout_s=2))
     assert [item.instance_number for item in slices] == [1, 2, 4, 5]
     assert [path for path, _ in quarantined] == [str(folder / "3.dcm")]
     assert quarantined[0][1].startswith(reason)
@@ -176,7 +155,7 @@ def alone(item: int, careful: bool) -> int:
 def test_open_cv_threads_in_the_parent_do_not_hang_the_child():
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.zeros((2000, 2000), np.uint8), (9, 9), 3)
-    assert list(contained(alone, [1, 2], 3)) == [1, 2]
+    assert list(contained(alone, [1, 2], 10)) == [1, 2]
 
 
 def test_errors_of_the_disk_are_no_damage():
@@ -188,7 +167,7 @@ def test_errors_of_the_disk_are_no_damage():
 
 
 def slow(item: int, careful: bool) -> int:
-    time.sleep(20 if item else 0.05)
+    time.sleep(90 if item else 0.05)
     return os.getpid()
 
 
@@ -197,7 +176,7 @@ def test_leaving_early_ends_the_child():
     answers = contained(slow, [0, 1], 60)
     child = next(answers)
     answers.close()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
@@ -210,7 +189,7 @@ def test_an_orphaned_child_does_not_live_on(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     child = int(done.stdout)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists()

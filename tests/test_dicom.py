@@ -18,7 +18,8 @@ from pipeline.dicom import Unreadable, picture, read_header
 from pipeline.sources import list_files
 
 PIXELS = 1 << 20
-BUNDLED = sorted(Path(pydicom.__file__).parent.joinpath("data", "test_files").glob("*.dcm"))
+DATA = Path(pydicom.__file__).parent / "data"
+BUNDLED = sorted(path for path in DATA.rglob("*") if path.suffix == ".dcm" or (path.is_file() and path.read_bytes()[128:132] == b"DICM"))
 INTERCEPTS = (-1024, 0, -8192, -32768)
 FLIPS = {"": (1, 1), "x": (-1, 1), "y": (1, -1), "xy": (-1, -1)}
 
@@ -67,7 +68,7 @@ def test_pydicom_gives_the_same_picture_where_dicomsdl_must_not(syntax, signed, 
     assert np.array_equal(fast, safe)
 
 
-@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.relative_to(DATA).as_posix())
 @pytest.mark.filterwarnings("ignore")
 def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(path, tmp_path):
     folder = tmp_path / "train_images" / "1" / "2"

@@ -1,15 +1,20 @@
-"""How fast stage 01 is, measured side by side in one run: `python tests/benchmarks/convert.py speed|processes|png|memory`.
+"""How fast stage 01 is, measured side by side in one run: `python tests/benchmarks/convert.py MODE`.
 
 speed      one core, RLE 512 x 512: series conversion against the usual converter (pydicom, numpy window, cv2.imwrite) and against
            decoding and encoding alone, alternating; the figures are ratios of medians
 processes  slices/s of two processes against one
 png        bytes and time of PNG strategies, filters and levels on the same windowed slices
 memory     peak memory of converting 100 and 2,000 slices
+damage     1,000 damaged files (RLE and JPEG 2000) among 200 good ones: wall time, worker deaths, quarantine; good slices must be the same
+index      restart over 4,711 finished series of 1.5 million slices: seconds and peak memory of writing the index
+
+--slices N makes every mode smaller (or larger): N slices a series, N damaged files, N slices in each of the 4,711 series.
 """
 
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -25,15 +30,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import cv2
 import dicomsdl
 import numpy as np
+import polars as pl
 import pydicom
+from damage import damaged
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from scipy import ndimage
 
 from pipeline import dicom, slice_store
 from pipeline.config import ConvertConfig
 from pipeline.parallel import spread
-from pipeline.sources import SeriesTask
+from pipeline.slice_store import convert_all
+from pipeline.sources import SeriesTask, fingerprints
 
 SIZE, CONFIG = 512, ConvertConfig()
 
@@ -48,8 +56,8 @@ def hounsfield(seed: int) -> np.ndarray:
     return np.clip(np.rint(hu), -1024, 3071)
 
 
-def write_dicom(path: Path, seed: int) -> None:
-    """One RLE Lossless slice, 12 bits stored."""
+def write_dicom(path: Path, seed: int, syntax: str = RLELossless) -> None:
+    """One losslessly compressed slice, 12 bits stored."""
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -61,17 +69,17 @@ def write_dicom(path: Path, seed: int) -> None:
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.RescaleSlope, ds.RescaleIntercept = 1, "MONOCHROME2", 1, -1024
     ds.WindowCenter, ds.WindowWidth, ds.PatientPosition, ds.Modality, ds.KVP = [50, 400], [400, 1500], "HFS", "CT", 120
     ds.PixelData = (hounsfield(seed) + 1024).astype("<u2").tobytes()
-    ds.compress(RLELossless, generate_instance_uid=False)
+    ds.compress(syntax, generate_instance_uid=False)
     ds.save_as(path, enforce_file_format=True)
 
 
-def make_series(data: Path, name: str, slices: int, different: int = 16) -> SeriesTask:
+def make_series(data: Path, name: str, slices: int, different: int = 16, syntax: str = RLELossless) -> SeriesTask:
     """A series of `slices` files, `different` of them made and the others copies."""
     folder = data / "train_images" / "1" / name
     folder.mkdir(parents=True)
     for k in range(slices):
         if k < different:
-            write_dicom(folder / f"{k + 1}.dcm", k)
+            write_dicom(folder / f"{k + 1}.dcm", k, syntax)
         else:
             shutil.copy(folder / f"{k % different + 1}.dcm", folder / f"{k + 1}.dcm")
     return SeriesTask("1", name, "train", str(folder))
@@ -105,13 +113,13 @@ def alternate(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return seconds
 
 
-def speed(data: Path, rounds: int) -> None:
+def speed(data: Path, rounds: int, slices: int = 96) -> None:
     """Ratios on one core."""
     cv2.setNumThreads(1)
     with contextlib.suppress(AttributeError):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    task = make_series(data, "1", 96)
-    files = [Path(task.path) / f"{k}.dcm" for k in range(1, 97)]
+    task = make_series(data, "1", slices)
+    files = [Path(task.path) / f"{k}.dcm" for k in range(1, slices + 1)]
     pictures = [dicom.picture(file.read_bytes(), CONFIG.max_pixels, False)[0] for file in files]
     other = data / "usual"
     other.mkdir()
@@ -132,28 +140,28 @@ def speed(data: Path, rounds: int) -> None:
     for k, picture in enumerate(pictures):
         assert np.array_equal(cv2.imread(str(data / "out0" / "1" / "1" / f"{k + 1}.png"), cv2.IMREAD_UNCHANGED), picture)
     for name, value in medians.items():
-        print(f"{name}: {value:.2f} ms a slice, {value / medians['stage 01']:.2f} x stage 01's time")
+        print(f"{name}: {value:.2f} ms a slice, {value / medians['stage 01']:.2f} x stage 01's time", flush=True)
 
 
 def _convert(task: SeriesTask, data: Path) -> None:
     slice_store.convert_series(task, data, data / "out", CONFIG)
 
 
-def processes(data: Path, rounds: int) -> None:
+def processes(data: Path, rounds: int, slices: int = 96) -> None:
     """Throughput of two processes against one, start-up of the workers not counted."""
-    tasks = [make_series(data, str(k), 96, 8) for k in range(12)]
+    tasks = [make_series(data, str(k), slices, 8) for k in range(12)]
     (data / "out").mkdir()
 
     works = {jobs: (lambda jobs=jobs: list(spread(partial(_convert, data=data), tasks, jobs))) for jobs in (1, 2)}
     works[2]()
     seconds = alternate({str(jobs): work for jobs, work in works.items()}, rounds)
     one, two = (statistics.median(seconds[jobs]) for jobs in "12")
-    print(f"one process {12 * 96 / one:.0f} slices/s, two {12 * 96 / two:.0f} slices/s, ratio {one / two:.2f}")
+    print(f"one process {12 * slices / one:.0f} slices/s, two {12 * slices / two:.0f} slices/s, ratio {one / two:.2f}")
 
 
-def png(data: Path, rounds: int) -> None:
+def png(data: Path, rounds: int, slices: int = 8) -> None:
     """Table of PNG settings."""
-    pictures = [dicom.window(hounsfield(seed)) for seed in range(8)]
+    pictures = [dicom.window(hounsfield(seed)) for seed in range(slices)]
     settings: dict[str, list[int]] = {"OpenCV, its default": []}
     for strategy in ("DEFAULT", "FILTERED", "HUFFMAN_ONLY", "RLE", "FIXED"):
         for name in ("FILTER_SUB", "FILTER_UP", "FILTER_AVG", "FILTER_PAETH", "ALL_FILTERS"):
@@ -169,29 +177,71 @@ def png(data: Path, rounds: int) -> None:
         print(f"{key:46s} {size / 1e3:7.1f} kB {1e3 * statistics.median(seconds[key]) / len(pictures):6.2f} ms")
 
 
-def memory(data: Path, rounds: int) -> None:
+def memory(data: Path, rounds: int, slices: int = 2000) -> None:
     """Peak resident memory of the converting process and of its children, each number of slices in a process of its own."""
     (data / "out").mkdir()
-    for slices in (100, 2000):
-        task = make_series(data, str(slices), slices)
+    for count in (slices // 20, slices):
+        task = make_series(data, str(count), count)
         pid = os.fork()
         if pid == 0:
             slice_store.convert_series(task, data, data / "out", CONFIG)
             own, child = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-            print(f"{slices} slices: {own:.0f} MiB, decoding child {child:.0f} MiB", flush=True)
+            print(f"{count} slices: {own:.0f} MiB, decoding child {child:.0f} MiB", flush=True)
             os._exit(0)
         os.waitpid(pid, 0)
 
 
+def damage(data: Path, rounds: int, slices: int = 1000) -> None:
+    """Convert good series with two processes, without and with damaged files among them."""
+    tasks = [make_series(data, str(k), 50, 10, RLELossless if k % 2 else JPEG2000Lossless) for k in range(4)]
+    started = time.perf_counter()
+    clean = convert_all(tasks, fingerprints(tasks, data), data, data / "clean", CONFIG, 2)
+    middle = time.perf_counter()
+    rng = np.random.default_rng(0)
+    for k in range(slices):
+        folder = Path(tasks[k % 4].path)
+        (folder / f"{1000 + k}.dcm").write_bytes(damaged((folder / f"{k % 50 + 1}.dcm").read_bytes(), rng))
+    prints, begun = fingerprints(tasks, data), time.perf_counter()
+    mixed = convert_all(tasks, prints, data, data / "mixed", CONFIG, 2)
+    seconds, index = time.perf_counter() - begun, pl.read_parquet(data / "mixed" / slice_store.INDEX)
+    for png in pl.read_parquet(data / "clean" / slice_store.INDEX)["png"]:
+        assert (data / "clean" / png).read_bytes() == (data / "mixed" / png).read_bytes(), png
+    assert len(index) + mixed["quarantined"] == clean["slices"] + slices
+    print(f"{clean['slices']} good files: {middle - started:.1f} s; with {slices} damaged ones among them: {seconds:.1f} s")
+    print(f"quarantined {mixed['quarantined']}, decoded all the same {len(index) - clean['slices']}, good slices identical")
+    print(f"by reason: {mixed['by_reason']}; worker deaths: {mixed['worker_deaths'] or 'none'}")
+
+
+def index(data: Path, rounds: int, slices: int = 319) -> None:
+    """Restart over as many finished series as the competition has: every sidecar is read, index and quarantine are written."""
+    tasks = [SeriesTask(str(10000 + k), str(k), "train", str(data / str(k))) for k in range(4711)]
+    rows = {"instance_number": list(range(slices)), "order": list(range(slices)), "z_mm": [-0.8 * k for k in range(slices)],
+            "rows": [SIZE] * slices, "cols": [SIZE] * slices, "spacing_y_mm": [0.78125] * slices, "spacing_x_mm": [0.78125] * slices,
+            "flags": [""] * slices, "decoder": ["pylibjpeg"] * slices, "transfer_syntax": [str(RLELossless)] * slices,
+            "crc32": [3_000_000_000 + k for k in range(slices)]}  # fmt: skip
+    for task in tasks:
+        folder = data / "out" / task.name
+        folder.mkdir(parents=True)
+        names = [f"{task.name}/{k}.png" for k in range(slices)]
+        sidecar = {"fingerprint": slice_store._fingerprint(task.series_id, CONFIG), "bytes": 1, "deaths": [], "quarantine": []}
+        (folder / slice_store.SIDECAR).write_text(json.dumps({**sidecar, "rows": {**rows, "png": names}}))
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()
+    counts = convert_all(tasks, [task.series_id for task in tasks], data, data / "out", CONFIG)
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    size = (data / "out" / slice_store.INDEX).stat().st_size / 1e6
+    print(f"{counts['series']} series, {counts['slices']} rows: {seconds:.1f} s, peak {peak:.0f} MiB ({before:.0f} before), {size:.1f} MB")
+
+
 def main() -> None:
     """Run one mode in a temporary folder."""
-    modes = {"speed": speed, "processes": processes, "png": png, "memory": memory}
+    modes = {mode.__name__: mode for mode in (speed, processes, png, memory, damage, index)}
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("mode", choices=modes)
     flags.add_argument("--rounds", type=int, default=7)
+    flags.add_argument("--slices", type=int)
     options = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        modes[options.mode](Path(folder), options.rounds)
+        modes[options.mode](Path(folder), options.rounds, **({"slices": options.slices} if options.slices else {}))
 
 
 if __name__ == "__main__":
