@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .runtime import InputError, atomic_folder, atomic_path, log, progress, remo
 from .sources import SIDECAR, VERSION, SeriesTask, list_files, series_folders
 
 INDEX, QUARANTINE = "index.parquet", "quarantine.csv"
+IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
 COLUMNS = {
     "instance_number": pl.Int64, "order": pl.Int32, "z_mm": pl.Float64, "rows": pl.Int32, "cols": pl.Int32, "spacing_y_mm": pl.Float64,
     "spacing_x_mm": pl.Float64, "flags": pl.String, "decoder": pl.String, "transfer_syntax": pl.String, "crc32": pl.Int64,
@@ -144,23 +145,23 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
 
 def _with_frame(task: SeriesTask, sidecar: dict[str, Any]) -> dict[str, Any]:
     """The sidecar with its rows as a part of the index: a tenth of the memory of lists."""
-    ids = (pl.lit(getattr(task, name)).alias(name) for name in ("patient_id", "series_id", "source"))
-    return {**sidecar, "rows": pl.DataFrame(sidecar["rows"], COLUMNS).select(*ids, pl.all())}
+    ids = {name: [getattr(task, name)] * len(sidecar["rows"]["png"]) for name in IDS}
+    return {**sidecar, "rows": pl.DataFrame({**ids, **sidecar["rows"]}, {**IDS, **COLUMNS})}
 
 
 def _summary(index: pl.DataFrame, quarantine: Sequence[tuple[str, ...]], made: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The counts of the manifest, also logged. Rates are of what this run converted."""
 
-    def count(values: Any) -> dict[str, int]:
-        return dict(sorted(Counter(values).items()))
+    def count(values: Iterable[str]) -> dict[str, int]:
+        return dict(sorted(pl.Series("value", values, pl.String).value_counts().iter_rows()))
 
     slices, size = sum(len(one["rows"]) for one in made), sum(one["bytes"] for one in made)
     counts = {
         "series": index.select("patient_id", "series_id").n_unique(), "slices": len(index), "by_source": count(index["source"]),
         "by_decoder": count(index["decoder"]), "by_transfer_syntax": count(index["transfer_syntax"]),
         "by_flags": count(index["flags"].replace("", "none")),
-        "quarantined": len(quarantine), "by_reason": count(reason.partition(":")[0] for _, reason in quarantine),
-        "worker_deaths": count(cause for one in made for cause in one["deaths"]), "converted_now": slices,
+        "quarantined": len(quarantine), "by_reason": count([reason.partition(":")[0] for _, reason in quarantine]),
+        "worker_deaths": count([cause for one in made for cause in one["deaths"]]), "converted_now": slices,
         "slices_per_s": round(slices / max(seconds, 1e-9), 1), "mb_per_s": round(size / max(seconds, 1e-9) / 1e6, 1),
     }  # fmt: skip
     for name, value in counts.items():
