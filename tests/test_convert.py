@@ -18,10 +18,11 @@ import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
 
 from pipeline import parallel, slice_store
-from pipeline.config import ConvertConfig
+from pipeline.config import ConvertConfig, VolumeConfig
 from pipeline.runtime import InputError
 from pipeline.slice_store import convert_all, convert_series, encode_png
 from pipeline.sources import SeriesTask, fingerprints, list_files, plan
+from pipeline.volume_store import build_all
 
 STAGE = Path(__file__).resolve().parents[1] / "stages" / "01_convert_dicom.py"
 COLUMNS = ["patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
@@ -273,6 +274,12 @@ def convert_or_die(task: SeriesTask, data: Path, target: Path, config: ConvertCo
     return convert_series(task, data, target, config)
 
 
+def build(slices: Path, out: Path, scheduler: str | None) -> dict[str, bytes]:
+    """Stage 02's files."""
+    build_all(slices, out, VolumeConfig(depth=8, height=16, width=16), 1, scheduler)
+    return tree(out)
+
+
 def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
     import dask
@@ -292,7 +299,10 @@ def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path
         made, _ = convert(data, tmp_path / "again", scheduler=address)
         assert made == [f"1/{k}" for k in range(6)]
         assert (tmp_path / "again.mark").exists()
+        volumes = [build(tmp_path / "again", tmp_path / name, scheduler) for name, scheduler in (("here", None), ("there", address))]
     assert tree(tmp_path / "again") == expected
+    assert len(volumes[0]) == 2 * 6 + 1
+    assert volumes[0] == volumes[1]
 
 
 def test_no_scheduler_is_one_clear_line(monkeypatch):
