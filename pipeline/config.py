@@ -107,6 +107,7 @@ class VocoConfig(Section):
     log_every: int = Field(1, ge=1)
     collapse_std: float = Field(0.02, ge=0, description="embedding standard deviation (1: spread out) below which they have collapsed")
     collapse_patience: int = Field(500, ge=1, description="steps of collapse before the run stops")
+    settle: int = Field(32, ge=0, description="batches of whole slices that the exported batch-norm statistics are taken from, 0: of crops")
     workers: int = Field(2, ge=0)
     amp: bool = True
     compile: bool = False

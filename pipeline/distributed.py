@@ -1,6 +1,7 @@
 """One training step over several processes: `torchrun` starts them, gloo (CPU) or nccl (GPU) joins them."""
 
 import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,21 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from .engine import TrainingStopped
 from .runtime import InputError, pick_device
+
+
+class PeerLost(TrainingStopped):
+    """Another process of this run has ended; its own message says why."""
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    try:
+        distributed.all_reduce(tensor)
+    except RuntimeError as fault:
+        raise PeerLost("another process of this run has ended: its own message says why") from fault
+    return tensor
 
 
 class _AllReduce(torch.autograd.Function):
@@ -16,9 +31,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        total = tensor.contiguous().clone()
-        distributed.all_reduce(total)
-        return total
+        return _all_reduce(tensor.contiguous().clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -64,8 +77,7 @@ class World:
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        distributed.all_reduce(flat)
+        flat = _all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         for gradient, part in zip(gradients, (flat / self.size).split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -87,6 +99,8 @@ def setup(device_name: str = "auto") -> World:
     torch.backends.cudnn.benchmark = True  # the shapes of a run never change
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
+        if size == int(os.environ.get("LOCAL_WORLD_SIZE", 0)) and "lo" in (name for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return World(distributed.get_rank(), size, device)
     return World(0, 1, device)
@@ -116,14 +130,16 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         count = self.world.size * x.numel() // x.shape[1]
-        mean = self.world.sum(x.sum(axes)) / count
-        centred = x - mean.view(shape)
+        values = x.float()  # autocast may bring bfloat16, whose sums over a batch are of no use
+        mean = self.world.sum(values.sum(axes)) / count
+        centred = values - mean.view(shape)
         variance = self.world.sum(centred.square().sum(axes)) / count
         if self.track_running_stats:
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), self.momentum)
-        x = centred * (variance + self.eps).rsqrt().view(shape)
+        y = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
-            x = x * self.weight.view(shape) + self.bias.view(shape)
-        return self.act(self.drop(x)) if hasattr(self, "act") else x
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        y = y.to(x.dtype)
+        return self.act(self.drop(y)) if hasattr(self, "act") else y

@@ -12,7 +12,7 @@ import torch
 
 from . import engine
 from .artifacts import digest
-from .backbone import create_backbone, save_backbone
+from .backbone import create_backbone, normalise, save_backbone
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import Config, resolved
 from .distributed import World, sync_batch_norm
@@ -21,7 +21,7 @@ from .runtime import log, progress, seed_everything
 from .voco import Embeddings, VocoNet, correlation, dropout_mask, make_teacher, spread_of, voco_terms
 from .voco_data import Batch, VocoSamples, batches, choose_volumes, evaluation_batches
 
-FREE = {"steps", "eval_every", "checkpoint_every", "keep", "log_every", "collapse_std", "collapse_patience", "workers", "compile",
+FREE = {"steps", "eval_every", "checkpoint_every", "keep", "log_every", "collapse_std", "collapse_patience", "settle", "workers", "compile",
         "activation_checkpointing"}  # keys that may change between two sittings of one run  # fmt: skip
 STATS = ("loss", "intra", "inter", "reg", "std", "correlation")
 EVALUATION_CROPS = 8  # random crops of each held-out volume
@@ -186,18 +186,19 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
             stopping = stopping or (world.size == 1 and stop.signum > 0)  # several ranks agree one step later
             seconds = time.perf_counter() - began
             record |= {"samples_per_s": round(options.batch / seconds, 3), "waiting": round(waited / seconds, 4)}
-            _finish_step(run, record, evaluation, folder, write, stopping)
+            _finish_step(run, record, samples, evaluation, folder, write, stopping)
             if stopping:
-                log(f"stopped at step {run.step}, checkpoint written: run the same command again to go on")
+                if world.main:
+                    log(f"stopped at step {run.step}, checkpoint written: run the same command again to go on")
                 stop.leave()
-    if world.main and not (folder / "backbone.safetensors").exists():
+    if world.main:
         run.restore(load_checkpoint(folder / "best.ckpt") or run.state())
-        _export(run, folder)
+        export(run, samples, folder / "backbone.safetensors")
     return {"volumes": len(training), "held_out": len(held), "steps": options.steps, "position_accuracy": round(run.best, 4)}
 
 
-def _finish_step(run: Run, record: dict[str, Any], evaluation: VocoSamples, folder: Path, write: Callable[[dict[str, Any]], None],
-                 stopping: bool) -> None:  # fmt: skip
+def _finish_step(run: Run, record: dict[str, Any], samples: VocoSamples, evaluation: VocoSamples, folder: Path,
+                 write: Callable[[dict[str, Any]], None], stopping: bool) -> None:  # fmt: skip
     options, last = run.config.pretrain, run.step == run.config.pretrain.steps
     _watch_collapse(run, record["std"])
     if not run.world.main:
@@ -207,7 +208,7 @@ def _finish_step(run: Run, record: dict[str, Any], evaluation: VocoSamples, fold
         if record["position_accuracy"] > run.best:
             run.best = record["position_accuracy"]
             save_checkpoint(folder / "best.ckpt", run.state())
-            _export(run, folder)
+            export(run, samples, folder / "backbone.safetensors")
     if run.step % options.log_every == 0 or "position_accuracy" in record or stopping:
         write(record)
     if (run.step % options.checkpoint_every == 0 and not run.flat) or last or stopping:
@@ -224,9 +225,23 @@ def _watch_collapse(run: Run, std: float) -> None:
                        "the last good checkpoint is kept; lower pretrain.lr or raise pretrain.regularisation")  # fmt: skip
 
 
-def _export(run: Run, folder: Path) -> None:
-    metadata = {"kind": "voco2d", "backbone": run.config.model.backbone, "step": str(run.step), "position_accuracy": f"{run.best:.4f}"}
-    save_backbone(run.teacher.backbone, folder / "backbone.safetensors", metadata)
+@torch.no_grad()
+def export(run: Run, samples: VocoSamples, path: Path) -> None:
+    """Write the teacher's backbone, its batch-norm statistics taken anew from whole slices: a crop's border is most of a small map.
+
+    A plain copy is written: the run's own layers may wait for other ranks, and its statistics stay as they are.
+    """
+    config, device = run.config, run.world.device
+    seed_everything(config.seed)
+    backbone = create_backbone(config.model.backbone).to(device, memory_format=torch.channels_last)
+    backbone.load_state_dict(run.teacher.backbone.state_dict())
+    slices = (normalise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle))
+    if config.pretrain.settle:
+        with engine.autocast(device, config.pretrain.amp):
+            torch.optim.swa_utils.update_bn(slices, backbone)
+    metadata = {"kind": "voco2d", "backbone": config.model.backbone, "step": str(run.step), "position_accuracy": f"{run.best:.4f}",
+                "statistics": "whole slices" if config.pretrain.settle else "crops"}  # fmt: skip
+    save_backbone(backbone, path, metadata)
 
 
 @contextlib.contextmanager

@@ -79,6 +79,12 @@ class VocoSamples(Dataset):
         volume = np.load(self.folder / self.paths[index], mmap_mode="r")
         return resize_planes(np.asarray(volume[spread(len(volume), self.config.slices, phase)]), self.config.image_size)
 
+    def whole_slices(self, count: int) -> Iterator[torch.Tensor]:
+        """`count` batches (batch * S, 1, size, size) uint8 of uncut planes of the whole batch's volumes, none augmented."""
+        for step in range(count):
+            planes = [self.planes(int(index), (step + 0.5) / count) for index in self.order(step)]
+            yield torch.from_numpy(np.concatenate(planes))[:, None]
+
     def _augment(self, crops: np.ndarray, random_crops: int, rng: np.random.Generator) -> np.ndarray:
         """Turn crops, and change the intensity by one draw for each random crop and one for all base crops."""
         turned = rng.random(len(crops)) < self.config.turn

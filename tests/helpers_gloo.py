@@ -1,31 +1,50 @@
-"""One rank of a gloo world: run by test_pretrain in processes of its own, prints one JSON line."""
+"""Stage 04 on one rank of `torchrun`, with plain gradient descent and a planted fault: run by test_pretrain.
 
-import json
+Adam divides a gradient by its own size: it would hide a wrong scale, and blow up the rounding of small gradients.
+"""
+
+import os
+import runpy
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from pipeline.config import load_config
-from pipeline.distributed import setup
-from pipeline.pretrain import STATS, start, train_step
-from pipeline.voco_data import VocoSamples
+from pipeline import engine, pretrain
+from pipeline.runtime import InputError
+
+STAGE = Path(__file__).resolve().parents[1] / "stages" / "04_pretrain_voco2d.py"
+
+
+def descent(module: torch.nn.Module, lr: float, *options: object) -> torch.optim.Optimizer:
+    """Stands for `engine.adamw`."""
+    return torch.optim.SGD(module.parameters(), lr)
+
+
+def plant(fault: str) -> None:
+    """In step 3 of rank 1: an error of the user's, a signal to stop, or (`none`) nothing."""
+    forward = pretrain.forward
+
+    def broken(run: pretrain.Run, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if run.step == 2 and run.world.rank == 1:
+            if fault == "error":
+                raise InputError("planted fault", "rank 1", "see what the others do")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(run, batch)
+
+    if fault != "none":
+        pretrain.forward = broken
 
 
 def main() -> None:
-    """argv: folder of volumes, steps, overrides."""
-    folder, steps, *overrides = sys.argv[1:]
+    """argv: fault, then the arguments of stage 04."""
+    fault, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    config, world = load_config("smoke", overrides), setup("cpu")
-    run = start(config, world)
-    paths = sorted(path.name for path in Path(folder).glob("*.npy"))
-    samples = VocoSamples(Path(folder), paths, config.pretrain, config.seed, world.rank, world.size)
-    records = [train_step(run, samples[step])[0] for step in range(int(steps))]
-    losses = [[record[name] for name in STATS] for record in records]
-    weights = [float(tensor.double().norm()) for tensor in run.teacher.state_dict().values()]
-    if world.main:
-        print(json.dumps({"losses": losses, "weights": weights}))
-    world.close()
+    engine.adamw = descent
+    plant(fault)
+    sys.argv = [str(STAGE), *arguments]
+    runpy.run_path(str(STAGE), run_name="__main__")
 
 
 if __name__ == "__main__":

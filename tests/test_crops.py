@@ -118,21 +118,23 @@ def test_an_epoch_shows_each_volume_once_and_mixes_the_sources(store):
     assert not np.array_equal(epochs[0], np.arange(12))
 
 
-def test_every_augmentation_leaves_the_share_of_painted_pixels(store):
-    """Bright paint where the random crop lies: its share in each base crop is the label, whatever is drawn."""
-    options = SMALL.model_copy(update={"turn": 1.0, "intensity": 1.0, "random_crops": 1})
-    boxes = random_boxes(48, 3, 1, np.random.default_rng([5, 0, 0]))
-    planes = np.full((3, 48, 48), 60, np.uint8)
-    (y0, x0, y1, x1) = boxes[0]
-    planes[:, y0:y1, x0:x1] = 180
-    for seed in range(6):
-        samples = VocoSamples(store, ["6_12.npy"], options, seed=5)
-        samples.planes = lambda index: planes
-        crops = samples._augment(cut(planes, np.concatenate([boxes, samples.base])), 1, np.random.default_rng(seed))
-        painted = (crops[1:].astype(int) > 120).mean((1, 2, 3))
-        np.testing.assert_allclose(painted, overlap_labels(boxes, samples.base)[0])
-        assert (crops[0].astype(int) > 120).all()
-        assert not np.array_equal(crops, cut(planes, np.concatenate([boxes, samples.base])))
+@pytest.mark.parametrize("drawn", [{}, {"turn": 1.0}, {"intensity": 1.0}, {"turn": 1.0, "intensity": 1.0}])
+def test_labels_of_a_sample_are_its_painted_pixels_whatever_is_drawn(store, drawn):
+    """The random box of a sample, painted bright in the volume: its share in each base crop is the sample's label."""
+    config = SMALL.model_copy(update={"turn": 0.0, "intensity": 0.0, "random_crops": 1, **drawn})
+    samples = VocoSamples(store, ["painted.npy"], config, seed=5)
+    seen = []
+    for step in range(6):
+        ((y0, x0, y1, x1),) = random_boxes(48, 3, 1, np.random.default_rng([5, step, 0]))
+        volume = np.full((12, 48, 48), 60, np.uint8)
+        volume[:, y0:y1, x0:x1] = 180
+        np.save(store / "painted.npy", volume)
+        sample, plain = (samples.sample(0, [5, step, 0], augment=augment) for augment in (True, False))
+        painted = sample["crops"].astype(int) > 120  # (1 + 9, 3, 16, 16)
+        np.testing.assert_allclose(painted[1:].mean((1, 2, 3)), sample["overlap"][0], atol=1e-6)
+        assert painted[0].all()
+        seen.append(np.array_equal(sample["crops"], plain["crops"]))
+    assert any(seen) != bool(drawn), "drawn, or not"
 
 
 def test_evaluation_crops_are_fixed_and_plain(store):

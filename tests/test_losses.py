@@ -1,42 +1,13 @@
 """Position loss and regularisation against slow float64 loops, at their edges, and their gradients."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from helpers_losses import slow_position_loss, slow_regularisation, slow_similarity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.losses import base_regularisation, position_loss, similarity
-
-EPS = 1e-6
-
-
-def slow_cosine(u, v):
-    norm = math.sqrt(sum(a * a for a in u)) * math.sqrt(sum(b * b for b in v))
-    return sum(a * b for a, b in zip(u, v, strict=True)) / norm if norm else 0.0
-
-
-def slow_similarity(first, second):
-    return [[min(1.0, max(0.0, slow_cosine(u, v))) for v in second] for u in first]
-
-
-def slow_position_loss(s, y):
-    near = weight = far = apart = 0.0
-    for row_s, row_y in zip(s, y, strict=True):
-        for a, b in zip(row_s, row_y, strict=True):
-            near -= b * math.log(1 - abs(b - a) + EPS)
-            weight += b
-            if b == 0:
-                far += a * a
-                apart += 1
-    return near / (weight + EPS) + far / (apart + EPS)
-
-
-def slow_regularisation(z):
-    pairs = [max(0.0, slow_cosine(z[k], z[m])) ** 2 for k in range(len(z)) for m in range(k + 1, len(z))]
-    return sum(pairs) / len(pairs)
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,10 +34,14 @@ def test_position_loss_at_its_corners(label, value):
 def test_degenerate_embeddings(base, expected):
     z = {"equal": torch.ones(4, 5), "opposite": torch.tensor([[1.0], [-1], [1], [-1]]).expand(4, 5), "zero": torch.zeros(4, 5)}[base]
     z = z.double().requires_grad_()
-    loss = base_regularisation(z)
+    loss, own = base_regularisation(z), similarity(z, z)
     assert loss.item() == pytest.approx(expected)
     assert loss.item() == pytest.approx(slow_regularisation(z.tolist()))
-    (loss + position_loss(similarity(z, z), torch.eye(4, dtype=torch.float64))).backward()
+    for labels in (torch.eye(4), torch.zeros(4, 4), torch.ones(4, 4)):
+        slow = slow_position_loss(slow_similarity(z.tolist(), z.tolist()), labels.tolist())
+        assert position_loss(own, labels).item() == pytest.approx(slow, abs=1e-9)  # 1 - (cosine of equal vectors) is 0 to rounding
+        loss = loss + position_loss(own, labels)
+    loss.backward()
     assert torch.isfinite(z.grad).all()
 
 

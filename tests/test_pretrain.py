@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,25 +13,33 @@ import polars as pl
 import pytest
 import timm
 import torch
+from helpers_gloo import descent
+from helpers_losses import slow_position_loss, slow_regularisation, slow_similarity
 from safetensors.torch import load_file
 
+from pipeline import engine
 from pipeline import pretrain as loop
+from pipeline.artifacts import SCHEMA
+from pipeline.backbone import GREY_MEAN, GREY_STD
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config import load_config
 from pipeline.distributed import World
 from pipeline.engine import Collapse, NonFiniteLoss, read_log
+from pipeline.voco import make_teacher
 from pipeline.voco_data import VocoSamples
 from pipeline.voco_figures import draw_all
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = ("model.backbone=test_resnet", "pretrain.batch=4", "pretrain.holdout=2", "pretrain.lr=1e-3")
+DESCENT = (*TINY, "pretrain.lr=2e-3", "pretrain.clip=1e9", "pretrain.amp=false")  # for helpers_gloo: the gradient's scale counts
 HELPER = Path(__file__).with_name("helpers_gloo.py")
 
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
     """Twelve volumes with a gradient and a bright organ, so that places differ."""
-    folder = tmp_path_factory.mktemp("volumes")
+    folder = tmp_path_factory.mktemp("run") / "02_volumes"
+    folder.mkdir()
     rng, rows = np.random.default_rng(0), []
     y, x = np.mgrid[0:48, 0:48] / 48
     for n in range(12):
@@ -39,12 +47,65 @@ def volumes(tmp_path_factory):
         np.save(folder / f"p{n}_0.npy", np.clip(plane + rng.normal(0, 10, (12, 48, 48)), 0, 255).astype(np.uint8))
         rows.append({"patient_id": f"p{n}", "series_id": "0", "source": "train" if n % 3 else "unlabelled", "path": f"p{n}_0.npy"})
     pl.DataFrame(rows).write_parquet(folder / "index.parquet")
+    (folder / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "outputs": {}}))
     return folder
 
 
 def numbers(folder):
     """The log without what the clock says."""
     return [{k: v for k, v in record.items() if k not in ("samples_per_s", "waiting")} for record in read_log(folder / "log.jsonl")]
+
+
+def trained(*overrides, volumes):
+    """A run at step 0 and its samples."""
+    config = load_config("smoke", (*TINY, *overrides))
+    paths = sorted(path.name for path in volumes.glob("*.npy"))
+    return loop.start(config, ALONE), VocoSamples(volumes, paths, config.pretrain, config.seed)
+
+
+@pytest.mark.parametrize("pool", ["clip", "slice"])
+def test_loss_of_a_step_is_that_of_plain_loops(volumes, pool):
+    """Which embedding meets which, the volume after each one, and the weights of the terms."""
+    plain = "pretrain.dropout=0", "pretrain.amp=false", f"pretrain.pool={pool}", "pretrain.random_crops=2"
+    run, samples = trained(*plain, "pretrain.intra=0.5", "pretrain.inter=2", "pretrain.regularisation=0.25", volumes=volumes)
+    batch = samples[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.std().nan_to_num(0))
+        student, teacher = (net(batch["crops"]).tolist() for net in (run.student, run.teacher))  # (B, G, R + K, E)
+    loss, stats = loop.forward(run, batch)
+    terms = []
+    for b, labels in enumerate(batch["overlap"].tolist()):
+        for own, taught, own_after, taught_after in zip(student[b], teacher[b], student[(b + 1) % 4], teacher[(b + 1) % 4], strict=True):
+            intra = slow_position_loss(slow_similarity(own[:2], taught[2:]), labels)
+            target = slow_similarity(taught[:2], taught_after[2:])
+            inter = slow_position_loss(slow_similarity(own[:2], own_after[2:]), target)
+            terms.append((intra, inter, slow_regularisation(own[2:])))
+    expected = np.mean(terms, 0)
+    np.testing.assert_allclose(stats[1:4].numpy(), expected, rtol=1e-3)
+    assert loss.item() == pytest.approx(expected @ [0.5, 2, 0.25], rel=1e-3)
+
+
+def test_teacher_is_the_hand_computed_average_after_three_steps(volumes):
+    """Parameters and buffers, by the momentum of each step; no gradient reaches it, even where it would take one."""
+    run, samples = trained("pretrain.ema_final=0.3", "pretrain.lr=0.05", volumes=volumes)
+    expected = {name: tensor.double().clone() for name, tensor in run.teacher.state_dict().items()}
+    run.teacher.requires_grad_(True)
+    for step in range(3):
+        momentum = loop.train_step(run, samples[step])[0]["momentum"]
+        assert momentum == pytest.approx((0.9, 0.6 + 0.3 * 3**0.5 / 2, 0.75)[step])
+        for name, tensor in run.student.state_dict().items():
+            old = expected[name]
+            expected[name] = momentum * old + (1 - momentum) * tensor if tensor.is_floating_point() else tensor.double()
+    statistics = [name for name, _ in run.teacher.named_buffers() if "running" in name]
+    assert len(statistics) > 8
+    for name, tensor in run.teacher.state_dict().items():
+        np.testing.assert_allclose(tensor.double(), expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert all(parameter.grad is None for parameter in run.teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in make_teacher(run.student).parameters())
+    distant = run.student.state_dict()[statistics[0]] - run.teacher.state_dict()[statistics[0]]
+    assert distant.abs().max() > 1e-3, "otherwise nothing was averaged"
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +121,43 @@ def test_a_run_leaves_a_backbone_that_timm_loads_whole(unbroken):
     plain.load_state_dict(load_file(folder / "backbone.safetensors"), strict=True)
     assert counts["held_out"] == 2
     assert 0 <= counts["position_accuracy"] <= 1
-    best = load_checkpoint(folder / "best.ckpt")
-    taught = {name.removeprefix("backbone."): t for name, t in best["teacher"].items() if name.startswith("backbone.")}
-    assert all(torch.equal(taught[name], tensor) for name, tensor in plain.state_dict().items())
+    taught = load_checkpoint(folder / "best.ckpt")["teacher"]
+    assert all(torch.equal(taught[f"backbone.{name}"], tensor) for name, tensor in plain.named_parameters())
+    assert not any(torch.equal(taught[f"backbone.{name}"], tensor) for name, tensor in plain.named_buffers() if "running" in name)
+
+
+def test_exported_statistics_are_the_averages_over_whole_slices(volumes, tmp_path):
+    """Each batch norm's: mean over batches of what it is given, in float64; the run's own stay, and so does the file when made again."""
+    run, samples = trained("pretrain.settle=3", "pretrain.amp=false", volumes=volumes)
+    loop.train_step(run, samples[0])
+    before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
+    for name in ("first", "again"):
+        loop.export(run, samples, tmp_path / name)
+        torch.rand(7), loop.seed_everything(9)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.teacher.state_dict().items())
+    plain = timm.create_model("test_resnet", in_chans=1, num_classes=0, global_pool="").double()
+    plain.load_state_dict(load_file(tmp_path / "first"))
+    seen, norms = {}, {name: layer for name, layer in plain.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
+    exported = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in norms.items()}
+    for name, layer in norms.items():
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].transpose(0, 1).flatten(1)))
+    with torch.no_grad():
+        for step in range(3):
+            planes = [samples.planes(int(index), (step + 0.5) / 3) for index in samples.order(step)]
+            plain.train()((torch.from_numpy(np.concatenate(planes))[:, None].double() / 255 - GREY_MEAN) / GREY_STD)
+    for name, (mean, variance) in exported.items():
+        batches = seen[name]
+        torch.testing.assert_close(mean, torch.stack([x.mean(1) for x in batches]).mean(0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(variance, torch.stack([x.var(1) for x in batches]).mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_without_settling_the_teachers_statistics_are_exported(volumes, tmp_path):
+    run, samples = trained("pretrain.settle=0", volumes=volumes)
+    loop.train_step(run, samples[0])
+    loop.export(run, samples, tmp_path / "backbone")
+    state = load_file(tmp_path / "backbone")
+    assert all(torch.equal(run.teacher.backbone.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_the_log_says_what_the_contract_asks(unbroken):
@@ -149,33 +244,45 @@ def test_checkpoints_rotate_and_a_damaged_one_costs_one_interval(tmp_path):
     assert newest_checkpoint(tmp_path / "none.ckpt", 3) is None
 
 
-def run_ranks(folder, size, steps, overrides):
-    """Losses and weight norms of `size` processes."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[1]), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": port, "WORLD_SIZE": str(size)}  # fmt: skip
-    command = [sys.executable, str(HELPER), str(folder), str(steps), *overrides]
-    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-             for rank in range(size)]  # fmt: skip
-    answers = [rank.communicate(timeout=180)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size
-    return json.loads(answers[0])
+def ranks(volumes, fault):
+    """Stage 04 under torchrun in the folder of `volumes`, two processes with a planted fault."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
+               "--local-addr=127.0.0.1", str(HELPER), fault, "--config=smoke", f"--out={volumes.parent}", "--device=cpu",
+               *DESCENT]  # fmt: skip
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[1])}
+    return subprocess.run(command, env=shared, capture_output=True, text=True, timeout=400)
 
 
-def test_two_ranks_with_half_the_batch_are_one_rank(volumes):
-    """Batch norm, inter-volume term, dropout and gradients: all of the whole batch."""
-    config = load_config("smoke", TINY)
-    run, paths = loop.start(config, ALONE), sorted(path.name for path in volumes.glob("*.npy"))
-    samples = VocoSamples(volumes, paths, config.pretrain, config.seed)
-    records = [loop.train_step(run, samples[step])[0] for step in range(2)]
-    losses = [[record[name] for name in loop.STATS] for record in records]
-    norms = [float(tensor.double().norm()) for tensor in run.teacher.state_dict().values()]
-    two = run_ranks(volumes, 2, 2, TINY)
-    np.testing.assert_allclose(two["losses"], losses, rtol=5e-4)  # two steps: Adam makes rounding errors grow after that
-    assert two["weights"] == pytest.approx(norms, rel=1e-3, abs=1e-5)
-    assert losses[0][0] != pytest.approx(losses[1][0], rel=1e-3)
+def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(volumes, tmp_path, monkeypatch):
+    """Batch norm, inter-volume term, dropout and gradients are those of the whole batch; one process writes, once."""
+    monkeypatch.setattr(engine, "adamw", descent)
+    loop.pretrain(load_config("smoke", DESCENT), volumes, tmp_path, ALONE)
+    folder = volumes.parent / "04_voco2d"
+    shutil.rmtree(folder, ignore_errors=True)
+    stopped = ranks(volumes, "stop")
+    assert stopped.returncode != 0
+    assert load_checkpoint(folder / "last.ckpt")["step"] == 4, stopped.stderr  # the ranks agree one step after the signal
+    assert not (folder / "manifest.json").exists()
+    done = ranks(volumes, "none")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("04_voco2d: done") == 1
+    one, two = ([[record[name] for name in loop.STATS] for record in read_log(path / "log.jsonl")] for path in (tmp_path, folder))
+    np.testing.assert_allclose(two, one, rtol=5e-4, atol=1e-4)
+    begun = loop.start(load_config("smoke", DESCENT), ALONE).student.state_dict()
+    learnt, other = (load_checkpoint(path / "last.ckpt")["student"] for path in (tmp_path, folder))
+    for name, tensor in begun.items():
+        moved = (learnt[name] - tensor).float().norm()
+        assert (learnt[name] - other[name]).float().norm() <= 0.05 * moved + 1e-5, name
+    assert sum(not torch.equal(learnt[name], tensor) for name, tensor in begun.items()) > 0.9 * len(begun)
+
+
+def test_a_ranks_failure_ends_all_with_its_message(volumes):
+    shutil.rmtree(volumes.parent / "04_voco2d", ignore_errors=True)
+    done = ranks(volumes, "error")
+    assert done.returncode != 0
+    assert "error: planted fault, rank 1, see what the others do" in done.stderr
+    assert "another process of this run has ended" in done.stderr
+    assert not (volumes.parent / "04_voco2d" / "manifest.json").exists()
 
 
 def test_pictures_are_drawn(volumes, unbroken, tmp_path):

@@ -1,0 +1,31 @@
+"""The terms of 2D-VoCo as plain loops over Python numbers (float64), written from the formulas."""
+
+import math
+
+EPS = 1e-6
+
+
+def slow_cosine(u, v):
+    norm = math.sqrt(sum(a * a for a in u)) * math.sqrt(sum(b * b for b in v))
+    return sum(a * b for a, b in zip(u, v, strict=True)) / norm if norm else 0.0
+
+
+def slow_similarity(first, second):
+    return [[min(1.0, max(0.0, slow_cosine(u, v))) for v in second] for u in first]
+
+
+def slow_position_loss(s, y):
+    near = weight = far = apart = 0.0
+    for row_s, row_y in zip(s, y, strict=True):
+        for a, b in zip(row_s, row_y, strict=True):
+            near -= b * math.log(1 - abs(b - a) + EPS)
+            weight += b
+            if b == 0:
+                far += a * a
+                apart += 1
+    return near / (weight + EPS) + far / (apart + EPS)
+
+
+def slow_regularisation(z):
+    pairs = [max(0.0, slow_cosine(z[k], z[m])) ** 2 for k in range(len(z)) for m in range(k + 1, len(z))]
+    return sum(pairs) / len(pairs)
