@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from .engine import TrainingStopped
-from .runtime import InputError, pick_device
+from .runtime import InputError, TrainingStopped, pick_device
 
 
 class PeerLost(TrainingStopped):

@@ -47,7 +47,7 @@ def volumes(tmp_path_factory):
         np.save(folder / f"p{n}_0.npy", np.clip(plane + rng.normal(0, 10, (12, 48, 48)), 0, 255).astype(np.uint8))
         rows.append({"patient_id": f"p{n}", "series_id": "0", "source": "train" if n % 3 else "unlabelled", "path": f"p{n}_0.npy"})
     pl.DataFrame(rows).write_parquet(folder / "index.parquet")
-    (folder / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "outputs": {}}))
+    (folder / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "fingerprint": "made by hand", "outputs": {}}))
     return folder
 
 
@@ -260,7 +260,7 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(volumes, 
     folder = volumes.parent / "04_voco2d"
     shutil.rmtree(folder, ignore_errors=True)
     stopped = ranks(volumes, "stop")
-    assert stopped.returncode != 0
+    assert (folder / "last.ckpt").exists(), stopped.stderr
     assert load_checkpoint(folder / "last.ckpt")["step"] == 4, stopped.stderr  # the ranks agree one step after the signal
     assert not (folder / "manifest.json").exists()
     done = ranks(volumes, "none")
