@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,7 @@ class Stage:
         self.started = time.monotonic()
         self._state: dict[str, Any] = {}
         self._checked: set[str] = set()
+        self.reading = contextlib.ExitStack()  # the locks that keep other runs from changing what this one reads
 
     @property
     def fingerprint(self) -> str:
@@ -125,7 +127,7 @@ class Stage:
     def part(self, name: str) -> "Stage":
         """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one fold."""
         part = Stage(f"{self.name}/{name}", self.config, self.options)
-        part.writer = True
+        part.writer, part._checked, part.reading = True, self._checked, self.reading
         return part
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -137,6 +139,8 @@ class Stage:
         folder = Path(getattr(self.options, "models", None) or self.out) / name
         if name in self._checked:
             return folder
+        if folder.parent == self.out:
+            self.reading.enter_context(self._held(self._lock_file(name), fcntl.LOCK_SH))
         manifest, maker = read_manifest(folder), MAKERS[name.split("/")[0] if not name.startswith("data/") else name]
         if manifest is None:
             raise InputError(f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first")
@@ -193,23 +197,25 @@ class Stage:
         write_json(self.folder / "manifest.json", manifest)
         log(f"{self.name}: done in {seconds:.1f} s")
 
+    def lock(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
+        """Hold the stage's folder for this process; InputError naming the holder when another run makes or reads it for `patience_s`."""
+        return self._held(self._lock_file(self.name), fcntl.LOCK_EX, patience_s) if self.writer else contextlib.nullcontext()
+
+    def _lock_file(self, name: str) -> Path:
+        return self.out / f".lock-{name.replace('/', '-')}"
+
     @contextlib.contextmanager
-    def lock(self, patience_s: float = 0.0) -> Iterator[None]:
-        """Hold the stage's folder for this process; InputError naming the holder when another run has it for `patience_s` seconds."""
-        if not self.writer:
-            yield
-            return
-        path = self.out / f".lock-{self.name.replace('/', '-')}"
+    def _held(self, path: Path, kind: int, patience_s: float = 0.0) -> Iterator[None]:
         with disk_errors(path):
             self.out.mkdir(parents=True, exist_ok=True)
             handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing gives the lock up)
         with handle:
             deadline = time.monotonic() + patience_s
-            while not _flock(handle, fcntl.LOCK_EX):
+            while not _flock(handle, kind):
                 if time.monotonic() > deadline:
                     handle.seek(0)
-                    where = f"{path}: {handle.read().strip()}"
-                    raise InputError(f"another run holds {self.name}", where, "wait for it or choose another --out")
+                    what, where = f"another run holds {path.name.removeprefix('.lock-')}", f"{path}: {handle.read().strip()}"
+                    raise InputError(what, where, "wait for it or choose another --out")
                 time.sleep(0.1)
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -296,7 +302,7 @@ def _run(folder: str, options: argparse.Namespace, run: Callable[[Stage], None],
     from .config import load_config
 
     stage = Stage(folder, load_config(options.config, options.overrides), options)
-    with disk_errors(stage.folder), stage.lock() if exclusive else contextlib.nullcontext():
+    with disk_errors(stage.folder), stage.reading, stage.lock() if exclusive else contextlib.nullcontext():
         run(stage)
 
 
@@ -316,7 +322,7 @@ def _stops() -> Iterator[list[int]]:
     def stop(signum: int, frame: Any) -> None:
         if signum != signal.SIGALRM:
             received.append(signum)
-        sys.unraisablehook = lambda swallowed: None
+        sys.unraisablehook = threading.excepthook = lambda fault: None  # of what is being torn down
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 

@@ -8,7 +8,7 @@ processes; each of them may use `contained`, here as on a cluster, so results do
 import contextlib
 import faulthandler
 import gc
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import resource
 import signal
@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from .runtime import InputError, log
 
+T = TypeVar("T")
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
 WAIT_S = 0.02  # a child answers no more often: waking the parent costs as much as a tenth of a slice
@@ -149,6 +150,19 @@ def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, schedule
         yield answers[0] if answers else (k, Failure("the worker process was killed (out of memory?)"))
 
 
+def _deaf(start: Callable[[], T]) -> T:
+    """The result of `start`, which starts processes: they are deaf to Ctrl-C, which a terminal sends to all, and end with this one."""
+    from joblib.externals.loky.backend import resource_tracker
+
+    for tracker in (resource_tracker, multiprocessing.resource_tracker):
+        tracker.ensure_running()  # their own start would end the blocking
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _call(work: Callable[[Any], Any], k: int, task: Any) -> tuple[int | None, Any]:
     try:
         return k, work(task)
@@ -170,8 +184,9 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
             lost = (KilledWorker,)
             stack.enter_context(_cluster(scheduler))
             stack.enter_context(joblib.parallel_config("dask"))
+        pool = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="3*n_jobs", max_nbytes=None)
         try:
-            for k, answer in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="3*n_jobs")(calls):
+            for k, answer in _deaf(lambda: pool(calls)):
                 if k is None:
                     raise InputError(*answer.split(", ", 2))
                 yield k, answer

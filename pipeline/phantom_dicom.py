@@ -7,6 +7,7 @@ import csv
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import PhantomConfig
+from .parallel import Failure, spread
 from .phantom import PHASES, Scan, make_scan
+from .runtime import InputError
 from .targets import ANY_INJURY, COLUMNS, TARGETS
 
 TRAIN, TEST, UNLABELLED = 0, 1, 2
@@ -290,13 +293,14 @@ def write_dataset(config: PhantomConfig, seed: int, root: Path, jobs: int,
                   report: Callable[[Iterable[Any], int], Iterator[Any]]) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Write the whole data set below `root` with `jobs` processes; `report(items, total)` shows progress.
 
-    Returns counts for the manifest and the names of the tables.
+    Returns counts for the manifest and the names of all files.
     """
-    from joblib import Parallel, delayed
-
     plans = make_plan(config, seed)
-    work = Parallel(n_jobs=jobs, batch_size=4, return_as="generator")(delayed(write_patient)(config, seed, root, plan) for plan in plans)
-    records = list(report(work, len(plans)))
+    records: list[Any] = [None] * len(plans)
+    for k, answer in report(spread(partial(write_patient, config, seed, root), plans, jobs), len(plans)):
+        if isinstance(answer, Failure):
+            raise InputError(answer.reason, f"patient {plans[k].patient_id}", "free some memory or give --jobs 1, then run again")
+        records[k] = answer
     written = tables(plans, records)
     for name, rows in written.items():
         with open(root / name, "w", newline="", encoding="utf-8") as handle:
@@ -304,4 +308,8 @@ def write_dataset(config: PhantomConfig, seed: int, root: Path, jobs: int,
     share = np.mean([one_hot(plan.labels) for plan in plans if plan.split == TRAIN], axis=0).round(4)
     flat = [record for found in records for record in found]
     counts = {"patients": len(plans), "series": len(flat), "slices": sum(record["slices"] for record in flat)}
-    return {**counts, "prevalence": dict(zip(COLUMNS, share.tolist(), strict=True))}, list(written)
+    return {**counts, "prevalence": dict(zip(COLUMNS, share.tolist(), strict=True))}, _files(root)
+
+
+def _files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())

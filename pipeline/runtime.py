@@ -101,15 +101,22 @@ def _sync_folder(folder: Path) -> None:
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
+    errno.EIO: "the disk reports an error",
     errno.EROFS: "the output is read-only",
     errno.EACCES: "the output is not writable",
     errno.EPERM: "the output is not writable",
+    errno.EEXIST: "something else has this name",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.ENAMETOOLONG: "the path is too long",
 }
+PROBE_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
 def disk_errors(where: Path | str) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into one clear InputError naming `where`."""
+    """Turn a full, read-only or forbidden disk into one clear InputError naming `where`, else the file of the error."""
     try:
         yield
     except OSError as fault:
@@ -132,8 +139,19 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
+        except Exception as fault:
+            if not isinstance(fault, (InputError, TrainingStopped)) and not getattr(fault, "errno", None):
+                _probe(temporary)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _probe(path: Path) -> None:
+    """Raise the OSError of a disk that takes no more: writers in C and Rust (torch, polars) report a failed write without its number."""
+    with open(path, "ab", buffering=0) as handle:
+        handle.write(bytes(PROBE_BYTES))
+        handle.write(bytes(PROBE_BYTES))  # the first may end short of the limit without an error
 
 
 @contextlib.contextmanager

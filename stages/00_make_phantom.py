@@ -23,11 +23,11 @@ def run(stage: Stage) -> None:
     from pipeline.phantom_dicom import write_dataset
 
     with atomic_folder(stage.folder) as folder:
-        counts, tables = write_dataset(
+        counts, files = write_dataset(
             config, stage.config.seed, folder, stage.jobs, lambda items, n: progress(items, n, stage.name, "patients")
         )
     log(f"{stage.name}: {counts['patients']} patients, {counts['series']} series, {counts['slices']} slices")
-    stage.finish(counts, tables)
+    stage.finish(counts, files)
 
 
 if __name__ == "__main__":
