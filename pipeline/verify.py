@@ -1,0 +1,106 @@
+"""Is an output tree what its manifests say? Sizes and checksums of every file that a stage lists, and the pixels of every slice.
+
+`./run_all.sh --verify [--config FILE] [--out DIR]` or `python -m pipeline.verify`: prints one line for each thing that differs.
+Exit code 0 whole, 1 something differs, 2 wrong input. Nothing is changed; run the stages again to mend what is named.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from .artifacts import MAKERS, ROOT, SCHEMA, digest, read_manifest
+from .config import load_config
+from .runtime import InputError, cpu_count, progress
+
+PATTERNS = ("data/*/manifest.json", "0*/manifest.json", "0*/*/manifest.json", "0*/*/*/manifest.json")
+
+
+def difference(path: Path, entry: dict[str, object]) -> str | None:
+    """How a file differs from its manifest's entry; None where it is the same."""
+    try:
+        if (size := path.stat().st_size) != entry["bytes"]:
+            return f"{path}: {size} bytes, not {entry['bytes']}"
+        return None if digest(path) == entry["digest"] else f"{path}: same size, other contents"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as fault:
+        return f"{path}: not readable ({fault.strerror})"
+
+
+def slice_difference(path: Path, crc32: int) -> str | None:
+    """How a PNG differs from the pixels that were converted; None where it is the same."""
+    import cv2
+    from isal import isal_zlib
+
+    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.is_file() else None
+    if image is None:
+        return f"{path}: {'not readable' if path.exists() else 'missing'}"
+    return None if isal_zlib.crc32(image) == crc32 else f"{path}: other pixels"
+
+
+def _slices(folder: Path) -> list[tuple[Path, int]]:
+    import polars as pl
+
+    index = pl.read_parquet(folder / "index.parquet", columns=["png", "crc32"])
+    return [(folder / png, crc32) for png, crc32 in index.iter_rows()]
+
+
+def _chain(out: Path, manifests: dict[str, dict[str, Any] | None]) -> Iterator[str]:
+    """Stages that are not finished, and those made from something else than what now lies there."""
+    yield from (f"{out / name}: unfinished" for name in MAKERS if (out / name).is_dir() and name not in manifests)
+    for name, manifest in manifests.items():
+        for source in MAKERS.keys() & (manifest or {}).get("inputs", {}).keys():
+            made = manifests.get(source)
+            if made and digest(made["outputs"]) != manifest["inputs"][source]:
+                yield f"{out / name}: made from another {source} than this one"
+            elif source not in manifests and not (out / source).is_dir() and name != "07_submission":  # it may have its --models elsewhere
+                yield f"{out / source}: missing, {name} was made from it"
+
+
+def differences(out: Path) -> Iterator[str]:
+    """One line for each file below the output folder `out` that is missing or differs, and each manifest that is not usable.
+
+    Raises:
+        InputError: there is no manifest at all.
+    """
+    found = sorted({path for pattern in PATTERNS for path in out.glob(pattern)})
+    if not found:
+        raise InputError("no stage has finished here", str(out), "give --out the output folder of a run")
+    manifests = {path.parent: read_manifest(path.parent) for path in found}
+    yield from (f"{path}/manifest.json: damaged, or not of version {SCHEMA}" for path, manifest in manifests.items() if not manifest)
+    yield from _chain(out, {str(path.relative_to(out)): manifest for path, manifest in manifests.items()})
+    files = [(folder / name, entry) for folder, m in manifests.items() if m for name, entry in m["outputs"].items()]
+    with ThreadPoolExecutor(cpu_count()) as threads:
+        answers = list(progress(threads.map(difference, *zip(*files, strict=True)), len(files), "files", "files")) if files else []
+        yield from filter(None, answers)
+        slices = _slices(out / "01_slices") if manifests.get(out / "01_slices") and not any(answers) else []
+        if slices:
+            yield from filter(None, progress(threads.map(slice_difference, *zip(*slices, strict=True)), len(slices), "slices", "slices"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    flags = argparse.ArgumentParser(prog="run_all.sh --verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--config", default="demo", help="YAML file or preset name (default: demo)")
+    flags.add_argument("--out", help="output folder (default: outputs/<config name>)")
+    options = flags.parse_args(arguments)
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    try:
+        out = Path(options.out).resolve() if options.out else ROOT / "outputs" / load_config(options.config).name
+        wrong = 0
+        for line in differences(out):
+            wrong += 1
+            print(line, flush=True)
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    print(f"{wrong} differences: remove those files and run the same run_all.sh command again" if wrong else f"{out}: whole")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
