@@ -123,6 +123,18 @@ class StopSignal:
         raise KeyboardInterrupt if self.signum == signal.SIGINT else SystemExit(128 + (self.signum or signal.SIGTERM))
 
 
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Turn the death of a process that loads data into TrainingStopped."""
+    try:
+        yield
+    except RuntimeError as fault:
+        if "DataLoader worker" not in str(fault):
+            raise
+        what = "a process that loads data was killed (out of memory?); the last checkpoint is kept"
+        raise TrainingStopped(f"{what}: run the same command again, with fewer `workers` if memory is short") from fault
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines log; a half-written last line (a killed run) is left out."""
     records = []

@@ -175,7 +175,7 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
     samples = VocoSamples(volumes, training, options, config.seed, world.rank, world.size)
     evaluation = VocoSamples(volumes, held, options, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    with engine.StopSignal() as stop, _logs(folder, run) as write:
+    with engine.StopSignal() as stop, engine.loading(), _logs(folder, run) as write:
         stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
         steps = range(run.step, options.steps)
         for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:

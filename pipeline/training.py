@@ -22,7 +22,7 @@ from .checkpoint import load_checkpoint, save_checkpoint, save_weights
 from .classifier import CnnLstm, InjuryLoss
 from .config import Config, TrainConfig, resolved
 from .datasets import Series, SeriesDataset, labelled_series
-from .engine import adamw, autocast, check_finite, ema_update, grad_scaler, warmup_cosine
+from .engine import StopSignal, adamw, autocast, check_finite, ema_update, grad_scaler, loading, warmup_cosine
 from .folds import label_subset
 from .prediction import build_model, predict
 from .runtime import InputError, atomic_path, log, pick_device, progress, seed_everything, write_text
@@ -64,6 +64,8 @@ class FoldTrainer:
         self.history: list[dict[str, Any]] = []
         self.best: float = float("inf")
         self.epoch = 0
+        self.tally: dict[str, Any] = {}  # of the epoch under way, so that a stopped run goes on within it
+        self.stop = StopSignal()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,16 +78,19 @@ class FoldTrainer:
         return self.averaged or self.model
 
     def run(self) -> None:
-        """Train from the last checkpoint, or from the start, to the last epoch or until patience is spent."""
+        """Train from the last checkpoint, or from the start, to the last epoch or until patience is spent.
+
+        SIGTERM and Ctrl-C stop it after a step, with a checkpoint from which it goes on as if it had not stopped.
+        """
         self.resume()
-        while self.epoch < self.options.epochs and not self._out_of_patience():
-            row = self.train_epoch()
-            self.epoch += 1
-            row |= self.validate()
-            self.history.append(row)
-            self.save()
-            log(f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss {row['loss']:.4f}, held-out score "
-                f"{row['score']:.4f}, {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %")  # fmt: skip
+        with self.stop, loading():
+            while self.epoch < self.options.epochs and not self._out_of_patience():
+                row = self.train_epoch() | self.validate()
+                self.epoch += 1
+                self.history.append(row)
+                self.save()
+                log(f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss {row['loss']:.4f}, held-out score "
+                    f"{row['score']:.4f}, {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %")  # fmt: skip
         self._stream = None  # ends its workers
         if self.options.patience:
             self._load_best()
@@ -95,27 +100,37 @@ class FoldTrainer:
         self.model.train()
         if self.options.freeze_backbone:
             self.model.backbone.eval()
-        start, waiting, totals, slices = time.perf_counter(), 0.0, {}, 0
-        batches = self.batches()
-        for step in progress(range(self.steps_per_epoch), self.steps_per_epoch, f"fold {self.data.fold} epoch {self.epoch + 1}", "step"):
+        if self.tally.get("epoch") != self.epoch:
+            self.tally = {"epoch": self.epoch, "steps": 0, "seconds": 0.0, "waiting": 0.0, "slices": 0, "terms": {}}
+        tally, terms = self.tally, self.tally["terms"]
+        batches, steps = self.batches(), range(tally["steps"], self.steps_per_epoch)
+        for step in progress(steps, len(steps), f"fold {self.data.fold} epoch {self.epoch + 1}", "step"):
             asked = time.perf_counter()
             micro = next(batches)
-            waiting += time.perf_counter() - asked
-            terms = self.step(self.epoch * self.steps_per_epoch + step, micro)
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value / self.steps_per_epoch
-            slices += sum(batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro)
-        seconds = time.perf_counter() - start
+            tally["waiting"] += time.perf_counter() - asked
+            for name, value in self.step(self.epoch * self.steps_per_epoch + step, micro).items():
+                terms[name] = terms.get(name, 0.0) + value / self.steps_per_epoch
+            tally["slices"] += sum(batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro)
+            tally["seconds"] += time.perf_counter() - asked
+            tally["steps"] += 1
+            self._leave_if_asked()
         rate = self.learning_rate((self.epoch + 1) * self.steps_per_epoch - 1)
-        return {"epoch": self.epoch + 1, "lr": rate, "loss": sum(totals.values()), "terms": totals, "seconds": round(seconds, 2),
-                "slices_per_s": slices / seconds, "waiting": waiting / seconds}  # fmt: skip
+        return {"epoch": self.epoch + 1, "lr": rate, "loss": sum(terms.values()), "terms": terms, "seconds": round(tally["seconds"], 2),
+                "slices_per_s": tally["slices"] / tally["seconds"], "waiting": tally["waiting"] / tally["seconds"]}  # fmt: skip
+
+    def _leave_if_asked(self) -> None:
+        if self.stop.signum:
+            self.save_state()
+            log(f"fold {self.data.fold}: stopped in epoch {self.epoch + 1} after step {self.tally['steps']}, checkpoint written")
+            self.stop.leave()
 
     def batches(self) -> Iterator[list[dict[str, Tensor]]]:
         """Lists of up to `accumulate` micro-batches of the next epoch, out of one stream: its workers start once and work ahead."""
+        done = self.tally["steps"] * self.options.accumulate
         if self._stream is None:
             plan = [batch for epoch in range(self.epoch, self.options.epochs) for batch in self._plan(epoch)]
-            self._stream = iter(make_loader(self.dataset, plan, self.options.workers, self.device))
-        left = -(-len(self.dataset) // self.options.batch)
+            self._stream = iter(make_loader(self.dataset, plan[done:], self.options.workers, self.device))
+        left = -(-len(self.dataset) // self.options.batch) - done
         while left > 0:
             yield list(itertools.islice(self._stream, min(self.options.accumulate, left)))
             left -= self.options.accumulate
@@ -172,8 +187,11 @@ class FoldTrainer:
         plan = [[(0, k) for k in range(i, min(i + size, len(series)))] for i in range(0, len(series), size)]
         model = self.final_model.eval()
         loader = make_loader(dataset, plan, self.options.workers, self.device)
-        values = torch.cat([predict(model, batch["slices"].to(self.device), self.options.amp) for batch in loader]).numpy()
-        frame = metric.value_frame(values)
+        values = []
+        for batch in loader:
+            values.append(predict(model, batch["slices"].to(self.device), self.options.amp))
+            self._leave_if_asked()
+        frame = metric.value_frame(torch.cat(values).numpy())
         ids = {
             "patient_id": [s.patient_id for s in series],
             "series_id": [s.series_id for s in series],
@@ -187,12 +205,16 @@ class FoldTrainer:
         if self.options.patience and score < self.best:
             save_checkpoint(self.folder / "best.ckpt", {"model": self.final_model.state_dict()})
         self.best = min(self.best, score)
+        self.save_state()
+        write_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def save_state(self) -> None:
+        """Everything that a resumed run needs."""
         save_checkpoint(self.folder / CHECKPOINT, {
             "model": self.model.state_dict(), "averaged": self.averaged.state_dict() if self.averaged else None,
             "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch, "best": self.best,
-            "history": self.history, "identity": self._identity(),
+            "history": self.history, "tally": self.tally, "identity": self._identity(),
         })  # fmt: skip
-        write_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def resume(self) -> None:
         """Take up the last checkpoint where it belongs to this very config and fold."""
@@ -207,8 +229,9 @@ class FoldTrainer:
             self.averaged.load_state_dict(state["averaged"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-        log(f"fold {self.data.fold}: resumed after epoch {self.epoch}")
+        self.epoch, self.best, self.history, self.tally = state["epoch"], state["best"], state["history"], state["tally"]
+        inside = f" and step {self.tally['steps']} of the next" if self.tally["epoch"] == self.epoch else ""
+        log(f"fold {self.data.fold}: resumed after epoch {self.epoch}{inside}")
 
     def _identity(self) -> str:
         held_out = [series.series_id for series in self.data.held_out]

@@ -1,6 +1,8 @@
 """Stage 05's loop: resuming equals not stopping, early stopping, averaged weights, non-finite losses, weights that do not fit."""
 
 import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -146,3 +148,35 @@ def test_frozen_backbone_stays_as_it_was(data, tmp_path):
     before = {name: tensor.clone() for name, tensor in run.model.backbone.state_dict().items()}
     run.run()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(("overrides", "at"), [((), 2), (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4), ((), "held-out")])
+def test_a_stop_within_an_epoch_loses_nothing(data, tmp_path, monkeypatch, overrides, at):
+    """SIGTERM in a step or in the validation: the checkpoint holds the place in the epoch, and the rest repeats bit for bit."""
+    options = ("train.batch=2", "train.epochs=2", *overrides)
+    whole, cut = trainer(data, tmp_path / "whole", *options), trainer(data, tmp_path / "cut", *options)
+    whole.run()
+    step, predict_held_out = cut.step, cut.predict_held_out
+
+    def stopping(number, micro):
+        if number == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(number, micro)
+
+    def predicting():
+        if at == "held-out":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict_held_out()
+
+    monkeypatch.setattr(cut, "step", stopping)
+    monkeypatch.setattr(cut, "predict_held_out", predicting)
+    with pytest.raises(SystemExit) as stop:
+        cut.run()
+    assert stop.value.code == 128 + signal.SIGTERM
+    second = trainer(data, tmp_path / "cut", *options)
+    steps = []
+    monkeypatch.setattr(second, "step", lambda number, micro, step=second.step: (steps.append(number), step(number, micro))[1])
+    second.run()
+    assert steps == list(range(2 * second.steps_per_epoch))[second.steps_per_epoch if at == "held-out" else at + 1 :]
+    assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
+    assert second.predict_held_out().equals(whole.predict_held_out())
