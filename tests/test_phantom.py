@@ -160,7 +160,7 @@ def test_tables_are_what_the_product_reads(dataset):
     tests = tables.read_series(root, "test")
     assert {(p.parent.name, p.name) for p in root.glob("test_images/*/*")} == set(zip(tests["patient_id"], tests["series_id"], strict=True))
     assert set(tables.read_sample_submission(root)["patient_id"]) == set(tests["patient_id"])
-    assert sorted(names) == sorted(p.name for p in root.glob("*.csv"))
+    assert names == sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     files = len(list(root.rglob("*.dcm")))
     assert counts["patients"] == 32
     assert counts["slices"] > files  # NIfTI slices too
@@ -391,7 +391,7 @@ def test_stage_writes_skips_and_says_why(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert first.returncode == 0, first.stderr
     assert manifest["counts"]["patients"] == 11
-    assert set(manifest["outputs"]) == {p.name for p in folder.glob("*.csv")}
+    assert set(manifest["outputs"]) == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
     assert not [p for p in folder.parent.iterdir() if p.name != "phantom"], "no temporary folder is left"
     before = tree(folder)
     assert "up to date" in stage(*tiny).stderr
