@@ -1,0 +1,130 @@
+"""What stage 07 needs, as a user calls it: `python tests/benchmarks/predict.py speed|memory`.
+
+speed   patients an hour at the competition's sizes: one or two RLE series of 300 slices of 512 x 512 a patient, drawn and written by
+        the phantom's code, models of the paper preset (untrained: they take the same time), without and with a flip. The start of the
+        stage, which is paid once, is not counted but printed
+memory  peak memory of the stage's processes together (shared pages counted once) for more and more patients of a small phantom
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from pipeline.artifacts import Stage
+from pipeline.calibration import Calibration
+from pipeline.checkpoint import save_weights
+from pipeline.config import Config, PhantomConfig, load_config, resolved
+from pipeline.phantom import Scan, make_scan
+from pipeline.phantom_dicom import SeriesPlan, write_series
+from pipeline.prediction import build_model
+from pipeline.runtime import seed_everything, write_json
+from pipeline.targets import COLUMNS, TARGET_NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPETITION, HOURS = 1100, 9  # patients, and the notebook's time limit
+
+
+def draw(image_size: int, slices: int) -> Scan:
+    """One healthy body."""
+    config = PhantomConfig(image_size=image_size, slices_min=slices, slices_max=slices)
+    return make_scan(config, dict.fromkeys(TARGET_NAMES, 0), (0,), 0, "portal")
+
+
+def write_data(data: Path, scan: Scan, patients: int) -> None:
+    """Test tables and images of `patients` patients, every second one with two series."""
+    ids = {str(100 + k): [str(2 * k + j) for j in range(1 + k % 2)] for k in range(patients)}
+    for patient, names in ids.items():
+        for name in names:
+            plan = SeriesPlan(name, "portal", "rle", "u12", "plain", "none")
+            write_series(data / "test_images" / patient / name, scan, plan, np.random.default_rng(int(name)))
+    rows = [f"{patient},{name},200" for patient, names in ids.items() for name in names]
+    (data / "test_series_meta.csv").write_text("\n".join(["patient_id,series_id,aortic_hu", *rows, ""]))
+    rows = [",".join([patient, *["0.5"] * len(COLUMNS)]) for patient in ids]
+    (data / "sample_submission.csv").write_text("\n".join([",".join(["patient_id", *COLUMNS]), *rows, ""]))
+
+
+def write_models(out: Path, config: Config) -> None:
+    """What stages 05 and 06 leave: untrained fold models and a calibration that changes nothing."""
+    options = argparse.Namespace(out=out, data=None, models=None, jobs=1, device="cpu", force=True)
+    folds, scores = (Stage(name, config, options) for name in ("05_folds", "06_oof"))
+    names = [f"fold{k}/model.safetensors" for k in range(config.folds.count)]
+    for k, name in enumerate(names):
+        seed_everything(k)
+        save_weights(folds.folder / name, build_model(config), {"model": json.dumps(resolved(config.model)),
+                                                                "train": json.dumps(resolved(config.train))})  # fmt: skip
+    even = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), np.full(13, 0.5))
+    write_json(scores.folder / "calibration.json", even.to_json())
+    for stage, outputs in ((folds, names), (scores, ["calibration.json"])):
+        stage.current({}, [])
+        stage.finish({}, outputs)
+
+
+def predict(data: Path, out: Path, config: str, *overrides: str) -> tuple[dict[str, float], int]:
+    """Run stage 07; returns its counts and the peak memory (bytes) of its processes."""
+    command = [sys.executable, ROOT / "stages" / "07_predict_test.py", "--config", config, "--data", data, "--out", out, "--force"]
+    child = subprocess.Popen([*command, *overrides], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, proportional_memory(psutil.Process(child.pid)))
+        time.sleep(0.1)
+    if child.returncode:
+        raise SystemExit(child.stderr.read())
+    return json.loads((out / "07_submission" / "manifest.json").read_text())["counts"], peak
+
+
+def proportional_memory(process: psutil.Process) -> int:
+    """Bytes of a process and all its children; a page that n of them share counts 1/n in each."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            total += one.memory_full_info().pss
+        except psutil.NoSuchProcess:  # it ended while we looked
+            continue
+    return total
+
+
+def speed(folder: Path, patients: int) -> None:
+    """One Markdown table."""
+    write_data(folder, draw(512, 300), patients)
+    write_models(folder / "out", load_config("paper"))
+    print(f"{patients} patients\n\n| flips | start, s | patients an hour | {COMPETITION} patients, h (of {HOURS}) |\n|---|---|---|---|")
+    for flips in ("[]", "[y]"):
+        counts, _ = predict(folder, folder / "out", "paper", f"predict.flips={flips}")
+        rate = counts["patients_per_hour"]
+        print(f"| {flips} | {counts['start_s']:.0f} | {rate:.0f} | {COMPETITION / rate:.1f} |", flush=True)
+
+
+def memory(folder: Path, steps: list[int]) -> None:
+    """One Markdown table."""
+    write_models(folder / "out", load_config("smoke"))
+    scan = draw(96, 24)
+    print("| patients | peak memory, MB |\n|---|---|")
+    for patients in steps:
+        data = folder / str(patients)
+        write_data(data, scan, patients)
+        print(f"| {patients} | {predict(data, folder / 'out', 'smoke')[1] / 1e6:.0f} |", flush=True)
+
+
+def main() -> None:
+    """Parse and run."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("what", choices=("speed", "memory"))
+    flags.add_argument("--patients", type=int, nargs="+", help="speed: how many (default 2); memory: each step (default 20 80 320)")
+    options = flags.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        if options.what == "speed":
+            speed(Path(name), (options.patients or [2])[0])
+        else:
+            memory(Path(name), options.patients or [20, 80, 320])
+
+
+if __name__ == "__main__":
+    main()
