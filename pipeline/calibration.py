@@ -8,6 +8,7 @@ A ridge penalty towards "leave it as it is" of weight `STRENGTH / patients` acts
 it keeps the parameters finite where a class is rare or absent.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,18 @@ class Calibration:
             raise InputError(what, "calibration.json", "run stages/06_score_oof.py on the models that predict")
         patients = aggregate(blend(series, self.weights), self.aggregate)
         return with_values(patients, self.apply(patients.select(COLUMNS).to_numpy()))
+
+    @classmethod
+    def of_run(cls, path: Path) -> "Calibration":
+        """The file that stage 06 wrote for this run's own models; InputError where it blends models that the run does not have."""
+        try:
+            found = cls.from_json(json.loads(path.read_text(encoding="utf-8")), path)
+        except ValueError as fault:
+            raise InputError(f"not a calibration ({fault})", str(path), "run stages/06_score_oof.py again") from fault
+        if len(found.models) > 1:
+            what = f"the calibration blends {len(found.models)} models ({', '.join(found.models)}), which one run's models cannot reproduce"
+            raise InputError(what, str(path), "run stages/06_score_oof.py --force without --oof, and blend submissions instead")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by target and column name."""

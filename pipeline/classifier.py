@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .targets import TARGETS, Target, group_slices
 
+CHUNK = 8 * 192 * 192  # pixels that go through the backbone at once on a CPU without gradients: maps of more outgrow its caches
+
 
 def chosen_targets(config: TrainConfig) -> list[Target]:
     """The targets a model is trained on, in the project's order."""
@@ -127,14 +129,19 @@ class CnnLstm(nn.Module):
     def forward(self, volumes: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Logits per target, and per slice where the model has a slice head."""
         B, S, H, W = volumes.shape
-        maps = self.backbone(volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last))  # (B*S, C, h, w)
-        # An organ fills the mean of a slice, a small lesion shows in its maximum.
-        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()  # (B*S, 2C)
-        features = self.norm(pooled).reshape(B, S, -1)  # (B, S, 2C)
+        slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
+        whole = self.training or torch.is_grad_enabled() or slices.is_cuda
+        parts = [slices] if whole else slices.split(max(1, CHUNK // (H * W)))
+        features = self.norm(torch.cat([self._features(part) for part in parts])).reshape(B, S, -1)  # (B, S, 2C)
         states = torch.cat([self.sequence(features), features], 2)  # (B, S, E): what a slice shows reaches the heads directly too
         pooled = self.dropout(self.pool(states))  # (B, E)
         logits = {name: head(pooled) for name, head in self.heads.items()}
         return logits, self.slice_head(states) if self.slice_head is not None else None
+
+    def _features(self, slices: Tensor) -> Tensor:
+        """(N, 1, H, W) to (N, 2C): an organ fills the mean of a slice, a small lesion shows in its maximum."""
+        maps = self.backbone(slices)  # (N, C, h, w)
+        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
 
 
 class InjuryLoss(nn.Module):

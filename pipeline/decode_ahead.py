@@ -40,7 +40,14 @@ def slice_table(slices: Sequence[SliceImage]) -> pl.DataFrame:
 
 
 def decode_series(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
-    """Read one series from DICOM and build its volume: the very functions of stages 01 and 02."""
+    """Read one series from DICOM and build its volume: the very functions of stages 01 and 02. What fails is this series' alone."""
+    try:
+        return _decode(task, data, convert, volume)
+    except Exception as fault:  # of whatever kind: the submission must not end with it, and the report names it
+        return Decoded(task.patient_id, task.series_id, None, " ".join(f"{type(fault).__name__}: {fault}".split()))
+
+
+def _decode(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
     cv2.setNumThreads(1)
     slices, quarantined = read_series(list_files(task.path, data), convert)
     table = usable(slice_table(slices)) if slices else None

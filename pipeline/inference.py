@@ -1,9 +1,9 @@
 """Stage 07: test series from DICOM to probabilities in memory, decoded ahead in processes, under a time budget."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import torch
 from .artifacts import Stage
 from .calibration import Calibration
 from .classifier import CnnLstm
-from .config import Config, PredictConfig, TrainConfig
+from .config import Config, PredictConfig, TrainConfig, resolved
 from .datasets import slice_positions, take_slices
 from .decode_ahead import Ahead
 from .metric import value_frame
 from .prediction import load_classifier, predict
-from .runtime import log, pick_device, write_text
+from .runtime import InputError, log, pick_device, write_text
 from .sources import SeriesTask
 from .submission import SubmissionWriter
 from .targets import COLUMNS
@@ -28,18 +28,20 @@ from .targets import COLUMNS
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The fold models with the options they were trained with, and the calibration of their out-of-fold predictions."""
+    """The fold models with the options they were trained with, the calibration of their out-of-fold predictions, threads to run them."""
 
     models: Sequence[CnnLstm]
     options: TrainConfig
     calibration: Calibration
     device: torch.device
+    threads: Executor
 
     def series(self, volume: np.ndarray, flips: Sequence[str]) -> np.ndarray:
         """Probabilities (13,) of one volume: mean over the fold models and flips."""
         slices = take_slices(volume, slice_positions(len(volume), self.options.slices), self.options)
         batch = torch.from_numpy(slices)[None].to(self.device)
-        return torch.stack([predict(model, batch, self.options.amp, flips)[0] for model in self.models]).mean(0).numpy()
+        answers = self.threads.map(lambda model: predict(model, batch, self.options.amp, flips)[0], self.models)
+        return torch.stack(list(answers)).mean(0).numpy()
 
     def patient(self, patient_id: str, series: dict[str, np.ndarray]) -> np.ndarray:
         """Calibrated probabilities (13,) of a patient from those of each series id, summed in the order of ids whatever came first."""
@@ -49,27 +51,34 @@ class Ensemble:
         return self.calibration.predict([table]).select(COLUMNS).to_numpy()[0]
 
 
-def load_ensemble(stage: Stage) -> Ensemble:
-    """All fold models of stage 05 and the calibration of stage 06."""
-    if stage.options.jobs:
-        torch.set_num_threads(stage.jobs)
+def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
+    """All fold models of stage 05, trained alike and on volumes like those of this config.
+
+    On a CPU models run side by side in threads of their own: threads within a model would wait for each other wherever the decoding
+    processes hold one of them up.
+    """
     device = pick_device(stage.device_name)
-    folds = sorted(stage.upstream("05_folds").glob("fold*/model.safetensors"))
-    loaded = [load_classifier(path, device) for path in folds]
-    path = stage.upstream("06_oof") / "calibration.json"
-    calibration = Calibration.from_json(json.loads(path.read_text(encoding="utf-8")), path)
-    return Ensemble([model for model, _ in loaded], loaded[0][1], calibration, device)
+    paths = sorted(stage.upstream("05_folds").glob("fold*/model.safetensors"))
+    models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
+    for path, config in zip(paths, configs, strict=True):
+        if config.train != configs[0].train:
+            raise InputError("the fold models were trained with different options", f"{paths[0]} and {path}", "train all folds alike")
+        if config.volume != stage.config.volume:
+            raise InputError("the models were trained on volumes made otherwise", f"volume.* of the config and of {path}",
+                             f"give {' '.join(f'volume.{key}={value}' for key, value in resolved(config.volume).items())}")  # fmt: skip
+    threads = min(stage.jobs, len(models)) if device.type == "cpu" else 1
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, stage.jobs // threads))
+    return Ensemble(models, configs[0].train, calibration, device, ThreadPoolExecutor(threads))
 
 
-def predict_test(tasks: Sequence[SeriesTask], data: Path, sample: pl.DataFrame, ensemble: Ensemble, config: Config, path: Path, jobs: int,
-                 started: float) -> dict[str, Any]:  # fmt: skip
-    """Write `submission.csv` at `path`, valid from the first second on, and `fallbacks.csv` beside it; returns the manifest's counts.
+def predict_test(tasks: Sequence[SeriesTask], data: Path, writer: SubmissionWriter, ensemble: Ensemble, config: Config, path: Path,
+                 jobs: int, started: float) -> dict[str, Any]:  # fmt: skip
+    """Fill in the submission at `path`, valid at every moment, and write `fallbacks.csv` beside it; returns the manifest's counts.
 
     `started` is the `time.monotonic()` from which `predict.time_budget_h` counts.
     """
-    options = config.predict
-    writer = SubmissionWriter(sample, ensemble.calibration.prior)
-    writer.write(path)
+    options, ready = config.predict, time.monotonic()
     problems = _listed_without_series(writer, tasks)
     problems += _run(tasks, data, writer, ensemble, config, path, jobs, _deadline(options, started))
     late = [patient for patient in writer.waiting if patient not in {patient for patient, _, _ in problems}]
@@ -80,10 +89,11 @@ def predict_test(tasks: Sequence[SeriesTask], data: Path, sample: pl.DataFrame, 
     )
     for patient, series, reason in problems[:20]:
         log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
-    seconds = time.monotonic() - started
+    seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
     return {"patients": len(writer.rows), "series": len(tasks), "predicted": predicted, "prior": len(writer.rows) - predicted,
-            "fallbacks": len(problems), "patients_per_hour": round(3600 * predicted / seconds, 1)}  # fmt: skip
+            "fallbacks": len(problems), "start_s": round(ready - started, 1),
+            "patients_per_hour": round(3600 * predicted / seconds, 1)}  # fmt: skip
 
 
 def _deadline(options: PredictConfig, started: float) -> float:

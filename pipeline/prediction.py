@@ -10,33 +10,45 @@ from torch import Tensor
 from .backbone import create_backbone, feature_shape, normalise
 from .checkpoint import load_weights, read_metadata
 from .classifier import CnnLstm, probabilities
-from .config import Config, TrainConfig
+from .config import Config, ModelConfig, Section, TrainConfig, VolumeConfig, resolved
 from .engine import autocast
 from .runtime import InputError
 
 
-def build_model(config: Config, init: str = "scratch") -> CnnLstm:
+class Trained(Section):
+    """The sections of a config that are kept with a classifier's weights: they rebuild the model and say what volumes it knows."""
+
+    model: ModelConfig
+    train: TrainConfig
+    volume: VolumeConfig
+
+
+def describe(config: Config) -> dict[str, str]:
+    """The metadata that `load_classifier` rebuilds a model from."""
+    return {"kind": "classifier", **{name: json.dumps(resolved(getattr(config, name))) for name in Trained.model_fields}}
+
+
+def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
     """The classifier of a config, its backbone from `scratch` or `imagenet`."""
     backbone = create_backbone(config.model.backbone, init, config.model.weights)
     channels = feature_shape(backbone, config.train.image_size)[0]
     return CnnLstm(backbone, channels, config.train)
 
 
-def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, TrainConfig]:
-    """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to predict, with its training options.
+def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, Trained]:
+    """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to predict, with its config.
 
     Raises:
         InputError: not a classifier of this project, or tensors that do not fit.
     """
     metadata = read_metadata(path)
     try:
-        sections = {name: json.loads(metadata[name]) for name in ("model", "train")}
-        config = Config(name="stored", **sections)
+        config = Trained(**{name: json.loads(metadata[name]) for name in Trained.model_fields})
     except (KeyError, ValueError) as fault:
         raise InputError("not a classifier of stage 05", str(path), "run stages/05_train_folds.py") from fault
     model = build_model(config)
     load_weights(model, path)
-    return model.to(device, memory_format=torch.channels_last).eval(), config.train
+    return model.to(device, memory_format=torch.channels_last).eval(), config
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from .config import Config, TrainConfig, resolved
 from .datasets import Series, SeriesDataset, labelled_series
 from .engine import StopSignal, adamw, autocast, check_finite, ema_update, grad_scaler, loading, warmup_cosine
 from .folds import label_subset
-from .prediction import build_model, predict
+from .prediction import build_model, describe, predict
 from .runtime import InputError, atomic_path, log, pick_device, progress, seed_everything, write_text
 from .tables import read_labels, read_slice_labels
 from .targets import COLUMNS
@@ -282,8 +282,7 @@ def train_fold(config: Config, data: FoldData, folder: Path, device: torch.devic
     trainer.run()
     with atomic_path(folder / OOF) as temporary:
         trainer.predict_held_out().write_parquet(temporary)
-    description = {"kind": "classifier", "model": json.dumps(resolved(config.model)), "train": json.dumps(resolved(config.train))}
-    save_weights(folder / MODEL, trainer.final_model, description)
+    save_weights(folder / MODEL, trainer.final_model, describe(config))
     last = trainer.history[-1]
     return {"fold": data.fold, "train_series": len(data.train), "held_out_series": len(data.held_out), "epochs": trainer.epoch,
             "loss": last["loss"], "held_out_score": last["score"]}  # fmt: skip

@@ -31,12 +31,18 @@ def run(stage: Stage) -> None:
     inputs = stage.inputs("05_folds", "06_oof", files=[stage.data / "sample_submission.csv", stage.data / "test_series_meta.csv"])
     if stage.current(inputs | {"series": fingerprints(tasks, stage.data)}, SECTIONS):
         return
+    from pipeline.calibration import Calibration
+    from pipeline.submission import SubmissionWriter, check_submission
+
+    sample, path = read_sample_submission(stage.data), stage.folder / "submission.csv"
+    calibration = Calibration.of_run(stage.upstream("06_oof") / "calibration.json")
+    writer = SubmissionWriter(sample, calibration.prior)
+    writer.write(path)  # everyone has the prior before anything can go wrong
     from pipeline.inference import load_ensemble, predict_test
 
-    ensemble = load_ensemble(stage)
-    path = stage.folder / "submission.csv"
-    sample = read_sample_submission(stage.data)
-    counts = predict_test(tasks, stage.data, sample, ensemble, stage.config, path, stage.jobs, stage.started)
+    ensemble = load_ensemble(stage, calibration)
+    counts = predict_test(tasks, stage.data, writer, ensemble, stage.config, path, stage.jobs, stage.started)
+    check_submission(path, sample)
     stage.finish(counts, outputs=["submission.csv", "fallbacks.csv"])
     log(f"submission: {path}")
 

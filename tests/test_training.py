@@ -103,7 +103,8 @@ def test_fold_writes_a_model_that_predicts_its_own_out_of_fold_rows(data, tmp_pa
     from pipeline.datasets import SeriesDataset
     from pipeline.prediction import predict
 
-    model, options = load_classifier(tmp_path / MODEL, CPU)
+    model, stored = load_classifier(tmp_path / MODEL, CPU)
+    options = stored.train
     assert options.sequence == "gru"
     rows = pl.read_parquet(tmp_path / OOF)
     held_out = SeriesDataset(data.held_out, options)

@@ -21,10 +21,10 @@ import psutil
 from pipeline.artifacts import Stage
 from pipeline.calibration import Calibration
 from pipeline.checkpoint import save_weights
-from pipeline.config import Config, PhantomConfig, load_config, resolved
+from pipeline.config import Config, PhantomConfig, load_config
 from pipeline.phantom import Scan, make_scan
 from pipeline.phantom_dicom import SeriesPlan, write_series
-from pipeline.prediction import build_model
+from pipeline.prediction import build_model, describe
 from pipeline.runtime import seed_everything, write_json
 from pipeline.targets import COLUMNS, TARGET_NAMES
 
@@ -58,8 +58,7 @@ def write_models(out: Path, config: Config) -> None:
     names = [f"fold{k}/model.safetensors" for k in range(config.folds.count)]
     for k, name in enumerate(names):
         seed_everything(k)
-        save_weights(folds.folder / name, build_model(config), {"model": json.dumps(resolved(config.model)),
-                                                                "train": json.dumps(resolved(config.train))})  # fmt: skip
+        save_weights(folds.folder / name, build_model(config), describe(config))
     even = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), np.full(13, 0.5))
     write_json(scores.folder / "calibration.json", even.to_json())
     for stage, outputs in ((folds, names), (scores, ["calibration.json"])):
