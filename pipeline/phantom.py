@@ -33,6 +33,7 @@ class Scan:
     spacing: tuple[float, float, float]  # z, y, x in mm
     aortic_hu: float
     shown: dict[str, NDArray[np.bool_]]  # per target with slice labels: (D,) slices that show the injury
+    organs: dict[str, NDArray[np.bool_]]  # (D,) slices that show at least 2 square centimetres of the organ
 
 
 def make_scan(config: PhantomConfig, labels: dict[str, int], key: tuple[int, ...], series: int, phase: str) -> Scan:
@@ -59,7 +60,10 @@ def _draw_scan(config: PhantomConfig, labels: dict[str, int], key: tuple[int, ..
     draw_surroundings(c)
     draw_noise(c, config.noise_hu, take)
     spacing = (float(c.tz[1] - c.tz[0]) * c.length, c.mm, c.mm)
-    return Scan(np.clip(np.rint(c.hu), -1024, 2047).astype(np.int16), spacing, round(hu["aorta"], 2), shown)
+    organs = {name: np.zeros(depth, bool) for name in c.organs}
+    for name, (box, alpha) in c.organs.items():
+        organs[name][box[0]] = alpha.sum(axis=(1, 2)) * c.mm**2 >= 200
+    return Scan(np.clip(np.rint(c.hu), -1024, 2047).astype(np.int16), spacing, round(hu["aorta"], 2), shown, organs)
 
 
 def draw_trunk(c: Canvas) -> Array:

@@ -263,7 +263,9 @@ def write_patient(config: PhantomConfig, seed: int, root: Path, plan: PatientPla
             stream = np.random.default_rng([seed, plan.split, plan.index, 3, number])
             instances = write_series(folder / plan.patient_id / series.series_id, scan, series, stream)
         shown = [(instance, SLICE_LABELS[name]) for name, planes in scan.shown.items() for instance in np.array(instances)[planes].tolist()]
-        records.append({"ids": [plan.patient_id, series.series_id], "aortic_hu": scan.aortic_hu, "slices": len(scan.hu), "shown": shown})
+        organs = [(instance, name) for name, planes in scan.organs.items() for instance in np.array(instances)[planes].tolist()]
+        records.append({"ids": [plan.patient_id, series.series_id], "aortic_hu": scan.aortic_hu, "slices": len(scan.hu), "shown": shown,
+                        "organs": organs})  # fmt: skip
     return records
 
 
@@ -285,6 +287,7 @@ def tables(plans: list[PatientPlan], records: list[list[dict[str, Any]]]) -> dic
         "image_level_labels.csv": [[*keys, "instance_number", "injury_name"], *([*r["ids"], *one] for r in series for one in r["shown"])],
         "test_series_meta.csv": [[*keys, "aortic_hu"], *([*r["ids"], r["aortic_hu"]] for r in test_series)],
         "sample_submission.csv": [columns, *([p.patient_id, *prior] for p in test)],
+        "phantom_organs.csv": [[*keys, "instance_number", "organ"], *([*r["ids"], *one] for r in series for one in r["organs"])],
         "phantom_truth.csv": [columns, *([p.patient_id, *one_hot(p.labels)] for p in test)],
     }
 

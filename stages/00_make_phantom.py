@@ -3,7 +3,8 @@
 Reads   the config's `phantom` section and `seed`
 Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_images/, unlabelled/, train.csv,
         train_series_meta.csv, image_level_labels.csv, test_series_meta.csv, sample_submission.csv,
-        phantom_truth.csv (labels of the test patients, for evaluation only), manifest.json
+        phantom_truth.csv (labels of the test patients) and phantom_organs.csv (organs in view by slice), for evaluation only,
+        manifest.json
 Skipped when --data names a data set or the config has `phantom: null`.
 """
 

@@ -17,10 +17,13 @@ def run(stage: Stage) -> None:
     cells = run_cells(stage)
     if not stage.writer:
         return
-    parts = stage.inputs(*(f"{stage.name}/{cell.name}" for cell in cells), files=[stage.data / "train.csv"])
+    tables = [stage.data / name for name in ("train.csv", "image_level_labels.csv", "phantom_organs.csv")]
+    parts = stage.inputs(*(f"{stage.name}/{cell.name}" for cell in cells), files=tables)
     if stage.current(parts, ["seed", "ablation", "score"]):
         return
-    outputs = summarise(stage, cells)
+    from pipeline.probes import probe_all
+
+    outputs = [*summarise(stage, cells), *probe_all(stage, cells)]
     stage.finish({"cells": len(cells), "variants": len(stage.config.ablation.variants)}, outputs)
     print((stage.folder / "table.md").read_text(encoding="utf-8"), flush=True)
 
