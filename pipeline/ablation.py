@@ -198,8 +198,8 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
         losses = dict(zip((f"loss_{name}" for name in SCORE_KEYS[:-1]), found.loss[0].tolist(), strict=True))
         rows.append({"variant": cell.variant, "seed": cell.seed, **figures, **losses, **seconds_of(stage, cell)})
     table = pl.DataFrame(rows)
-    others = [(name, options.reference) for name in options.variants if name != options.reference]
-    pairs = [*others, *(pair for pair in options.pairs if pair not in others)]
+    listed = {first for first, _ in options.pairs} | {options.reference}
+    pairs = [*options.pairs, *((name, options.reference) for name in options.variants if name not in listed)]
     targets = {cell.variant: cell.config.train.targets for cell in cells}
     compared = compare(draws, targets, pairs, stage.config.seed)
     own = compare(draws, targets, [(name, name) for name in options.variants], stage.config.seed)

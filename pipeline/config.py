@@ -189,7 +189,7 @@ class PredictConfig(Section):
 class AblationConfig(Section):
     """Stage 09: `variants` are names with the keys of `model`, `pretrain` and `train` that they change.
 
-    Every variant is compared with `reference`, and the first of each of `pairs` with the second.
+    The first of each of `pairs` is compared with the second, every variant that is first in none of them with `reference`.
     """
 
     variants: dict[str, dict[str, Any]] = {}

@@ -95,11 +95,12 @@ def settle(backbone: nn.Module, images: np.ndarray, device: torch.device) -> Non
 
 @torch.no_grad()
 def slice_features(backbone: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """(N, h, w) uint8 -> (N, 2C) float32: mean and maximum of the feature map, what the classifier sees of a slice."""
+    """(N, h, w) uint8 -> (N, 2C) float32: layer-normed mean and maximum of the feature map, what the classifier sees of a slice."""
     found = []
     for part in torch.from_numpy(images).split(BATCH):
         maps = backbone(normalise(part[:, None].to(device)).contiguous(memory_format=torch.channels_last))  # (b, C, h', w')
-        found.append(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float().cpu())
+        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
+        found.append(nn.functional.layer_norm(pooled, pooled.shape[1:]).cpu())
     return torch.cat(found).numpy()
 
 

@@ -1,0 +1,304 @@
+"""Stage 09: statistics against naive loops, nested label subsets, cells that resume, probes, and the stage as a user calls it."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from helpers_scores import label_frame, naive_score, one_hot, predicted
+from helpers_stages import run_stage
+from sklearn.metrics import average_precision_score, precision_score, recall_score
+
+from pipeline.ablation_stats import FIGURES, Draws, cell_draws, compare, long_rows, markdown, over_seeds, sentence, verdict
+from pipeline.artifacts import Stage, parser, read_manifest
+from pipeline.config import derive, load_config
+from pipeline.folds import label_subset
+from pipeline.metric_extra import resamples
+from pipeline.runtime import InputError
+from pipeline.targets import TARGET_NAMES, TARGETS, group_slices
+
+ALL = {"a": TARGET_NAMES, "b": TARGET_NAMES}
+
+
+def naive_figures(labels: np.ndarray, values: np.ndarray, targets: tuple[str, ...]) -> list[float]:
+    """Score, mAP, macro precision and recall by scikit-learn and plain loops."""
+    where, areas, precisions, recalls = group_slices(), [], [], []
+    scores = naive_score(labels.tolist(), values.tolist())
+    for name in targets:
+        columns = range(where[name].start, where[name].stop)
+        truth = [int(row[columns[0]] == 0) for row in labels]
+        risk = [1 - row[columns[0]] / sum(row[c] for c in columns) for row in values]
+        called = [int(one >= 0.5) for one in risk]
+        areas.append(average_precision_score(truth, risk))
+        precisions.append(precision_score(truth, called, zero_division=0))
+        recalls.append(recall_score(truth, called))
+    score = scores["score"] if len(targets) == 5 else np.mean([scores[name] for name in targets])
+    return [float(score), *(float(np.mean(part)) for part in (areas, precisions, recalls))]
+
+
+@pytest.mark.parametrize("targets", [TARGET_NAMES, ("liver",), ("bowel", "spleen")])
+def test_figures_of_resampled_patients_are_those_of_a_table_with_these_patients(targets):
+    labels = one_hot(40)
+    values = predicted(labels, 1.5)
+    found = cell_draws(labels, values, 3, seed=5).figures(targets)
+    counts = np.concatenate(list(resamples(40, 3, 5))).astype(int)
+    assert found.shape == (4, len(FIGURES))
+    for row, drawn in zip(found, counts, strict=True):
+        again = np.repeat(np.arange(40), drawn)
+        assert row == pytest.approx(naive_figures(labels[again], values[again], targets), abs=1e-12)
+
+
+def test_precision_is_zero_where_nothing_is_called_positive():
+    labels = one_hot(40)
+    values = np.concatenate([np.r_[0.9, np.full(len(target.classes) - 1, 0.1 / (len(target.classes) - 1))] for target in TARGETS])
+    found = cell_draws(labels, np.repeat(values[None], 40, 0), 0, 0)
+    assert found.precision.tolist() == [[0.0] * 5]
+    assert found.recall.tolist() == [[0.0] * 5]
+
+
+def test_seeds_are_drawn_with_the_resamples():
+    values = np.random.default_rng(0).normal(size=(3, 201, 2))
+    found = over_seeds(values, 7)
+    drawn = np.random.default_rng([7, 1]).integers(0, 3, (201, 3))
+    for b in range(201):
+        seeds = range(3) if b == 0 else drawn[b]
+        assert found[b] == pytest.approx(np.mean([values[k, b] for k in seeds], axis=0))
+    assert len({tuple(sorted(row)) for row in drawn[1:].tolist()}) == 10, "all ways to draw three of three"
+
+
+def cells_of(shift: float, seeds: int = 3, patients: int = 150) -> tuple[np.ndarray, dict[str, list[Draws]]]:
+    """Variant b sees the labels as well as a does plus `shift`; the seeds of both have noise of their own."""
+    labels = one_hot(patients)
+    signal = {"a": 1.0, "b": 1.0 + shift}
+    return labels, {name: [cell_draws(labels, predicted(labels, strength, seed=k + 10 * (name == "b")), 300, 1) for k in range(seeds)]
+                    for name, strength in signal.items()}  # fmt: skip
+
+
+def test_planted_difference_is_found_and_none_is_not():
+    for shift, outcome in ((0.5, "better"), (-0.5, "worse"), (0.0, "no difference shown")):
+        row = compare(cells_of(shift)[1], ALL, [("b", "a")], 0)[0]
+        for figure in ("score", "mAP"):
+            assert verdict(row["figures"][figure]["difference"], FIGURES[figure]) == outcome, (shift, figure)
+        assert ("no difference" if shift == 0 else outcome) in sentence(row)
+
+
+def test_difference_is_paired_over_patients():
+    """The same predictions with a small constant handicap: the difference is certain though both scores are not."""
+    labels = one_hot(150)
+    values = predicted(labels, 1.5)
+    worse = 0.98 * values + 0.02 / 3
+    row = compare({"a": [cell_draws(labels, values, 300, 1)], "b": [cell_draws(labels, worse, 300, 1)]}, ALL, [("b", "a")], 0)[0]["figures"]
+    widths = {name: part["high"] - part["low"] for name, part in row["score"].items()}
+    assert widths["difference"] < 0.2 * min(widths["own"], widths["other"])
+    assert row["score"]["difference"]["value"] == pytest.approx(row["score"]["own"]["value"] - row["score"]["other"]["value"])
+    same = compare({"a": [cell_draws(labels, values, 300, 1)]}, ALL, [("a", "a")], 0)[0]["figures"]["mAP"]["difference"]
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_single_target_variant_is_compared_on_its_target_only():
+    labels, draws = cells_of(0.5)
+    row = compare(draws, {"a": TARGET_NAMES, "b": ("liver",)}, [("b", "a")], 0)[0]
+    assert row["targets"] == ["liver"]
+    liver = np.mean([one.loss[0, TARGET_NAMES.index("liver")] for one in draws["a"]])
+    assert row["figures"]["score"]["other"]["value"] == pytest.approx(liver)
+
+
+@pytest.mark.parametrize(("low", "high", "less", "word"), [(-2, -1, True, "better"), (1, 2, True, "worse"), (1, 2, False, "better"),
+                                                           (-1, 1, True, "no difference shown"), (0, 1, False, "no difference shown"),
+                                                           (None, None, True, "no difference shown")])  # fmt: skip
+def test_verdict_needs_an_interval_without_zero(low, high, less, word):
+    assert verdict({"value": 0.0, "low": low, "high": high}, less) == word
+
+
+def test_tables_hold_every_comparison():
+    draws = cells_of(0.3)[1]
+    pair = compare(draws, ALL, [("b", "a")], 0)
+    result = {"patients": 150, "seeds": [1, 2, 3], "variants": compare(draws, ALL, [("a", "a"), ("b", "b")], 0), "compared": pair,
+              "costs": [{"variant": name, "training_s": 10.0, "pretraining_s": 5.0} for name in "ab"],
+              "sentences": [sentence(pair[0])]}  # fmt: skip
+    rows = list(long_rows(result))
+    assert [row["figure"] for row in rows] == list(FIGURES)
+    assert all(row["own_value"] - row["other_value"] == pytest.approx(row["difference_value"]) for row in rows)
+    text = markdown(result)
+    assert text.count("| b − a |") == 1
+    assert f"{pair[0]['figures']['score']['own']['value']:.3f} (" in text
+    assert sentence(pair[0]) in text
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_label_subsets_are_nested_stratified_and_whatever_the_order(seed):
+    labels = one_hot(200, seed=3)
+    names = label_frame(labels)["patient_id"].to_list()
+    subsets = [label_subset(names, labels, fraction, seed) for fraction in (0.1, 0.3, 0.5, 1.0)]
+    assert [len(one) for one in subsets] == [20, 60, 100, 200]
+    assert all(small < large for small, large in zip(subsets, subsets[1:], strict=False))
+    chosen = np.array([name in subsets[1] for name in names])
+    assert np.abs(labels[chosen].sum(0) - 0.3 * labels.sum(0)).max() < 1.5, "every class has its share"
+    turned = label_subset(names[::-1], labels[::-1], 0.3, seed)
+    assert turned == subsets[1]
+    assert subsets[0] != label_subset(names, labels, 0.1, seed + 1)
+
+
+def test_variants_are_checked_before_anything_runs(tmp_path):
+    with pytest.raises(InputError, match="'other' is none of the variants"):
+        load_config("smoke", ["ablation.variants={a: {}}", "ablation.reference=other"])
+    with pytest.raises(InputError, match="'volume.depth' is the same for all variants"):
+        load_config("smoke", ["ablation.variants={a: {volume.depth: 3}}", "ablation.reference=a"])
+    with pytest.raises(InputError, match="no name for a variant"):
+        load_config("smoke", ["ablation.variants={../a: {}}", "ablation.reference=../a"])
+    done = run_stage("09", "--config", "smoke", "--out", str(tmp_path), "ablation.variants={a: {train.epoch: 3}}", "ablation.reference=a")
+    assert done.returncode == 2
+    assert "did you mean 'train.epochs'" in done.stderr
+    assert "ablation.variants.a" in done.stderr
+    with pytest.raises(InputError, match="label_fraction"):
+        derive(load_config("smoke"), {"train.label_fraction": 0}, "here")
+
+
+def test_presets_declare_valid_grids():
+    from pipeline.ablation import declared_cells, pretrainings
+
+    for name in ("ablation_quick", "ablation_full"):
+        config = load_config(name)
+        cells = declared_cells(config)
+        assert len(cells) == len(config.ablation.variants) * len(config.ablation.seeds) >= 12
+        assert len(config.ablation.seeds) >= 3
+        assert len(pretrainings(cells)) < len(cells), "pretraining is shared"
+        assert len({cell.name for cell in cells}) == len(cells)
+
+
+GRID = ("ablation.variants={scratch: {train.init: scratch}, voco2d: {train.init: voco2d, train.label_fraction: 0.5}}",
+        "ablation.reference=scratch", "ablation.seeds=[1]", "ablation.bootstrap=50", "train.slice_loss=0", "train.epochs=1", "train.slices=3",
+        "pretrain.steps=2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ablated(smoke, tmp_path_factory) -> Iterator[Path]:
+    """A copy of the smoke run with a finished ablation of two variants."""
+    out = tmp_path_factory.mktemp("ablation") / "run"
+    shutil.copytree(smoke, out, ignore=shutil.ignore_patterns("01_slices", "train_images", "test_images", "unlabelled", "0[4-8]_*"))
+    shutil.copytree(smoke / "01_slices", out / "01_slices", ignore=shutil.ignore_patterns("*.png"))
+    done = run_stage("09", "--config", "smoke", "--out", str(out), *GRID)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "| voco2d − scratch |" in done.stdout
+    return out
+
+
+def test_every_cell_keeps_its_out_of_fold_rows_and_nothing_heavy(ablated):
+    index = pl.read_parquet(ablated / "02_volumes" / "index.parquet").filter(pl.col("source") == "train")
+    for variant in ("scratch", "voco2d"):
+        folder = ablated / "09_ablation" / variant / "seed1"
+        assert {path.name for path in folder.iterdir()} == {"manifest.json", "oof.parquet", "log.jsonl", "identity.txt"}
+        assert sorted(pl.read_parquet(folder / "oof.parquet")["series_id"]) == sorted(index["series_id"]), "held-out patients are all there"
+    counts = {name: read_manifest(ablated / "09_ablation" / name / "seed1")["counts"] for name in ("scratch", "voco2d")}
+    assert counts["voco2d"]["train_series"] < 0.7 * counts["scratch"]["train_series"], "half of the training patients"
+    assert not list((ablated / "09_ablation").rglob("*.ckpt"))
+
+
+def test_tables_agree_with_the_cells(ablated):
+    folder = ablated / "09_ablation"
+    cells = pl.read_csv(folder / "cells.csv")
+    table = pl.read_csv(folder / "table.csv").filter(pl.col("figure") == "score").row(0, named=True)
+    score = dict(cells.select("variant", "score").iter_rows())
+    assert table["own_value"] == pytest.approx(score["voco2d"])
+    assert table["difference_value"] == pytest.approx(score["voco2d"] - score["scratch"])
+    assert table["difference_low"] <= table["difference_value"] <= table["difference_high"]
+    assert (cells["training_s"] > 0).all()
+    assert (cells.filter(pl.col("variant") == "voco2d")["pretraining_s"] > 0).all()
+    assert table["patients"] == pl.read_parquet(folder / "scratch" / "seed1" / "oof.parquet")["patient_id"].n_unique()
+    assert len(json.loads((folder / "table.json").read_text())["sentences"]) == 1
+
+
+def test_probes_answer_for_both_statistics_before_and_after(ablated):
+    table = pl.read_csv(ablated / "09_ablation" / "probes.csv")
+    assert set(table["backbone"]) == {"start", "voco2d"}
+    assert set(table["statistics"]) == {"stored", "settled"}
+    assert {"height", "liver", "spleen"} <= set(table["question"])
+    assert table.filter(pl.col("figure") == "AUC")["value"].is_between(0, 1).all()
+
+
+def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
+    folder = ablated / "09_ablation"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("oof.parquet")}
+    cell = folder / "scratch" / "seed1"
+    rows = pl.read_parquet(cell / "oof.parquet")
+    (cell / "manifest.json").unlink()
+    done = run_stage("09", "--config", "smoke", "--out", str(ablated), *GRID)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "09_ablation/voco2d/seed1: up to date" in done.stderr
+    assert [path for path, time in before.items() if path.stat().st_mtime_ns != time] == [cell / "oof.parquet"]
+    assert pl.read_parquet(cell / "oof.parquet").equals(rows), "the same cell again"
+
+
+def test_a_cell_of_another_config_does_not_go_on_from_its_checkpoint(tmp_path):
+    from pipeline.ablation import _forget_another_run
+
+    (tmp_path / "fold0").mkdir()
+    _forget_another_run(tmp_path, "one")
+    assert not (tmp_path / "fold0").exists(), "nobody said whose it was"
+    (tmp_path / "fold0").mkdir()
+    _forget_another_run(tmp_path, "one")
+    assert (tmp_path / "fold0").exists()
+    _forget_another_run(tmp_path, "two")
+    assert not (tmp_path / "fold0").exists()
+
+
+def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
+    config = load_config("smoke", [*GRID[:2], "ablation.seeds=[1,2,3]"])
+    from pipeline.ablation import declared_cells
+
+    names = [cell.name for cell in declared_cells(config)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        stage = Stage("09_ablation", config, parser("09", "").parse_args([]))
+        shares += [cell.name for cell in stage.share(declared_cells(config))]
+    assert sorted(shares) == sorted(names)
+
+
+def test_settled_statistics_are_plain_averages_over_whole_slices():
+    import torch
+
+    from pipeline.probes import settle
+
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(1, 3, 3)
+    net = torch.nn.Sequential(layer, torch.nn.BatchNorm2d(3)).eval()
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
+    settle(net, images, torch.device("cpu"))
+    from pipeline.backbone import normalise
+
+    values = layer(normalise(torch.from_numpy(images))[:, None]).detach().double().transpose(0, 1).flatten(1).numpy()
+    assert net[1].running_mean.numpy() == pytest.approx(values.mean(1), abs=1e-5)
+    assert net[1].running_var.numpy() == pytest.approx(values.var(1, ddof=1), rel=1e-4)
+    assert not net[1].training
+
+
+def test_probes_find_what_is_planted_and_nothing_in_noise():
+    from pipeline.probes import Slices, judge
+
+    rng = np.random.default_rng(0)
+    folds, height = np.repeat([0, 1], 150), rng.random(300)
+    truth, noise = rng.random(300) < 0.4, rng.random(300) < 0.4
+    features = rng.normal(size=(300, 8)).astype(np.float32)
+    features[:, 0] += 3 * truth
+    features[:, 1] = 6 * height
+    everyone = np.ones(300, bool)
+    slices = Slices(np.zeros((300, 4, 4), np.uint8), height, folds, {"liver": (truth, everyone), "bowel": (noise, everyone)})
+    found = {(row["question"], row["probe"]): row["value"] for row in judge(features, slices, 15)}
+    assert found["liver", "linear"] > 0.95 > 0.7 > abs(found["bowel", "linear"] - 0.5) + 0.5
+    assert found["liver", "neighbours"] > 0.9
+    assert found["height", "linear"] > 0.7
+    assert abs(found["bowel", "neighbours"] - 0.5) < 0.2
+
+
+def test_organs_of_the_phantom_lie_where_they_belong(smoke):
+    table = pl.read_csv(smoke / "data" / "phantom" / "phantom_organs.csv")
+    slices = pl.read_parquet(smoke / "01_slices" / "index.parquet").with_columns(pl.col("patient_id", "series_id").cast(pl.Int64))
+    joined = table.join(slices, on=["patient_id", "series_id", "instance_number"])
+    middle = dict(joined.group_by("organ").agg(pl.col("order").mean()).iter_rows())
+    assert set(middle) == {"liver", "spleen", "left kidney", "right kidney"}
+    assert min(middle["left kidney"], middle["right kidney"]) > max(middle["liver"], middle["spleen"]), "kidneys lie lower"
