@@ -154,9 +154,28 @@ def wait_for(folder: Path, every_s: float = 1.0) -> None:
         time.sleep(every_s)
 
 
+def startable(stage: Stage, cells: list[Cell]) -> list[Cell]:
+    """The cells without those that start from ImageNet weights which are out of reach; what is left out is logged."""
+    left_out: dict[str, str] = {}
+    for cell in cells:
+        first = cell.config.pretrain.init if cell.backbone else cell.config.train.init
+        if first != "imagenet" or cell.variant in left_out or read_manifest(stage.folder / cell.name):
+            continue
+        from .backbone import create_backbone
+
+        try:
+            create_backbone(cell.config.model.backbone, first, cell.config.model.weights)
+        except InputError as fault:
+            left_out[cell.variant] = str(fault)
+            log(f"variant {cell.variant} is left out: {fault}")
+    if stage.config.ablation.reference in left_out:
+        raise InputError("the reference starts from weights that are out of reach", "ablation.reference", "give model.weights=FILE")
+    return [cell for cell in cells if cell.variant not in left_out]
+
+
 def run_cells(stage: Stage) -> list[Cell]:
     """Pretrain and train everything that is not up to date, shared out over the ranks; returns the grid when all of it is there."""
-    cells = declared_cells(stage.config)
+    cells = startable(stage, declared_cells(stage.config))
     for cell in stage.share(list(pretrainings(cells).values())):
         pretrain_backbone(backbone_part(stage, cell))
     for cell in stage.share(cells):
@@ -198,11 +217,11 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
         losses = dict(zip((f"loss_{name}" for name in SCORE_KEYS[:-1]), found.loss[0].tolist(), strict=True))
         rows.append({"variant": cell.variant, "seed": cell.seed, **figures, **losses, **seconds_of(stage, cell)})
     table = pl.DataFrame(rows)
-    listed = {first for first, _ in options.pairs} | {options.reference}
-    pairs = [*options.pairs, *((name, options.reference) for name in options.variants if name not in listed)]
     targets = {cell.variant: cell.config.train.targets for cell in cells}
-    compared = compare(draws, targets, pairs, stage.config.seed)
-    own = compare(draws, targets, [(name, name) for name in options.variants], stage.config.seed)
+    listed = {first for first, _ in options.pairs} | {options.reference}
+    pairs = [*options.pairs, *((name, options.reference) for name in targets if name not in listed)]
+    compared = compare(draws, targets, [pair for pair in pairs if set(pair) <= set(targets)], stage.config.seed)
+    own = compare(draws, targets, [(name, name) for name in targets], stage.config.seed)
     costs = table.group_by("variant", maintain_order=True).agg(pl.col("training_s", "pretraining_s").mean().round(1))
     result = {"patients": len(labels), "seeds": list(options.seeds), "reference": options.reference, "variants": own, "compared": compared,
               "costs": costs.to_dicts(), "sentences": [sentence(row) for row in compared]}  # fmt: skip

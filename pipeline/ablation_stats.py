@@ -1,7 +1,7 @@
 """Statistics of an ablation: every variant's figures, and paired differences to a reference with 95 percent intervals.
 
 The bootstrap draws patients and seeds, the same for both sides of a difference: what is hard about a patient or lucky about
-a seed cancels. A few seeds say little about the spread between seeds, so intervals of few seeds are rather too narrow.
+a seed cancels. 3 seeds are few: intervals are wide where the spread between seeds dominates.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from .metric import loss_terms, normalise
 from .metric_extra import Interval, auc_and_precision, binary_problems, interval, ranking, resamples, thresholded
@@ -56,10 +57,19 @@ def cell_draws(labels: np.ndarray, probabilities: np.ndarray, count: int, seed: 
 
 
 def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
-    """(K, 1 + resamples, ...) of K cells to (1 + resamples, ...): row 0 the mean over all seeds, each other row over K drawn seeds."""
-    drawn = np.random.default_rng([seed, 1]).integers(0, len(values), values.shape[1::-1])  # (1 + resamples, K)
-    drawn[0] = np.arange(len(values))
-    return values[drawn, np.arange(len(drawn))[:, None]].mean(axis=1)
+    """(K, 1 + resamples, ...) of K cells to (1 + resamples, ...): row 0 the mean over all seeds, each other row over K - 1 drawn seeds.
+
+    K - 1 draws have the variance of the mean of K seeds, K draws too little of it (Rao and Wu, JASA 1988); and because so few seeds
+    hardly tell their spread, the drawn means' distance from the mean of all is widened as Student's t widens a normal interval.
+    """
+    K, rows = values.shape[:2]
+    everyone = values.mean(axis=0)
+    if K == 1:
+        return everyone
+    drawn = np.random.default_rng([seed, 1]).integers(0, K, (rows, K - 1))
+    moved = values[drawn, np.arange(rows)[:, None]].mean(axis=1) - everyone
+    moved[0] = 0
+    return everyone + moved * (stats.t.ppf(0.975, K - 1) / stats.norm.ppf(0.975))
 
 
 def compare(draws: Mapping[str, Sequence[Draws]], targets: Mapping[str, Sequence[str]], pairs: Sequence[tuple[str, str]],

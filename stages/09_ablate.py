@@ -24,7 +24,7 @@ def run(stage: Stage) -> None:
     from pipeline.probes import probe_all
 
     outputs = [*summarise(stage, cells), *probe_all(stage, cells)]
-    stage.finish({"cells": len(cells), "variants": len(stage.config.ablation.variants)}, outputs)
+    stage.finish({"cells": len(cells), "variants": len({cell.variant for cell in cells})}, outputs)
     print((stage.folder / "table.md").read_text(encoding="utf-8"), flush=True)
 
 
