@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from threadpoolctl import threadpool_limits
 
 from .ablation_stats import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
 from .artifacts import Stage, digest, read_manifest
 from .config import Config, derive, resolved
-from .metric import aggregate
-from .runtime import InputError, atomic_path, log, write_json, write_text
+from .metric import score_arrays
+from .runtime import InputError, atomic_path, log, progress, write_json, write_text
 from .tables import read_labels
 from .targets import COLUMNS, SCORE_KEYS
 
@@ -187,14 +188,18 @@ def run_cells(stage: Stage) -> list[Cell]:
     return cells
 
 
-def read_cells(stage: Stage, cells: list[Cell]) -> tuple[np.ndarray, dict[Cell, np.ndarray]]:
-    """Labels (N, 13) and each cell's patient-level probabilities (N, 13) of the same patients in the same order."""
-    labels = read_labels(stage.data).select("patient_id", *COLUMNS)
-    tables = {cell: aggregate(pl.read_parquet(stage.folder / cell.name / OOF), stage.config.score.aggregate) for cell in cells}
-    patients = labels.join(next(iter(tables.values())), on="patient_id", how="semi", maintain_order="left")
-    order = patients.select("patient_id")
-    found = {cell: order.join(table, on="patient_id", how="left", maintain_order="left").select(COLUMNS) for cell, table in tables.items()}
-    return patients.select(pl.col(COLUMNS).cast(pl.Float64)).to_numpy(), {cell: table.to_numpy() for cell, table in found.items()}
+def read_cells(stage: Stage, cells: list[Cell]) -> tuple[np.ndarray, dict[Cell, dict[str, np.ndarray]]]:
+    """Labels (N, 13) and each cell's `raw` and `nested` probabilities (N, 13): calibrated without the patients that they are of."""
+    from .folds import read_folds
+    from .scoring import nested
+
+    labels = read_labels(stage.data)
+    folds, found = read_folds(stage.upstream("03_folds") / "folds.csv", labels), {}
+    with threadpool_limits(1):
+        for cell in progress(cells, len(cells), "calibration", "cells"):
+            frames = nested({"cell": pl.read_parquet(stage.folder / cell.name / OOF)}, labels, folds, stage.config.score)
+            found[cell] = {name: frames[name].select(COLUMNS).to_numpy() for name in ("raw", "nested")}
+    return labels.select(pl.col(COLUMNS).cast(pl.Float64)).to_numpy(), found
 
 
 def seconds_of(stage: Stage, cell: Cell) -> dict[str, float]:
@@ -211,11 +216,12 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
     rows = []
     for cell in cells:
         targets = cell.config.train.targets
-        found = cell_draws(labels, probabilities[cell], options.bootstrap, stage.config.seed)
+        found = cell_draws(labels, probabilities[cell]["nested"], options.bootstrap, stage.config.seed)
         draws.setdefault(cell.variant, []).append(found)
         figures = dict(zip(FIGURES, found.figures(targets)[0].tolist(), strict=True))
         losses = dict(zip((f"loss_{name}" for name in SCORE_KEYS[:-1]), found.loss[0].tolist(), strict=True))
-        rows.append({"variant": cell.variant, "seed": cell.seed, **figures, **losses, **seconds_of(stage, cell)})
+        raw = score_arrays(labels, probabilities[cell]["raw"])["score"]
+        rows.append({"variant": cell.variant, "seed": cell.seed, **figures, "raw_score": raw, **losses, **seconds_of(stage, cell)})
     table = pl.DataFrame(rows)
     targets = {cell.variant: cell.config.train.targets for cell in cells}
     listed = {first for first, _ in options.pairs} | {options.reference}

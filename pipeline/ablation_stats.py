@@ -1,7 +1,7 @@
 """Statistics of an ablation: every variant's figures, and paired differences to a reference with 95 percent intervals.
 
 The bootstrap draws patients and seeds, the same for both sides of a difference: what is hard about a patient or lucky about
-a seed cancels. 3 seeds are few: intervals are wide where the spread between seeds dominates.
+a seed cancels. Intervals of differences allow for the fewness of seeds; they are wide where the spread between seeds dominates.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,11 +56,11 @@ def cell_draws(labels: np.ndarray, probabilities: np.ndarray, count: int, seed: 
     return Draws(np.concatenate(losses), *np.concatenate(rows, axis=2).transpose(1, 2, 0))
 
 
-def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
+def over_seeds(values: np.ndarray, seed: int, widen: bool = False) -> np.ndarray:
     """(K, 1 + resamples, ...) of K cells to (1 + resamples, ...): row 0 the mean over all seeds, each other row over K - 1 drawn seeds.
 
-    K - 1 draws have the variance of the mean of K seeds, K draws too little of it (Rao and Wu, JASA 1988); and because so few seeds
-    hardly tell their spread, the drawn means' distance from the mean of all is widened as Student's t widens a normal interval.
+    K - 1 draws have the variance of the mean of K seeds, K draws too little of it (Rao and Wu, JASA 1988). `widen` moves the drawn
+    means away from the mean of all as Student's t widens a normal interval, because so few seeds hardly tell their spread.
     """
     K, rows = values.shape[:2]
     everyone = values.mean(axis=0)
@@ -69,7 +69,7 @@ def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
     drawn = np.random.default_rng([seed, 1]).integers(0, K, (rows, K - 1))
     moved = values[drawn, np.arange(rows)[:, None]].mean(axis=1) - everyone
     moved[0] = 0
-    return everyone + moved * (stats.t.ppf(0.975, K - 1) / stats.norm.ppf(0.975))
+    return everyone + moved * (stats.t.ppf(0.975, K - 1) / stats.norm.ppf(0.975) if widen else 1.0)
 
 
 def compare(draws: Mapping[str, Sequence[Draws]], targets: Mapping[str, Sequence[str]], pairs: Sequence[tuple[str, str]],
@@ -82,8 +82,8 @@ def compare(draws: Mapping[str, Sequence[Draws]], targets: Mapping[str, Sequence
     rows = []
     for variant, reference in pairs:
         shared = [name for name in TARGET_NAMES if name in targets[variant] and name in targets[reference]]
-        own, other = (over_seeds(np.stack([one.figures(shared) for one in draws[name]]), seed) for name in (variant, reference))
-        parts = {"own": own, "other": other, "difference": own - other}
+        own, other = (np.stack([one.figures(shared) for one in draws[name]]) for name in (variant, reference))  # (K, 1 + resamples, 4)
+        parts = {"own": over_seeds(own, seed), "other": over_seeds(other, seed), "difference": over_seeds(own - other, seed, widen=True)}
         figures = {figure: {name: interval(part[:, k]) for name, part in parts.items()} for k, figure in enumerate(FIGURES)}
         rows.append({"variant": variant, "reference": reference, "targets": shared, "figures": figures})
     return rows

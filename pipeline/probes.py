@@ -1,7 +1,7 @@
 """Probes of frozen backbones: what slice features say about organs, injuries and height, at random start and after pretraining.
 
 A linear and a k-nearest-neighbour probe are fitted on the slices of some folds' patients and judged on the others'. Batch
-norms come `stored` (as saved: after 2D-VoCo they know small crops) and `settled` (their statistics taken again over whole slices).
+norms come `stored` (as saved) and `settled` (their statistics taken again over these very slices).
 """
 
 import os
@@ -83,13 +83,9 @@ def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], lis
 
 
 def settle(backbone: nn.Module, images: np.ndarray, device: torch.device) -> None:
-    """Take the running statistics of all batch norms again, as plain averages over `images` (N, h, w) uint8."""
-    norms = [layer for layer in backbone.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    for layer in norms:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative
-        layer.train()
-    slice_features(backbone, np.random.default_rng(0).permutation(images), device)  # every batch a sample of all slices
+    """Take the running statistics of all batch norms again, as plain averages over `images` (N, h, w) uint8; evaluation mode after."""
+    mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))  # every batch a sample of all slices
+    torch.optim.swa_utils.update_bn((normalise(part[:, None].to(device)) for part in mixed.split(BATCH)), backbone)
     backbone.eval()
 
 

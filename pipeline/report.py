@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import yaml
 
+from . import report_ablation
 from . import report_figures as figures
 from .artifacts import MAKERS, digest, read_manifest
 from .config import Config, resolved
@@ -26,6 +27,7 @@ from .targets import COLUMNS, SCORE_KEYS, TARGET_NAMES, TARGETS, group_slices
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 SHOWN = 6  # series of the montage, worst errors, paths a quarantine reason
 PLANES, ERROR_PLANES = 6, 4  # of a series in the montage, of a worst error
+SCRIPTS = {**MAKERS, "09_ablation": "09_ablate"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Run:
 def find_run(out: Path, config: Config, data: Path | None, flags: str) -> Run:
     """The run below `out` with the stages that have finished, each fold as a stage of its own."""
     folds = sorted(str(path.parent.relative_to(out)) for path in (out / "05_folds").glob("fold*/manifest.json"))
-    names = [name for name in [*MAKERS, *folds] if name not in ("08_report", "data/phantom" if data else "")]
+    names = [name for name in [*SCRIPTS, *folds] if name not in ("08_report", "data/phantom" if data else "")]
     return Run(out, config, data, flags, {name: manifest for name in names if (manifest := read_manifest(out / name))})
 
 
@@ -62,7 +64,7 @@ def render(run: Run) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["duration"] = duration
     needs = {conversion: "01_slices", montage: "02_volumes", pretraining: "04_voco2d", training: "05_folds/fold", scores: "06_oof",
-             worst: "06_oof", test: "07_submission", facts: "", cost: ""}  # fmt: skip
+             worst: "06_oof", test: "07_submission", ablation: "09_ablation", probes: "09_ablation", facts: "", cost: ""}  # fmt: skip
     names = ("", *run.manifests)
     values = {make.__name__: make(run) if any(one.startswith(stage) for one in names) else None for make, stage in needs.items()}
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(name=run.config.name, **values)
@@ -239,16 +241,27 @@ def test(run: Run) -> dict[str, Any]:
     return {"counts": run.manifests["07_submission"]["counts"], "reasons": Counter(reasons).most_common(SHOWN)}
 
 
+def ablation(run: Run) -> dict[str, Any]:
+    """Comparison of variants by stage 09."""
+    return report_ablation.ablation(run.out / "09_ablation")
+
+
+def probes(run: Run) -> dict[str, Any]:
+    """Probes of frozen backbones by stage 09."""
+    return report_ablation.probes(run.out / "09_ablation")
+
+
 def cost(run: Run) -> dict[str, Any]:
     """Time, throughput and memory of every stage's last sitting, what to type to repeat it, and the config that was used."""
     rows, used = [], resolved(run.config)
-    for name, manifest in sorted(run.manifests.items(), key=lambda item: MAKERS.get(item[0], item[0])):
+    for name, manifest in sorted(run.manifests.items(), key=lambda item: SCRIPTS.get(item[0], item[0])):
         used |= manifest["config"]
         made = {one: digest(run.manifests[one]["outputs"]) for one in manifest["inputs"] if one in run.manifests}
         stale = [one for one, value in made.items() if value != manifest["inputs"][one]]
         if name != "05_folds":  # its folds are listed
-            rows.append({**manifest, **_rate(run, name), "name": name, "memory": manifest.get("peak_mb"), "stale": stale})
-    scripts = sorted({script for name, script in MAKERS.items() if any(one.startswith(name) for one in run.manifests)}) + ["08_report"]
+            rows.append({**manifest, **_rate(run, name), "name": name, "memory": manifest.get("peak_mb"), "stale": stale,
+                         "device": manifest.get("device", "")})  # fmt: skip
+    scripts = sorted({script for name, script in SCRIPTS.items() if any(one.startswith(name) for one in run.manifests)} | {"08_report"})
     return {"rows": rows, "total": sum(row["seconds"] for row in rows), "flags": run.flags, "scripts": scripts,
             "config": yaml.safe_dump(used, sort_keys=False, allow_unicode=True)}  # fmt: skip
 

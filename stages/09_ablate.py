@@ -7,7 +7,7 @@ A stopped run goes on where it stopped; finished cells are skipped. Several devi
 Run stages/08_report.py again to have the tables in the report. ./run_all.sh does not run this stage.
 """
 
-from pipeline.artifacts import Stage, main
+from pipeline.artifacts import Stage, digest, main, read_manifest
 
 
 def run(stage: Stage) -> None:
@@ -18,8 +18,8 @@ def run(stage: Stage) -> None:
     if not stage.writer:
         return
     tables = [stage.data / name for name in ("train.csv", "image_level_labels.csv", "phantom_organs.csv")]
-    parts = stage.inputs(*(f"{stage.name}/{cell.name}" for cell in cells), files=tables)
-    if stage.current(parts, ["seed", "ablation", "score"]):
+    parts = {cell.name: digest(read_manifest(stage.folder / cell.name)["outputs"]) for cell in cells}
+    if stage.current(parts | stage.inputs("03_folds", files=tables), ["seed", "ablation", "score"]):
         return
     from pipeline.probes import probe_all
 

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 
+from pipeline.ablation_stats import cell_draws, compare, sentence
 from pipeline.config import Config, load_config, resolved
 from pipeline.folds import make_folds
 from pipeline.runtime import write_json
@@ -28,7 +29,8 @@ def smoke_config() -> Config:
 def write_manifest(out: Path, name: str, counts: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any) -> None:
     """A manifest as `Stage.finish` writes it."""
     manifest = {"schema": 1, "stage": name, "config": {}, "inputs": inputs or {}, "fingerprint": name, "outputs": {}, "counts": counts,
-                "seconds": 61.0, "versions": {"python": "3.x"}, "git": "0123456789abcdef", "jobs": 2, **more}  # fmt: skip
+                "seconds": 61.0, "versions": {"python": "3.x"}, "git": "0123456789abcdef", "jobs": 2, "peak_mb": 321,
+                "device": "cpu", **more}  # fmt: skip
     write_json(out / name / "manifest.json", manifest)
 
 
@@ -54,7 +56,30 @@ def write_run(out: Path) -> pl.DataFrame:
     counts = {"patients": 9, "series": 10, "predicted": 7, "prior": 2, "fallbacks": 3, "patients_per_hour": 1234.5}
     write_manifest(out, "07_submission", counts)
     (out / "07_submission" / "fallbacks.csv").write_text("patient_id,series_id,reason\n1,2,<b>bad</b>\n1,,prior\n3,,prior\n")
+    write_ablation(out, truth)
     return labels
+
+
+def write_ablation(out: Path, truth: np.ndarray) -> None:
+    """Stage 09: three variants of two seeds, the first two alike, the third better by far; probes of a start and one backbone."""
+    import cv2
+
+    signal = {"scratch": 0.5, "voco2d": 0.5, "liver_only": 4.0}
+    draws = {name: [cell_draws(truth, predicted(truth, strength, seed=k), 100, 0) for k in range(2)] for name, strength in signal.items()}
+    targets = {name: ("liver",) if name == "liver_only" else TARGET_NAMES for name in signal}
+    compared = compare(draws, targets, [("voco2d", "scratch"), ("liver_only", "scratch")], 0)
+    costs = [{"variant": name, "training_s": 75.0, "pretraining_s": 130.0 if name == "voco2d" else 0.0} for name in signal]
+    write_json(out / "09_ablation" / "table.json", {
+        "patients": len(truth), "seeds": [1, 2], "reference": "scratch", "compared": compared, "costs": costs,
+        "variants": compare(draws, targets, [(name, name) for name in signal], 0), "sentences": [sentence(row) for row in compared],
+    })  # fmt: skip
+    rows = [{"backbone": name, "seed": seed, "statistics": kind, "question": question, "probe": "linear",
+             "figure": "R2" if question == "height" else "AUC", "value": 0.5 + 0.1 * seed}
+            for name in ("start", "voco2d") for seed in (1, 2) for kind in ("stored", "settled")
+            for question in ("liver", "height")]  # fmt: skip
+    pl.DataFrame(rows).write_csv(out / "09_ablation" / "probes.csv")
+    cv2.imwrite(str(out / "09_ablation" / "probes.png"), np.full((600, 1100, 3), 200, np.uint8))
+    write_manifest(out, "09_ablation", {"cells": 6, "variants": 3})
 
 
 def write_conversion(out: Path) -> None:

@@ -13,7 +13,8 @@ FLOORS = (
     {"crops", "augment", "datasets", "voco_data"},
     {"weights", "layers", "backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
-    {"inference", "ablation", "probes", "calibration", "scoring", "figures", "submission", "report", "report_figures", "voco_figures"},
+    {"inference", "ablation", "probes", "calibration", "scoring", "figures", "submission", "voco_figures"}
+    | {"report", "report_figures", "report_ablation"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path.stem for path in PIPELINE.glob("*.py") if path.stem != "__init__")

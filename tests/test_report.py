@@ -20,6 +20,7 @@ from helpers_stages import run_stage
 
 from pipeline.metric import WEIGHTS
 from pipeline.report import duration, find_run, reduction, render, worst
+from pipeline.report_ablation import forest
 from pipeline.report_figures import BOTTOM, LEFT, POINTS, RIGHT, TOP, Line, chart, confusion, curve, picture, score_charts, ticks
 from pipeline.targets import TARGET_NAMES
 
@@ -88,7 +89,7 @@ def test_links_inside_the_page_resolve_and_ids_are_unique(html):
     page = Page(html)
     ids = Counter(attributes["id"] for _, attributes in page.tags if "id" in attributes)
     links = [attributes["href"] for attributes in page.all("a")]
-    assert len(links) == 9
+    assert len(links) == 11
     assert all(link.startswith("#") and ids[link[1:]] == 1 for link in links)
 
 
@@ -135,7 +136,7 @@ def test_whole_run_has_every_section_filled(html):
 
 
 def _order() -> list[str]:
-    return ["conversion", "montage", "pretraining", "training", "scores", "worst", "test", "cost"]
+    return ["conversion", "montage", "pretraining", "training", "scores", "worst", "test", "ablation", "probes", "cost"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -148,8 +149,41 @@ def test_a_stage_that_has_not_run_leaves_one_line(copy, folder):
     assert all("has not run" not in page.sections[name] for other, name in FOLDERS.items() if other != folder)
 
 
+def test_without_an_ablation_nobody_hears_of_it(copy):
+    shutil.rmtree(copy / "09_ablation")
+    page = Page(page_of(copy))
+    assert not {"ablation", "probes"} & set(page.sections)
+    assert not [one for one in page.all("a") if one["href"] in ("#ablation", "#probes")]
+
+
+def test_ablation_says_what_its_intervals_support_and_no_more(html):
+    text = " ".join(Page(html).sections["ablation"].split())
+    assert "voco2d against scratch: score" in text
+    assert "+0.0000 to +0.0000); the interval holds 0, so these runs show no difference." in text
+    assert "liver_only against scratch: score −" in text
+    assert "better (less is better)" in text
+    assert "liver only" in text
+    assert "2 min 10 s" in text, "what pretraining cost"
+    probes = " ".join(Page(html).sections["probes"].split())
+    assert "start (stored) 0.650, start (settled) 0.650" in probes, "the mean of two seeds, height left out"
+    assert "height (R²)" in probes
+
+
+def test_forest_puts_differences_on_one_axis(out):
+    compared = json.loads((out / "09_ablation" / "table.json").read_text())["compared"]
+    drawn = forest(compared, "score")
+    same, better = drawn["rows"]
+    assert same["low"] == same["value"] == same["high"] == drawn["zero"]
+    assert 4 <= better["low"] <= better["value"] <= better["high"] < drawn["zero"] <= 96
+    assert [same["style"], better["style"]] == ["soft", "c3"]
+    assert drawn["side"] == "left"
+    assert forest(compared, "mAP")["side"] == "right"
+    marks = {text: at for at, text in drawn["ticks"]}
+    assert marks["0"] == pytest.approx(drawn["zero"], abs=0.01)
+
+
 def test_scores_alone_make_a_page(copy):
-    for folder in (*FOLDERS, "data"):
+    for folder in (*FOLDERS, "09_ablation", "data"):
         if folder != "06_oof":
             shutil.rmtree(copy / folder)
     page = Page(page_of(copy))
@@ -232,7 +266,8 @@ def test_stage_older_than_its_input_is_named(copy):
 
 def test_cost_sums_the_stages_and_repeats_the_command(html):
     text = " ".join(Page(html).sections["cost"].split())
-    assert "all7 min 07 s" in text, "seven times 61 s: two folds, no data, no fold drawing"
+    assert "all8 min 08 s" in text, "eight times 61 s: two folds, no data, no fold drawing"
+    assert "321 MB" in text
     assert "./run_all.sh --config smoke" in text
     assert "python stages/04_pretrain_voco2d.py --config smoke" in text
     assert "bootstrap: 50" in text
