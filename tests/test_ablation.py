@@ -313,7 +313,8 @@ def test_probes_find_what_is_planted_and_nothing_in_noise():
 
 
 def test_organs_of_the_phantom_lie_where_they_belong(smoke):
-    table = pl.read_csv(smoke / "data" / "phantom" / "phantom_organs.csv", schema_overrides={"patient_id": pl.String, "series_id": pl.String})
+    ids = {"patient_id": pl.String, "series_id": pl.String}
+    table = pl.read_csv(smoke / "data" / "phantom" / "phantom_organs.csv", schema_overrides=ids)
     slices = pl.read_parquet(smoke / "01_slices" / "index.parquet")
     joined = table.join(slices, on=["patient_id", "series_id", "instance_number"])
     middle = dict(joined.group_by("organ").agg(pl.col("order").mean()).iter_rows())
