@@ -99,7 +99,7 @@ def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injurie
     What an injury might be mistaken for is in the healthy too: loops with thick walls, gas under the front wall, a hazy mesentery.
     """
     rng = c.rng
-    misty, place = rng.uniform(-0.7, 0.5), (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, -0.1), rng.uniform(0.55, 0.85))
+    misty, place = rng.uniform(-0.8, 0.4), (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, -0.1), rng.uniform(0.55, 0.85))
     if misty > 0:
         haze(c, cavity, place, misty)
     c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])

@@ -42,14 +42,14 @@ class Injuries:
         if not self.labels["bowel"]:
             return
         c, rng = self.c, self.rng
-        haze(c, cavity, self.segment, rng.uniform(0.4, 0.75) * self.contrast)
+        haze(c, cavity, self.segment, rng.uniform(0.7, 1.0) * self.contrast)
         side = (-1, 1)[int(rng.integers(2))]
         spread = rng.normal(0, (0.2, 0.1, 0.05), (4, 3)) + self.segment
         if "fluid" in self.signs:
             within = cavity * self.contrast
-            c.put(FLUID, (side * 0.62, 0.26), (0.2, 0.22 * self.size), wobble=0.2, span=(self.segment[2], 1.0), within=within)
+            c.put(FLUID, (side * 0.6, 0.28), (0.24, 0.34 * self.size), wobble=0.2, span=(self.segment[2] - 0.15, 1.0), within=within)
             for centre in spread.tolist():
-                c.put(FLUID, tuple(centre), (0.14, 0.08, 0.07), wobble=0.3, within=within)
+                c.put(FLUID, tuple(centre), (0.18, 0.1, 0.1), wobble=0.3, within=within)
 
     def after_organs(self, cavity: Array) -> dict[str, NDArray[np.bool_]]:
         """Lacerations, free gas and blush; returns which planes show the bowel injury and the extravasation."""
@@ -96,7 +96,7 @@ class Injuries:
         c = self.c
         middle = self.segment[2] - 0.15
         top = np.where(cavity > 0.5, c.y, 9).min(axis=(1, 2), keepdims=True)
-        gas = soft((top + 0.1 * self.size - c.y) * c.px) * cavity * np.clip((0.16 * self.size - np.abs(c.t - middle)) * 20, 0, 1)
+        gas = soft((top + 0.14 * self.size - c.y) * c.px) * cavity * np.clip((0.22 * self.size - np.abs(c.t - middle)) * 20, 0, 1)
         c.paint(None, gas, FREE_GAS)
         return gas.sum(axis=(1, 2)) > 5
 
@@ -126,7 +126,7 @@ class Injuries:
 def haze(c: Canvas, cavity: Array, centre: tuple[float, float, float], strength: float) -> None:
     """Stranding: patchy fat of up to `HAZE` HU with no sharp edge, of the size of a segment."""
     shape = c.blob(centre, SEGMENT, wobble=0.25, grow=1.5)
-    fade = np.clip(1.6 - shape.r, 0, 1) * np.clip(0.75 + 0.35 * c.fine[shape.box], 0, 1)
+    fade = np.clip(2.0 - 1.2 * shape.r, 0, 1) * np.clip(0.75 + 0.35 * c.fine[shape.box], 0, 1)
     c.paint(shape.box, strength * fade * cavity[shape.box], HAZE)
 
 

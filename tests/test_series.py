@@ -98,6 +98,19 @@ def test_every_orientation_shows_the_same_patient():
             assert is_transposed([*row, *column]) == (row[0] == 0)
 
 
+def test_a_transposed_picture_swaps_its_spacing_too(tmp_path):
+    folder = tmp_path / "unlabelled" / "a" / "1"
+    folder.mkdir(parents=True)
+    words = np.arange(1000, 1000 + 24 * 20, dtype="<u2").reshape(24, 20)
+    for k, orientation in enumerate((AXIAL, [0, 1, 0, 1, 0, 0])):
+        tags = {"ImageOrientationPatient": orientation, "ImagePositionPatient": [0, 0, -k], "PixelSpacing": [0.7, 0.8]}
+        ds = dataset(words, InstanceNumber=k + 1, **tags)
+        (folder / f"{k + 1}.dcm").write_bytes(to_bytes(ds))
+    slices, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
+    shapes = {item.instance_number: (item.rows, item.cols, item.spacing_y_mm, item.spacing_x_mm) for item in slices}
+    assert shapes == {1: (24, 20, 0.7, 0.8), 2: (20, 24, 0.8, 0.7)}
+
+
 def body(rows=96, cols=96, power=2.0, a=0.42, b=0.33):
     y, x = np.mgrid[:rows, :cols]
     inside = abs((x - cols / 2) / (a * cols)) ** power + abs((y - rows / 2) / (b * rows)) ** power < 1
