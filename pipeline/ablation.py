@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +88,21 @@ def backbone_part(stage: Stage, cell: Cell) -> Stage:
     return part_of(stage, f"pretrained/{cell.backbone}", cell.config)
 
 
+def backbone_is_current(part: Stage) -> bool:
+    """Whether a pretraining is up to date."""
+    return part.current(part.inputs("02_volumes"), ("seed", "model", "pretrain"))
+
+
+def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
+    """Whether a cell is up to date; its pretraining must be."""
+    inputs = part.inputs("02_volumes", "03_folds", files=[part.data / "train.csv", part.data / "image_level_labels.csv"])
+    backbone = {"backbone": digest(backbone_part(stage, cell).folder / BACKBONE)} if cell.backbone else {}
+    return part.current(inputs | backbone, SECTIONS)
+
+
 def pretrain_backbone(part: Stage) -> None:
     """Pretrain for all cells that share this backbone, unless that is done; the checkpoints are removed at the end."""
-    if part.current(part.inputs("02_volumes"), ("seed", "model", "pretrain")):
+    if backbone_is_current(part):
         return
     from .distributed import World
     from .engine import read_log
@@ -108,18 +121,14 @@ def pretrain_backbone(part: Stage) -> None:
 
 def train_cell(stage: Stage, cell: Cell) -> None:
     """Train the folds of one cell unless it is up to date, and join their out-of-fold rows and logs."""
-    part, pretrained = part_of(stage, cell.name, cell.config), None
-    inputs = part.inputs("02_volumes", "03_folds", files=[part.data / "train.csv", part.data / "image_level_labels.csv"])
-    if cell.backbone:
-        pretrained = backbone_part(stage, cell).folder / BACKBONE
-        inputs["backbone"] = digest(pretrained)
-    if part.current(inputs, SECTIONS):
+    part = part_of(stage, cell.name, cell.config)
+    if cell_is_current(stage, part, cell):
         return
     from .training import run_fold
 
+    pretrained = backbone_part(stage, cell).folder / BACKBONE if cell.backbone else None
     with part.lock():
-        tree = resolved(cell.config)
-        _forget_another_run(part.folder, digest([inputs, *(tree[name] for name in SECTIONS)]))
+        _forget_another_run(part.folder, part.fingerprint)
         folds = [part.part(f"fold{fold}") for fold in range(cell.config.folds.count)]
         for fold in folds:
             fold.config = cell.config
@@ -147,11 +156,13 @@ def _logs(paths: list[Path]) -> Iterator[dict]:
         yield from ({"fold": number, **json.loads(line)} for line in path.read_text(encoding="utf-8").splitlines())
 
 
-def wait_for(folder: Path, every_s: float = 1.0) -> None:
-    """Return when another rank has finished `folder`; torchrun ends all ranks when one fails."""
-    if read_manifest(folder) is None:
-        log(f"waiting for {folder}, which another rank makes")
-    while read_manifest(folder) is None:
+def wait_for(part: Stage, current: Callable[[Stage], bool], every_s: float = 1.0) -> None:
+    """Return when another rank has finished `part` by the inputs and config of this run; torchrun ends all ranks when one fails."""
+    part.writer = False
+    if current(part):
+        return
+    log(f"waiting for {part.name}, which another rank makes")
+    while (read_manifest(part.folder) or {}).get("fingerprint") != part.fingerprint:
         time.sleep(every_s)
 
 
@@ -177,14 +188,18 @@ def startable(stage: Stage, cells: list[Cell]) -> list[Cell]:
 def run_cells(stage: Stage) -> list[Cell]:
     """Pretrain and train everything that is not up to date, shared out over the ranks; returns the grid when all of it is there."""
     cells = startable(stage, declared_cells(stage.config))
-    for cell in stage.share(list(pretrainings(cells).values())):
+    shared = list(pretrainings(cells).values())
+    own, mine = stage.share(shared), stage.share(cells)
+    for cell in own:
         pretrain_backbone(backbone_part(stage, cell))
-    for cell in stage.share(cells):
-        if cell.backbone:
-            wait_for(backbone_part(stage, cell).folder)
+    for cell in shared:
+        if cell not in own:
+            wait_for(backbone_part(stage, cell), backbone_is_current)
+    for cell in mine:
         train_cell(stage, cell)
     for cell in cells if stage.writer else ():
-        wait_for(stage.folder / cell.name)
+        if cell not in mine:
+            wait_for(part_of(stage, cell.name, cell.config), partial(cell_is_current, stage, cell=cell))
     return cells
 
 

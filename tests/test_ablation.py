@@ -276,6 +276,25 @@ def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
     assert sorted(shares) == sorted(names)
 
 
+def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, monkeypatch):
+    from pipeline import ablation
+    from pipeline.runtime import write_json
+
+    part = Stage("09_ablation/a/seed1", load_config("smoke"), parser("09", "").parse_args(["--out", str(tmp_path)]))
+    naps = []
+
+    def finish_after_two(seconds):
+        naps.append(seconds)
+        assert read_manifest(part.folder)["fingerprint"] == "of another config", "a rank that waits removes nothing"
+        if len(naps) == 2:
+            write_json(part.folder / "manifest.json", {"schema": 1, "fingerprint": part.fingerprint, "outputs": {}})
+
+    write_json(part.folder / "manifest.json", {"schema": 1, "fingerprint": "of another config", "outputs": {}})
+    monkeypatch.setattr(ablation.time, "sleep", finish_after_two)
+    ablation.wait_for(part, lambda one: one.current({}, ["seed"]))
+    assert len(naps) == 2
+
+
 def test_settled_statistics_are_plain_averages_over_whole_slices():
     import torch
 
