@@ -24,6 +24,7 @@ from pipeline.slice_store import convert_all, convert_series, encode_png
 from pipeline.sources import SeriesTask, fingerprints, list_files, plan
 from pipeline.volume_store import build_all
 
+PLAIN = ConvertConfig()
 STAGE = Path(__file__).resolve().parents[1] / "stages" / "01_convert_dicom.py"
 COLUMNS = ["patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
            "flags", "decoder", "transfer_syntax", "crc32", "png"]  # fmt: skip
@@ -89,12 +90,12 @@ def test_the_stage_writes_pictures_index_and_quarantine(tmp_path):
     assert (code, "up to date" in log) == (0, True)
 
 
-def convert(data: Path, out: Path, **more: object) -> tuple[list[str], dict[str, object]]:
+def convert(data: Path, out: Path, config: ConvertConfig = PLAIN, **more: object) -> tuple[list[str], dict[str, object]]:
     """Convert in this process: names of the series that were made now, and the counts."""
     listed = pl.read_csv(data / "train_series_meta.csv", infer_schema=False)
     tasks = plan(data, listed)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("series.json")}
-    counts = convert_all(tasks, fingerprints(tasks, data), data, out, ConvertConfig(), **more)
+    counts = convert_all(tasks, fingerprints(tasks, data), data, out, config, **more)
     made = [str(path.parent.relative_to(out)) for path in out.rglob("series.json") if before.get(path) != path.stat().st_mtime_ns]
     return sorted(made), counts
 
@@ -124,6 +125,8 @@ def test_only_what_changed_is_converted_again(tmp_path):
     assert convert(data, out)[0] == ["10/2", "20/3"]
     assert not leftover.exists()
     assert convert(data, out, force=True)[0] == everything
+    assert convert(data, out, ConvertConfig(timeout_s=7))[0] == []
+    assert convert(data, out, ConvertConfig(flip_hfs=True))[0] == everything
 
 
 def test_series_that_are_listed_no_more_are_removed(tmp_path, capsys):
@@ -169,13 +172,13 @@ def test_names_that_are_no_numbers_take_the_tag_and_never_collide(tmp_path):
     folder, data = tmp_path / "data" / "unlabelled" / "a" / "b", tmp_path / "data"
     folder.mkdir(parents=True)
     for name, tags in (("CT.1.2.dcm", {"InstanceNumber": 4}), ("CT.1.3.DCM", {"InstanceNumber": 4}), ("x.dcm", {"InstanceNumber": None}),
-                       ("7.dcm", {"InstanceNumber": 1})):  # fmt: skip
+                       ("y.dcm", {"InstanceNumber": None}), ("7.dcm", {"InstanceNumber": 1})):  # fmt: skip
         (folder / name).write_bytes(to_bytes(dataset(pattern(12), **tags, ImagePositionPatient=[0, 0, -len(list(folder.iterdir()))])))
     (folder / "notes.txt").write_text("no picture")
     (tmp_path / "out").mkdir()
     sidecar = convert_series(SeriesTask("p", "s", "unlabelled", str(folder)), data, tmp_path / "out", ConvertConfig())
-    assert sidecar["rows"]["instance_number"] == [4, 4, 8, 7]
-    assert sidecar["rows"]["png"] == ["p/s/4.png", "p/s/4-2.png", "p/s/8.png", "p/s/7.png"]
+    assert sidecar["rows"]["instance_number"] == [4, 4, 8, 9, 7]
+    assert sidecar["rows"]["png"] == ["p/s/4.png", "p/s/4-2.png", "p/s/8.png", "p/s/9.png", "p/s/7.png"]
     assert sidecar["quarantine"] == []
 
 

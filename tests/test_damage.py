@@ -18,11 +18,11 @@ from benchmarks.damage import damaged as damaged_copy
 from helpers_dicom import dataset, pattern, to_bytes, write_series
 from helpers_stages import run_stage
 
-from pipeline import convert, dicom
+from pipeline import convert, dicom, slice_store
 from pipeline.config import ConvertConfig
 from pipeline.convert import read_series
 from pipeline.parallel import Failure, contained, spread
-from pipeline.sources import list_files
+from pipeline.sources import SeriesTask, list_files
 
 DAMAGED, GOOD, SERIES = 1050, 15, 7
 
@@ -128,6 +128,32 @@ def test_a_file_that_brings_every_decoder_down_is_quarantined_with_the_reason(de
     assert [item.instance_number for item in slices] == [1, 2, 4, 5]
     assert [path for path, _ in quarantined] == [str(folder / "3.dcm")]
     assert quarantined[0][1].startswith(reason)
+
+
+def test_what_a_dying_child_has_written_is_not_left_behind(tmp_path, monkeypatch):
+    folder, real = small_series(tmp_path), slice_store._write_png
+
+    def write_and_die(out, k, image):
+        real(out, k, image)
+        if k == 2:
+            crash(signal.SIGKILL)
+
+    monkeypatch.setattr(slice_store, "_write_png", write_and_die)
+    (tmp_path / "out").mkdir()
+    sidecar = slice_store.convert_series(SeriesTask("1", "2", "train", str(folder)), tmp_path, tmp_path / "out", ConvertConfig())
+    assert sidecar["rows"]["png"] == [f"1/2/{k}.png" for k in (1, 2, 4, 5)]
+    assert [path for path, _ in sidecar["quarantine"]] == ["train_images/1/2/3.dcm"]
+    assert sorted(path.name for path in (tmp_path / "out" / "1" / "2").iterdir()) == ["1.png", "2.png", "4.png", "5.png", "series.json"]
+
+
+def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
+    folder = small_series(tmp_path)
+    monkeypatch.setattr(dicom, "SPARE_BYTES", 10_000)
+    with open(folder / "3.dcm", "ab") as handle:
+        handle.truncate(1 << 36)  # a hole of 64 GiB
+    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(max_pixels=1280))
+    assert [item.instance_number for item in slices] == [1, 2, 4, 5]
+    assert quarantined == [(str(folder / "3.dcm"), "too large: the file is larger than any picture of convert.max_pixels")]
 
 
 def test_a_child_that_is_killed_from_outside_changes_nothing(tmp_path, monkeypatch):

@@ -247,7 +247,10 @@ def test_nifti_scale_factors_and_floats(tmp_path):
     write_nifti(tmp_path / "s.nii", hu, "RAS", slope=0.5, inter=-1024.0)
     write_nifti(tmp_path / "f.nii.gz", hu, "LPS", kind=np.float32)
     for name in ("s.nii", "f.nii.gz"):
-        image, *_ = nifti.nifti_slice(tmp_path / name, 2, 1 << 20)
+        image, position, orientation, spacing = nifti.nifti_slice(tmp_path / name, 2, 1 << 20)
+        assert np.allclose(position, [-8.0, 4.0, 45.0])
+        assert np.allclose(orientation, AXIAL)
+        assert np.allclose(spacing, (0.7, 0.8))
         assert np.array_equal(image, np.clip(np.rint((hu[2].astype(float) + 150) * 255 / 400), 0, 255))
 
 
