@@ -150,7 +150,7 @@ def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
     folder = small_series(tmp_path)
     monkeypatch.setattr(dicom, "SPARE_BYTES", 10_000)
     with open(folder / "3.dcm", "ab") as handle:
-        handle.truncate(1 << 36)  # a hole of 64 GiB
+        handle.write(bytes(1 << 20))
     slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(max_pixels=1280))
     assert [item.instance_number for item in slices] == [1, 2, 4, 5]
     assert quarantined == [(str(folder / "3.dcm"), "too large: the file is larger than any picture of convert.max_pixels")]
