@@ -68,7 +68,7 @@ class ModelConfig(Section):
     """The 2D backbone that stages 04, 05 and 07 share: any timm model."""
 
     backbone: str = "efficientnet_b0"
-    weights: str | None = Field(None, description="local ImageNet weights file for init=imagenet (else timm's hub)")
+    weights: str | None = Field(None, description="file for init=imagenet: timm's weights, or a backbone.safetensors (none: timm's hub)")
 
 
 class VocoConfig(Section):

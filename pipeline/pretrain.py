@@ -175,6 +175,8 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
     samples = VocoSamples(volumes, training, options, config.seed, world.rank, world.size)
     evaluation = VocoSamples(volumes, held, options, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
+    if world.main and run.step == 0:
+        (folder / "best.ckpt").unlink(missing_ok=True)  # of another run
     with engine.StopSignal() as stop, engine.loading(), _logs(folder, run) as write:
         stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
         steps = range(run.step, options.steps)
@@ -205,7 +207,7 @@ def _finish_step(run: Run, record: dict[str, Any], samples: VocoSamples, evaluat
         return
     if run.step % options.eval_every == 0 or last:
         record["position_accuracy"] = round(position_accuracy(run.teacher, evaluation, run.world.device, options.amp), 4)
-        if record["position_accuracy"] > run.best:
+        if record["position_accuracy"] > run.best and not run.flat:
             run.best = record["position_accuracy"]
             save_checkpoint(folder / "best.ckpt", run.state())
             export(run, samples, folder / "backbone.safetensors")

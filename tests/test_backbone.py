@@ -84,6 +84,14 @@ def test_imagenet_file_with_three_channels_and_a_head(tmp_path):
         create_backbone("mobilenetv3_small_050", "imagenet", str(tmp_path / "full.safetensors"))
 
 
+def test_training_starts_from_a_file_of_our_own(tmp_path):
+    """`model.weights` with `init=imagenet`: what one pretraining exported is where the next one begins."""
+    backbone = create_backbone(TINY)
+    save_backbone(backbone, tmp_path / "backbone.safetensors", {})
+    begun = create_backbone(TINY, "imagenet", str(tmp_path / "backbone.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(begun.state_dict().values(), backbone.state_dict().values(), strict=True))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not tensors at all"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_unreadable_weights_are_input_errors(tmp_path, content, suffix):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(volumes, unbroken, tmp_p
     assert (tmp_path / "backbone.safetensors").read_bytes() == (unbroken[0] / "backbone.safetensors").read_bytes()
 
 
+def test_every_random_number_of_a_step_follows_from_seed_and_step(volumes, monkeypatch):
+    """Stochastic depth and dropout of a backbone draw from the global generators."""
+    forward, draws = loop.forward, []
+
+    def drawing(run, batch):
+        draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
+        return forward(run, batch)
+
+    monkeypatch.setattr(loop, "forward", drawing)
+    run, samples = trained(volumes=volumes)
+    for step in (0, 1, 1):
+        run.step = step
+        loop.train_step(run, samples[step])
+    assert draws[1] == draws[2]
+    assert not set(draws[0]) & set(draws[1])
+
+
 def test_another_configuration_starts_afresh_and_more_steps_go_on(volumes, tmp_path, capsys):
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=3")), volumes, tmp_path, ALONE)
@@ -266,6 +284,7 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(volumes, 
     done = ranks(volumes, "none")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("04_voco2d: done") == 1
+    assert len(list((folder / "tensorboard").iterdir())) == 2, "one process of each sitting writes"
     one, two = ([[record[name] for name in loop.STATS] for record in read_log(path / "log.jsonl")] for path in (tmp_path, folder))
     np.testing.assert_allclose(two, one, rtol=5e-4, atol=1e-4)
     begun = loop.start(load_config("smoke", DESCENT), ALONE).student.state_dict()
