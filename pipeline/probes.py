@@ -48,7 +48,7 @@ def read_slices(stage: Stage) -> Slices:
     folder, config, labels = stage.upstream("02_volumes"), stage.config.train, read_labels(stage.data)
     folds = dict(read_folds(stage.upstream("03_folds") / "folds.csv").iter_rows())
     index = pl.read_parquet(folder / "index.parquet").filter(pl.col("source") == "train").sort("patient_id", "series_id")
-    index = index.filter(pl.col("patient_id").is_in(sorted(folds)[:PATIENTS])).join(labels, on="patient_id")
+    index = index.filter(pl.col("patient_id").is_in(sorted(folds)[:PATIENTS])).join(labels, on="patient_id", maintain_order="left")
     marks, organs = _marks(stage.data)
     rows: list[dict[str, Any]] = []
     for series in index.iter_rows(named=True):
