@@ -165,7 +165,7 @@ def draw(features: Mapping[str, np.ndarray], slices: Slices, path: Path) -> None
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
 
-    figure = Figure((12, 3.6 * len(features)), layout="constrained")
+    figure = Figure((12, 4.2 * len(features)), layout="constrained")
     organs = _groups(slices, [name for name in slices.questions if name not in SLICE_TARGETS])
     injuries = _groups(slices, [name for name in SLICE_TARGETS if name in slices.questions])
     for axes, (name, values) in zip(figure.subplots(len(features), 3, squeeze=False), features.items(), strict=True):
@@ -175,7 +175,7 @@ def draw(features: Mapping[str, np.ndarray], slices: Slices, path: Path) -> None
         for axis, groups, legend in ((axes[1], organs, "organs in view"), (axes[2], injuries, "labelled injury")):
             for k, (group, inside) in enumerate(groups.items()):
                 axis.scatter(*points[:, inside], s=4, color=f"C{k}" if group != "none" else "0.8", label=group)
-            axis.legend(title=legend, fontsize=7, title_fontsize=7, markerscale=3)
+            axis.legend(title=legend, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=7, title_fontsize=7, markerscale=3)
         for axis in axes:
             axis.set(title=name, xticks=[], yticks=[])
     with atomic_path(path) as temporary:
