@@ -60,7 +60,7 @@ def main() -> None:
     """Print one Markdown table."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--rounds", type=int, default=7)
-    flags.add_argument("--depth", type=int, default=96, help="slices of the scan")
+    flags.add_argument("--depth", type=int, default=320, help="slices of the scan (default: the mean of the competition's series)")
     flags.add_argument("overrides", nargs="*", help="config overrides")
     options = flags.parse_intermixed_args()
     config = load_config("paper", options.overrides)
