@@ -285,15 +285,11 @@ def build(slices: Path, out: Path, scheduler: str | None) -> dict[str, bytes]:
 
 def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
-    import dask
-
     data = slow_phantom(tmp_path / "data")
     assert run(data, tmp_path / "one")[0] == 0
     expected = tree(tmp_path / "one" / "01_slices")
-    patience = {"distributed.comm.timeouts.connect": "120s", "distributed.comm.timeouts.tcp": "120s"}
-    with dask.config.set(patience), distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
-    ) as cluster:  # fmt: skip
+    workers = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0}
+    with distributed.LocalCluster(**workers, dashboard_address=None, silence_logs=50) as cluster:
         address = cluster.scheduler_address
         code, log = run(data, tmp_path / "cluster", "--scheduler", address)
         assert code == 0, log
