@@ -300,7 +300,7 @@ def test_a_ranks_failure_ends_all_with_its_message(volumes):
     done = ranks(volumes, "error")
     assert done.returncode != 0
     assert "error: planted fault, rank 1, see what the others do" in done.stderr
-    assert "another process of this run has ended" in done.stderr
+    assert "error: another process of this run has ended" in done.stderr
     assert not (volumes.parent / "04_voco2d" / "manifest.json").exists()
 
 
