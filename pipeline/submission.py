@@ -35,7 +35,7 @@ class SubmissionWriter:
         zeros) and for patients that the sample does not list.
         """
         values = np.asarray(probabilities, dtype=np.float64).reshape(1, len(COLUMNS))
-        if patient_id not in self.rows or not np.isfinite(values).all() or (values < 0).any():
+        if patient_id not in self.rows or (values < 0).any():
             return False
         with np.errstate(all="ignore"):
             values = normalise(values)

@@ -70,6 +70,20 @@ def test_workers_change_nothing(data, tmp_path):
     assert all(torch.equal(tensor, helped.model.state_dict()[name]) for name, tensor in alone.model.state_dict().items())
 
 
+def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
+    """Batches of 4 against 2 + 2, and a last step of 2: the trainer's own loop, batch norm and dropout fixed (they see the batch)."""
+    common = ("train.epochs=2", "train.dropout=0", "train.freeze_backbone=true", "train.warmup=0")
+    large = trainer(data, tmp_path / "large", *common, "train.batch=4")
+    small = trainer(data, tmp_path / "small", *common, "train.batch=2", "train.accumulate=2")
+    before = {name: tensor.clone() for name, tensor in large.model.named_parameters()}
+    large.run()
+    small.run()
+    assert [row["loss"] for row in small.history] == pytest.approx([row["loss"] for row in large.history], rel=1e-5)
+    for name, tensor in large.model.named_parameters():
+        assert torch.allclose(tensor, small.model.get_parameter(name), rtol=1e-3, atol=1e-5), name
+        assert tensor.requires_grad != torch.equal(tensor, before[name]), name
+
+
 def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
     made, original = [], training.make_loader
     monkeypatch.setattr(training, "make_loader", lambda *given: made.append(given[0]) or original(*given))
