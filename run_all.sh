@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Raw DICOM to report and submission: every stage in order, up-to-date ones skipped. Flags are those of the stages:
 #   ./run_all.sh [--config FILE] [--data DIR] [--out DIR] [--jobs N] [--device auto|cpu|cuda] [--force] [key=value ...]
-#   ./run_all.sh --verify [--config FILE] [--out DIR]    checks sizes and checksums of a finished run's files, changes nothing
+#   ./run_all.sh --verify [--config FILE] [--out DIR] checks sizes and checksums of a finished run's files and changes nothing
 # PYTHON=/path/to/python ./run_all.sh uses that interpreter as it is and installs nothing.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -9,9 +9,7 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=$(bash "$root/.ci/environment.sh")
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-if [ "${1:-}" = --verify ]; then
-    exec "$PYTHON" -m pipeline.verify "${@:2}"
-fi
+case " $* " in *" --verify "*) exec "$PYTHON" -m pipeline.verify "$@" ;; esac
 child=
 stop() { # a signal to this script alone reaches the stage too
     trap '' INT TERM

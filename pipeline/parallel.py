@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -176,6 +177,7 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     calls = [joblib.delayed(_call)(work, k, task) for k, task in tasks.items()]
+    warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # by whoever stops early, on purpose
     with contextlib.ExitStack() as stack:
         lost: tuple[type[Exception], ...] = (BrokenProcessPool,)
         if scheduler:

@@ -4,7 +4,6 @@
 Exit code 0 whole, 1 something differs, 2 wrong input. Nothing is changed; run the stages again to mend what is named.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .artifacts import MAKERS, ROOT, SCHEMA, digest, read_manifest
+from .artifacts import MAKERS, ROOT, SCHEMA, digest, parser, read_manifest
 from .config import load_config
 from .runtime import InputError, cpu_count, progress
 
@@ -84,13 +83,13 @@ def differences(out: Path) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    flags = argparse.ArgumentParser(prog="run_all.sh --verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--config", default="demo", help="YAML file or preset name (default: demo)")
-    flags.add_argument("--out", help="output folder (default: outputs/<config name>)")
-    options = flags.parse_args(arguments)
+    flags = parser("run_all", __doc__ or "")
+    flags.add_argument("--verify", action="store_true", help="what this command does")
+    options = flags.parse_intermixed_args(arguments)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
-        out = Path(options.out).resolve() if options.out else ROOT / "outputs" / load_config(options.config).name
+        config = load_config(options.config, options.overrides)
+        out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
         wrong = 0
         for line in differences(out):
             wrong += 1

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,14 @@ def test_epochs_draw_anew_and_in_their_own_order(data, tmp_path):
 def test_checkpoint_of_another_config_is_not_taken_up(data, tmp_path):
     trainer(data, tmp_path / "fold", "train.epochs=1").run()
     other = trainer(data, tmp_path / "fold", "train.epochs=1", "train.lr=0.01")
+    other.resume()
+    assert other.epoch == 0
+
+
+def test_checkpoint_of_other_inputs_is_not_taken_up(data, tmp_path):
+    """Same config, but for example another pretrained backbone: the finished run of the old one must not pass for it."""
+    trainer(replace(data, fingerprint="a"), tmp_path / "fold", "train.epochs=1").run()
+    other = trainer(replace(data, fingerprint="b"), tmp_path / "fold", "train.epochs=1")
     other.resume()
     assert other.epoch == 0
 

@@ -1,0 +1,135 @@
+"""Take each guard out of the product, one at a time, and see its test fail.
+
+    python tests/faults/mutate.py [WORD ...]        all guards, or those whose line has one of the words
+
+The product is copied, each row of GUARDS is applied to the copy (the text must be there exactly once), its test is run, and the text
+put back. Exit code 0 where every test failed; a row whose test passed is a guard that nothing watches.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPS, DISK, STATE, HOSTILE, TABLES = (f"faults/test_{name}.py::test_" for name in ("stops", "disk", "state", "hostile", "wrong_tables"))
+ARTIFACTS, RUNTIME, PARALLEL = (f"pipeline/{name}.py" for name in ("artifacts", "runtime", "parallel"))
+
+# file, text of the guard, what stands there without it, the test that must fail (below tests/)
+GUARDS = (
+    (ARTIFACTS, '("manifest.json", *broken)', "broken", STATE + "a_killed_redo"),
+    (ARTIFACTS, "            remove_temporaries(self.folder)\n", "", STATE + "a_killed_redo"),
+    (ARTIFACTS, "            remove_temporaries(self.folder.parent, of=self.folder.name)\n", "", STATE + "a_rerun_removes"),
+    (ARTIFACTS, 'manifest["fingerprint"] == fingerprint and ', "", STATE + "a_killed_redo"),
+    (ARTIFACTS, "not broken and ", "", STATE + "an_artifact[02-"),
+    (ARTIFACTS, "if broken := broken_outputs(folder, manifest):", "if broken := []:", STATE + "an_artifact[07-05"),
+    (ARTIFACTS, ' or manifest.get("schema") != SCHEMA', "", STATE + "a_manifest[changes0]"),
+    (ARTIFACTS, 'if not isinstance(manifest.get("fingerprint"), str) or', "if", STATE + "a_manifest[changes2]"),
+    (ARTIFACTS, ' or not isinstance(manifest.get("outputs"), dict)', "", STATE + "a_manifest[changes4]"),
+    (ARTIFACTS, "    except ValueError:\n", "    except KeyError:\n", STATE + "a_half_written"),
+    (ARTIFACTS, "while not _flock(handle, kind):", "while False:", STATE + "a_second_run"),
+    (ARTIFACTS, "if folder.parent == self.out:", "if False:", STATE + "a_second_run"),
+    (ARTIFACTS, "if handler != signal.SIG_IGN:", "if True:", STOPS + "an_ignored"),
+    (ARTIFACTS, "= (signal.SIGINT, signal.SIGTERM), 2.0", "= (signal.SIGINT,), 2.0", STOPS + "a_stop[06"),
+    (ARTIFACTS, "if code not in (130, 143):", "if True:", STOPS + "a_stop[03"),
+    (ARTIFACTS, "except TrainingStopped as fault:", "except ZeroDivisionError as fault:", STATE + "a_non_finite[05"),
+    (ARTIFACTS, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only[30"),
+    (ARTIFACTS, "round(time.monotonic() - self.started", "round(time.time() - self.started", STATE + "a_clock"),
+    (PARALLEL, "(signal.SIG_BLOCK, {signal.SIGINT})", "(signal.SIG_BLOCK, ())", STOPS + "a_stop[01-series"),
+    (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', STOPS + "a_stop[07"),
+    (PARALLEL, "        except lost:\n", "        except ZeroDivisionError:\n", STATE + "a_worker[01"),
+    (PARALLEL, "    for trial in range(ROUNDS):", "    for trial in range(0):", STATE + "a_worker[02"),
+    (RUNTIME, "                _probe(temporary)\n", "                pass\n", DISK + "a_failing_write[04"),
+    (RUNTIME, "    errno.EFBIG:", "    -1:", DISK + "a_failing_write[03"),
+    (RUNTIME, "    errno.ENOSPC:", "    -1:", DISK + "a_full_device"),
+    (RUNTIME, "    errno.EROFS:", "    -1:", DISK + "a_read_only[30"),
+    (RUNTIME, "    errno.ENOTDIR:", "    -1:", DISK + "a_file_where"),
+    (RUNTIME, "            temporary.unlink(missing_ok=True)\n", "            pass\n", DISK + "a_failing_write[03"),
+    (RUNTIME, '.{path.name}{TEMPORARY}{os.getpid()}")\n        try:\n            yield temporary\n            with',
+     '{path.name}")\n        try:\n            yield temporary\n            with', STATE + "a_killed_redo"),
+    (RUNTIME, "            remove_folder(path)\n", "            shutil.rmtree(path, ignore_errors=True)\n", STATE + "a_folder"),
+    (RUNTIME, "path = Path(entry.path)\n", "path = Path(entry.path).resolve()\n", HOSTILE + "a_link"),
+    ("run_all.sh", "trap 'stop 143' TERM\n", "", STOPS + "run_all_hands_a_stop_on_to_its_stage[15]"),
+    ("run_all.sh", "trap 'stop 130' INT\n", "", STOPS + "run_all_hands_a_stop_on_to_its_stage[2]"),
+    ("pipeline/engine.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]", STOPS + "an_ignored"),
+    ("pipeline/engine.py", 'if "DataLoader worker" not in str(fault):', "if True:", STATE + "a_killed_loader[05"),
+    ("pipeline/engine.py", "if not all(math.isfinite(value) for value in terms.values()):", "if False:", STATE + "a_non_finite[05"),
+    ("pipeline/training.py", "        if self.stop.signum:\n", "        if False:\n", "test_training.py::test_a_stop"),
+    ("pipeline/training.py", '"fingerprint": self.data.fingerprint', '"fingerprint": ""', "test_training.py::test_checkpoint_of_other"),
+    ("pipeline/sources.py", "entry.stat().st_mtime_ns", "0", STATE + "a_clock"),
+    ("pipeline/sources.py", "if entry.is_symlink() and outside(entry.path):", "if False:", HOSTILE + "hostile_files"),
+    ("pipeline/sources.py", "for entry in [] if outside(folder) else entries:", "for entry in entries:", HOSTILE + "hostile_files"),
+    ("pipeline/dicom.py", "(size > max_pixels, ", "(False, ", HOSTILE + "hostile_files"),
+    ("pipeline/dicom.py", "inflate.decompress(data[at:], max_bytes)", "inflate.decompress(data[at:])", HOSTILE + "hostile_files"),
+    ("pipeline/report.py", "autoescape=True", "autoescape=False", HOSTILE + "hostile_files"),
+    ("pipeline/checkpoint.py", "weights_only=True", "weights_only=False", HOSTILE + "code_in"),
+    ("pipeline/weights.py", 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False', HOSTILE + "code_in"),
+    ("pipeline/weights.py", '"not finite": not_finite(', '"not finite": [] and not_finite(', HOSTILE + "weights_that[05"),
+    ("pipeline/weights.py", "if state[name].shape != own[name].shape]", "if False]", HOSTILE + "weights_that[07"),
+    ("pipeline/volume_store.py", "    sidecar.unlink(missing_ok=True)", "    pass", STATE + "a_volume"),
+    ("pipeline/volume_store.py", "    if image is None:\n", "    if False:\n", STATE + "a_slice"),
+    ("pipeline/verify.py", 'if digest(path) == entry["digest"] else', "if True else", STATE + "verify_names"),
+    ("pipeline/verify.py", "if isal_zlib.crc32(image) == crc32 else", "if True else", STATE + "verify_sees"),
+    ("pipeline/verify.py", 'digest(made["outputs"]) != manifest["inputs"][source]', "False", STATE + "verify_sees"),
+    ("pipeline/verify.py", "    yield from _chain(", "    list(_chain(", STATE + "verify_names"),
+    ("pipeline/config.py", 'extra="forbid"', 'extra="ignore"', TABLES + "a_mistyped"),
+    ("pipeline/tables.py", '''"has path parts": cell.str.contains(r"[/\\\\]|\\.\\.|^\\."),''', "", HOSTILE + "ids"),
+    ("pipeline/tables.py", "(~value.is_finite(), column,", "(pl.lit(False), column,", TABLES + "any_wrong_cell[oof"),
+    ("pipeline/tables.py", "    table.refuse((again, columns[-1],", "    table.refuse((again & False, columns[-1],", TABLES + "a_missing"),
+    ("pipeline/tables.py", 'rules.append((total > 1,', 'rules.append((total > 9,', TABLES + "the_stage[train.csv"),
+    ("pipeline/tables.py", "        table.refuse((wrong, KEY,", "        table.refuse((wrong & False, KEY,", TABLES + "the_stage[train_series"),
+)  # fmt: skip
+
+
+def apply(path: Path, guard: str, without: str) -> str:
+    """Take a guard out of a file; returns the file's text before. ValueError where the guard is not there exactly once."""
+    text = path.read_text()
+    if text.count(guard) != 1:
+        raise ValueError(f"{path}: {text.count(guard)} times {guard!r}")
+    path.write_text(text.replace(guard, without))
+    return text
+
+
+def fails(copy: Path, test: str, smoke: Path) -> bool:
+    """True where the test, named by the start of its id, runs on the copy and fails."""
+    file, _, name = test.partition("::")
+    name, _, case = name.partition("[")
+    environment = {**os.environ, "PYTHONPATH": str(copy), "VOCO2D_SMOKE": str(smoke), "PYTHONDONTWRITEBYTECODE": "1"}
+    pick = [sys.executable, "-m", "pytest", "-q", "--collect-only", f"tests/{file}"]
+    listed = subprocess.run(pick, cwd=copy, env=environment, capture_output=True, text=True, check=False).stdout.splitlines()
+    nodes = [line for line in listed if line.startswith(f"tests/{file}::{name}") and f"[{case}" in line + "["]
+    if not nodes:
+        raise ValueError(f"no test {test}: {listed[-3:]}")
+    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *nodes]
+    return subprocess.run(run, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=900).returncode == 1
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("words", nargs="*", help="only guards whose file, text or test has one of these")
+    flags.add_argument("--smoke", type=Path, help="a finished run of the smoke preset (default: one is made)")
+    options = flags.parse_args()
+    rows = [row for row in GUARDS if not options.words or any(word in part for part in row for word in options.words)]
+    unwatched = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy, smoke = Path(folder) / "copy", options.smoke or Path(folder) / "smoke"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "outputs", "*.egg-info"))
+        if not options.smoke:
+            command = [str(ROOT / "run_all.sh"), "--config", "smoke", "--out", str(smoke), "--jobs", "2"]
+            subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, check=True, capture_output=True)
+        for file, guard, without, test in rows:
+            before = apply(copy / file, guard, without)
+            watched = fails(copy, test, smoke)
+            (copy / file).write_text(before)
+            unwatched += not watched
+            print(f"{'ok  ' if watched else 'UNWATCHED'} {file}: {' '.join(guard.split())[:70]} -> {test}", flush=True)
+    print(f"{len(rows) - unwatched} of {len(rows)} guards are watched: their tests fail without them")
+    return 1 if unwatched else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

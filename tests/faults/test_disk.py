@@ -1,0 +1,89 @@
+"""A disk that is full, refuses or lies in the way: one clear line, nothing half-written, and the run goes on once there is room."""
+
+import errno
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers_faults import copy, plain_lines, products, run, temporaries
+from test_stops import FOLDERS
+
+from pipeline.runtime import InputError, disk_errors
+
+REMEDY = "make room or choose another --out, then run again"
+
+
+def refused(code: int, text: str, *parts: str) -> None:
+    """Exit code 2 and one line `error: ...` that has all `parts`."""
+    lines = plain_lines(text)
+    assert code == 2, text
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+# files of a stage are larger than this, so that a write of it fails: DICOM, PNG, arrays, CSV, torch, safetensors, parquet, JSON, HTML
+@pytest.mark.parametrize(("stage", "size"), [
+    ("00", 5000), ("01", 900), ("02", 20000), ("03", 100), ("04", 3000), ("05", 200_000), ("06", 2000), ("06", 12_000),
+    ("07", 500), ("08", 10_000),
+])  # fmt: skip
+def test_a_failing_write_is_one_line(smoke, tmp_path, stage, size):
+    out = tmp_path / "run"
+    copy(smoke, out, FOLDERS[stage]) if stage != "00" else out.mkdir()
+    code, text = run(stage, out, fault=f"full:{size}")
+    refused(code, text, "the file is larger than", str(out), REMEDY)
+    assert not temporaries(out)
+    assert not (out / FOLDERS[stage] / "manifest.json").exists()
+    if stage in ("01", "03"):
+        assert run(stage, out)[0] == 0
+        assert products(out) == products(smoke)
+
+
+def mount(folder: Path, options: str) -> None:
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="no mount command")
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(smoke, tmp_path):
+    small, data = tmp_path / "disk", str(smoke / "data" / "phantom")
+    mount(small, "size=300k")
+    try:
+        out = small / "run"
+        code, text = run("01", out, "--data", data)
+        refused(code, text, "the disk is full", str(out))
+        assert not temporaries(out)
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        for stage in ("01", "02"):
+            assert run(stage, out, "--data", data)[0] == 0
+        made = products(smoke)
+        assert products(out) == {name: made[name] for name in made if name.startswith(("01_", "02_"))}
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        refused(*run("03", out, "--data", data), "the output is read-only", str(out))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.parametrize(("number", "what"), [(errno.EROFS, "the output is read-only"), (errno.EACCES, "the output is not writable")])
+def test_a_read_only_output_is_one_line(smoke, tmp_path, number, what):
+    out = copy(smoke, tmp_path / "run", "03_folds")
+    refused(*run("03", out, fault=f"refuse:{number}:{out}"), what, str(out))
+    refused(*run("03", out, fault=f"refuse:{number}:{out}/03"), what, str(out / "03_folds"))
+    assert not (out / "03_folds").exists()
+    shutil.rmtree(out / "01_slices")
+    refused(*run("01", out, fault=f"refuse:{number}:{out}/01"), what, str(out / "01_slices"))
+
+
+def test_a_file_where_the_output_should_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("something else")
+    refused(*run("00", tmp_path / "file" / "run"), "a file is where a folder should be", str(tmp_path / "file"))
+    refused(*run("00", tmp_path / "file"), "something else has this name", str(tmp_path / "file"))
+
+
+def test_a_full_device_is_named():
+    with pytest.raises(InputError, match="the disk is full, /dev/full, make room"), disk_errors("/dev/full"):
+        Path("/dev/full").write_text("x")

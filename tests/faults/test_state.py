@@ -1,0 +1,245 @@
+"""Folders that others have touched: artifacts gone, cut or altered, manifests of another version, second runs, dead workers, clocks."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, products, run, start, temporaries, wait_for
+from test_disk import refused
+
+from pipeline import verify
+from pipeline.artifacts import read_manifest
+from pipeline.config import load_config
+from pipeline.runtime import atomic_folder
+
+
+@pytest.fixture
+def out(smoke, tmp_path) -> Path:
+    """A copy of the finished run that a test may damage."""
+    return copy(smoke, tmp_path / "run")
+
+
+def first(folder: Path, pattern: str) -> Path:
+    return sorted(folder.glob(pattern))[0]
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change keys of a manifest; None removes the key."""
+    tree = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in tree.items() if value is not None}))
+
+
+@pytest.mark.parametrize(("stage", "pattern", "maker"), [
+    ("02", "01_slices/index.parquet", "01_convert_dicom"), ("04", "02_volumes/*.npy", "02_build_volumes"),
+    ("05", "04_voco2d/backbone.safetensors", "04_pretrain_voco2d"), ("05", "03_folds/folds.csv", "03_make_folds"),
+    ("07", "05_folds/fold0/model.safetensors", "05_train_folds"), ("07", "06_oof/calibration.json", "06_score_oof"),
+])  # fmt: skip
+def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(out, stage, pattern, maker):
+    path = first(out, pattern)
+    whole = path.read_bytes()
+    for damage in (lambda: path.unlink(), lambda: path.write_bytes(whole[:-7])):
+        damage()
+        refused(*run(stage, out), "is missing or has another size", str(path), f"run stages/{maker}.py again")
+    assert run(maker[:2], out)[0] == 0
+    assert path.read_bytes() == whole, "the stage that makes it mends it"
+
+
+def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
+    index = pl.read_parquet(out / "01_slices" / "index.parquet")
+    path = out / "01_slices" / index.filter(pl.col("flags") == "")["png"][0]
+    whole = path.read_bytes()
+    (out / "02_volumes" / "index.parquet").unlink()
+    for volume in (out / "02_volumes").glob(f"{path.parent.parent.name}_*.npy"):
+        volume.unlink()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(*run("02", out), "slice missing or damaged", str(path), "run stages/01_convert_dicom.py --force")
+
+
+@pytest.mark.parametrize("changes", [{"schema": 0}, {"schema": 99}, {"fingerprint": None}, {"outputs": None}, {"outputs": []}])
+def test_a_manifest_of_another_version_or_damaged_means_unfinished(out, changes):
+    path = out / "03_folds" / "manifest.json"
+    rewrite(path, **changes)
+    code, text = run("06", out)
+    refused(code, text, "03_folds is missing or unfinished", "run stages/03_make_folds.py first")
+    assert str(path) in text
+    code, text = run("03", out)
+    assert code == 0, text
+    assert "up to date" not in text
+    assert read_manifest(path.parent)
+
+
+def test_a_half_written_manifest_means_unfinished(out):
+    path = out / "03_folds" / "manifest.json"
+    path.write_bytes(path.read_bytes()[:100])
+    refused(*run("06", out), "03_folds is missing or unfinished")
+
+
+def test_a_killed_redo_leaves_nothing_that_looks_finished(out, tmp_path):
+    process = start("06", out, "score.bootstrap=20", fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
+    wait_for(tmp_path / "mark", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert [path for path in (out / "06_oof").iterdir() if ".tmp-" in path.name], "the kill was inside a write"
+    refused(*run("07", out), "06_oof is missing or unfinished")
+    assert run("06", out)[0] == 0
+    assert not [path for path in (out / "06_oof").iterdir() if ".tmp-" in path.name]
+
+
+def test_a_rerun_removes_what_a_killed_run_left(smoke, tmp_path):
+    """Also beside the folder: the phantom is made as a whole folder under a temporary name."""
+    out = tmp_path / "run"
+    process = start("00", out, fault=f"pause:{tmp_path / 'mark'}:.dcm")
+    wait_for(tmp_path / "mark", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert temporaries(out)
+    assert run("00", out)[0] == 0
+    assert not temporaries(out)
+    made = products(out)
+    assert made == {name: one for name, one in products(smoke).items() if name in made}
+
+
+def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch):
+    """Killed between a volume and its sidecar: the sidecar of the volume before must be gone."""
+    from pipeline import volume_store
+
+    config, target = load_config("smoke").volume, tmp_path / "volumes"
+    source = smoke / "01_slices"
+    build = lambda options: volume_store.build_all(source, target, options, 1)[1]  # noqa: E731
+    before = build(config)
+    monkeypatch.setattr(volume_store, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(config.model_copy(update={"aspect": "stretch"}))
+    monkeypatch.undo()
+    assert build(config) == before
+
+
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "series") as folder:
+        (folder / "1.png").touch()
+    real = os.scandir
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt) if list(real(path)) else None)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "series") as folder:
+        (folder / "2.png").touch()
+    monkeypatch.undo()
+    assert not (tmp_path / "series").exists() or len(list((tmp_path / "series").iterdir())) == 1
+
+
+def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_path):
+    """While a stage is made nobody else makes it, and while it is read nobody changes it."""
+    process = start("04", out, "--force", fault=f"pause:{tmp_path / 'mark'}:log.jsonl.tmp-")
+    wait_for(tmp_path / "mark", process)
+    for stage, held in (("04", "04_voco2d"), ("02", "02_volumes")):
+        refused(*run(stage, out, "--force"), f"another run holds {held}", f"process {process.pid} on ", "choose another --out")
+    code, text = run("03", out, "--force")
+    assert code == 0, text
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, text = run("02", out, "--force")
+    assert code == 0, "a killed run holds nothing"
+
+
+@pytest.mark.parametrize(("stage", "part"), [("00", ".dcm"), ("01", "series.json"), ("02", ".npy.tmp-")])
+def test_a_worker_killed_by_hand_changes_nothing(smoke, tmp_path, stage, part):
+    out = copy(smoke, tmp_path / "run", *([] if stage != "00" else [path.name for path in smoke.iterdir()]))
+    process = start(stage, out, "--force", fault=f"pause:{tmp_path / 'mark'}:{part}")
+    worker = int(wait_for(tmp_path / "mark", process))
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
+    go_on(tmp_path / "mark")
+    code, text = end(process)
+    assert code == 0, text
+    assert "a worker process was killed" in text
+    made = products(out)
+    assert made == {name: made_before for name, made_before in products(smoke).items() if name in made}
+    assert made
+
+
+def same_command(one: int, other: int) -> bool:
+    commands = [Path(f"/proc/{pid}/cmdline") for pid in (one, other)]
+    return all(path.exists() for path in commands) and commands[0].read_bytes() == commands[1].read_bytes()
+
+
+@pytest.mark.parametrize(("stage", "section"), [("04", "pretrain"), ("05", "train")])
+def test_a_killed_loader_is_one_line(out, stage, section):
+    """Processes that load training data are forked, so they bear the command line of their parent."""
+    process = start(stage, out, f"{section}.workers=1", "pretrain.steps=100000", "train.epochs=100000")
+    deadline, loaders = time.monotonic() + PATIENCE_S, []
+    while not loaders and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        loaders = [pid for pid in alive(process.pid) if pid != process.pid and same_command(pid, process.pid)]
+    for loader in loaders:
+        os.kill(loader, signal.SIGKILL)
+    code, text = end(process)
+    assert code == 1, text
+    (line,) = plain_lines(text)
+    assert line.startswith("error: a process that loads data was killed")
+
+
+@pytest.mark.parametrize(("stage", "change"), [("04", "pretrain.lr=1e30"), ("05", "train.lr=1e30")])
+def test_a_non_finite_loss_stops_with_step_terms_and_ids(out, stage, change):
+    code, text = run(stage, out, change, "train.init=scratch", "pretrain.clip=1e30", "train.clip=1e30")
+    assert code == 1, text
+    (line,) = plain_lines(text)
+    assert line.startswith("error: non-finite loss at step")
+    assert "batch " in line
+
+
+def test_a_clock_that_jumps_back_changes_nothing(smoke, tmp_path):
+    out = copy(smoke, tmp_path / "run", "03_folds", "06_oof", "07_submission")
+    for stage in ("03", "06", "07"):
+        code, text = run(stage, out, "predict.time_budget_h=1", fault="clock:86400")
+        assert code == 0, text
+    assert products(out) == products(smoke)
+    assert all(0 <= read_manifest(out / name)["seconds"] < 3600 for name in ("03_folds", "06_oof", "07_submission"))
+    path = first(out, "data/phantom/train_images/*/*/*.dcm")
+    os.utime(path, (0, 0))
+    code, text = run("01", out)
+    assert code == 0, text
+    assert "up to date" not in text, "an older file is a change too"
+
+
+def verified(out: Path, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    code = verify.main(["--out", str(out)])
+    return code, capsys.readouterr().out
+
+
+def test_verify_names_what_differs(out, capsys):
+    assert verified(out, capsys) == (0, f"{out}: whole\n")
+    volume, cut, gone = first(out, "02_volumes/*.npy"), out / "06_oof" / "scores.json", out / "03_folds" / "folds.csv"
+    data = bytearray(volume.read_bytes())
+    data[-1] ^= 1
+    volume.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    rewrite(out / "08_report" / "manifest.json", schema=0)
+    (out / "07_submission" / "manifest.json").unlink()
+    code, text = verified(out, capsys)
+    assert code == 1
+    for path, what in ((volume, "same size, other contents"), (cut, "bytes, not"), (gone, "missing"),
+                       (out / "08_report" / "manifest.json", "of version"), (out / "07_submission", "unfinished")):  # fmt: skip
+        assert any(line.startswith(f"{path}: ") and what in line for line in text.splitlines()), (path, text)
+    assert "5 differences" in text
+
+
+def test_verify_sees_altered_slices_and_chains(out, capsys):
+    path, other = sorted((out / "01_slices").glob("*/*/*.png"))[:2]
+    path.write_bytes(other.read_bytes())
+    code, text = verified(out, capsys)
+    assert code == 1
+    assert f"{path}: other pixels" in text
+    rewrite(out / "03_folds" / "manifest.json", outputs={})
+    assert f"{out / '06_oof'}: made from another 03_folds" in verified(out, capsys)[1]
+
+
+def test_run_all_verifies(out, tmp_path):
+    from helpers_stages import run_all
+
+    done = run_all(out, "--verify")
+    assert (done.returncode, done.stdout) == (0, f"{out}: whole\n"), done.stderr
+    done = run_all(tmp_path / "nothing", "--verify", cwd=tmp_path)
+    refused(done.returncode, done.stderr, "no stage has finished here")

@@ -1,0 +1,84 @@
+"""SIGTERM and Ctrl-C, whenever they come: 143 or 130, one line, nobody left alive, nothing that looks finished, and a rerun goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_faults import alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
+
+SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
+LINE = "stopped: run the same command again to go on"
+FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "03_folds", "04": "04_voco2d", "05": "05_folds",
+           "06": "06_oof", "07": "07_submission", "08": "08_report"}  # fmt: skip
+
+
+# where each stage is held when the signal comes: in a worker process, in the middle of a write, in training
+@pytest.mark.parametrize(("stage", "part", "number", "arguments"), [
+    ("00", ".dcm", SIGINT, ()),
+    ("01", "series.json", SIGINT, ("--force",)),
+    ("01", ".part", SIGTERM, ("--force",)),
+    ("02", ".npy.tmp-", SIGTERM, ("--force",)),
+    ("03", "folds.csv.tmp-", SIGINT, ("--force",)),
+    ("04", "log.jsonl.tmp-", SIGINT, ("--force", "pretrain.checkpoint_every=1000")),
+    ("05", "last.ckpt.tmp-", SIGTERM, ("--force",)),
+    ("06", "scores.json.tmp-", SIGTERM, ("--force",)),
+    ("07", ".dcm", SIGINT, ("--force",)),
+    ("08", "index.html.tmp-", SIGTERM, ("--force",)),
+])  # fmt: skip
+def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):
+    out = tmp_path / "run"
+    copy(smoke, out) if stage != "00" else out.mkdir()
+    process = start(stage, out, *arguments, fault=f"pause:{tmp_path / 'mark'}:{part}")
+    wait_for(tmp_path / "mark", process)
+    os.killpg(process.pid, SIGINT) if number == SIGINT else os.kill(process.pid, SIGTERM)  # a terminal sends Ctrl-C to all
+    go_on(tmp_path / "mark")
+    code, text = end(process)
+    assert code == 128 + number, text
+    assert plain_lines(text) == [LINE], text
+    assert none_alive(process.pid), alive(process.pid)
+    assert not (out / FOLDERS[stage] / "manifest.json").exists(), "it must not look finished"
+    if stage in ("03", "01"):
+        assert run(stage, out)[0] == 0
+        assert not temporaries(out)
+        assert products(out) == products(smoke)
+    if stage == "04":
+        assert (out / "04_voco2d" / "last.ckpt").exists(), "a stop writes a checkpoint"
+
+
+def test_an_ignored_ctrl_c_stays_ignored(smoke, tmp_path):
+    """As in `nohup run_all.sh &`: the background job goes on when someone presses Ctrl-C in the terminal."""
+    out, mark = copy(smoke, tmp_path / "run"), tmp_path / "mark"
+    for stage, part in (("03", "folds.csv.tmp-"), ("04", "log.jsonl.tmp-")):
+        process = start(stage, out, "--force", fault=f"pause:{mark}:{part}", ignore_interrupt=True)
+        wait_for(mark, process)
+        os.killpg(process.pid, SIGINT)
+        go_on(mark)
+        code, text = end(process)
+        assert (code, plain_lines(text)) == (0, []), text
+        mark.unlink()
+        mark.with_name("mark.over").unlink()
+
+
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_run_all_hands_a_stop_on_to_its_stage(smoke, tmp_path, number):
+    out = copy(smoke, tmp_path / "run", "06_oof")
+    process = start("run_all", out, fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
+    wait_for(tmp_path / "mark", process)
+    os.kill(process.pid, number)
+    code, text = end(process)
+    assert code == 128 + number, text
+    assert plain_lines(text) == [LINE], text
+    assert none_alive(process.pid), "the stage must not go on alone"
+    assert not (out / "06_oof" / "manifest.json").exists()
+
+
+def test_killed_at_random_moments_the_run_ends_with_the_same_submission(smoke, tmp_path):
+    """A few of the kills that `kill_loop.py --kills 40` makes over the whole run."""
+    loop = Path(__file__).with_name("kill_loop.py")
+    command = [sys.executable, str(loop), "--kills", "2", "--reference", str(smoke), "--begin", "05_folds", "--work", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kills" in done.stdout

@@ -1,0 +1,101 @@
+"""Stage scripts under faults: started in a process group of their own, paused, signalled, killed, and looked at afterwards."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from helpers_stages import ROOT, STAGES, environment
+
+SHIM = Path(__file__).parent / "faults" / "shim"
+PATIENCE_S = 240  # for what takes seconds on an idle machine
+CHANGING = ("manifest.json", "log.jsonl", ".lock", ".ckpt", "tfevents", "index.html")  # files that hold times
+
+
+def start(name: str, out: Path, *arguments: str, fault: str = "", stage: str = "", ignore_interrupt: bool = False) -> subprocess.Popen:
+    """A stage script by its number, or `run_all`, of the smoke preset in a new process group, with a fault of the shim."""
+    script = ROOT / "run_all.sh" if name == "run_all" else next(path for path in STAGES if path.name.startswith(name))
+    command = [*([] if name == "run_all" else [sys.executable]), str(script), "--config", "smoke", "--out", str(out), "--jobs", "2"]
+    more = {"VOCO_FAULT": fault, "VOCO_STAGE": stage, "PYTHONPATH": f"{SHIM}{os.pathsep}{ROOT}"} if fault else {}
+    handler = signal.SIG_IGN if ignore_interrupt else signal.SIG_DFL  # whatever started the tests may ignore Ctrl-C
+    return subprocess.Popen([*command, *arguments], env=environment(PYTHONDONTWRITEBYTECODE="1", **more), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, handler))  # fmt: skip
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and standard error of a process that is about to end; its group is killed where it does not."""
+    try:
+        _, text = process.communicate(timeout=PATIENCE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, text
+
+
+def run(name: str, out: Path, *arguments: str, **how: str) -> tuple[int, str]:
+    """Start a stage script and wait for its end."""
+    return end(start(name, out, *arguments, **how))
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> str:
+    """The text of a file that a process is about to write; AssertionError where it ends without."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (path.exists() and path.read_text()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            raise AssertionError(f"{path.name} did not appear: {process.communicate()[1][-3000:]}")
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def go_on(mark: Path) -> None:
+    """Let the process that the shim's `pause` holds at `mark` go on."""
+    mark.with_name(f"{mark.name}.over").touch()
+
+
+def alive(group: int) -> list[int]:
+    """Processes of a process group, those that have ended but not been waited for left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(process_group) == group and state not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+def none_alive(group: int) -> bool:
+    """True when the whole process group has ended, within a while."""
+    deadline = time.monotonic() + 30
+    while alive(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(group)
+
+
+def temporaries(out: Path) -> list[Path]:
+    """Temporary files below a folder."""
+    return [path for path in out.rglob("*") if ".tmp-" in path.name or path.name.endswith(".part")]
+
+
+def products(out: Path) -> dict[str, str]:
+    """Checksums of all files below `out` that a run with the same seed repeats byte for byte."""
+    paths = [path for path in out.rglob("*") if path.is_file() and not any(part in path.name for part in CHANGING)]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def copy(run_folder: Path, target: Path, *without: str) -> Path:
+    """A copy of a finished run without some stage folders."""
+    shutil.copytree(run_folder, target, ignore=lambda folder, names: [n for n in names if Path(folder) == run_folder and n in without])
+    return target
+
+
+def plain_lines(text: str) -> list[str]:
+    """Lines of standard error that are no time-stamped log."""
+    return [line for line in text.splitlines() if line.strip() and not line[:8].replace(":", "").isdigit()]
