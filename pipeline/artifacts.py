@@ -282,19 +282,16 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
     with _stops() as received:
         try:
             _run(folder, options, run, exclusive)
-        except InputError as fault:
-            return _say(f"error: {fault}", 2)
-        except TrainingStopped as fault:
-            return _say(f"error: {fault}", 1)
-        except BaseException as fault:  # whatever a library makes of a signal
+        except BaseException as fault:  # after a signal: whatever a library made of it
             code = 130 if isinstance(fault, KeyboardInterrupt) else getattr(fault, "code", None)
             code = 128 + received[0] if received else code
-            if code not in (130, 143):
-                raise
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number in STOPS:
-                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end
-            return _say("stopped: run the same command again to go on", code)
+            if code in (130, 143):
+                for number in STOPS:
+                    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end
+                return _say("stopped: run the same command again to go on", code)
+            if isinstance(fault, (InputError, TrainingStopped)):
+                return _say(f"error: {fault}", 2 if isinstance(fault, InputError) else 1)
+            raise
     return 0
 
 
@@ -330,7 +327,9 @@ def _stops() -> Iterator[list[int]]:
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, stop)
-    yield received
-    if not received:
-        for number, handler in before.items():
+    try:
+        yield received
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items() if not received else ():
             signal.signal(number, handler)

@@ -85,9 +85,20 @@ def device_used() -> str:
 
 
 def peak_mb() -> int:
-    """Peak resident memory in MB: this process's own plus that of its largest child that has ended (pages they share count twice)."""
-    unit = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # ru_maxrss is in bytes there, in KiB here
-    return round(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit)
+    """Peak resident memory in MB: this process's own plus that of its largest child (pages that they share count twice)."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    living = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    own = _high_water("self") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round((own + max([ended, *map(_high_water, living)])) * 1024 / 1e6)
+
+
+def _high_water(pid: str) -> int:
+    """Peak resident KiB of a process; 0 where it has ended or the system does not tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return int(next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), 0))
 
 
 def _sync_folder(folder: Path) -> None:

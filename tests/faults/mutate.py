@@ -34,8 +34,8 @@ GUARDS = (
     (ARTIFACTS, "if folder.parent == self.out:", "if False:", STATE + "a_second_run"),
     (ARTIFACTS, "if handler != signal.SIG_IGN:", "if True:", STOPS + "an_ignored"),
     (ARTIFACTS, "= (signal.SIGINT, signal.SIGTERM), 2.0", "= (signal.SIGINT,), 2.0", STOPS + "a_stop[06"),
-    (ARTIFACTS, "if code not in (130, 143):", "if True:", STOPS + "a_stop[03"),
-    (ARTIFACTS, "except TrainingStopped as fault:", "except ZeroDivisionError as fault:", STATE + "a_non_finite[05"),
+    (ARTIFACTS, "if code in (130, 143):", "if False:", STOPS + "a_stop[03"),
+    (ARTIFACTS, "if isinstance(fault, (InputError, TrainingStopped)):", "if isinstance(fault, InputError):", STATE + "a_non_finite[05"),
     (ARTIFACTS, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only[30"),
     (ARTIFACTS, "round(time.monotonic() - self.started", "round(time.time() - self.started", STATE + "a_clock"),
     (PARALLEL, "(signal.SIG_BLOCK, {signal.SIGINT})", "(signal.SIG_BLOCK, ())", STOPS + "a_stop[01-series"),
@@ -80,7 +80,7 @@ GUARDS = (
     ("pipeline/tables.py", "(~value.is_finite(), column,", "(pl.lit(False), column,", TABLES + "any_wrong_cell[oof"),
     ("pipeline/tables.py", "    table.refuse((again, columns[-1],", "    table.refuse((again & False, columns[-1],", TABLES + "a_missing"),
     ("pipeline/tables.py", 'rules.append((total > 1,', 'rules.append((total > 9,', TABLES + "the_stage[train.csv"),
-    ("pipeline/tables.py", "        table.refuse((wrong, KEY,", "        table.refuse((wrong & False, KEY,", TABLES + "the_stage[train_series"),
+    ("pipeline/tables.py", "        table.refuse((wrong,", "        table.refuse((wrong & False,", TABLES + "the_stage[train_series"),
 )  # fmt: skip
 
 
