@@ -112,7 +112,7 @@ def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
 
 def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Generator) -> list[int]:
     """Write one DICOM file a plane into `folder`; returns the instance numbers of the planes."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a worker killed here is done again
     depth, dz, top, series_uid = len(scan.hu), scan.spacing[0], rng.uniform(-900, 100), _uid(rng)
     order = np.arange(depth)[:: -1 if plan.header == "ascending" else 1] * (2 if plan.header == "gap" else 1)
     instances = (int(rng.choice([1, 1, 2, 37, 120, 401])) + order).tolist()

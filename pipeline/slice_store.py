@@ -133,6 +133,7 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
             done[missing[k]] = _with_frame(task, answer)
 
     _, seconds = timed(convert_missing)
+    remove_temporaries(target, depth=1)  # of workers that were killed
     index = pl.concat([sidecar["rows"] for sidecar in done])
     with atomic_path(target / INDEX) as temporary:
         index.write_parquet(temporary)

@@ -101,6 +101,7 @@ def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, sched
         if rows[k] is None:
             reason = row.reason if isinstance(row, Failure) else "no usable slice"
             log(f"warning: no volume of series {groups[k]['patient_id'][0]}/{groups[k]['series_id'][0]}: {reason}")
+    remove_temporaries(target)  # of workers that were killed
     table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
     with atomic_path(target / INDEX) as temporary:
         table.write_parquet(temporary)

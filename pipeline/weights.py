@@ -1,6 +1,8 @@
 """Tensor files: safetensors (or `torch.load(weights_only=True)`) read and written strictly, every tensor accounted for."""
 
 import json
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, s
         raise InputError("no such weights file", str(path), "give the path of a .safetensors or PyTorch weights file")
     try:
         state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    except pickle.UnpicklingError as fault:
+        where, remedy = f"{path}: more than plain tensors, and pickled code is never run", "give a safetensors or weights-only PyTorch file"
+        raise InputError("weights not readable", where, remedy) from fault
     except Exception as fault:  # both readers raise their own kinds for damaged files; the cause stays chained
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise InputError("weights not readable", f"{path}: {reason}", "give a whole safetensors or weights-only PyTorch file") from fault
@@ -40,7 +45,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of what the next line says better
+        state = torch.load(path, map_location="cpu", weights_only=True)
     for nest in NESTS:
         if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
             state = state[nest]

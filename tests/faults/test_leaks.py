@@ -12,12 +12,12 @@ GROWTH_MB = 60  # allocators keep a little; one leaked volume or model a call wo
 SCRIPT = """
 import json, os, runpy, sys
 out, calls = sys.argv[1], int(sys.argv[2])
-plan = [("03_make_folds", ["--force"]), ("06_score_oof", ["--force", "score.bootstrap=5"]),
-        ("02_build_volumes", ["--force", "--jobs", "1"]), ("04_pretrain_voco2d", ["--force", "pretrain.steps=1"]),
-        ("08_report", ["--force"])]
+plan = 2 * [("03_make_folds", ["--force"]), ("08_report", ["--force"])] + [("02_build_volumes", ["--force", "--jobs", "1"])]
+plan += plan[:4] + [("06_score_oof", ["--force", "score.bootstrap=5", "score.calibrate=false"])]
+train = ("04_pretrain_voco2d", ["--force", "pretrain.steps=1"])
 seen = []
 for k in range(calls):
-    name, more = plan[k % len(plan)]
+    name, more = train if k % 20 == 9 else plan[k % len(plan)]
     sys.argv = [name, "--config", "smoke", "--out", out, *more]
     try:
         runpy.run_path(f"stages/{name}.py", run_name="__main__")
@@ -38,5 +38,5 @@ def test_repeated_stage_calls_leak_nothing(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     files, memory, threads = zip(*json.loads(done.stdout.splitlines()[-1])[WARM:], strict=True)
     assert max(files) == min(files[: CALLS // 5]), f"open files grow: {files}"
-    assert max(threads) <= threads[0] + 1, f"threads grow: {threads}"
+    assert max(threads) <= threads[0] + 4, f"threads grow: {threads}"
     assert memory[-1] - memory[0] < GROWTH_MB, f"memory grows: {memory}"

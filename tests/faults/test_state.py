@@ -79,7 +79,7 @@ def test_a_half_written_manifest_means_unfinished(out):
 
 
 def test_a_killed_redo_leaves_nothing_that_looks_finished(out, tmp_path):
-    process = start("06", out, "score.bootstrap=20", fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
+    process = start("06", out, "score.bootstrap=20", fault=f"pause:{tmp_path / 'mark'}:oof_predictions.csv.tmp-")
     wait_for(tmp_path / "mark", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -121,12 +121,17 @@ def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch
 def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
     with atomic_folder(tmp_path / "series") as folder:
         (folder / "1.png").touch()
-    real = os.scandir
-    monkeypatch.setattr("shutil.rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt) if list(real(path)) else None)
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "series") as folder:
         (folder / "2.png").touch()
-    monkeypatch.undo()
-    assert not (tmp_path / "series").exists() or len(list((tmp_path / "series").iterdir())) == 1
+
+    def killed(path: Path, **_: object) -> None:
+        if Path(path).exists():
+            first(Path(path), "*").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "series"):
+        pass
+    assert not (tmp_path / "series").exists() or len(list((tmp_path / "series").iterdir())) == 2
 
 
 def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_path):
