@@ -6,4 +6,5 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=$(EXTRAS=test bash .ci/environment.sh)
 fi
 "$PYTHON" -m ruff check pipeline stages tests
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait make a busy machine several times slower
 exec "$PYTHON" -m pytest "$@"
