@@ -153,15 +153,27 @@ def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, schedule
 
 def _deaf(start: Callable[[], T]) -> T:
     """The result of `start`, which starts processes: they are deaf to Ctrl-C, which a terminal sends to all, and end with this one."""
-    from joblib.externals.loky.backend import resource_tracker
-
-    for tracker in (resource_tracker, multiprocessing.resource_tracker):
-        tracker.ensure_running()  # their own start would end the blocking
+    _start_trackers()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_trackers() -> None:
+    """Start the processes that tidy up after dead ones: silent ones, and now, because their start ends the blocking of signals."""
+    from joblib.externals.loky.backend import resource_tracker
+
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        for tracker in (resource_tracker, multiprocessing.resource_tracker):
+            tracker.ensure_running()
+    finally:
+        os.environ.pop("PYTHONWARNINGS")
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _call(work: Callable[[Any], Any], k: int, task: Any) -> tuple[int | None, Any]:

@@ -24,11 +24,8 @@ def refused(code: int, text: str, *parts: str) -> None:
         assert part in lines[0]
 
 
-# files of a stage are larger than this, so that a write of it fails: DICOM, PNG, arrays, CSV, torch, safetensors, parquet, JSON, HTML
-@pytest.mark.parametrize(("stage", "size"), [
-    ("00", 5000), ("01", 900), ("02", 20000), ("03", 100), ("04", 3000), ("05", 200_000), ("06", 2000), ("06", 12_000),
-    ("07", 500), ("08", 10_000),
-])  # fmt: skip
+# files of a stage are larger than this, so that a write of it fails: DICOM, PNG, arrays, CSV (Rust), checkpoint (C++), parquet (Rust)
+@pytest.mark.parametrize(("stage", "size"), [("00", 5000), ("01", 900), ("02", 20000), ("03", 100), ("04", 3000), ("06", 12_000)])
 def test_a_failing_write_is_one_line(smoke, tmp_path, stage, size):
     out = tmp_path / "run"
     copy(smoke, out, FOLDERS[stage]) if stage != "00" else out.mkdir()
@@ -58,25 +55,23 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(smoke, tmp_
         code, text = run("01", out, "--data", data)
         refused(code, text, "the disk is full", str(out))
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
-        for stage in ("01", "02"):
-            assert run(stage, out, "--data", data)[0] == 0
+        assert run("01", out, "--data", data)[0] == 0
         assert not temporaries(out)
         made = products(smoke)
-        assert products(out) == {name: made[name] for name in made if name.startswith(("01_", "02_"))}
+        assert products(out) == {name: made[name] for name in made if name.startswith("01_")}
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
         refused(*run("03", out, "--data", data), "the output is read-only", str(out))
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-@pytest.mark.parametrize(("number", "what"), [(errno.EROFS, "the output is read-only"), (errno.EACCES, "the output is not writable")])
-def test_a_read_only_output_is_one_line(smoke, tmp_path, number, what):
-    out = copy(smoke, tmp_path / "run", "03_folds")
-    refused(*run("03", out, fault=f"refuse:{number}:{out}"), what, str(out))
-    refused(*run("03", out, fault=f"refuse:{number}:{out}/03"), what, str(out / "03_folds"))
+def test_a_read_only_output_is_one_line(smoke, tmp_path):
+    out, what = copy(smoke, tmp_path / "run", "03_folds"), "the output is read-only"
+    refused(*run("03", out, fault=f"refuse:{errno.EROFS}:{out}"), what, str(out))
+    refused(*run("03", out, fault=f"refuse:{errno.EACCES}:{out}/03"), "the output is not writable", str(out / "03_folds"))
     assert not (out / "03_folds").exists()
     shutil.rmtree(out / "01_slices")
-    refused(*run("01", out, fault=f"refuse:{number}:{out}/01"), what, str(out / "01_slices"))
+    refused(*run("01", out, fault=f"refuse:{errno.EROFS}:{out}/01"), what, str(out / "01_slices"))
 
 
 def test_a_file_where_the_output_should_be_is_one_line(tmp_path):

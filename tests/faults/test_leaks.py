@@ -12,12 +12,12 @@ GROWTH_MB = 60  # allocators keep a little; one leaked volume or model a call wo
 SCRIPT = """
 import json, os, runpy, sys
 out, calls = sys.argv[1], int(sys.argv[2])
-plan = 2 * [("03_make_folds", ["--force"]), ("08_report", ["--force"])] + [("02_build_volumes", ["--force", "--jobs", "1"])]
-plan += plan[:4] + [("06_score_oof", ["--force", "score.bootstrap=5", "score.calibrate=false"])]
+plan = 7 * [("03_make_folds", ["--force"])] + [("08_report", ["--force"]), ("02_build_volumes", ["--force", "--jobs", "1"]),
+                                              ("06_score_oof", ["--force", "score.bootstrap=5", "score.calibrate=false"])]
 train = ("04_pretrain_voco2d", ["--force", "pretrain.steps=1"])
 seen = []
 for k in range(calls):
-    name, more = train if k % 20 == 9 else plan[k % len(plan)]
+    name, more = train if k % 30 == 9 else plan[k % len(plan)]
     sys.argv = [name, "--config", "smoke", "--out", out, *more]
     try:
         runpy.run_path(f"stages/{name}.py", run_name="__main__")

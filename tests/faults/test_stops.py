@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers_faults import alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
 
+from pipeline.engine import StopSignal
+
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 LINE = "stopped: run the same command again to go on"
 FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "03_folds", "04": "04_voco2d", "05": "05_folds",
@@ -19,11 +21,9 @@ FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "0
 @pytest.mark.parametrize(("stage", "part", "number", "arguments"), [
     ("00", ".dcm", SIGINT, ()),
     ("01", "series.json", SIGINT, ("--force",)),
-    ("01", ".part", SIGTERM, ("--force",)),
     ("02", ".npy.tmp-", SIGTERM, ("--force",)),
     ("03", "folds.csv.tmp-", SIGINT, ("--force",)),
     ("04", "log.jsonl.tmp-", SIGINT, ("--force", "pretrain.checkpoint_every=1000")),
-    ("05", "last.ckpt.tmp-", SIGTERM, ("--force",)),
     ("06", "scores.json.tmp-", SIGTERM, ("--force",)),
     ("07", ".dcm", SIGINT, ("--force",)),
     ("08", "index.html.tmp-", SIGTERM, ("--force",)),
@@ -51,34 +51,41 @@ def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):
 def test_an_ignored_ctrl_c_stays_ignored(smoke, tmp_path):
     """As in `nohup run_all.sh &`: the background job goes on when someone presses Ctrl-C in the terminal."""
     out, mark = copy(smoke, tmp_path / "run"), tmp_path / "mark"
-    for stage, part in (("03", "folds.csv.tmp-"), ("04", "log.jsonl.tmp-")):
-        process = start(stage, out, "--force", fault=f"pause:{mark}:{part}", ignore_interrupt=True)
-        wait_for(mark, process)
-        os.killpg(process.pid, SIGINT)
-        go_on(mark)
-        code, text = end(process)
-        assert (code, plain_lines(text)) == (0, []), text
-        mark.unlink()
-        mark.with_name("mark.over").unlink()
+    process = start("03", out, "--force", fault=f"pause:{mark}:folds.csv.tmp-", ignore_interrupt=True)
+    wait_for(mark, process)
+    os.killpg(process.pid, SIGINT)
+    go_on(mark)
+    code, text = end(process)
+    assert (code, plain_lines(text)) == (0, []), text
+
+
+def test_training_leaves_an_ignored_ctrl_c_ignored():
+    before = signal.signal(SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), SIGINT)
+        assert not stop.signum
+    finally:
+        signal.signal(SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_run_all_hands_a_stop_on_to_its_stage(smoke, tmp_path, number):
-    out = copy(smoke, tmp_path / "run", "06_oof")
-    process = start("run_all", out, fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
+    out = copy(smoke, tmp_path / "run", "03_folds")
+    process = start("run_all", out, fault=f"pause:{tmp_path / 'mark'}:folds.csv.tmp-")
     wait_for(tmp_path / "mark", process)
     os.kill(process.pid, number)
     code, text = end(process)
     assert code == 128 + number, text
     assert plain_lines(text) == [LINE], text
     assert none_alive(process.pid), "the stage must not go on alone"
-    assert not (out / "06_oof" / "manifest.json").exists()
+    assert not (out / "03_folds" / "manifest.json").exists()
 
 
 def test_killed_at_random_moments_the_run_ends_with_the_same_submission(smoke, tmp_path):
     """A few of the kills that `kill_loop.py --kills 40` makes over the whole run."""
     loop = Path(__file__).with_name("kill_loop.py")
-    command = [sys.executable, str(loop), "--kills", "2", "--reference", str(smoke), "--begin", "05_folds", "--work", str(tmp_path)]
+    command = [sys.executable, str(loop), "--kills", "2", "--reference", str(smoke), "--begin", "06_oof", "--work", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kills" in done.stdout

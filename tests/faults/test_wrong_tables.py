@@ -32,7 +32,7 @@ CELLS = {
     "aortic_hu": NUMBERS, "incomplete_organ": NUMBERS | st.just("2"), "injury_name": st.sampled_from(["", "bowel", "Bowels", "Liver"]),
     "instance_number": NUMBERS | st.sampled_from(["", "1.5", "-1", "1e16"]),
 }  # fmt: skip
-bounded = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+bounded = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(data: Path, **changed: list[str]) -> None:
