@@ -1,6 +1,7 @@
 """Pretraining batches by memory map: what a step reads is a pure function of (seed, step, rank), so nothing is to be restored."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,20 @@ def evaluation_batches(samples: VocoSamples, random_crops: int) -> Iterator[Batc
         yield collate([samples.sample(index, [samples.seed, EVALUATION, index], random_crops, augment=False)])
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread, and no death by the signal that stops the whole process group: the loop needs its data to end its step.
+
+    A second SIGTERM takes its ordinary course: the parent's way to end a worker that does not end by itself.
+    """
     import cv2
 
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def batches(samples: VocoSamples, start: int, steps: int, pinned: bool) -> Iterator[Batch]:
     """Batches of steps start..steps-1, made ahead by `workers` processes in pinned memory (0: made when asked for)."""
     workers = samples.config.workers
-    options = {"prefetch_factor": 4, "worker_init_fn": _one_thread} if workers else {}
+    options = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
     yield from DataLoader(samples, batch_size=None, sampler=range(start, steps), num_workers=workers, pin_memory=pinned, **options)

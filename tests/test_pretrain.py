@@ -1,6 +1,7 @@
 """The loop: stopping and resuming repeats an unbroken run, ranks share a batch, faults end it with the last good state kept."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -27,7 +28,7 @@ from pipeline.config import load_config
 from pipeline.distributed import World
 from pipeline.engine import Collapse, NonFiniteLoss, read_log
 from pipeline.voco import make_teacher
-from pipeline.voco_data import VocoSamples
+from pipeline.voco_data import VocoSamples, batches
 from pipeline.voco_figures import draw_all
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -197,6 +198,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(volumes, unbroken, tmp_p
     assert (tmp_path / "backbone.safetensors").read_bytes() == (unbroken[0] / "backbone.safetensors").read_bytes()
 
 
+def test_a_signal_to_the_whole_group_reaches_the_workers_without_ending_them(volumes):
+    """As a terminal's Ctrl-C or a batch system's SIGTERM does: the loop still gets its data and ends at a step boundary."""
+    _, samples = trained("pretrain.workers=1", volumes=volumes)
+    before = set(multiprocessing.active_children())
+    stream = batches(samples, 0, 40, pinned=False)
+    first = next(stream)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    rest = list(stream)
+    assert len(rest) == 39
+    assert torch.equal(first["crops"], samples[0]["crops"])
+    assert torch.equal(rest[-1]["crops"], samples[39]["crops"])
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
 def test_every_random_number_of_a_step_follows_from_seed_and_step(volumes, monkeypatch):
     """Stochastic depth and dropout of a backbone draw from the global generators."""
     forward, draws = loop.forward, []
@@ -264,9 +282,9 @@ def test_checkpoints_rotate_and_a_damaged_one_costs_one_interval(tmp_path):
 
 def ranks(volumes, fault):
     """Stage 04 under torchrun in the folder of `volumes`, two processes with a planted fault."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
-               "--local-addr=127.0.0.1", str(HELPER), fault, "--config=smoke", f"--out={volumes.parent}", "--device=cpu",
-               *DESCENT]  # fmt: skip
+    launch = "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, f"--log-dir={volumes.parent / 'ranks'}", str(HELPER), fault,
+               "--config=smoke", f"--out={volumes.parent}", "--device=cpu", *DESCENT]  # fmt: skip
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[1])}
     return subprocess.run(command, env=shared, capture_output=True, text=True, timeout=400)
 
