@@ -38,7 +38,7 @@ GUARDS = (
     (ARTIFACTS, "if isinstance(fault, (InputError, TrainingStopped)):", "if isinstance(fault, InputError):", STATE + "training_that"),
     (ARTIFACTS, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
     (ARTIFACTS, "round(time.monotonic() - self.started", "round(time.time() - self.started", STATE + "a_clock"),
-    (PARALLEL, "(signal.SIG_BLOCK, {signal.SIGINT})", "(signal.SIG_BLOCK, ())", STOPS + "a_stop[01-series"),
+    (PARALLEL, "(signal.SIG_BLOCK, {signal.SIGINT})", "(signal.SIG_BLOCK, ())", STOPS + "workers_are"),
     (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', STOPS + "a_stop[07"),
     (PARALLEL, "        except lost:\n", "        except ZeroDivisionError:\n", STATE + "a_worker[01"),
     (PARALLEL, "    for trial in range(ROUNDS):", "    for trial in range(0):", STATE + "a_worker[00"),
@@ -98,12 +98,12 @@ def fails(copy: Path, test: str, smoke: Path) -> bool:
     file, _, name = test.partition("::")
     name, _, case = name.partition("[")
     environment = {**os.environ, "PYTHONPATH": str(copy), "VOCO2D_SMOKE": str(smoke), "PYTHONDONTWRITEBYTECODE": "1"}
-    pick = [sys.executable, "-m", "pytest", "-q", "--collect-only", f"tests/{file}"]
+    pick = [sys.executable, "-m", "pytest", "--collect-only", f"tests/{file}"]
     listed = subprocess.run(pick, cwd=copy, env=environment, capture_output=True, text=True, check=False).stdout.splitlines()
     nodes = [line for line in listed if line.startswith(f"tests/{file}::{name}") and f"[{case}" in line + "["]
     if not nodes:
         raise ValueError(f"no test {test}: {listed[-3:]}")
-    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *nodes]
+    run = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *nodes]
     return subprocess.run(run, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=900).returncode == 1
 
 

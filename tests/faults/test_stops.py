@@ -10,6 +10,7 @@ import pytest
 from helpers_faults import alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
 
 from pipeline.engine import StopSignal
+from pipeline.parallel import spread
 
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 LINE = "stopped: run the same command again to go on"
@@ -46,6 +47,16 @@ def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):
         assert products(out) == products(smoke)
     if stage == "04":
         assert (out / "04_voco2d" / "last.ckpt").exists(), "a stop writes a checkpoint"
+
+
+def is_deaf(_: int) -> bool:
+    return SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_workers_are_deaf_to_ctrl_c():
+    """A terminal sends it to them too: each would answer with a traceback of its own."""
+    assert [deaf for _, deaf in spread(is_deaf, range(4), jobs=2)] == 4 * [True]
+    assert not is_deaf(0)
 
 
 def test_an_ignored_ctrl_c_stays_ignored(smoke, tmp_path):

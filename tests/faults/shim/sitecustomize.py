@@ -41,7 +41,8 @@ def pause(mark: str, part: str) -> None:
             return
         os.write(handle, str(os.getpid()).encode())
         os.close(handle)
-        while not os.path.exists(f"{mark}.over"):  # noqa: PTH110 (pathlib is not imported this early)
+        deadline = time.monotonic() + 600  # nobody waits for a test that has failed
+        while not os.path.exists(f"{mark}.over") and time.monotonic() < deadline:  # noqa: PTH110 (pathlib is not imported this early)
             time.sleep(0.02)
 
     sys.addaudithook(hook)
