@@ -19,8 +19,9 @@ from threadpoolctl import threadpool_limits
 
 from .ablation_stats import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
 from .artifacts import Stage, digest, read_manifest
-from .config import Config, derive, resolved
+from .config import Config, resolved
 from .metric import score_arrays
+from .presets import derive
 from .runtime import InputError, atomic_path, log, progress, write_json, write_text
 from .tables import read_labels
 from .targets import COLUMNS, SCORE_KEYS

@@ -1,4 +1,4 @@
-"""Stage folders: manifests, fingerprints, locks and the command line that all stage scripts share."""
+"""Stage folders: manifests, fingerprints and locks."""
 
 import argparse
 import contextlib
@@ -8,25 +8,21 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from .runtime import InputError, TrainingStopped, cpu_count, device_used, disk_errors, log, peak_mb, remove_temporaries, write_json
+from .runtime import InputError, cpu_count, device_used, disk_errors, log, peak_mb, remove_temporaries, write_json
 
-if TYPE_CHECKING:  # at run time it is imported inside `main`: a Ctrl-C is answered in one line from the first moment on
+if TYPE_CHECKING:
     from .config import Config
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
-STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
 MAKERS = {
     "data/phantom": "00_make_phantom",
     "01_slices": "01_convert_dicom",
@@ -256,80 +252,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """The flags of every stage; `doc` says what it reads and writes."""
-    flags = argparse.ArgumentParser(prog=f"{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--config", default="demo", help="YAML file or preset name (default: demo)")
-    flags.add_argument("--data", help="data set in the competition's layout (default: the run's own phantom)")
-    flags.add_argument("--out", help="output folder (default: outputs/<config name>)")
-    flags.add_argument("--jobs", type=int, default=0, help="processes (default: all cores)")
-    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    flags.add_argument("--force", action="store_true", help="run even where up to date")
-    flags.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. pretrain.steps=200")
-    return flags
-
-
-def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None],
-         extend: Callable[[argparse.ArgumentParser], None] | None = None, exclusive: bool = True) -> int:  # fmt: skip
-    """Entry point of a stage script: parse, lock (unless not `exclusive`), run. Exit code 0 done, 1 training went wrong, 2 the user's
-    input is wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, each with one line and no traceback."""
-    flags = parser(Path(script).stem, doc or "")
-    if extend:
-        extend(flags)
-    options = flags.parse_intermixed_args()
-    with _stops() as received:
-        try:
-            _run(folder, options, run, exclusive)
-        except BaseException as fault:  # after a signal: whatever a library made of it
-            code = 130 if isinstance(fault, KeyboardInterrupt) else getattr(fault, "code", None)
-            code = 128 + received[0] if received else code
-            if code in (130, 143):
-                for number in STOPS:
-                    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end
-                return _say("stopped: run the same command again to go on", code)
-            if isinstance(fault, (InputError, TrainingStopped)):
-                return _say(f"error: {fault}", 2 if isinstance(fault, InputError) else 1)
-            raise
-    return 0
-
-
-def _run(folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool) -> None:
-    from .config import load_config
-
-    stage = Stage(folder, load_config(options.config, options.overrides), options)
-    with disk_errors(stage.folder), stage.reading, stage.lock() if exclusive else contextlib.nullcontext():
-        run(stage)
-
-
-def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr, flush=True)
-    return code
-
-
-@contextlib.contextmanager
-def _stops() -> Iterator[list[int]]:
-    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143); yields the list of those that came. An ignored one stays so.
-
-    Where Python swallows the exception (in a destructor, in the import system), it is raised again, by an alarm.
-    """
-    received: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        if signum != signal.SIGALRM:
-            received.append(signum)
-        sys.unraisablehook = threading.excepthook = lambda fault: None  # of what is being torn down
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
-        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
-
-    before = {number: signal.getsignal(number) for number in (*STOPS, signal.SIGALRM)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, stop)
-    try:
-        yield received
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items() if not received else ():
-            signal.signal(number, handler)

@@ -5,7 +5,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,14 @@ from .backbone import load_backbone, normalise
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights
 from .classifier import CnnLstm, InjuryLoss
 from .config import Config, TrainConfig, resolved
-from .datasets import Series, SeriesDataset, labelled_series
+from .datasets import SeriesDataset
 from .engine import StopSignal, adamw, autocast, check_finite, ema_update, grad_scaler, loading, warmup_cosine
-from .folds import label_subset
+from .fold_data import FoldData, gather_fold
 from .prediction import build_model, describe, predict
-from .runtime import InputError, atomic_path, log, pick_device, progress, seed_everything, write_text
-from .tables import read_labels, read_slice_labels
+from .runtime import atomic_path, log, pick_device, progress, seed_everything, write_text
 from .targets import COLUMNS
 
 MODEL, CHECKPOINT, LOG, OOF = "model.safetensors", "last.ckpt", "log.jsonl", "oof.parquet"
-
-
-@dataclass(frozen=True)
-class FoldData:
-    """Series of one fold: those trained on and those held out."""
-
-    fold: int
-    train: list[Series]
-    held_out: list[Series]
-    fingerprint: str = ""  # of everything that the run depends on: a checkpoint of other inputs is not taken up
 
 
 class FoldTrainer:
@@ -289,35 +277,14 @@ def train_fold(config: Config, data: FoldData, folder: Path, device: torch.devic
 
 
 def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str, Any]:
-    """Gather fold `fold`'s data from the stage folders and train it in the folder of `part`, from stage 04's backbone unless told."""
+    """Train fold `fold` of the run in the folder of `part`, from stage 04's backbone unless told."""
     config = part.config
     if part.options.jobs:
         torch.set_num_threads(part.jobs)
-    folds = dict(pl.read_csv(part.upstream("03_folds") / "folds.csv", schema_overrides={"patient_id": pl.String}).iter_rows())
-    if fold not in folds.values():
-        raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {sorted(set(folds.values()))}")
-    slice_labels = read_slice_labels(part.data) if config.train.slice_loss else None
-    if config.train.slice_loss and slice_labels is None:
-        raise InputError(
-            "train.slice_loss needs slice labels", f"{part.data}/image_level_labels.csv", "add the table or set train.slice_loss=0"
-        )
-    series = labelled_series(part.upstream("02_volumes"), read_labels(part.data), slice_labels)
-    sides = {side: [one for one in series if (folds[one.patient_id] == fold) == side] for side in (True, False)}
-    for side, name in ((True, "held-out"), (False, "training")):
-        if not sides[side]:
-            raise InputError(f"fold {fold} has no {name} series", str(part.out / "02_volumes"), "check stage 01's quarantine.csv")
+    data = gather_fold(part, fold)
     if part.options.force:
         (part.folder / CHECKPOINT).unlink(missing_ok=True)
     if config.train.init == "voco2d" and pretrained is None:
         pretrained = part.upstream("04_voco2d") / "backbone.safetensors"
-    if config.train.label_fraction < 1:
-        patients = {one.patient_id: one.labels for one in sides[False]}
-        chosen = label_subset(list(patients), np.stack(list(patients.values())), config.train.label_fraction, config.seed)
-        sides[False] = [one for one in sides[False] if one.patient_id in chosen]
-    return train_fold(
-        config,
-        FoldData(fold, sides[False], sides[True], part.fingerprint),
-        part.folder,
-        pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))),
-        pretrained,
-    )
+    device = pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    return train_fold(config, data, part.folder, device, pretrained)

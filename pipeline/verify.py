@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .artifacts import MAKERS, ROOT, SCHEMA, digest, parser, read_manifest
-from .config import load_config
+from .artifacts import MAKERS, ROOT, SCHEMA, digest, read_manifest
+from .command import parser
+from .presets import load_config
 from .runtime import InputError, cpu_count, progress
 
 PATTERNS = ("data/*/manifest.json", "0*/manifest.json", "0*/*/manifest.json", "0*/*/*/manifest.json")

@@ -8,7 +8,8 @@ Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_ima
 Skipped when --data names a data set or the config has `phantom: null`.
 """
 
-from pipeline.artifacts import ROOT, Stage, digest, main
+from pipeline.artifacts import ROOT, Stage, digest
+from pipeline.command import main
 from pipeline.runtime import atomic_folder, log, progress
 
 

@@ -10,7 +10,8 @@ must be on a file system that all its machines share under the same path.
 
 import argparse
 
-from pipeline.artifacts import Stage, digest, main
+from pipeline.artifacts import Stage, digest
+from pipeline.command import main
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:

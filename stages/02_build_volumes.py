@@ -6,7 +6,8 @@ Writes  <out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.p
 
 import argparse
 
-from pipeline.artifacts import Stage, main
+from pipeline.artifacts import Stage
+from pipeline.command import main
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@ Reads   train.csv and train_series_meta.csv of the data folder.
 Writes  03_folds/folds.csv (patient_id,fold); prints how many patients of each class every fold has.
 """
 
-from pipeline.artifacts import Stage, main
+from pipeline.artifacts import Stage
+from pipeline.command import main
 from pipeline.runtime import atomic_path
 
 

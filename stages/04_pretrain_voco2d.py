@@ -6,7 +6,8 @@ Writes  <out>/04_voco2d/backbone.safetensors (of the best held-out position accu
 A stopped run goes on where it stopped. Several GPUs: torchrun --nproc-per-node N stages/04_pretrain_voco2d.py ...
 """
 
-from pipeline.artifacts import Stage, main
+from pipeline.artifacts import Stage
+from pipeline.command import main
 
 
 def run(stage: Stage) -> None:

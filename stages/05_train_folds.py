@@ -7,7 +7,8 @@ Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.pa
 
 import argparse
 
-from pipeline.artifacts import Stage, main, read_manifest
+from pipeline.artifacts import Stage, read_manifest
+from pipeline.command import main
 
 SECTIONS = ("seed", "model", "train")
 PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time

@@ -10,7 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from pipeline.artifacts import Stage, digest, main
+from pipeline.artifacts import Stage, digest
+from pipeline.command import main
 from pipeline.runtime import InputError, atomic_path, write_json
 
 TABLES = ["oof_predictions.csv", "scores.json", "calibration.json", "patients.parquet"]

@@ -7,7 +7,8 @@ Writes  <out>/07_submission/submission.csv, fallbacks.csv (who got the prior, an
 
 import argparse
 
-from pipeline.artifacts import Stage, main
+from pipeline.artifacts import Stage
+from pipeline.command import main
 from pipeline.runtime import log
 
 SECTIONS = ("convert", "volume", "score", "predict")

@@ -6,7 +6,8 @@ Writes  <out>/08_report/index.html, manifest.json
 
 import shlex
 
-from pipeline.artifacts import Stage, digest, main
+from pipeline.artifacts import Stage, digest
+from pipeline.command import main
 from pipeline.runtime import InputError, log, write_text
 
 MANIFESTS = ("data/phantom/manifest.json", "0*/manifest.json", "05_folds/fold*/manifest.json")

@@ -7,7 +7,8 @@ A stopped run goes on where it stopped; finished cells are skipped. Several devi
 Run stages/08_report.py again to have the tables in the report. ./run_all.sh does not run this stage.
 """
 
-from pipeline.artifacts import Stage, digest, main, read_manifest
+from pipeline.artifacts import Stage, digest, read_manifest
+from pipeline.command import main
 
 
 def run(stage: Stage) -> None:

@@ -9,8 +9,9 @@ import polars as pl
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 
 from pipeline.ablation_stats import cell_draws, compare, sentence
-from pipeline.config import Config, load_config, resolved
+from pipeline.config import Config, resolved
 from pipeline.folds import make_folds
+from pipeline.presets import load_config
 from pipeline.runtime import write_json
 from pipeline.scoring import score_oof
 from pipeline.targets import COLUMNS, TARGET_NAMES

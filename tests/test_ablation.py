@@ -13,10 +13,11 @@ from helpers_stages import run_stage
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
 from pipeline.ablation_stats import FIGURES, Draws, cell_draws, compare, long_rows, markdown, over_seeds, sentence, verdict
-from pipeline.artifacts import Stage, parser, read_manifest
-from pipeline.config import derive, load_config
+from pipeline.artifacts import Stage, read_manifest
+from pipeline.command import parser
 from pipeline.folds import label_subset
 from pipeline.metric_extra import resamples
+from pipeline.presets import derive, load_config
 from pipeline.runtime import InputError
 from pipeline.targets import TARGET_NAMES, TARGETS, group_slices
 

@@ -14,8 +14,8 @@ from scipy.optimize import approx_fprime
 
 from pipeline import calibration, figures, scoring
 from pipeline.calibration import Calibration, fit, fit_prior, objective
-from pipeline.config import load_config
 from pipeline.metric import WEIGHTS, aggregate, floors, normalise, score_arrays
+from pipeline.presets import load_config
 from pipeline.runtime import InputError
 from pipeline.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
 

@@ -7,10 +7,10 @@ import pytest
 
 PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
-    {"targets", "config", "runtime", "artifacts", "verify"},
+    {"targets", "config", "presets", "runtime", "artifacts", "command", "verify"},
     {"dicom", "series", "nifti", "parallel", "sources", "convert", "slice_store", "volume", "volume_store", "decode_ahead"}
     | {"folds", "tables", "metric", "metric_extra", "ablation_stats", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
-    {"crops", "augment", "datasets", "voco_data"},
+    {"crops", "augment", "datasets", "fold_data", "voco_data"},
     {"weights", "layers", "backbone", "voco", "losses", "classifier"},
     {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
     {"inference", "ablation", "probes", "calibration", "scoring", "figures", "submission", "voco_figures"}

@@ -19,10 +19,10 @@ from test_submission import PRIOR, sample
 
 from pipeline import decode_ahead, inference
 from pipeline.calibration import Calibration
-from pipeline.config import load_config
 from pipeline.decode_ahead import Decoded
 from pipeline.inference import Ensemble, predict_test
 from pipeline.prediction import predict
+from pipeline.presets import load_config
 from pipeline.runtime import InputError
 from pipeline.sources import SeriesTask
 from pipeline.submission import SubmissionWriter, check_submission

@@ -24,9 +24,9 @@ from pipeline import pretrain as loop
 from pipeline.artifacts import SCHEMA
 from pipeline.backbone import GREY_MEAN, GREY_STD
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.config import load_config
 from pipeline.distributed import World
 from pipeline.engine import Collapse, NonFiniteLoss, read_log
+from pipeline.presets import load_config
 from pipeline.voco import make_teacher
 from pipeline.voco_data import VocoSamples, batches
 from pipeline.voco_figures import draw_all

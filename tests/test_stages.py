@@ -74,8 +74,8 @@ def test_pretraining_never_reads_labels(smoke):
 
 def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
     """The in-memory path of stage 07 and stages 01 and 02 give the same volume."""
-    from pipeline.config import load_config
     from pipeline.decode_ahead import decode_series
+    from pipeline.presets import load_config
     from pipeline.sources import SeriesTask
 
     config = load_config("smoke")

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from pipeline import training
-from pipeline.config import load_config
 from pipeline.datasets import Series
 from pipeline.engine import NonFiniteLoss
+from pipeline.fold_data import FoldData
 from pipeline.prediction import load_classifier
+from pipeline.presets import load_config
 from pipeline.runtime import InputError
 from pipeline.targets import COLUMNS, TARGETS
-from pipeline.training import MODEL, OOF, FoldData, FoldTrainer, train_fold
+from pipeline.training import MODEL, OOF, FoldTrainer, train_fold
 
 CPU = torch.device("cpu")
 

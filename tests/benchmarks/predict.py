@@ -21,10 +21,11 @@ import psutil
 from pipeline.artifacts import Stage
 from pipeline.calibration import Calibration
 from pipeline.checkpoint import save_weights
-from pipeline.config import Config, PhantomConfig, load_config
+from pipeline.config import Config, PhantomConfig
 from pipeline.phantom import Scan, make_scan
 from pipeline.phantom_dicom import SeriesPlan, write_series
 from pipeline.prediction import build_model, describe
+from pipeline.presets import load_config
 from pipeline.runtime import seed_everything, write_json
 from pipeline.targets import COLUMNS, TARGET_NAMES
 

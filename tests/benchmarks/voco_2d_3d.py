@@ -23,10 +23,10 @@ from voco_step import batch_of
 
 from pipeline import pretrain
 from pipeline.backbone import create_backbone
-from pipeline.config import load_config
 from pipeline.distributed import World
 from pipeline.engine import adamw, autocast, ema_update
 from pipeline.losses import base_regularisation, position_loss, similarity
+from pipeline.presets import load_config
 from pipeline.runtime import timed
 
 CROPS, TILES = 20, 16  # of one volume: 16 base and 4 random crops, and the tiles of a whole volume

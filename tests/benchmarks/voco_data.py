@@ -15,8 +15,9 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.crops import base_boxes, random_boxes, resize_planes
+from pipeline.presets import load_config
 from pipeline.runtime import timed
 from pipeline.voco_data import VocoSamples
 

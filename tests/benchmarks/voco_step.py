@@ -20,8 +20,9 @@ from torch import nn
 
 from pipeline import pretrain
 from pipeline.backbone import normalise
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.distributed import World
+from pipeline.presets import load_config
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}  # dense bf16 or fp16, from the makers' data sheets
 

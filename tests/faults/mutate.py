@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPS, DISK, STATE, HOSTILE, TABLES = (f"faults/test_{name}.py::test_" for name in ("stops", "disk", "state", "hostile", "wrong_tables"))
-ARTIFACTS, RUNTIME, PARALLEL = (f"pipeline/{name}.py" for name in ("artifacts", "runtime", "parallel"))
+ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (f"pipeline/{name}.py" for name in ("artifacts", "command", "runtime", "parallel"))
 
 # file, text of the guard, what stands there without it, the test that must fail (below tests/)
 GUARDS = (
@@ -32,11 +32,11 @@ GUARDS = (
     (ARTIFACTS, "    except ValueError:\n", "    except KeyError:\n", STATE + "a_half_written"),
     (ARTIFACTS, "while not _flock(handle, kind):", "while False:", STATE + "a_second_run"),
     (ARTIFACTS, "if folder.parent == self.out:", "if False:", STATE + "a_second_run"),
-    (ARTIFACTS, "if handler != signal.SIG_IGN:", "if True:", STOPS + "an_ignored"),
-    (ARTIFACTS, "= (signal.SIGINT, signal.SIGTERM), 2.0", "= (signal.SIGINT,), 2.0", STOPS + "a_stop[06"),
-    (ARTIFACTS, "if code in (130, 143):", "if False:", STOPS + "a_stop[03"),
-    (ARTIFACTS, "if isinstance(fault, (InputError, TrainingStopped)):", "if isinstance(fault, InputError):", STATE + "training_that"),
-    (ARTIFACTS, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
+    (COMMAND, "if handler != signal.SIG_IGN:", "if True:", STOPS + "an_ignored"),
+    (COMMAND, "= (signal.SIGINT, signal.SIGTERM), 2.0", "= (signal.SIGINT,), 2.0", STOPS + "a_stop[06"),
+    (COMMAND, "if code in (130, 143):", "if False:", STOPS + "a_stop[03"),
+    (COMMAND, "if isinstance(fault, (InputError, TrainingStopped)):", "if isinstance(fault, InputError):", STATE + "training_that"),
+    (COMMAND, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
     (ARTIFACTS, "round(time.monotonic() - self.started", "round(time.time() - self.started", STATE + "a_clock"),
     (PARALLEL, "(signal.SIG_BLOCK, {signal.SIGINT})", "(signal.SIG_BLOCK, ())", STOPS + "workers_are"),
     (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', STOPS + "a_stop[07"),

@@ -12,9 +12,10 @@ from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, pro
 from test_disk import refused
 
 from pipeline import verify
-from pipeline.artifacts import Stage, main, read_manifest
-from pipeline.config import load_config
+from pipeline.artifacts import Stage, read_manifest
+from pipeline.command import main
 from pipeline.engine import check_finite
+from pipeline.presets import load_config
 from pipeline.runtime import atomic_folder
 
 

@@ -1,0 +1,54 @@
+"""The series that one fold trains on and holds out, gathered from the stage folders."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from .artifacts import Stage
+from .config import Config
+from .datasets import Series, labelled_series
+from .folds import label_subset
+from .runtime import InputError
+from .tables import read_labels, read_slice_labels
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """Series of one fold: those trained on and those held out."""
+
+    fold: int
+    train: list[Series]
+    held_out: list[Series]
+    fingerprint: str = ""  # of everything that the run depends on: a checkpoint of other inputs is not taken up
+
+
+def gather_fold(part: Stage, fold: int) -> FoldData:
+    """Fold `fold` of stage 03's table, with the volumes and the labels that `part` may read.
+
+    Raises:
+        InputError: no such fold, no series on one of its sides, slice labels asked for and absent.
+    """
+    folds = dict(pl.read_csv(part.upstream("03_folds") / "folds.csv", schema_overrides={"patient_id": pl.String}).iter_rows())
+    if fold not in folds.values():
+        raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {sorted(set(folds.values()))}")
+    slice_labels = read_slice_labels(part.data) if part.config.train.slice_loss else None
+    if part.config.train.slice_loss and slice_labels is None:
+        where = f"{part.data}/image_level_labels.csv"
+        raise InputError("train.slice_loss needs slice labels", where, "add the table or set train.slice_loss=0")
+    series = labelled_series(part.upstream("02_volumes"), read_labels(part.data), slice_labels)
+    held_out = [one for one in series if folds[one.patient_id] == fold]
+    train = [one for one in series if folds[one.patient_id] != fold]
+    for side, name in ((held_out, "held-out"), (train, "training")):
+        if not side:
+            raise InputError(f"fold {fold} has no {name} series", str(part.out / "02_volumes"), "check stage 01's quarantine.csv")
+    return FoldData(fold, _subset(train, part.config), held_out, part.fingerprint)
+
+
+def _subset(train: list[Series], config: Config) -> list[Series]:
+    """The series of the share `train.label_fraction` of the patients."""
+    if config.train.label_fraction == 1:
+        return train
+    patients = {one.patient_id: one.labels for one in train}
+    chosen = label_subset(list(patients), np.stack(list(patients.values())), config.train.label_fraction, config.seed)
+    return [one for one in train if one.patient_id in chosen]
