@@ -152,6 +152,14 @@ class Stage:
             found[path.name] = digest(path) if path.is_file() else None
         return found
 
+    def fingerprint_of(self, inputs: dict[str, Any], sections: Iterable[str]) -> str:
+        """Digest of all that this stage's result depends on."""
+        from .config import decisive  # late: stage scripts answer a Ctrl-C in one line from the first moment on
+
+        tree = self.config.model_dump(mode="json")
+        config = {name: decisive(name, tree[name]) for name in sections}
+        return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
+
     def current(self, inputs: dict[str, Any], sections: Iterable[str], whole: bool = True) -> bool:
         """True (and says so) when the folder was made from exactly these inputs and config sections and is whole.
 
@@ -159,9 +167,8 @@ class Stage:
         manifest, outputs of a wrong size and what a killed run left go, so that nothing looks finished until `finish`.
         """
         tree = self.config.model_dump(mode="json")
-        config = {name: tree[name] for name in sections}
-        fingerprint = digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
-        self._state = {"config": config, "inputs": inputs, "fingerprint": fingerprint}
+        self._state = {"config": {name: tree[name] for name in sections}, "inputs": inputs,
+                       "fingerprint": (fingerprint := self.fingerprint_of(inputs, sections))}  # fmt: skip
         manifest = read_manifest(self.folder)
         broken = broken_outputs(self.folder, manifest) if manifest else []
         if broken:

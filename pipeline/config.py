@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .targets import TARGET_NAMES
 
 Init = Literal["scratch", "imagenet", "voco2d"]
+LABOUR = {"pretrain": ("workers", "compile", "activation_checkpointing"), "train": ("workers", "compile")}  # keys that change no result
 
 
 class Section(BaseModel):
@@ -242,3 +243,9 @@ def resolved(section: BaseModel | dict[str, Any] | None) -> Any:
     if isinstance(section, BaseModel):
         return json.loads(section.model_dump_json())
     return section
+
+
+def decisive(name: str, section: BaseModel | dict[str, Any] | None) -> Any:
+    """Section `name` as plain values without the keys that say how the work is done and not what comes out: for fingerprints."""
+    values = resolved(section)
+    return {key: value for key, value in values.items() if key not in LABOUR[name]} if name in LABOUR else values
