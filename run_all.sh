@@ -4,6 +4,7 @@
 #   ./run_all.sh --verify [--config FILE] [--out DIR] checks sizes and checksums of a finished run's files and changes nothing
 # PYTHON=/path/to/python ./run_all.sh uses that interpreter as it is and installs nothing.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$(bash "$root/.ci/environment.sh")

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from .ablation_stats import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
 from .artifacts import Stage, digest, read_manifest
-from .config import Config, resolved
+from .config import Config, decisive, resolved
 from .metric import score_arrays
 from .presets import derive
 from .runtime import InputError, atomic_path, log, progress, write_json, write_text
@@ -65,7 +65,7 @@ def declared_cells(config: Config) -> list[Cell]:
 def pretraining_key(config: Config) -> str:
     """Cells with the same key share one pretraining."""
     tree = resolved(config)
-    return digest({name: tree[name] for name in ("seed", "model", "pretrain")})[:12]
+    return digest({name: decisive(name, tree[name]) for name in ("seed", "model", "pretrain")})[:12]
 
 
 def pretrainings(cells: list[Cell]) -> dict[str, Cell]:
@@ -103,15 +103,15 @@ def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
 
 def pretrain_backbone(part: Stage) -> None:
     """Pretrain for all cells that share this backbone, unless that is done; the checkpoints are removed at the end."""
-    if backbone_is_current(part):
-        return
-    from .distributed import World
-    from .engine import read_log
-    from .pretrain import pretrain
-    from .runtime import pick_device
+    with part.lock():  # before anything is looked at: another run may be at it
+        if backbone_is_current(part):
+            return
+        from .distributed import World
+        from .engine import read_log
+        from .pretrain import pretrain
+        from .runtime import pick_device
 
-    world = World(0, 1, pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))))
-    with part.lock():
+        world = World(0, 1, pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))))
         counts = pretrain(part.config, part.upstream("02_volumes"), part.folder, world, fresh=part.options.force)
         rates = pl.Series([row["samples_per_s"] for row in read_log(part.folder / LOG)])
         counts["training_s"] = round(part.config.pretrain.steps * part.config.pretrain.batch * (1 / rates).mean(), 1)
@@ -123,12 +123,12 @@ def pretrain_backbone(part: Stage) -> None:
 def train_cell(stage: Stage, cell: Cell) -> None:
     """Train the folds of one cell unless it is up to date, and join their out-of-fold rows and logs."""
     part = part_of(stage, cell.name, cell.config)
-    if cell_is_current(stage, part, cell):
-        return
-    from .training import run_fold
-
-    pretrained = backbone_part(stage, cell).folder / BACKBONE if cell.backbone else None
     with part.lock():
+        if cell_is_current(stage, part, cell):
+            return
+        from .training import run_fold
+
+        pretrained = backbone_part(stage, cell).folder / BACKBONE if cell.backbone else None
         _forget_another_run(part.folder, part.fingerprint)
         folds = [part.part(f"fold{fold}") for fold in range(cell.config.folds.count)]
         for fold in folds:
@@ -188,6 +188,8 @@ def startable(stage: Stage, cells: list[Cell]) -> list[Cell]:
 
 def run_cells(stage: Stage) -> list[Cell]:
     """Pretrain and train everything that is not up to date, shared out over the ranks; returns the grid when all of it is there."""
+    if stage.options.force and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a rank that waits would take an old result for the new one
+        raise InputError("--force works in a single process only", "torchrun", f"remove {stage.folder} instead")
     cells = startable(stage, declared_cells(stage.config))
     shared = list(pretrainings(cells).values())
     own, mine = stage.share(shared), stage.share(cells)

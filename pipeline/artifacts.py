@@ -11,7 +11,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -33,6 +33,7 @@ MAKERS = {
     "06_oof": "06_score_oof",
     "07_submission": "07_predict_test",
     "08_report": "08_report",
+    "09_ablation": "09_ablate",
 }
 PACKAGES = ("torch", "timm", "numpy", "polars", "dicomsdl", "pydicom", "opencv-python-headless", "albumentations", "scikit-learn")
 
@@ -89,7 +90,7 @@ class Stage:
         self.writer = self.rank == 0
         self.started = time.monotonic()
         self._state: dict[str, Any] = {}
-        self._checked: set[str] = set()
+        self._checked: set[tuple[str, bool]] = set()  # names, and whether all of their files were looked at
         self.reading = contextlib.ExitStack()  # the locks that keep other runs from changing what this one reads
 
     @property
@@ -110,15 +111,19 @@ class Stage:
     @property
     def data(self) -> Path:
         """The data folder in the competition's layout."""
-        if self.real_data:
-            folder, remedy = Path(self.options.data).resolve(), "give --data the folder that holds train.csv"
-        elif self.config.phantom:
-            folder, remedy = self.out / "data" / "phantom", "run stages/00_make_phantom.py first"
-        else:
-            raise InputError("no data", f"config '{self.config.name}' has no phantom", "give --data /path/to/rsna")
+        if not self.real_data:
+            if not self.config.phantom:
+                raise InputError("no data", f"config '{self.config.name}' has no phantom", "give --data /path/to/rsna")
+            return self.upstream("data/phantom", lambda file: "/" not in file)
+        folder = Path(self.options.data).resolve()
         if not folder.is_dir():
-            raise InputError("no such data folder", str(folder), remedy)
+            raise InputError("no such data folder", str(folder), "give --data the folder that holds train.csv")
         return folder
+
+    @property
+    def image_data(self) -> Path:
+        """`data` for a stage that reads its images too: of the phantom none may be missing, real ones are listed series by series."""
+        return self.data if self.real_data or not self.config.phantom else self.upstream("data/phantom", lambda file: True)
 
     def part(self, name: str) -> "Stage":
         """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one fold."""
@@ -130,19 +135,24 @@ class Stage:
         """The part of `items` that this rank of `torchrun` works on; all of them in a single process."""
         return items[self.rank :: int(os.environ.get("WORLD_SIZE", 1))]
 
-    def upstream(self, name: str) -> Path:
-        """Folder of an earlier stage; InputError naming the script that makes it when it is not finished or not whole."""
-        folder = Path(getattr(self.options, "models", None) or self.out) / name
-        if name in self._checked:
+    def upstream(self, name: str, needed: Callable[[str], bool] = lambda file: True) -> Path:
+        """Folder of an earlier stage, held until this one ends.
+
+        Raises:
+            InputError: naming the script that makes it, when it is not finished or one of its `needed` files is not whole.
+        """
+        models = None if name.startswith("data/") else getattr(self.options, "models", None)
+        folder = Path(models or self.out) / name
+        if (name, needed("/")) in self._checked:
             return folder
-        if folder.parent == self.out:
+        if folder.is_relative_to(self.out):
             self.reading.enter_context(self._held(self._lock_file(name), fcntl.LOCK_SH))
-        manifest, maker = read_manifest(folder), MAKERS[name.split("/")[0] if not name.startswith("data/") else name]
+        manifest, maker = read_manifest(folder), MAKERS[name if name in MAKERS else name.split("/")[0]]
         if manifest is None:
             raise InputError(f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first")
-        if broken := broken_outputs(folder, manifest):
+        if broken := list(filter(needed, broken_outputs(folder, manifest))):
             raise InputError(f"a file of {name} is missing or has another size", str(folder / broken[0]), f"run stages/{maker}.py again")
-        self._checked.add(name)
+        self._checked.add((name, needed("/")))
         return folder
 
     def inputs(self, *stages: str, files: Iterable[Path] = ()) -> dict[str, Any]:

@@ -21,11 +21,16 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     flags.add_argument("--config", default="demo", help="YAML file or preset name (default: demo)")
     flags.add_argument("--data", help="data set in the competition's layout (default: the run's own phantom)")
     flags.add_argument("--out", help="output folder (default: outputs/<config name>)")
-    flags.add_argument("--jobs", type=int, default=0, help="processes (default: all cores)")
+    flags.add_argument("--jobs", type=_jobs, default=0, help="processes (default: all cores)")
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags.add_argument("--force", action="store_true", help="run even where up to date")
     flags.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. pretrain.steps=200")
     return flags
+
+
+def _jobs(text: str) -> int:
+    """The value of `--jobs`; 0 and less mean all cores, as for joblib."""
+    return max(0, int(text))
 
 
 def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None],
@@ -45,7 +50,8 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
             if code in (130, 143):
                 for number in STOPS:
                     signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end
-                return _say("stopped: run the same command again to go on", code)
+                again = "the same command again without --force" if options.force else "the same command again"
+                return _say(f"stopped: run {again} to go on", code)
             if isinstance(fault, (InputError, TrainingStopped)):
                 return _say(f"error: {fault}", 2 if isinstance(fault, InputError) else 1)
             raise

@@ -212,7 +212,7 @@ class AblationConfig(Section):
 class Config(Section):
     """A whole run. `phantom: null` means that `--data` must name the real data set."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="also of the output folder")
     seed: int = Field(0, ge=0)
     phantom: PhantomConfig | None = None
     convert: ConvertConfig = ConvertConfig()

@@ -50,7 +50,8 @@ def _validated(tree: dict[str, Any], where: str) -> Config:
 
 def resolve_preset(path: Path | str) -> Path:
     """A config file: the path itself, or `pipeline/configs/<name>.yaml`."""
-    for candidate in (Path(path), PRESETS / f"{path}.yaml", PRESETS / Path(path).name):
+    named = [PRESETS / Path(path).name] if Path(path).parent == Path("pipeline", "configs") else []  # from any working directory
+    for candidate in (Path(path), PRESETS / f"{path}.yaml", *named):
         if candidate.is_file():
             return candidate
     names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))

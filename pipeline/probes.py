@@ -107,7 +107,7 @@ def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Confi
         start = (cell.seed, cell.config.model, cell.config.pretrain.init)
         if start not in seen:
             seen.add(start)
-            yield "start", cell.seed, cell.config, None
+            yield f"start_{cell.config.pretrain.init}", cell.seed, cell.config, None
     for cell in found:
         yield cell.variant, cell.seed, cell.config, backbone_part(stage, cell).folder / BACKBONE
 

@@ -15,19 +15,19 @@ import yaml
 
 from . import report_ablation
 from . import report_figures as figures
-from .artifacts import MAKERS, digest, read_manifest
+from .artifacts import MAKERS, broken_outputs, digest, read_manifest
 from .config import Config, resolved
 from .crops import base_boxes, overlap_labels, random_boxes, spread
 from .metric import WEIGHTS, loss_terms, normalise
 from .metric_extra import METRICS, Interval, interval, resamples
 from .report_figures import Line, chart, curve
+from .runtime import log
 from .tables import read_slice_labels
 from .targets import COLUMNS, SCORE_KEYS, TARGET_NAMES, TARGETS, group_slices
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 SHOWN = 6  # series of the montage, worst errors, paths a quarantine reason
 PLANES, ERROR_PLANES = 6, 4  # of a series in the montage, of a worst error
-SCRIPTS = {**MAKERS, "09_ablation": "09_ablate"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,18 @@ class Run:
 
 def find_run(out: Path, config: Config, data: Path | None, flags: str) -> Run:
     """The run below `out` with the stages that have finished, each fold as a stage of its own."""
-    folds = sorted(str(path.parent.relative_to(out)) for path in (out / "05_folds").glob("fold*/manifest.json"))
-    names = [name for name in [*SCRIPTS, *folds] if name not in ("08_report", "data/phantom" if data else "")]
-    return Run(out, config, data, flags, {name: manifest for name in names if (manifest := read_manifest(out / name))})
+    folds = [f"05_folds/fold{k}" for k in range(config.folds.count)]
+    names = [name for name in [*MAKERS, *folds] if name not in ("08_report", "data/phantom" if data else "")]
+    found = {name: manifest for name in names if (manifest := read_manifest(out / name)) and _whole(out / name, manifest)}
+    return Run(out, config, data, flags, found)
+
+
+def _whole(folder: Path, manifest: dict[str, Any]) -> bool:
+    """False, with a warning, where a table or picture of a stage is gone; the page does without volumes and weights."""
+    lost = [name for name in broken_outputs(folder, manifest) if not name.endswith((".npy", ".safetensors"))]
+    if lost:
+        log(f"warning: {folder / lost[0]} is missing or has another size: the report leaves {folder.name} out")
+    return not lost
 
 
 def render(run: Run) -> str:
@@ -152,7 +161,7 @@ def training(run: Run) -> dict[str, Any]:
                   for key in ("loss", "score"))  # fmt: skip
     rows = [row for rows in logs.values() for row in rows]
     if "06_oof" in run.manifests:
-        floor, last = _read_scores(run)["floors"]["weighted_means"]["score"], max(row["epoch"] for row in rows)
+        floor, last = _read_scores(run)["floors"]["weighted_means"]["score"], max((row["epoch"] for row in rows), default=1)
         held.append(Line("weighted class means", "rule", [(1, floor), (last, floor)]))
     terms = [{"epoch": row["epoch"], **row["terms"]} for row in rows]
     parts, scored = ([Line(name, f"c{k}", curve(table, "epoch", name)) for k, name in enumerate((*TARGET_NAMES, "slices"), 1)]
@@ -254,14 +263,14 @@ def probes(run: Run) -> dict[str, Any]:
 def cost(run: Run) -> dict[str, Any]:
     """Time, throughput and memory of every stage's last sitting, what to type to repeat it, and the config that was used."""
     rows, used = [], resolved(run.config)
-    for name, manifest in sorted(run.manifests.items(), key=lambda item: SCRIPTS.get(item[0], item[0])):
+    for name, manifest in sorted(run.manifests.items(), key=lambda item: MAKERS.get(item[0], item[0])):
         used |= manifest["config"]
         made = {one: digest(run.manifests[one]["outputs"]) for one in manifest["inputs"] if one in run.manifests}
         stale = [one for one, value in made.items() if value != manifest["inputs"][one]]
         if name != "05_folds":  # its folds are listed
             rows.append({**manifest, **_rate(run, name), "name": name, "memory": manifest.get("peak_mb"), "stale": stale,
                          "device": manifest.get("device", "")})  # fmt: skip
-    scripts = sorted({script for name, script in SCRIPTS.items() if any(one.startswith(name) for one in run.manifests)} | {"08_report"})
+    scripts = sorted({script for name, script in MAKERS.items() if any(one.startswith(name) for one in run.manifests)} | {"08_report"})
     return {"rows": rows, "total": sum(row["seconds"] for row in rows), "flags": run.flags, "scripts": scripts,
             "config": yaml.safe_dump(used, sort_keys=False, allow_unicode=True)}  # fmt: skip
 

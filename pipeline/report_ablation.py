@@ -30,7 +30,7 @@ def forest(compared: list[dict[str, Any]], figure: str) -> dict[str, Any]:
     parts = [(row, row["figures"][figure]["difference"]) for row in compared]
     parts = [(row, part) for row, part in parts if part["low"] is not None]
     reach = [part[end] for _, part in parts for end in ("low", "value", "high")]
-    low, high = min(0.0, *reach), max(0.0, *reach) + 1e-9
+    low, high = min([0.0, *reach]), max([0.0, *reach]) + 1e-9
 
     def at(value: float) -> float:
         return round(4 + 92 * (value - low) / (high - low), 2)

@@ -115,8 +115,8 @@ _DISK_ERRORS = {
     errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
     errno.EIO: "the disk reports an error",
     errno.EROFS: "the output is read-only",
-    errno.EACCES: "the output is not writable",
-    errno.EPERM: "the output is not writable",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.EEXIST: "something else has this name",
     errno.ENOTDIR: "a file is where a folder should be",
     errno.EISDIR: "a folder is where a file should be",
@@ -134,7 +134,8 @@ def disk_errors(where: Path | str) -> Iterator[None]:
         if fault.errno not in _DISK_ERRORS:
             raise
         where = fault.filename or where
-        raise InputError(_DISK_ERRORS[fault.errno], str(where), "make room or choose another --out, then run again") from fault
+        remedy = "mend its permissions" if fault.errno in (errno.EACCES, errno.EPERM) else "make room"
+        raise InputError(_DISK_ERRORS[fault.errno], str(where), f"{remedy} or choose another --out, then run again") from fault
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .artifacts import MAKERS, ROOT, SCHEMA, digest, read_manifest
+from .artifacts import MAKERS, ROOT, SCHEMA, broken_outputs, digest, read_manifest
 from .command import parser
 from .presets import load_config
 from .runtime import InputError, cpu_count, progress
@@ -77,7 +77,8 @@ def differences(out: Path) -> Iterator[str]:
     with ThreadPoolExecutor(cpu_count()) as threads:
         answers = list(progress(threads.map(difference, *zip(*files, strict=True)), len(files), "files", "files")) if files else []
         yield from filter(None, answers)
-        slices = _slices(out / "01_slices") if manifests.get(out / "01_slices") and not any(answers) else []
+        known = manifests.get(out / "01_slices") and not broken_outputs(out / "01_slices", manifests[out / "01_slices"])
+        slices = _slices(out / "01_slices") if known else []
         if slices:
             yield from filter(None, progress(threads.map(slice_difference, *zip(*slices, strict=True)), len(slices), "slices", "slices"))
 

@@ -231,7 +231,7 @@ def test_tables_agree_with_the_cells(ablated):
 
 def test_probes_answer_for_both_statistics_before_and_after(ablated):
     table = pl.read_csv(ablated / "09_ablation" / "probes.csv")
-    assert set(table["backbone"]) == {"start", "voco2d"}
+    assert set(table["backbone"]) == {"start_scratch", "voco2d"}
     assert set(table["statistics"]) == {"stored", "settled"}
     assert {"height", "liver", "spleen"} <= set(table["question"])
     assert table.filter(pl.col("figure") == "AUC")["value"].is_between(0, 1).all()
@@ -294,6 +294,15 @@ def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, mo
     monkeypatch.setattr(ablation.time, "sleep", finish_after_two)
     ablation.wait_for(part, lambda one: one.current({}, ["seed"]))
     assert len(naps) == 2
+
+
+def test_several_ranks_refuse_to_force(tmp_path, monkeypatch):
+    from pipeline.ablation import run_cells
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = parser("09", "").parse_args(["--out", str(tmp_path), "--force"])
+    with pytest.raises(InputError, match="--force works in a single process only"):
+        run_cells(Stage("09_ablation", load_config("smoke"), options))
 
 
 def test_settled_statistics_are_plain_averages_over_whole_slices():

@@ -149,6 +149,38 @@ def test_a_stage_that_has_not_run_leaves_one_line(copy, folder):
     assert all("has not run" not in page.sections[name] for other, name in FOLDERS.items() if other != folder)
 
 
+TABLES = ("01_slices/quarantine.csv", "06_oof/scores.json", "07_submission/fallbacks.csv", "09_ablation/probes.csv")
+
+
+@pytest.mark.parametrize("file", TABLES)
+def test_a_stage_whose_table_is_gone_is_left_out_with_a_warning(copy, file, capfd):
+    stage = file.split("/")[0]
+    rewrite = json.loads((copy / stage / "manifest.json").read_text())
+    rewrite["outputs"] = {file.split("/")[1]: {"bytes": (copy / file).stat().st_size, "digest": ""}}
+    (copy / stage / "manifest.json").write_text(json.dumps(rewrite))
+    (copy / file).unlink()
+    page = Page(page_of(copy))
+    assert stage not in FOLDERS or "has not run" in page.sections[FOLDERS[stage]]
+    assert f"{file} is missing" in capfd.readouterr().err
+
+
+def test_logs_removed_after_scoring_cost_the_curves_only(copy):
+    for path in copy.glob("05_folds/fold*/log.jsonl"):
+        path.unlink()
+    assert "nested" in Page(page_of(copy)).sections["scores"]
+
+
+def test_folds_of_an_earlier_larger_count_are_not_shown(copy):
+    shutil.copytree(copy / "05_folds" / "fold1", copy / "05_folds" / "fold7")
+    assert "fold 7" not in page_of(copy)
+
+
+def test_a_grid_without_comparisons_makes_a_page(copy):
+    table = json.loads((copy / "09_ablation" / "table.json").read_text())
+    (copy / "09_ablation" / "table.json").write_text(json.dumps({**table, "compared": [], "sentences": []}))
+    assert "ablation" in Page(page_of(copy)).sections
+
+
 def test_without_an_ablation_nobody_hears_of_it(copy):
     shutil.rmtree(copy / "09_ablation")
     page = Page(page_of(copy))

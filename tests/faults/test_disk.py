@@ -68,7 +68,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(smoke, tmp_
 def test_a_read_only_output_is_one_line(smoke, tmp_path):
     out, what = copy(smoke, tmp_path / "run", "03_folds"), "the output is read-only"
     refused(*run("03", out, fault=f"refuse:{errno.EROFS}:{out}"), what, str(out))
-    refused(*run("03", out, fault=f"refuse:{errno.EACCES}:{out}/03"), "the output is not writable", str(out / "03_folds"))
+    refused(*run("03", out, fault=f"refuse:{errno.EACCES}:{out}/03"), "permission denied", str(out / "03_folds"))
     assert not (out / "03_folds").exists()
     shutil.rmtree(out / "01_slices")
     refused(*run("01", out, fault=f"refuse:{errno.EROFS}:{out}/01"), what, str(out / "01_slices"))

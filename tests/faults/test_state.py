@@ -247,6 +247,24 @@ def test_verify_sees_altered_slices_and_chains(out, capsys):
     assert f"{out / '06_oof'}: made from another 03_folds" in verified(out, capsys)[1]
 
 
+def test_verify_looks_at_slices_whatever_else_differs(out, capsys):
+    path, other = sorted((out / "01_slices").glob("*/*/*.png"))[:2]
+    path.write_bytes(other.read_bytes())
+    (out / "03_folds" / "folds.csv").unlink()
+    assert f"{path}: other pixels" in verified(out, capsys)[1]
+
+
+def test_a_phantom_that_lost_a_file_is_refused_and_names_its_maker(out):
+    path = first(out, "data/phantom/train_images/*/*/*.dcm")
+    path.unlink()
+    code, text = run("01", out)
+    assert code == 2
+    (line,) = plain_lines(text)
+    assert line.startswith("error: a file of data/phantom is missing")
+    assert str(path) in line
+    assert "00_make_phantom" in line
+
+
 def test_run_all_verifies(out, tmp_path):
     from helpers_stages import run_all
 
