@@ -1,9 +1,10 @@
 """Layers by another road: the same sums as the library's, for less time and memory, chosen while training.
 
-oneDNN (CPUs) computes the weight gradient of a depthwise convolution on a map of 8 x 8 and less through a reference kernel
-that takes ten to a hundred times the forward pass, and a 1 x 1 convolution on a map of 4 x 4 and less is a matrix product
-with overhead: on crops both are most of a step. Batch norm followed by SiLU or Hardswish keeps its output beside its input
-and the activation for the backward pass; it is made again there instead, for a third less memory at no cost in time.
+oneDNN (CPUs) computes the weight gradient of a depthwise convolution on a map of 8 x 8 and less, and in half precision the input
+gradient of a strided one, through reference kernels that take ten to a hundred times the forward pass, and a 1 x 1 convolution on
+a map of 4 x 4 and less is a matrix product with overhead: on crops these are most of a step. Batch norm followed by SiLU or
+Hardswish keeps its output beside its input and the activation for the backward pass; it is made again there instead, for a third
+less memory at no cost in time.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional
 
-DEPTHWISE, POINTWISE = 64, 16  # largest map (pixels) that takes the other road
+DEPTHWISE, STRIDED, POINTWISE = 64, 256, 16  # largest map (pixels) that takes the other road
+PART, HALF = 1 << 24, (torch.bfloat16, torch.float16)
 SIZE2 = tuple[int, int]
 ACTIVATIONS = {
     nn.SiLU: (functional.silu, torch.ops.aten.silu_backward),
@@ -82,7 +84,9 @@ class _Depthwise(nn.Conv2d):
     """Depthwise convolution with its own weight gradient where the map is small."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda or not self.weight.requires_grad or not torch.is_grad_enabled() or self._pixels(x) > DEPTHWISE:
+        half = x.dtype in HALF or torch.is_autocast_enabled("cpu")
+        limit = STRIDED if max(self.stride) > 1 and half else DEPTHWISE
+        if x.is_cuda or not self.weight.requires_grad or not torch.is_grad_enabled() or self._pixels(x) > limit:
             return super().forward(x)
         y = _DepthwiseFunction.apply(x, self.weight, self.stride, self.padding)
         return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
@@ -107,11 +111,21 @@ class _DepthwiseFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding = ctx.options
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            options = stride, padding, (1, 1), False, (0, 0), x.shape[1], (True, False, False)
-            of_x = torch.ops.aten.convolution_backward(gradient, x, weight.to(x.dtype), None, *options)[0]
+        of_x = input_gradient(x, gradient, weight, stride, padding) if ctx.needs_input_grad[0] else None
         return of_x, weight_gradient(x, gradient, weight, stride, padding), None, None
+
+
+def input_gradient(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2,
+                   padding: SIZE2) -> torch.Tensor:  # fmt: skip
+    """The library's dX; of strided layers in float32, whose kernel is 7 to 200 times as fast as that for half precision."""
+    options = stride, padding, (1, 1), False, (0, 0), x.shape[1], (True, False, False)
+    kind = torch.float32 if max(stride) > 1 and x.dtype in HALF else x.dtype
+    weight, found = weight.to(kind), torch.empty_like(x)
+    size = max(1, PART // x[0].numel())  # images at once: the float32 copies stay small
+    for own, part in zip(found.split(size), gradient.split(size), strict=True):
+        shape = torch.empty_like(own, dtype=kind)  # only the shape of the input matters
+        own.copy_(torch.ops.aten.convolution_backward(part.to(kind), shape, weight, None, *options)[0])
+    return found
 
 
 def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2,

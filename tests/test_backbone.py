@@ -7,7 +7,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional
 
+from pipeline import layers
 from pipeline.backbone import create_backbone, feature_shape, load_backbone, normalise, save_backbone
 from pipeline.layers import speed_up
 from pipeline.runtime import InputError, TrainingStopped
@@ -145,6 +147,19 @@ def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride):
         found.append((y, own.grad, layer.weight.grad, layer.bias.grad))
     for expected, ours in zip(*found, strict=True):
         assert torch.allclose(expected, ours, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+def test_input_gradient_in_parts_is_the_librarys(monkeypatch, dtype, stride):
+    monkeypatch.setattr(layers, "PART", 2 * 6 * 9 * 9)  # two images at once, the last part is smaller
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 6, 9, 9).double(), torch.randn(6, 1, 3, 3).double()
+    y = functional.conv2d(own := x.clone().requires_grad_(), weight, None, stride, 1, 1, 6)
+    y.backward(gradient := torch.randn(y.shape).double())
+    found = layers.input_gradient(x.to(dtype), gradient.to(dtype), weight, stride, (1, 1))
+    assert found.dtype == dtype
+    assert torch.allclose(found.double(), own.grad, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.08)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_b0"])
