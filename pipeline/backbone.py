@@ -47,7 +47,7 @@ def _build(name: str, pretrained: bool) -> nn.Module:
         try:
             backbone = timm.create_model(name, **options, **extra)
             _to_map(backbone, (), backbone.eval()(torch.zeros(1, 1, 64, 64)))
-        except (TypeError, AssertionError):
+        except (TypeError, AssertionError, RuntimeError):
             continue
         break
     else:

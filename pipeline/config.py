@@ -82,7 +82,7 @@ class VocoConfig(Section):
     inter: float = Field(1.0, ge=0)
     regularisation: float = Field(1.0, ge=0)
     ema_momentum: float = Field(0.9, ge=0, lt=1)
-    ema_final: float | None = Field(None, description="cosine momentum schedule to this value (none: constant)")
+    ema_final: float | None = Field(None, ge=0, le=1, description="cosine momentum schedule to this value (none: constant)")
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     amsgrad: bool = True

@@ -55,6 +55,14 @@ class World:
         if batch % self.size:
             raise InputError(f"{key}={batch} is no multiple of {self.size} processes", "torchrun", f"choose another {key}")
 
+    def agree(self, value: int, what: str, remedy: str) -> None:
+        """InputError where `value` is not the same on every rank."""
+        mine = torch.zeros(self.size, device=self.device)
+        mine[self.rank] = value
+        found = self.sum(mine).long().tolist()
+        if len(set(found)) > 1:
+            raise InputError(f"processes differ in {what}: {found}", "torchrun", remedy)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, differentiable."""
         return _AllReduce.apply(tensor) if self.size > 1 else tensor
@@ -92,8 +100,13 @@ class World:
             distributed.destroy_process_group()
 
 
-def setup(device_name: str = "auto") -> World:
-    """Join the process group that `torchrun` describes in the environment; without it, a world of one."""
+def setup(device_name: str = "auto", threads: int = 0) -> World:
+    """Join the process group that `torchrun` describes in the environment; without it, a world of one.
+
+    `threads` (0: torch's own choice) compute in each process on a CPU.
+    """
+    if threads:
+        torch.set_num_threads(threads)
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cudnn.benchmark = True  # the shapes of a run never change
     size = int(os.environ.get("WORLD_SIZE", 1))

@@ -14,6 +14,8 @@ from torch import nn
 
 from .runtime import TrainingStopped, atomic_path, disk_errors
 
+LEAST_SCALE = 2.0**-8  # of float16 losses; it starts at 2**16 and is halved at every overflow
+
 
 class NonFiniteLoss(TrainingStopped):
     """A loss is NaN or infinite: names step, terms and batch ids."""
@@ -49,7 +51,8 @@ def amp_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the device computes in it (GPU, CPU with AMX tiles), float16 on older GPUs, None where float32 is faster."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # torch 2.4 has it under another name
+    return torch.bfloat16 if has_tiles() else None
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
@@ -61,6 +64,19 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
 def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:
     """Loss scaling, active for float16 only."""
     return torch.amp.GradScaler(device.type, enabled=enabled and amp_dtype(device) == torch.float16)
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
+    """Take over a saved scale; a run that computed in another type than float16 left none, and then the scaler starts anew."""
+    if state and scaler.is_enabled():
+        scaler.load_state_dict(dict(state))
+
+
+def check_scale(scaler: torch.amp.GradScaler, step: int, ids: Iterable[str]) -> None:
+    """NonFiniteLoss where float16 gradients stay non-finite however small the loss is scaled: then no step is taken any more."""
+    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        what = f"non-finite gradients at step {step} though the loss is scaled by {scaler.get_scale():.3g}; batch {', '.join(ids)}"
+        raise NonFiniteLoss(f"{what}; the last checkpoint is kept")
 
 
 def adamw(groups: Iterable[Mapping[str, Any]] | nn.Module, lr: float, weight_decay: float, amsgrad: bool = False) -> torch.optim.AdamW:

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from torch import nn
 
 from . import engine
 from .artifacts import digest
@@ -17,7 +18,7 @@ from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import Config, resolved
 from .distributed import World, sync_batch_norm
 from .losses import similarity
-from .runtime import log, progress, seed_everything
+from .runtime import InputError, log, progress, seed_everything
 from .voco import Embeddings, VocoNet, correlation, dropout_mask, make_teacher, spread_of, voco_terms
 from .voco_data import Batch, VocoSamples, batches, choose_volumes, evaluation_batches
 
@@ -50,15 +51,18 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint."""
-        for name in ("student", "teacher", "optimiser", "scaler"):
+        for name in ("student", "teacher", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
+        engine.load_scaler(self.scaler, state["scaler"])
         self.step, self.best, self.flat = state["step"], state["best"], state["flat"]
 
 
 def identity(config: Config, volumes: Path | None) -> dict[str, Any]:
     """What two sittings must share to be one run: settings and volumes."""
     section = {name: value for name, value in resolved(config.pretrain).items() if name not in FREE}
-    return {"seed": config.seed, **resolved(config.model), **section, "volumes": volumes and digest(volumes / "index.parquet")}
+    weights = digest(Path(config.model.weights)) if config.model.weights and config.pretrain.init == "imagenet" else None
+    return {"seed": config.seed, **resolved(config.model), "start": weights, **section,
+            "volumes": volumes and digest(volumes / "index.parquet")}  # fmt: skip
 
 
 def start(config: Config, world: World, volumes: Path | None = None) -> Run:
@@ -72,7 +76,7 @@ def start(config: Config, world: World, volumes: Path | None = None) -> Run:
     teacher = sync_batch_norm(make_teacher(student), world)
     student = sync_batch_norm(student, world).train()
     if options.activation_checkpointing:
-        student.backbone.set_grad_checkpointing(True)
+        _checkpoint_activations(student.backbone, config.model.backbone)
     if options.compile:
         student.backbone.compile()
         teacher.backbone.compile()
@@ -80,8 +84,16 @@ def start(config: Config, world: World, volumes: Path | None = None) -> Run:
     return Run(config, identity(config, volumes), world, student, teacher, optimiser, engine.grad_scaler(world.device, options.amp))
 
 
+def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as fault:
+        what, remedy = f"{name} cannot recompute its activations", "set it to false or choose another model.backbone"
+        raise InputError(what, "pretrain.activation_checkpointing=true", remedy) from fault
+
+
 def resume(run: Run, folder: Path) -> None:
-    """Go on from the newest whole checkpoint of this run; another run's is named and left behind."""
+    """Go on from the newest whole checkpoint of this run; another run's is named and not used."""
     state = newest_checkpoint(folder / "last.ckpt", run.config.pretrain.keep)
     if state is None:
         return
@@ -90,7 +102,15 @@ def resume(run: Run, folder: Path) -> None:
         log(f"last.ckpt is of another run ({changed[0] if changed else 'steps'} differs): training starts afresh")
         return
     run.restore(state)
+    if not usable_best(run, folder):
+        run.best = -1.0  # the next evaluation makes another one
     log(f"resumed at step {run.step}")
+
+
+def usable_best(run: Run, folder: Path) -> dict[str, Any] | None:
+    """The best checkpoint of this very run, None where there is none, a damaged one or another run's."""
+    state = load_checkpoint(folder / "best.ckpt")
+    return state if state and state["identity"] == run.identity else None
 
 
 def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +156,7 @@ def train_step(run: Run, batch: Batch, stopping: bool = False) -> tuple[dict[str
     engine.check_finite(run.step + 1, values if run.scaler.is_enabled() else {**values, "gradient": float(norm)}, batch["ids"])
     run.scaler.step(run.optimiser)
     run.scaler.update()
+    engine.check_scale(run.scaler, run.step + 1, batch["ids"])
     momentum = engine.momentum_at(run.step, options.steps, options.ema_momentum, options.ema_final)
     engine.ema_update(run.teacher, run.student, momentum)
     run.step += 1
@@ -175,8 +196,10 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
     samples = VocoSamples(volumes, training, options, config.seed, world.rank, world.size)
     evaluation = VocoSamples(volumes, held, options, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
+    world.agree(run.step, "the step of last.ckpt", f"{folder} must be one folder for all")
     if world.main and run.step == 0:
-        (folder / "best.ckpt").unlink(missing_ok=True)  # of another run
+        for path in folder.glob("*.ckpt"):  # of another run: a stop before the first checkpoint must not bring it back
+            path.unlink()
     with engine.StopSignal() as stop, engine.loading(), _logs(folder, run) as write:
         stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
         steps = range(run.step, options.steps)
@@ -194,7 +217,7 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
                     log(f"stopped at step {run.step}, checkpoint written: run the same command again to go on")
                 stop.leave()
     if world.main:
-        run.restore(load_checkpoint(folder / "best.ckpt") or run.state())
+        run.restore(usable_best(run, folder) or run.state())
         export(run, samples, folder / "backbone.safetensors")
     return {"volumes": len(training), "held_out": len(held), "steps": options.steps, "position_accuracy": round(run.best, 4)}
 

@@ -68,6 +68,9 @@ def pick_device(name: str, rank: int = 0) -> Any:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is visible", "--device cuda", "use --device cpu or auto")
     if name != "cpu" and torch.cuda.is_available():
+        if rank >= torch.cuda.device_count():
+            what = f"process {rank} has no GPU of its own, there are {torch.cuda.device_count()}"
+            raise InputError(what, "torchrun --nproc-per-node", "start as many processes as there are GPUs")
         torch.cuda.set_device(rank)
         return torch.device("cuda", rank)
     return torch.device("cpu")

@@ -6,19 +6,22 @@ Writes  <out>/04_voco2d/backbone.safetensors (of the best held-out position accu
 A stopped run goes on where it stopped. Several GPUs: torchrun --nproc-per-node N stages/04_pretrain_voco2d.py ...
 """
 
+from pathlib import Path
+
 from pipeline.artifacts import Stage
 from pipeline.command import main
 
 
 def run(stage: Stage) -> None:
     """Train, then draw what was learnt."""
-    if stage.current({"seed": stage.config.seed, **stage.inputs("02_volumes")}, ["model", "pretrain"]):
+    weights = [Path(stage.config.model.weights)] if stage.config.model.weights else []
+    if stage.current({"seed": stage.config.seed, **stage.inputs("02_volumes", files=weights)}, ["model", "pretrain"]):
         return
     from pipeline.distributed import setup
     from pipeline.pretrain import pretrain
     from pipeline.voco_figures import draw_all
 
-    volumes, world = stage.upstream("02_volumes"), setup(stage.device_name)
+    volumes, world = stage.upstream("02_volumes"), setup(stage.device_name, stage.options.jobs)
     try:
         counts = pretrain(stage.config, volumes, stage.folder, world, fresh=stage.options.force)
         pictures = draw_all(stage.config, volumes, stage.folder, world.device) if world.main else []

@@ -73,6 +73,12 @@ def test_transfer_names_what_does_not_match_and_changes_nothing(tmp_path, fault)
     assert all(torch.equal(before[key], tensor) for key, tensor in backbone.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["levit_128s", "inception_v3"])
+def test_a_model_that_takes_no_small_picture_is_an_input_error(name):
+    with pytest.raises(InputError, match="fixed image size or no spatial map"):
+        create_backbone(name)
+
+
 def test_imagenet_file_with_three_channels_and_a_head(tmp_path):
     """timm's own conversion of the same weights is the reference."""
     full = timm.create_model(TINY)

@@ -27,6 +27,7 @@ from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpo
 from pipeline.distributed import World
 from pipeline.engine import Collapse, NonFiniteLoss, read_log
 from pipeline.presets import load_config
+from pipeline.runtime import InputError
 from pipeline.voco import make_teacher
 from pipeline.voco_data import VocoSamples, batches
 from pipeline.voco_figures import draw_all
@@ -248,6 +249,76 @@ def test_options_train(volumes, tmp_path, override):
     assert len(records) == 2
     if "ema_final" in override:
         assert [record["momentum"] for record in records] == pytest.approx([0.9, 0.95])
+
+
+def test_a_fresh_run_killed_at_once_does_not_bring_the_old_one_back(volumes, tmp_path, monkeypatch):
+    config = load_config("smoke", (*TINY, "pretrain.steps=2"))
+    loop.pretrain(config, volumes, tmp_path, ALONE)
+
+    def killed(*anything):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "train_step", killed)
+    with pytest.raises(ZeroDivisionError):
+        loop.pretrain(config, volumes, tmp_path, ALONE, fresh=True)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_damaged_best_checkpoint_is_made_again(volumes, tmp_path):
+    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
+    (tmp_path / "best.ckpt").write_bytes(b"cut")
+    more = load_config("smoke", (*TINY, "pretrain.steps=4"))
+    counts = loop.pretrain(more, volumes, tmp_path, ALONE)
+    records = read_log(tmp_path / "log.jsonl")[2:]
+    assert counts["position_accuracy"] == max(record.get("position_accuracy", 0) for record in records)
+    assert loop.usable_best(loop.start(more, ALONE, volumes), tmp_path) is not None
+
+
+def test_recomputed_activations_give_the_same_losses(volumes, tmp_path):
+    for name, override in (("plain", "false"), ("less", "true")):
+        config = load_config("smoke", (*TINY, "pretrain.steps=3", f"pretrain.activation_checkpointing={override}", "pretrain.amp=false"))
+        loop.pretrain(config, volumes, tmp_path / name, ALONE)
+    plain, less = ([record["loss"] for record in read_log(tmp_path / name / "log.jsonl")] for name in ("plain", "less"))
+    assert less == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_model_that_cannot_recompute_is_refused(volumes):
+    with pytest.raises(InputError, match="vgg11 cannot recompute its activations"):
+        loop.start(load_config("smoke", (*TINY, "model.backbone=vgg11", "pretrain.activation_checkpointing=true")), ALONE)
+
+
+def test_weights_of_the_start_are_part_of_a_runs_identity(tmp_path):
+    options = (*TINY, "pretrain.init=imagenet", f"model.weights={tmp_path / 'w.pth'}")
+    (tmp_path / "w.pth").write_bytes(b"one")
+    before = loop.identity(load_config("smoke", options), None)
+    (tmp_path / "w.pth").write_bytes(b"two")
+    assert loop.identity(load_config("smoke", options), None) != before
+
+
+def half_precision(monkeypatch):
+    """Let this CPU compute as a GPU without bfloat16 does: float16, losses scaled."""
+    monkeypatch.setattr(loop.engine, "amp_dtype", lambda device: torch.float16)
+
+
+def test_a_float16_run_takes_up_a_checkpoint_of_another_type(volumes, tmp_path, monkeypatch):
+    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
+    half_precision(monkeypatch)
+    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=4")), volumes, tmp_path, ALONE)
+    losses = [record["loss"] for record in read_log(tmp_path / "log.jsonl")]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+
+
+def test_float16_gradients_that_stay_non_finite_end_the_run(volumes, monkeypatch):
+    half_precision(monkeypatch)
+    run, samples = trained(volumes=volumes)
+    run.student.projector[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = run.student.projector[-1].weight.clone()
+    for _ in range(24):
+        loop.train_step(run, samples[0])
+    with pytest.raises(NonFiniteLoss, match="non-finite gradients at step 25 though the loss is scaled by 0.00195"):
+        loop.train_step(run, samples[0])
+    assert torch.equal(run.student.projector[-1].weight, before)
 
 
 @pytest.mark.parametrize(("amount", "fault"), [(float("nan"), NonFiniteLoss), (0.0, Collapse)])
