@@ -9,6 +9,7 @@ identifying value can reach an artifact. Who decodes what:
 | RLE Lossless | pylibjpeg (Rust) | memory-safe; dicomsdl writes out of bounds, and no check short of decoding bounds it |
 | lossless JPEG, JPEG-LS, JPEG 2000 | dicomsdl, then pydicom | C libraries: only called in a process that may die |
 | lossy JPEG, JPEG-LS, JPEG 2000 | pydicom | its rounding is the reference |
+| streams of 8 bits at most in files of 16 | pydicom | dicomsdl fills the 16-bit picture byte by byte |
 """
 
 import functools
@@ -116,6 +117,8 @@ def _value(raw: bytes, kind: str, order: str) -> Any:
     numbers = tuple(float(part) for part in text.split("\\"))
     if len(numbers) != int(kind[2:] or 1) or not all(map(math.isfinite, numbers)):
         raise ValueError(kind)
+    if kind == "IS" and not -(2**31) <= numbers[0] < 2**31:  # the standard's range; more fits no column of the index
+        raise ValueError(kind)
     return int(numbers[0]) if kind == "IS" else numbers if kind[2:] else numbers[0]
 
 
@@ -203,20 +206,31 @@ def _frame(header: Header) -> bytes:
     raise Unreadable("pixel data too short: a fragment is damaged or cut off")
 
 
+def _padding(segment: bytes) -> int:
+    """Bytes that zeros behind the data of an RLE segment may decode to: a pair of zeros is a run of one zero."""
+    return (len(segment) - len(segment.rstrip(b"\0"))) // 2
+
+
 def _decode_rle(header: Header, frame: bytes) -> np.ndarray:
-    """PackBits planes, most significant byte first; every segment must lie in the frame and decode to exactly one plane."""
+    """PackBits planes, most significant byte first; every segment must lie in the frame and decode to one plane.
+
+    Some encoders pad segments with zeros, which are cut off as pydicom does. What decodes to more than padding explains has runs too
+    many somewhere, and its pixels may be shifted.
+    """
     size, planes = header.rows * header.cols, header.bits_allocated // 8
     count, *starts = struct.unpack_from(f"<{planes + 1}I", frame.ljust(64, b"\0"))
     bounds = [*starts, len(frame)]
     if count != planes or starts[0] < 64 or any(not 0 < b - a <= 2 * size + 64 for a, b in zip(bounds, bounds[1:], strict=False)):
         raise Unreadable("damaged RLE: implausible segment header")
+    segments = [frame[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     try:
-        decoded = [decode_segment(frame[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        decoded = [decode_segment(segment) for segment in segments]
     except ValueError:
         raise Unreadable("damaged RLE: a run is cut off") from None
-    if any(len(plane) != size for plane in decoded):
+    excess = [len(plane) - size for plane in decoded]
+    if any(more and not 0 < more <= _padding(segment) for more, segment in zip(excess, segments, strict=True)):
         raise Unreadable("damaged RLE: a segment decodes to another size than the picture's")
-    arrays = [np.frombuffer(plane, np.uint8).reshape(header.rows, header.cols) for plane in reversed(decoded)]
+    arrays = [np.frombuffer(plane, np.uint8, size).reshape(header.rows, header.cols) for plane in reversed(decoded)]
     return arrays[0] if planes == 1 else cv2.merge(arrays).view("<u2")[..., 0]
 
 
@@ -268,7 +282,8 @@ def decode(header: Header, careful: bool) -> tuple[np.ndarray, int, str]:
         raise Unreadable("damaged: the compressed picture has no header") from None
     if declared != [*shape, 1] or depth > header.bits_allocated:
         raise Unreadable("damaged: header and compressed picture contradict each other")
-    if careful or header.transfer_syntax not in LOSSLESS:
+    narrow = depth <= 8 and header.bits_allocated == 16
+    if careful or narrow or header.transfer_syntax not in LOSSLESS:
         return _decode_pydicom(header), header.bits_allocated, "pydicom"
     stored = np.empty(shape, kind)
     dicomsdl.open_memory(header.data, False).copyFrameData(0, stored)

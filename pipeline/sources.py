@@ -14,7 +14,7 @@ from .runtime import InputError, log
 
 NIFTI = (".nii", ".nii.gz")
 SIDECAR = "series.json"  # marks a finished series folder of stage 01
-VERSION = 3  # raised when the same file would become another picture or another row
+VERSION = 4  # raised when the same file would become another picture or another row
 
 
 @dataclass(frozen=True)

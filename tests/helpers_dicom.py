@@ -28,6 +28,25 @@ def pattern(bits: int) -> np.ndarray:
 
 # `pattern(bits)` as JPEG-LS (CharLS) and as JPEG lossless, process 14 (liblj92): nothing we depend on encodes these.
 STREAMS = {
+    ("jpegls", 8): (
+        "|JeWN03cIPNk&Eh0ssI30000W0000X3J3-P0003j0003j|L6b+00001|JeWc01F5JAOIl&0TBTI+5iXv0RR910H6Q>5A*@z1Q;-2h8SRm7{W1(BN)Olj3XHU00DCV00D"
+        "N;0DYvDU4Q=o2LFHmf5?abfB$^0|9}5~qF?`i|9a2=fB$@{|9}5~sz3jK|6;>R%WuE`f0uv+|9}5~%5VRF|9X@EfB$~4|9}5~(SQGc|78dNfB${^|9}5}uK$1kfBgS{|"
+        "9{V4^#6bVc_;sA@Be?S|9}5~{lEWz|8uARfB${U|9}5}uK$1kfAar-|9{90fB*n(KmY(>zyJVKzyJV8Lx3az00rOx00yW400(#g00+PT00#5`00t}o00n3{pfms;0009"
+        ">000B500TlW0096%LZe`80k8l79N+*R01XDmpa1|c58wa*FW>+GEFb^?Fa<CG03VP502kr`VmJT*1;hXV2fzRT3;+NF0ssI506z=lPyhfI*WC<Y001x`001y&Vi^#5K~"
+        "Dex0f2Z5KmY(=Lw88h{z7wNz5oCN00002{r~_2PDV4Y(iKYB??3<mTg$?;{le#m8`uB<3;+NC3<c>Cg0)d*G2<;hCkYR`O)@qR000&I000IA000Ig000IAVsK2qzmg?@"
+        "003IR003ZLZ1Q>jy?_7!yFY*c0Kh!}006*@4{(GsSLHAO02l%Q000aN$q;dOsz7u%YybcOnsSdW@1XzL"
+    ),
+    ("jpeg", 8): (
+        "|JeV;0384U0RaF50RaI400000000042L%QQ0RRI63ID?Y3kU!p03iVY5di<%00;p900sa6>;C|M`u_mzlka`^?|t|0efRHu_wRl8?|t|0efOPodw-8}rnRhVTE?}kYg)"
+        "#&tZQ1vwXE4|Sk|?TYgpE`jcZuewT)|7*0qh<YZ}(Et!o<Av8`(w*0HT?8rHF`*<)JPHLYV>)-|nTTGlnKV_McVt=MZ?#<i?#TE?}kYg)#&tZQ1vwXE4|Sk|?TYgpE`j"
+        "cZuewT)|7*0qh<YZ}(Et!o<Av8`(w*0HT?8rHF`*<)JPHLYV>)-|nTTGlnKV_McVy$tBQG8qho!y%B!TrwF9g~K6`$XqfR428oXkjPvz84QKPA&}0-Y_+UwTE?}kYg)#"
+        "&tZQ1vwXADe#_Y9?YgpE`jcZuewT)|7*0qgmSk~;Zt!o<Av8`(w*0HT?8rHF`YZ}(<HLYV>)-|nTTGlnKV_McVtz%l&Y_+UwTE?}kYg)#&tZQ1vwXADe#_Y9?YgpE`jc"
+        "ZuewT)|7*0qgmSk~;Zt!o<Av8`(w*0HT?8rHF`YZ}(<HLYV>)-|nTTGlnKV_McVtz%l&Y_+UwTE?}kYg)#&tZQ1vwXADe#_Y9?YgpE`oeYLUA#liKG8YVnLm_a;WHJ{F"
+        "hC?B6$Y(|&aL8mb7Yv3&A#l#dwT)|7*0qgmSk|?TYjzsev8`(w*0HT?8rHF`YZ}(Et!p+~)-|nTTGlnKV_McVtz%l&HLYWITE?}kYg)#&tZQ1vwXADe#<i?#c39T6jcZ"
+        "uewT)|7*0qgmSk|?TYjzsev8`(w*0HT?8rHF`YZ}(Et!p+~)-|nTTGlnKV_McVtz%l&HLYV|e21HJ?wiT`5yzy~IFB}^^;3xODK+<l!MVRyh4=HH#U<Cd&s%jlcMp?6y"
+        "3PKha&CgzI3$m-xO@w=pWY8}x<S|;KfpUf_a2`|uiSQd9lmkN-QV-$UApMi=ZwyKGJY>Mi{1FIZMrFT;=Q%h9}=1NOgu-nT@bkO34dfa_;+ji8*bsft!`fomG&<ygvy~"
+        "-t`R7M+IT#hu=u<hO$4)d7m|Lsd>gc%))xVgb_W7~+7CGV{yl!<v(C=`d~$c$zt4?MyEFLlj@<NO@x|ug|Je"
+    ),
     ("jpegls", 12): (
         "|JeWc01FHNAOIl&0TBTI+5iXv0RR910H6Q>000mFAOl=L2nGRwU<d{S0f0bYFc<^|0|9`6fq{U5fq{U5fq?)30013x000009d?BSd?-*LK!OM$gdl<tgd!mbh(aP9q9P"
         "JRNf9JOkrG5n5hOw7BuYg|QdE^CNm6bWRh4B~R#lZ{SxyqHt9I?%@4t87efQse@OFFezWeXKm3QBL_uqZDUw!|7|9waQfB%2}6yN`U|9|->|9}5~{@MS3|9}5cfB%2~f"

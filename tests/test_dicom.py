@@ -32,15 +32,19 @@ def reference(ds: pydicom.Dataset) -> np.ndarray:
 
 @pytest.mark.parametrize("syntax", ["rle", "j2k", "jpegls", "jpeg", "deflated", "explicit", "implicit", "big"])
 def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
-    folder, expected = tmp_path / "train_images" / "1" / "2", {}
+    folder, expected, narrow = tmp_path / "train_images" / "1" / "2", {}, set()
     folder.mkdir(parents=True)
     for signed in (False, True):
-        for bits in (12, 13, 16, None):
+        for bits in (8, 12, 13, 16, 0, None):
+            if (syntax, bits) == ("jpeg", 8):
+                continue  # pydicom can't decode it either: see below
             ds = dataset(pattern(bits or 16), bits or 16, signed, syntax)
             decoded = pydicom.dcmread(pydicom.filebase.DicomBytesIO(to_bytes(ds))).pixel_array
             assert len(np.unique(decoded)) > 50
             if bits is None:
                 del ds.BitsStored, ds.HighBit
+            elif bits == 0:
+                ds.BitsStored = 0
             for intercept in INTERCEPTS:
                 for kind in ("MONOCHROME1", "MONOCHROME2"):
                     for x, y in FLIPS.values():
@@ -49,12 +53,23 @@ def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
                         ds.ImageOrientationPatient = [x, 0, 0, 0, y, 0]
                         (folder / f"{number}.dcm").write_bytes(to_bytes(ds))
                         expected[number] = naive_window(decoded, 1.0, intercept, kind == "MONOCHROME1")[::y, ::x]
+                        if bits == 8 and syntax in ("j2k", "jpegls"):
+                            narrow.add(number)
     slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig())
     assert quarantined == []
-    assert len(slices) == len(expected) == 2 * 4 * 4 * 2 * 4
+    assert len(slices) == len(expected) == 2 * (5 if syntax == "jpeg" else 6) * 4 * 2 * 4
     for item in slices:
         assert np.array_equal(item.image, expected[item.instance_number])
-        assert item.decoder == {"rle": "pylibjpeg", "j2k": "dicomsdl", "jpegls": "dicomsdl", "jpeg": "dicomsdl"}.get(syntax, "numpy")
+        usual = {"rle": "pylibjpeg", "j2k": "dicomsdl", "jpegls": "dicomsdl", "jpeg": "dicomsdl"}.get(syntax, "numpy")
+        assert item.decoder == ("pydicom" if item.instance_number in narrow else usual)
+
+
+def test_lossless_jpeg_of_8_bits_in_a_file_of_16_is_refused_as_by_pydicom():
+    data = to_bytes(dataset(pattern(8), 8, False, "jpeg"))
+    with pytest.raises(Unreadable, match="pydicom raises ValueError"):
+        picture(data, PIXELS)
+    with pytest.raises(ValueError, match="broadcast"):
+        _ = pydicom.dcmread(pydicom.filebase.DicomBytesIO(data)).pixel_array
 
 
 @pytest.mark.parametrize("syntax", ["j2k", "jpegls", "jpeg"])
@@ -164,6 +179,14 @@ def test_windows_are_never_read_and_optional_tags_may_be_missing():
     no_class = dataset(pattern(12), SOPClassUID=None)
     del no_class.file_meta.MediaStorageSOPClassUID
     assert np.array_equal(picture(_save_as_is(no_class), PIXELS)[0], plain)
+
+
+def test_whole_numbers_out_of_range_count_as_missing():
+    for text, number in (("1e99", None), ("2147483648", None), ("-2147483649", None), ("-2147483648", -(1 << 31)), ("7", 7)):
+        data = to_bytes(dataset(pattern(12), InstanceNumber=1234567890))
+        value = text.encode().ljust(12)
+        data = data.replace(b"IS\x0a\x001234567890", b"IS\x0c\x00" + value)
+        assert read_header(data, PIXELS).instance == number
 
 
 def _save_as_is(ds: pydicom.Dataset) -> bytes:
@@ -276,6 +299,22 @@ def test_rle_segments_must_lie_in_the_frame_and_fill_their_plane_exactly():
     assert "another size" in refused(frame + b"\x81\x00" * 4) or "cut off" in refused(frame + b"\x81\x00" * 4)
     short = struct.pack("<3I", 2, first, second) + frame[12 : len(frame) - 20]
     assert refused(short).startswith("damaged RLE")
+
+
+@pytest.mark.filterwarnings("ignore:The decoded RLE segment contains non-conformant padding")
+def test_rle_segments_may_be_padded_with_zeros():
+    ds = dataset(pattern(12), syntax="rle")
+    frame, plain = pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1), picture(to_bytes(ds), PIXELS)[0]
+    first, second = struct.unpack_from("<2I", frame, 4)
+    for pad in (1, 2, 3, 4, 7, 16):
+        parts = [frame[first:second] + bytes(pad), frame[second:] + bytes(pad)]
+        ds.PixelData = pydicom.encaps.encapsulate([struct.pack("<3I", 2, first, second + pad) + frame[12:64] + b"".join(parts)])
+        assert np.array_equal(picture(to_bytes(ds), PIXELS)[0], plain)
+        assert np.array_equal(reference(ds), plain)
+    for run in (b"\x00\x07", b"\xff\x07", b"\x00\x00"):  # pixels behind it would be shifted
+        ds.PixelData = pydicom.encaps.encapsulate([frame[:second] + run + frame[second:]])
+        with pytest.raises(Unreadable, match="another size"):
+            picture(to_bytes(ds), PIXELS)
 
 
 def test_a_good_series_is_read_in_order(tmp_path):

@@ -60,6 +60,38 @@ def test_no_positions_fall_back_to_numbers_and_single_gaps_are_filled():
     assert arrange([]) == []
 
 
+@pytest.mark.parametrize("wrong", [3000.0, -3000.0, 150.0, 1e308])
+@pytest.mark.parametrize("k", [1, 7, 18])
+def test_a_position_that_cannot_be_meant_counts_as_missing(wrong, k):
+    slices = [at(n, -3.0 * n) for n in range(20)]
+    expected = arrange(slices)
+    slices[k] = at(k, wrong)
+    assert arrange(slices) == expected
+
+
+def test_wrong_positions_at_the_ends_and_side_by_side_count_as_missing_too():
+    slices = [at(n, {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}.get(n, -3.0 * n)) for n in range(20)]
+    places = arrange(slices)
+    assert [place.order for place in places] == list(range(20))
+    assert [place.z_mm for place in places] == [-6.0, -6.0, *(-3.0 * n for n in range(2, 19)), -54.0]
+    assert {place.flags for place in places} == {""}
+    assert [place.z_mm for place in arrange([at(1, 1e308), at(2, 0.0), at(3, -3.0)])] == [0.0, 0.0, -3.0]
+
+
+@pytest.mark.parametrize("heights", [
+    [*range(0, -60, -3), *range(-400, -460, -3)],  # a gap between two slabs
+    [300, *range(0, -60, -3), -400],  # single slices before and behind the slab
+    [*range(0, -60, -3), *range(0, -60, -3)],  # two phases, one behind the other
+    [*(z for k in range(10) for z in (-3 * k, -600 - 3 * k))],  # two slabs, number by number
+    [0, -1, -2, -4, -8, -16, -32, -64, -128, -256, -512],  # steps that grow
+    [0, -200, -400],
+    [0, -3, -6, -2000],
+    [0, 0, 0, -90, -90, -180],
+])  # fmt: skip
+def test_real_gaps_and_uneven_steps_are_kept(heights):
+    assert [place.z_mm for place in arrange([at(k, float(z)) for k, z in enumerate(heights)])] == heights
+
+
 def test_duplicates_are_kept_behind_the_first_and_flagged():
     places = arrange([at(1, 0.0), at(3, -3.0), at(2, -3.0), at(4, -6.0)])
     assert [place.order for place in places] == [0, 2, 1, 3]
@@ -69,6 +101,17 @@ def test_duplicates_are_kept_behind_the_first_and_flagged():
 def test_a_scout_view_is_flagged_and_makes_no_slice_a_duplicate():
     places = arrange([at(1, 0.0, [0, 1, 0, 0, 0, -1]), at(2, 0.0), at(3, -3.0), at(4, -6.0)])
     assert [place.flags for place in places] == ["tilted", "", "", ""]
+
+
+def test_an_orientation_of_zeros_is_none():
+    slices = [at(k, -3.0 * k, [0.0] * 6 if k == 2 else AXIAL) for k in range(5)]
+    assert [place.flags for place in arrange(slices)] == [""] * 5
+    assert not is_transposed([0.0] * 6)
+
+
+def test_a_scout_view_far_away_keeps_its_position():
+    places = arrange([at(0, 900.0, [0, 1, 0, 0, 0, -1]), *(at(k, -3.0 * k) for k in range(1, 20))])
+    assert (places[0].z_mm, places[0].flags) == (900.0, "tilted")
 
 
 def test_patient_position_only_counts_when_asked_for():
