@@ -82,10 +82,12 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
              deaths: list[str] | None = None) -> Iterator[tuple[str, Picture | Failure]]:  # fmt: skip
     """(file, Picture or Failure) of every slice, made in contained children.
 
-    The child hands picture k to `keep` (which writes it), or sends it back as `image` where there is no `keep`.
+    The child hands picture k to `keep` (which writes it), or sends it back as `image` where there is no `keep`. A NIfTI file that
+    brings its children down does so at loading, so its slices are not tried one by one.
     """
     items = [(file, k) for k, file in enumerate(listing.files)]
-    if listing.files and listing.files[0].endswith(NIFTI):
+    volume = bool(listing.files) and listing.files[0].endswith(NIFTI)
+    if volume:
         try:
             items = [(listing.files[0], k) for k in range(nifti.count_slices(Path(listing.files[0]), config.max_pixels))]
         except dicom.Unreadable as fault:
@@ -103,7 +105,7 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
         keep(k, image)
         return found
 
-    yield from zip((file for file, _ in items), contained(work, items, config.timeout_s, deaths), strict=True)
+    yield from zip((file for file, _ in items), contained(work, items, config.timeout_s, deaths, linked=volume), strict=True)
 
 
 def arranged(found: Sequence[tuple[str, Picture]], config: ConvertConfig) -> list[SliceImage]:

@@ -15,17 +15,23 @@ MAX_BYTES = 4 << 30
 TO_LPS = np.array([-1.0, -1.0, 1.0])  # NIfTI counts x to the right and y to the front, DICOM to the left and to the back
 
 
+def _refusal(fault: Exception) -> Unreadable:
+    """What a library's error means: the machine's trouble (system calls fail with a number) or the file's. Its text may hold values."""
+    machine = isinstance(fault, (FileNotFoundError, MemoryError)) or getattr(fault, "errno", None) is not None
+    return Unreadable(f"not readable: {type(fault).__name__}" if machine else f"NIfTI: not readable ({type(fault).__name__})")
+
+
 def _open(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
     """The image, nothing but its header read, and the turn of its axes to left, back and down (nibabel's orientation array)."""
     try:
         image = nib.load(path, mmap=False)
-        if len(image.shape) != 3 or image.get_data_dtype().kind not in "iuf":
+        if len(image.shape) < 3 or max(image.shape[3:], default=1) != 1 or image.get_data_dtype().kind not in "iuf":
             raise Unreadable("NIfTI: not one scalar volume")
         turn = orientations.ornt_transform(orientations.io_orientation(image.affine), orientations.axcodes2ornt("LPI"))
     except Unreadable:
         raise
-    except Exception as fault:  # nibabel raises many kinds; their text may hold header values
-        raise Unreadable(f"NIfTI: not readable ({type(fault).__name__})") from None
+    except Exception as fault:  # nibabel raises many kinds
+        raise _refusal(fault) from None
     pixels = np.prod([image.shape[int(axis)] for axis in np.argsort(turn[:, 0])[:2]], dtype=np.int64)
     if not 0 < pixels <= max_pixels or not 0 < np.prod(image.shape, dtype=np.float64) * image.get_data_dtype().itemsize <= MAX_BYTES:
         raise Unreadable("too large: NIfTI dimensions are implausible")
@@ -62,12 +68,12 @@ def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.nda
         image, turn = _open(path, max_pixels)
         if path.name.endswith(".gz"):
             _verify(path)
-        stored = orientations.apply_orientation(image.dataobj.get_unscaled(), turn)
+        stored = orientations.apply_orientation(image.dataobj.get_unscaled().reshape(image.shape[:3], order="F"), turn)
     except Unreadable as fault:
         return fault
     except Exception as fault:  # nibabel and the decompressor raise many kinds
-        return Unreadable(f"NIfTI: not readable ({type(fault).__name__})")
-    affine = image.affine @ orientations.inv_ornt_aff(turn, image.shape)
+        return _refusal(fault)
+    affine = image.affine @ orientations.inv_ornt_aff(turn, image.shape[:3])
     affine[:3] *= TO_LPS[:, None]
     return stored, float(image.dataobj.slope), float(image.dataobj.inter), affine
 

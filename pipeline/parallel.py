@@ -92,16 +92,19 @@ def _answers(pipe: Connection) -> Iterator[Any]:
             yield answer
 
 
-def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: float, deaths: list[str] | None = None) -> Iterator[Any]:
+def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: float, deaths: list[str] | None = None,
+              linked: bool = False) -> Iterator[Any]:  # fmt: skip
     """Yield work(item, careful) for each of `items` in order, from forked children that may crash, hang, be killed or raise.
 
     An item over which a child was lost is tried alone: once more as before when a signal killed the child (SIGALRM: the item took
-    more than `limit_s`), then, or at once after an exception, with `careful` true; after that its answer is a `Failure`. The causes
-    of lost children are appended to `deaths`. An OSError that `work` lets pass is raised here.
+    more than `limit_s`), then, or at once after an exception, with `careful` true; after that its answer is a `Failure`, and with
+    `linked` that of all items behind it too, because they need the same. The causes of lost children are appended to `deaths`. An
+    OSError that `work` lets pass is raised here.
     """
     at, strikes, wait_s = 0, 0, WAIT_S
     while at < len(items):
-        pid, pipe = _fork(work, items[at : at + 1] if strikes else items[at:], strikes >= CAREFUL, limit_s, wait_s)
+        end = at + 1 if strikes else len(items)
+        pid, pipe = _fork(work, items[at:end], strikes >= CAREFUL, limit_s, wait_s)
         try:
             for answer in _answers(pipe):
                 at, strikes = at + 1, 0
@@ -112,9 +115,9 @@ def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: f
         finally:
             pipe.close()
             status = os.waitpid(pid, 0)[1]
-        if status == 0 or at == len(items):
+        if at == end:
             continue
-        name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exception"
+        name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exception" if status else "an exit"
         if deaths is not None:
             deaths.append(name)
         if wait_s:  # answers may be lost: the culprit is only known when each is sent at once
@@ -122,8 +125,10 @@ def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: f
             continue
         strikes = strikes + 1 if os.WIFSIGNALED(status) else max(strikes + 1, CAREFUL)
         if strikes >= LOST:
-            at, strikes = at + 1, 0
-            yield Failure(f"took longer than {limit_s:g} s" if name == "SIGALRM" else f"brought down by {name}: the worker process")
+            failure = Failure(f"took longer than {limit_s:g} s" if name == "SIGALRM" else f"brought down by {name}: the worker process")
+            lost = len(items) - at if linked else 1
+            at, strikes = at + lost, 0
+            yield from [failure] * lost
 
 
 def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, scheduler: str | None = None) -> Iterator[tuple[int, Any]]:

@@ -192,6 +192,25 @@ def test_errors_of_the_disk_are_no_damage():
         list(contained(full, [1, 2], 5))
 
 
+def leave(item: int, careful: bool) -> int:
+    """End the process without an error, as a library's `exit(0)` does; the second item only at the first attempts."""
+    if item == 2 or (item == 1 and not careful):
+        os._exit(0)
+    return item
+
+
+def test_a_child_that_ends_before_its_answers_counts_as_lost():
+    deaths: list[str] = []
+    assert list(contained(leave, range(4), 10, deaths)) == [0, 1, Failure("brought down by an exit: the worker process"), 3]
+    assert set(deaths) == {"an exit"}
+
+
+def test_items_that_need_the_same_share_their_failure():
+    deaths: list[str] = []
+    answers = list(contained(leave, range(4), 10, deaths, linked=True))
+    assert answers == [0, 1, *[Failure("brought down by an exit: the worker process")] * 2]
+
+
 def slow(item: int, careful: bool) -> int:
     time.sleep(90 if item else 0.05)
     return os.getpid()
