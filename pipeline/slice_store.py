@@ -8,6 +8,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .config import ConvertConfig, resolved
 from .convert import SliceImage, arranged, pictures
 from .parallel import Failure, spread
 from .runtime import InputError, atomic_folder, atomic_path, log, progress, remove_folder, remove_temporaries, timed, write_text
-from .sources import SIDECAR, VERSION, SeriesTask, list_files, series_folders
+from .sources import SIDECAR, VERSION, SeriesTask, list_files, printable, series_folders
 
 INDEX, QUARANTINE = "index.parquet", "quarantine.csv"
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
@@ -31,6 +32,7 @@ COLUMNS = {
     "png": pl.String,
 }  # fmt: skip
 SUB = 1  # PNG filter: difference to the pixel on the left
+PASSING = ("not readable:", "took longer than", "brought down by SIGKILL")  # reasons of the machine (network, load, memory), not the file
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -51,7 +53,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def _write_png(folder: Path, k: int, image: np.ndarray) -> None:
-    with open(folder / f"{k}.part", "wb", buffering=0) as handle:
+    with open(folder / f"{k}.part", "wb") as handle:  # buffered: writes on where a full disk took only a part, and so meets its error
         handle.write(encode_png(image))
 
 
@@ -70,7 +72,10 @@ def _fingerprint(files: str, config: ConvertConfig) -> str:
 
 
 def convert_series(task: SeriesTask, data: Path, target: Path, config: ConvertConfig) -> dict[str, Any]:
-    """Convert one series into `<target>/<patient>/<series>/` and return its sidecar: fingerprint, rows, quarantine, deaths, bytes."""
+    """Convert one series into `<target>/<patient>/<series>/` and return its sidecar.
+
+    That is: fingerprint, bytes read, causes of lost children, rows of the index, bytes of each picture, and quarantine.
+    """
     for folder in (data, target):
         if not folder.is_dir():
             raise InputError(
@@ -91,19 +96,33 @@ def convert_series(task: SeriesTask, data: Path, target: Path, config: ConvertCo
             os.rename(folder / item.file, folder / name)
         rows = {column: [getattr(item, column) for item in slices] for column in COLUMNS if column != "png"}
         sidecar = {"fingerprint": _fingerprint(listing.fingerprint, config), "bytes": listing.bytes, "deaths": deaths,
-                   "rows": {**rows, "png": [f"{task.name}/{name}" for name in names]},
+                   "rows": {**rows, "png": [f"{task.name}/{name}" for name in names]}, "pictures": _picture_bytes(folder),
                    "quarantine": sorted({(os.path.relpath(file, data), reason) for file, reason in failed})}  # fmt: skip
         (folder / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return sidecar
 
 
+def _picture_bytes(folder: Path) -> dict[str, int]:
+    """Sizes of the PNGs of a series by name."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in sorted(entries, key=lambda entry: entry.name) if entry.name.endswith(".png")}
+
+
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The sidecar of a series that is done and whose files and settings are the same as then."""
+    """The sidecar of a series that is done, with all its pictures, and whose files and settings are the same as then.
+
+    A series that lost slices for a `PASSING` reason is not done: whenever the stage works at all, it is tried again. A stage that is up
+    to date does not work, lest it wait for the same hopeless files at every start; a raised convert.timeout_s, other data or --force
+    make it work.
+    """
     try:
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        pictures = _picture_bytes(folder)
     except (OSError, ValueError):
         return None
-    return sidecar if isinstance(sidecar, dict) and sidecar.get("fingerprint") == fingerprint else None
+    if not isinstance(sidecar, dict) or sidecar.get("fingerprint") != fingerprint or sidecar["pictures"] != pictures:
+        return None
+    return None if any(reason.startswith(PASSING) for _, reason in sidecar["quarantine"]) else sidecar
 
 
 def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, target: Path, config: ConvertConfig, jobs: int = 1,
@@ -116,10 +135,13 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
         if os.path.relpath(path, target) not in names:
             log(f"{path}: listed no more, removed")
             remove_folder(Path(path))
-    done: list[Any] = [None] * len(tasks)
-    for k, (task, files) in enumerate(zip(tasks, prints, strict=True)):
+
+    def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
         sidecar = None if force else _finished(target / task.name, _fingerprint(files, config))
-        done[k] = sidecar and _with_frame(task, sidecar)
+        return sidecar and _with_frame(task, sidecar)
+
+    with ThreadPoolExecutor(16) as threads:  # a shared file system answers slowly
+        done: list[Any] = list(threads.map(known, tasks, prints))
     missing = [k for k, sidecar in enumerate(done) if sidecar is None]
     work = partial(convert_series, data=data, target=target, config=config)
 
@@ -140,7 +162,7 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
     quarantine = sorted(tuple(row) for sidecar in done for row in sidecar["quarantine"])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *quarantine])
-    write_text(target / QUARANTINE, text.getvalue())
+    write_text(target / QUARANTINE, printable(text.getvalue()))
     return _summary(index, quarantine, [done[k] for k in missing], seconds)
 
 

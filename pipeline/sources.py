@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .artifacts import digest
+from .artifacts import digest, read_manifest
 from .runtime import InputError, log
 
 NIFTI = (".nii", ".nii.gz")
+LABELS = "labels"  # folders of label maps, `labelsTr` and so on, start with this
 SIDECAR = "series.json"  # marks a finished series folder of stage 01
 VERSION = 4  # raised when the same file would become another picture or another row
+VOLUME_VERSION = 2  # raised when the same slices would become another volume; here, where stage 02 sees it without its libraries
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,64 @@ def plan(data: Path, listed: Any) -> list[SeriesTask]:
     """The series of the table (`patient_id`, `series_id`), then what lies in `unlabelled/`; warns of folders that no row names.
 
     Raises:
-        InputError: two inputs of one name, such as `a.nii` and `a.nii.gz`.
+        InputError: two inputs of one name, such as `a.nii` and `a.nii.gz`, or `a_b/c` and `a/b_c`, whose volumes would share a file.
     """
     tasks = _listed(data / "train_images", listed, "train")
     strangers = sorted(set(series_folders(data / "train_images")) - {task.path for task in tasks})
     if strangers:
-        log(f"warning: {len(strangers)} series folders are in no row of train_series_meta.csv and ignored, e.g. {strangers[0]}")
-    for path in series_folders(data / "unlabelled"):
-        patient, series = path.split(os.sep)[-2:]
-        tasks.append(SeriesTask(f"unlabelled-{patient}", series, "unlabelled", path))
-    for path in sorted(path for path in (data / "unlabelled").glob("*") if path.name.endswith(NIFTI)):
-        tasks.append(SeriesTask(f"unlabelled-{path.name.partition('.nii')[0]}", "nifti", "unlabelled", str(path)))
+        log(f"warning: {len(strangers)} series folders are in no row of train_series_meta.csv and ignored, e.g. {printable(strangers[0])}")
+    tasks += _unlabelled(data / "unlabelled")
     seen: dict[str, str] = {}
     for task in tasks:
-        if seen.setdefault(task.name, task.path) != task.path:
-            raise InputError("two inputs would share a folder", f"{seen[task.name]} and {task.path}", "rename or remove one of them")
+        other = seen.setdefault(f"{task.patient_id}_{task.series_id}", task.path)
+        if other != task.path:
+            raise InputError("two inputs would share a name", f"{other} and {task.path}", "rename or remove one of them")
     return tasks
+
+
+def _unlabelled(folder: Path) -> list[SeriesTask]:
+    """DICOM series <patient>/<series> and NIfTI volumes, also those in a folder such as FLARE's `imagesTr`; warns of what is ignored."""
+    tasks = []
+    for path in series_folders(folder):
+        patient, series = path.split(os.sep)[-2:]
+        tasks.append(SeriesTask(f"unlabelled-{patient}", series, "unlabelled", path))
+    for path in sorted(path for pattern in ("[!.]*", "[!.]*/[!.]*") for path in folder.glob(pattern) if path.name.endswith(NIFTI)):
+        *parents, name = path.relative_to(folder).parts
+        if not (parents and parents[0].startswith(LABELS)):
+            tasks.append(SeriesTask("-".join(["unlabelled", *parents, name.partition(".nii")[0]]), "nifti", "unlabelled", str(path)))
+    used = {os.path.relpath(task.path, folder).split(os.sep)[0] for task in tasks}
+    useless = sorted(str(path) for path in folder.glob("[!.]*") if path.is_dir() and path.name not in used)
+    foreign = [task.path for task in tasks if printable(task.name) != task.name]
+    for paths, what in ((useless, "folders have neither <series>/*.dcm nor NIfTI images"), (foreign, "series have names not in UTF-8")):
+        if paths:
+            log(f"warning: {len(paths)} {what} and are ignored, e.g. {printable(paths[0])}")
+    return [task for task in tasks if printable(task.name) == task.name]
+
+
+def printable(text: str) -> str:
+    """A text with names of files in it, whose bytes that are not UTF-8 become `\\xNN`."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def is_whole(target: Path, tasks: Sequence[SeriesTask]) -> bool:
+    """True where every series has its folder and sidecar, and these hold as many pictures as the manifest of stage 01 counts.
+
+    One listing a folder and no look at the files themselves, because every start of the stage asks.
+    """
+
+    def pictures(task: SeriesTask) -> int | None:
+        try:
+            names = os.listdir(target / task.name)
+        except OSError:
+            return None
+        return sum(name.endswith(".png") for name in names) if SIDECAR in names else None
+
+    manifest = read_manifest(target)
+    if manifest is None:
+        return False
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(pictures, tasks))
+    return None not in found and sum(filter(None, found)) == manifest.get("counts", {}).get("slices")
 
 
 def series_folders(folder: Path) -> list[str]:

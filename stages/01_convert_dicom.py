@@ -1,7 +1,7 @@
 """Stage 01: DICOM (and unlabelled NIfTI) series to 8-bit PNG slices, fixed window -150..250 HU.
 
 Reads   <data>/train_series_meta.csv, <data>/train_images/<patient>/<series>/*.dcm,
-        <data>/unlabelled/<patient>/<series>/*.dcm and <data>/unlabelled/*.nii[.gz]
+        <data>/unlabelled/<patient>/<series>/*.dcm and <data>/unlabelled/[<folder>/]*.nii[.gz]
 Writes  <out>/01_slices/<patient>/<series>/<instance>.png, index.parquet, quarantine.csv, manifest.json
 
 Series that are done and unchanged are skipped. --scheduler tcp://HOST:PORT converts on a Dask cluster; data and output folders
@@ -27,8 +27,7 @@ def run(stage: Stage) -> None:
     tasks = sources.plan(data, tables.read_series(data, "train"))
     prints = sources.fingerprints(tasks, data)
     series = digest([[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)])
-    whole = all((stage.folder / task.name / sources.SIDECAR).is_file() for task in tasks)
-    if stage.current({"series": series, "version": sources.VERSION}, ["convert"], whole):
+    if stage.current({"series": series, "version": sources.VERSION}, ["convert"], sources.is_whole(stage.folder, tasks)):
         return
     from pipeline import slice_store
 

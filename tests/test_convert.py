@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -209,6 +210,82 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
     assert tree(out / "01_slices") == {}
     monkeypatch.undo()
     assert run(data, out)[0] == 0
+
+
+def test_a_write_that_a_full_disk_cuts_is_no_picture(tmp_path):
+    """The limit lies between the sizes of a picture and of the sidecar: the system takes a part of the picture, without an error."""
+    folder, out = tmp_path / "data" / "train_images" / "1" / "2", tmp_path / "out"
+    write_series(folder, 1, "explicit", shape=(256, 256))
+    out.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(InputError, match="the file is larger than"):
+            convert_series(SeriesTask("1", "2", "train", str(folder)), tmp_path / "data", out, ConvertConfig())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (out / "1" / "2").exists()
+
+
+def test_a_lost_picture_is_made_again_and_nothing_else(tmp_path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    convert(data, out)
+    clean = tree(out)
+    lost, empty, odd = out / "10" / "1" / "8.png", out / "10" / "2" / "9.png", out / "20" / "3" / "99.png"
+    lost.unlink()
+    assert convert(data, out)[0] == ["10/1"]
+    empty.write_bytes(b"")  # as a power failure leaves it
+    odd.write_bytes(b"x")
+    assert convert(data, out)[0] == ["10/2", "20/3"]
+    assert tree(out) == clean
+
+
+def test_the_stage_notices_a_removed_picture(tmp_path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    assert run(data, out)[0] == 0
+    clean = tree(out / "01_slices")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("series.json")}
+    (out / "01_slices" / "20" / "3" / "9.png").unlink()
+    code, log = run(data, out)
+    assert (code, "up to date" in log) == (0, False), log
+    assert tree(out / "01_slices") == clean
+    made = [path for path in before if path.stat().st_mtime_ns != before[path]]
+    assert made == [out / "01_slices" / "20" / "3" / "series.json"]
+    assert "up to date" in run(data, out)[1]
+
+
+@pytest.mark.parametrize("reason", ["not readable: OSError", "took longer than 60 s", "brought down by SIGKILL: the worker process"])
+def test_slices_lost_to_the_machine_are_tried_again(reason, tmp_path, monkeypatch):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    real = slice_store.pictures
+
+    def lossy(listing, *more):
+        for file, picture in real(listing, *more):
+            yield file, parallel.Failure(reason) if file.endswith("/10/2/7.dcm") else picture
+
+    monkeypatch.setattr(slice_store, "pictures", lossy)
+    convert(data, out)
+    assert f"train_images/10/2/7.dcm,{reason}" in (out / "quarantine.csv").read_text()
+    monkeypatch.undo()
+    assert convert(data, out, ConvertConfig(timeout_s=7))[0] == ["10/2"]
+    assert "10/2" not in (out / "quarantine.csv").read_text()
+    assert convert(data, out)[0] == []
+
+
+def test_names_that_are_not_utf8_stop_nothing(tmp_path, capsys):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    strange = os.fsdecode(b"\xe9t\xe9")
+    good, bad = (data / "train_images" / "10" / "1" / f"{strange}{k}.dcm" for k in range(2))
+    good.write_bytes(to_bytes(dataset(pattern(12), InstanceNumber=50, ImagePositionPatient=[0, 0, 99])))
+    bad.write_bytes(b"no DICOM")
+    write_series(data / "unlabelled" / "p" / strange, 1, "explicit")
+    (data / "train_images" / strange / "1").mkdir(parents=True)
+    assert convert(data, out)[0] == ["10/1", "10/2", "20/3", "unlabelled-10/9"]
+    assert 50 in pl.read_parquet(out / "index.parquet")["instance_number"]
+    assert "train_images/10/1/\\xe9t\\xe91.dcm,not DICOM" in (out / "quarantine.csv").read_text()
+    log = capsys.readouterr().err
+    assert f"1 series have names not in UTF-8 and are ignored, e.g. {data}/unlabelled/p/\\xe9t\\xe9" in log
+    assert convert(data, out)[0] == []
 
 
 def slow_phantom(folder: Path) -> Path:

@@ -1,7 +1,9 @@
 """Order, orientation and flags; NIfTI against DICOM."""
 
 import csv
+import errno
 import gzip
+import time
 
 import nibabel as nib
 import numpy as np
@@ -11,15 +13,17 @@ from helpers_dicom import dataset, to_bytes
 
 from pipeline import nifti
 from pipeline.config import ConvertConfig, VolumeConfig
-from pipeline.convert import read_series
+from pipeline.convert import pictures, read_series
 from pipeline.dicom import Unreadable
+from pipeline.parallel import Failure
 from pipeline.runtime import InputError
 from pipeline.series import Placement, arrange, is_cut, is_transposed, orient
 from pipeline.slice_store import convert_all
-from pipeline.sources import fingerprints, list_files, plan
+from pipeline.sources import Listing, fingerprints, list_files, plan
 from pipeline.volume_store import build_all
 
 AXIAL = [1, 0, 0, 0, 1, 0]
+NOTHING = pl.DataFrame({"patient_id": [], "series_id": []})
 
 
 def at(instance, z, orientation=AXIAL, **more):
@@ -231,7 +235,7 @@ def test_nifti_gives_what_dicom_gives(axes, tmp_path):
 
 def stages_01_and_02(data, out):
     """All volumes (by file name) that conversion and resampling make of `data/unlabelled`, and the quarantine's rows."""
-    tasks = plan(data, pl.DataFrame({"patient_id": [], "series_id": []}))
+    tasks = plan(data, NOTHING)
     convert_all(tasks, fingerprints(tasks, data), data, out / "slices", ConvertConfig())
     build_all(out / "slices", out / "volumes", VolumeConfig(depth=4, height=16, width=20), 1)
     with open(out / "slices" / "quarantine.csv", encoding="utf-8") as handle:
@@ -278,11 +282,68 @@ def test_compressed_nifti_without_end_is_refused(tmp_path, monkeypatch):
         nifti.nifti_slice(tmp_path / "a.nii.gz", 0, 1 << 16)
 
 
+def test_nifti_is_found_one_folder_deeper_and_useless_folders_are_named(tmp_path, capsys):
+    folder, hu = tmp_path / "unlabelled", volume(np.random.default_rng(8))
+    for name in ("a.nii", "imagesTr/a.nii.gz", "imagesTs/a.nii.gz", "labelsTr/a.nii.gz"):
+        write_nifti(folder / name, hu, "RAS")
+    write_dicom_series(folder / "b" / "1", hu, flip=False)
+    write_dicom_series(folder / "one-off", hu, flip=False)
+    tasks = plan(tmp_path, NOTHING)
+    assert [task.name for task in tasks] == [
+        "unlabelled-b/1", "unlabelled-a/nifti", "unlabelled-imagesTr-a/nifti", "unlabelled-imagesTs-a/nifti"]  # fmt: skip
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"warning: 2 folders have neither <series>/*.dcm nor NIfTI images and are ignored, e.g. {folder}/labelsTr" in line
+    volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
+    assert quarantined == []
+    assert len({array.tobytes() for array in volumes.values()}) == 1
+    assert len(volumes) == 4
+
+
+def test_two_series_never_share_a_volume_file(tmp_path):
+    for name in ("a_b/c", "a/b_c"):
+        write_dicom_series(tmp_path / "unlabelled" / name, volume(np.random.default_rng(9))[:1], flip=False)
+    with pytest.raises(InputError, match=r"two inputs would share a name, .*a/b_c and .*a_b/c, rename"):
+        plan(tmp_path, NOTHING)
+
+
+def test_a_fourth_axis_of_one_is_no_other_volume(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(10)), "PIR")
+    image = nib.load(tmp_path / "a.nii.gz")
+    for name, shape in (("b.nii.gz", (1,)), ("c.nii", (1, 1))):
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj).reshape(*image.shape, *shape), image.affine), tmp_path / name)
+        assert nifti.count_slices(tmp_path / name, 1 << 16) == 5
+        for k in (0, 3):
+            one, other = (nifti.nifti_slice(tmp_path / file, k, 1 << 16) for file in ("a.nii.gz", name))
+            assert np.array_equal(one[0], other[0])
+            assert one[1:] == other[1:]
+
+
+@pytest.mark.parametrize(("fault", "reason"), [
+    (OSError(errno.ESTALE, "Stale file handle"), "not readable: OSError"),
+    (MemoryError(), "not readable: MemoryError"),
+    (OSError("Expected 100 bytes, got 90 bytes from file"), r"NIfTI: not readable \(OSError\)"),
+])  # fmt: skip
+def test_trouble_of_the_machine_is_told_from_damage(fault, reason, tmp_path, monkeypatch):
+    write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(11)), "RAS")
+    monkeypatch.setattr(nifti, "_verify", lambda _: (_ for _ in ()).throw(fault))
+    with pytest.raises(Unreadable, match=f"^{reason}$"):
+        nifti.nifti_slice(tmp_path / "a.nii.gz", 0, 1 << 16)
+
+
+def test_a_nifti_that_takes_too_long_is_not_tried_slice_by_slice(tmp_path, monkeypatch):
+    write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(12)), "RAS")
+    monkeypatch.setattr(nifti, "nifti_slice", lambda *_: time.sleep(60))
+    deaths, file = [], str(tmp_path / "a.nii.gz")
+    answers = list(pictures(Listing([file], [], 0, ""), ConvertConfig(timeout_s=0.2), deaths=deaths))
+    assert answers == [(file, Failure("took longer than 0.2 s"))] * 5
+    assert deaths == ["SIGALRM"] * 4, "one to find the slice, three to be sure"
+
+
 def test_two_volumes_of_one_name_are_an_error(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         write_nifti(tmp_path / "unlabelled" / name, volume(np.random.default_rng(7)), "RAS")
-    with pytest.raises(InputError, match=r"two inputs would share a folder, .*a\.nii and .*a\.nii\.gz, rename"):
-        plan(tmp_path, pl.DataFrame({"patient_id": [], "series_id": []}))
+    with pytest.raises(InputError, match=r"two inputs would share a name, .*a\.nii and .*a\.nii\.gz, rename"):
+        plan(tmp_path, NOTHING)
 
 
 def test_nifti_scale_factors_and_floats(tmp_path):
