@@ -14,9 +14,11 @@ from .artifacts import digest
 from .config import VolumeConfig, resolved
 from .parallel import Failure, spread
 from .runtime import InputError, atomic_path, log, progress, remove_temporaries, write_json
+from .sources import VOLUME_VERSION
 from .volume import Volume, build_volume, common_size
 
 INDEX = "index.parquet"
+PIXEL_MM = (0.05, 10.0)  # spacings outside are damage
 SLICE_COLUMNS = ("patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
                  "flags", "png", "crc32")  # fmt: skip
 
@@ -29,10 +31,17 @@ def usable(slices: pl.DataFrame) -> pl.DataFrame:
 def volume_of(images: Iterator[np.ndarray], slices: pl.DataFrame, config: VolumeConfig) -> Volume:
     """`build_volume` for the usable `slices` of one series (rows of the slice index) and their images in the same order."""
     sizes = list(zip(slices["rows"].to_list(), slices["cols"].to_list(), strict=True))
-    first = slices.row(sizes.index(common_size(sizes)), named=True)
-    spacing = tuple(value if value and np.isfinite(value) else 1.0 for value in (first["spacing_y_mm"], first["spacing_x_mm"]))
+    rows, cols = common_size(sizes)
+    common = slices.filter(rows=rows, cols=cols)
+    spacing = (_typical_mm(common["spacing_y_mm"]), _typical_mm(common["spacing_x_mm"]))
     z_mm = slices["z_mm"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
     return build_volume(images, sizes, z_mm, spacing, config)
+
+
+def _typical_mm(spacings: pl.Series) -> float:
+    """Median of the plausible pixel spacings, so that no single damaged file rules the series; 1 where there is none."""
+    spacings = spacings.cast(pl.Float64)
+    return spacings.filter(spacings.is_between(*PIXEL_MM)).median() or 1.0
 
 
 def read_slice(path: Path) -> np.ndarray:
@@ -50,12 +59,11 @@ def build_series(slices: pl.DataFrame, source: Path, target: Path, config: Volum
     """
     patient, series = slices["patient_id"][0], slices["series_id"][0]
     path = target / f"{patient}_{series}.npy"
-    fingerprint = digest({"slices": slices.write_csv(), "config": resolved(config)})
+    fingerprint = digest({"version": VOLUME_VERSION, "slices": slices.write_csv(), "config": resolved(config)})
     sidecar = path.with_suffix(".json")
-    if not force and sidecar.is_file() and path.is_file():
-        known = json.loads(sidecar.read_text(encoding="utf-8"))
-        if known["fingerprint"] == fingerprint and known["bytes"] == path.stat().st_size:
-            return known["row"]
+    known = None if force else _known(path, fingerprint)
+    if known is not None:
+        return known
     used = usable(slices)
     if used.is_empty():
         return None
@@ -69,14 +77,27 @@ def build_series(slices: pl.DataFrame, source: Path, target: Path, config: Volum
     return row
 
 
+def _known(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The index row of a volume that is there whole, made from the same slices and config; None where it is to be built."""
+    try:
+        known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        size = path.stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    same = isinstance(known, dict) and known.get("fingerprint") == fingerprint and known.get("bytes") == size
+    return known["row"] if same else None
+
+
 def _describe(volume: Volume, used: pl.DataFrame, left_out: int, path: Path) -> dict[str, Any]:
     depth, height, width = volume.array.shape
-    instances = used["instance_number"].to_list()
+    instances, sizes = used["instance_number"].to_list(), list(used.select("rows", "cols").iter_rows())
+    common = common_size(sizes)
     z_mm, y_mm, x_mm = (round(mm, 4) if np.isfinite(mm) else None for mm in volume.spacing_mm)
     return {
         **{name: used[name][0] for name in ("patient_id", "series_id", "source")},
         "path": path.name, "depth": depth, "height": height, "width": width,
         "slices_used": len(used), "slices_left_out": left_out,
+        "slices_resized": sum(size != common for size in sizes),
         **dict(zip(("box_y0", "box_y1", "box_x0", "box_x1"), volume.box, strict=True)),
         "spacing_z_mm": z_mm, "spacing_y_mm": y_mm, "spacing_x_mm": x_mm,
         "plane_instances": [instances[i] for i in volume.plane_sources],
@@ -124,7 +145,8 @@ def _remove_orphans(target: Path, kept: set[str]) -> None:
 
 INDEX_SCHEMA = {
     "patient_id": pl.String, "series_id": pl.String, "source": pl.String, "path": pl.String,
-    "depth": pl.Int32, "height": pl.Int32, "width": pl.Int32, "slices_used": pl.Int32, "slices_left_out": pl.Int32,
+    "depth": pl.Int32, "height": pl.Int32, "width": pl.Int32,
+    "slices_used": pl.Int32, "slices_left_out": pl.Int32, "slices_resized": pl.Int32,
     "box_y0": pl.Int32, "box_y1": pl.Int32, "box_x0": pl.Int32, "box_x1": pl.Int32,
     "spacing_z_mm": pl.Float64, "spacing_y_mm": pl.Float64, "spacing_x_mm": pl.Float64,
     "plane_instances": pl.List(pl.Int64), "digest": pl.String,

@@ -17,7 +17,9 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(stage: Stage) -> None:
     """Build the volumes of all series that are new or changed."""
-    if stage.current(stage.inputs("01_slices"), ["volume"]):
+    from pipeline.sources import VOLUME_VERSION
+
+    if stage.current({**stage.inputs("01_slices"), "version": VOLUME_VERSION}, ["volume"]):
         return
     from pipeline.volume_store import INDEX, build_all
 

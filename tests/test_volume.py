@@ -5,6 +5,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from pipeline import volume_store
 from pipeline.artifacts import digest
 from pipeline.config import VolumeConfig
 from pipeline.volume import build_volume, common_size, letterbox, plane_weights
@@ -153,6 +154,42 @@ def test_store_builds_reuses_and_forgets_series(slices, tmp_path):
     assert sorted(path.name for path in target.glob("*.npy")) == ["1_8.npy"]
 
 
+def test_a_damaged_sidecar_or_another_algorithm_builds_the_volume_again(slices, tmp_path, monkeypatch):
+    target = tmp_path / "volumes"
+    build_all(slices, target, SMALL, 1)
+    whole, sidecar = (target / "1_7.npy").read_bytes(), (target / "1_7.json").read_text()
+    for damage in ("", sidecar[:40], "[]", "{}"):
+        (target / "1_7.json").write_text(damage)
+        build_all(slices, target, SMALL, 1)
+        assert ((target / "1_7.npy").read_bytes(), (target / "1_7.json").read_text()) == (whole, sidecar)
+    before = (target / "1_7.npy").stat().st_mtime_ns
+    monkeypatch.setattr(volume_store, "VOLUME_VERSION", -1)
+    build_all(slices, target, SMALL, 1)
+    assert (target / "1_7.npy").stat().st_mtime_ns != before
+
+
+def test_damaged_spacings_do_not_rule_the_series(slices, tmp_path):
+    """The first slice of all, the first of its size, and one in the middle; in the other series there is nothing else."""
+    table, nothing = pl.read_parquet(slices / INDEX), [None, float("nan"), 703125.0, -0.7, 1e-9]
+    build_all(slices, tmp_path / "good", SMALL, 1)
+    y_mm, x_mm = [703125.0, 1.5, -0.7, 1.5, 1.5, *nothing], [1.5, 1e-9, 1.5, None, 1.5, *nothing]
+    table.with_columns(spacing_y_mm=pl.Series(y_mm), spacing_x_mm=pl.Series(x_mm)).write_parquet(slices / INDEX)
+    build_all(slices, tmp_path / "bad", SMALL, 1)
+    good, index = (pl.read_parquet(tmp_path / name / INDEX) for name in ("good", "bad"))
+    assert index.row(0) == good.row(0)
+    assert index["spacing_x_mm"][1] == pytest.approx(index["box_x1"][1] / 64 - index["box_x0"][1] / 64, abs=0.1)
+
+
+def test_slices_of_another_size_are_counted(slices, tmp_path):
+    table = pl.read_parquet(slices / INDEX)
+    odd = (pl.col("series_id") == "7") & pl.col("order").is_in([1, 4])
+    for png in table.filter(odd)["png"]:
+        cv2.imwrite(str(slices / png), body_slice()[:192])
+    table.with_columns(rows=pl.when(odd).then(192).otherwise("rows")).write_parquet(slices / INDEX)
+    build_all(slices, tmp_path / "volumes", SMALL, 1)
+    assert pl.read_parquet(tmp_path / "volumes" / INDEX)["slices_resized"].to_list() == [2, 0]
+
+
 def test_usable_slices_are_ordered_and_unflagged():
-    table = pl.DataFrame({"order": [2, 0, 1, 3], "flags": ["", "", "partial", "resized,duplicate"]})
+    table = pl.DataFrame({"order": [2, 0, 1, 3], "flags": ["", "", "partial", "partial,duplicate"]})
     assert usable(table)["order"].to_list() == [0, 2]
