@@ -94,9 +94,17 @@ def _to_map(backbone: nn.Module, inputs: tuple, features: torch.Tensor) -> torch
 
 @torch.no_grad()
 def feature_shape(backbone: nn.Module, size: int) -> tuple[int, int, int]:
-    """(C, h', w') for images of `size` x `size`, by a dry forward pass; the model's state is left as it was."""
+    """(C, h', w') for images of `size` x `size`, by a dry forward pass; the model's state is left as it was.
+
+    Raises:
+        InputError: images of this size are too small for the model, or no multiple of its patches.
+    """
     training, device = backbone.training, next(backbone.parameters()).device
-    shape = backbone.eval()(torch.zeros(1, 1, size, size, device=device)).shape
+    try:
+        shape = backbone.eval()(torch.zeros(1, 1, size, size, device=device)).shape
+    except (RuntimeError, AssertionError) as fault:
+        what = f"this backbone takes no images of {size} x {size} pixels ({str(fault).splitlines()[0]})"
+        raise InputError(what, "model.backbone", "choose another size (image_size, grid) or another model") from fault
     backbone.train(training)
     return tuple(shape[1:])
 
