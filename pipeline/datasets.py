@@ -69,7 +69,8 @@ def labelled_series(folder: Path, labels: pl.DataFrame, slice_labels: pl.DataFra
 
     A series of an injured patient without any slice label of that injury says nothing about its slices: not `known`.
     """
-    index = pl.read_parquet(folder / "index.parquet").filter(pl.col("source") == "train").join(labels, on="patient_id", how="inner")
+    index = pl.read_parquet(folder / "index.parquet").filter(pl.col("source") == "train")
+    index = index.join(labels, on="patient_id", how="inner", maintain_order="left")  # a resumed run must find the same order
     marks: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for row in slice_labels.iter_rows(named=True) if slice_labels is not None else ():
         if row["injury_name"] in SLICE_NAMES:

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 
 from .artifacts import Stage
 from .config import Config
 from .datasets import Series, labelled_series
-from .folds import label_subset
+from .folds import label_subset, read_folds
 from .runtime import InputError
 from .tables import read_labels, read_slice_labels
 
@@ -27,16 +26,17 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
     """Fold `fold` of stage 03's table, with the volumes and the labels that `part` may read.
 
     Raises:
-        InputError: no such fold, no series on one of its sides, slice labels asked for and absent.
+        InputError: no such fold, a patient in two folds or in none, no series on one side, slice labels asked for and absent.
     """
-    folds = dict(pl.read_csv(part.upstream("03_folds") / "folds.csv", schema_overrides={"patient_id": pl.String}).iter_rows())
+    labels = read_labels(part.data)
+    folds = dict(read_folds(part.upstream("03_folds") / "folds.csv", labels).iter_rows())
     if fold not in folds.values():
         raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {sorted(set(folds.values()))}")
     slice_labels = read_slice_labels(part.data) if part.config.train.slice_loss else None
     if part.config.train.slice_loss and slice_labels is None:
         where = f"{part.data}/image_level_labels.csv"
         raise InputError("train.slice_loss needs slice labels", where, "add the table or set train.slice_loss=0")
-    series = labelled_series(part.upstream("02_volumes"), read_labels(part.data), slice_labels)
+    series = labelled_series(part.upstream("02_volumes"), labels, slice_labels)
     held_out = [one for one in series if folds[one.patient_id] == fold]
     train = [one for one in series if folds[one.patient_id] != fold]
     for side, name in ((held_out, "held-out"), (train, "training")):

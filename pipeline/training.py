@@ -19,9 +19,9 @@ from .artifacts import Stage
 from .backbone import load_backbone, normalise
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights
 from .classifier import CnnLstm, InjuryLoss
-from .config import Config, TrainConfig, resolved
+from .config import Config, TrainConfig, decisive
 from .datasets import SeriesDataset
-from .engine import StopSignal, adamw, autocast, check_finite, ema_update, grad_scaler, loading, warmup_cosine
+from .engine import StopSignal, adamw, autocast, check_finite, check_scale, ema_update, grad_scaler, load_scaler, loading, warmup_cosine
 from .fold_data import FoldData, gather_fold
 from .prediction import build_model, describe, predict
 from .runtime import atomic_path, log, pick_device, progress, seed_everything, write_text
@@ -65,6 +65,11 @@ class FoldTrainer:
         """The weights that predict: averaged ones where `train.ema` is on."""
         return self.averaged or self.model
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The log row of the epoch whose weights predict: the best one where early stopping is on, else the last."""
+        return min(self.history, key=lambda row: row["score"]) if self.options.patience else self.history[-1]
+
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the last epoch or until patience is spent.
 
@@ -82,6 +87,8 @@ class FoldTrainer:
         self._stream = None  # ends its workers
         if self.options.patience:
             self._load_best()
+            log(f"fold {self.data.fold}: train.patience kept epoch {self.kept['epoch']} of {self.epoch} by its score on the held-out "
+                "patients: their out-of-fold score flatters it")  # fmt: skip
 
     def train_epoch(self) -> dict[str, Any]:
         """One pass over the training series; returns the log row."""
@@ -150,11 +157,13 @@ class FoldTrainer:
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         values = {name: float(value) for name, value in sums.items()}
-        check_finite(step, values, [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()])
         self.scaler.unscale_(self.optimiser)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
+        check_finite(step, values if self.scaler.is_enabled() else {**values, "gradient": float(norm)}, ids)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        check_scale(self.scaler, step, ids)
         self.optimiser.zero_grad(set_to_none=True)
         if self.averaged is not None:
             ema_update(self.averaged, self.model, min(self.options.ema, (1 + step) / (10 + step)))
@@ -216,7 +225,7 @@ class FoldTrainer:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
+        load_scaler(self.scaler, state["scaler"])
         self.epoch, self.best, self.history, self.tally = state["epoch"], state["best"], state["history"], state["tally"]
         inside = f" and step {self.tally['steps']} of the next" if self.tally["epoch"] == self.epoch else ""
         log(f"fold {self.data.fold}: resumed after epoch {self.epoch}{inside}")
@@ -224,8 +233,8 @@ class FoldTrainer:
     def _identity(self) -> str:
         held_out = [series.series_id for series in self.data.held_out]
         return json.dumps(
-            {"train": resolved(self.options), "model": resolved(self.config.model), "seed": self.config.seed, "held_out": held_out,
-             "fingerprint": self.data.fingerprint}
+            {"train": decisive("train", self.options), "model": decisive("model", self.config.model), "seed": self.config.seed,
+             "held_out": held_out, "fingerprint": self.data.fingerprint}
         )  # fmt: skip
 
     def _out_of_patience(self) -> bool:
@@ -268,12 +277,12 @@ def train_fold(config: Config, data: FoldData, folder: Path, device: torch.devic
     folder.mkdir(parents=True, exist_ok=True)
     trainer = FoldTrainer(config, data, folder, device, pretrained)
     trainer.run()
-    with atomic_path(folder / OOF) as temporary:
-        trainer.predict_held_out().write_parquet(temporary)
     save_weights(folder / MODEL, trainer.final_model, describe(config))
-    last = trainer.history[-1]
+    with atomic_path(folder / OOF) as temporary, loading():
+        trainer.predict_held_out().write_parquet(temporary)
+    kept = trainer.kept
     return {"fold": data.fold, "train_series": len(data.train), "held_out_series": len(data.held_out), "epochs": trainer.epoch,
-            "loss": last["loss"], "held_out_score": last["score"]}  # fmt: skip
+            "loss": kept["loss"], "held_out_score": kept["score"]}  # fmt: skip
 
 
 def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str, Any]:

@@ -6,16 +6,17 @@ import signal
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from pipeline import training
-from pipeline.datasets import Series
+from pipeline.datasets import Series, labelled_series
 from pipeline.engine import NonFiniteLoss
 from pipeline.fold_data import FoldData
 from pipeline.prediction import load_classifier
 from pipeline.presets import load_config
-from pipeline.runtime import InputError
+from pipeline.runtime import InputError, TrainingStopped
 from pipeline.targets import COLUMNS, TARGETS
 from pipeline.training import MODEL, OOF, FoldTrainer, train_fold
 
@@ -44,8 +45,11 @@ def trainer(data, folder, *overrides):
     return FoldTrainer(config(*overrides), data, folder, CPU, None)
 
 
-@pytest.mark.parametrize("overrides", [(), ("train.ema=0.5", "train.accumulate=2", "train.batch=2")])
-def test_resuming_equals_not_stopping(data, tmp_path, overrides):
+@pytest.mark.parametrize(("overrides", "other"), [
+    ((), ()), (("train.ema=0.5", "train.accumulate=2", "train.batch=2"), ("train.workers=1",)),
+])  # fmt: skip
+def test_resuming_equals_not_stopping(data, tmp_path, overrides, other):
+    """Also with `other` workers than before: fewer of them is what a killed loader's message advises."""
     whole = trainer(data, tmp_path / "whole", *overrides)
     whole.run()
     first = trainer(data, tmp_path / "cut", *overrides)
@@ -54,7 +58,9 @@ def test_resuming_equals_not_stopping(data, tmp_path, overrides):
         first.epoch += 1
         first.history.append(row | first.validate())
         first.save()
-    second = trainer(data, tmp_path / "cut", *overrides)
+    second = trainer(data, tmp_path / "cut", *overrides, *other)
+    second.resume()
+    assert second.epoch == 2
     second.run()
     assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
     assert second.predict_held_out().equals(whole.predict_held_out())
@@ -73,8 +79,11 @@ def test_workers_change_nothing(data, tmp_path):
 
 
 def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
-    """Batches of 4 against 2 + 2, and a last step of 2: the trainer's own loop, batch norm and dropout fixed (they see the batch)."""
-    common = ("train.epochs=2", "train.dropout=0", "train.freeze_backbone=true", "train.warmup=0")
+    """Batches of 4 against 2 + 2, and a last step of 2: the trainer's own loop, batch norm and dropout fixed (they see the batch).
+
+    In float32: where the processor has bfloat16, its rounding would be all that there is to see.
+    """
+    common = ("train.epochs=2", "train.dropout=0", "train.freeze_backbone=true", "train.warmup=0", "train.amp=false")
     large = trainer(data, tmp_path / "large", *common, "train.batch=4")
     small = trainer(data, tmp_path / "small", *common, "train.batch=2", "train.accumulate=2")
     before = {name: tensor.clone() for name, tensor in large.model.named_parameters()}
@@ -123,8 +132,6 @@ def test_checkpoint_of_other_inputs_is_not_taken_up(data, tmp_path):
 def test_fold_writes_a_model_that_predicts_its_own_out_of_fold_rows(data, tmp_path):
     counts = train_fold(config("train.epochs=1", "train.sequence=gru"), data, tmp_path, CPU, None)
     assert counts["held_out_series"] == 3
-    import polars as pl
-
     from pipeline.datasets import SeriesDataset
     from pipeline.prediction import predict
 
@@ -134,10 +141,10 @@ def test_fold_writes_a_model_that_predicts_its_own_out_of_fold_rows(data, tmp_pa
     rows = pl.read_parquet(tmp_path / OOF)
     held_out = SeriesDataset(data.held_out, options)
     samples = torch.from_numpy(np.stack([held_out[0, k]["slices"] for k in range(3)]))
-    assert predict(model, samples).numpy() == pytest.approx(rows.select(COLUMNS).to_numpy(), abs=1e-6)
+    assert predict(model, samples, options.amp).numpy() == pytest.approx(rows.select(COLUMNS).to_numpy(), abs=1e-6)
 
 
-def test_patience_stops_and_keeps_the_best_weights(data, tmp_path, monkeypatch):
+def test_patience_stops_and_keeps_the_best_weights(data, tmp_path, monkeypatch, capfd):
     run = trainer(data, tmp_path / "fold", "train.epochs=9", "train.patience=2")
     scores = iter([0.9, 0.5, 0.6, 0.7, 0.1])
     kept = {}
@@ -150,6 +157,8 @@ def test_patience_stops_and_keeps_the_best_weights(data, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "validate", validate)
     run.run()
     assert run.epoch == 4
+    assert (run.kept["epoch"], run.kept["score"]) == (2, 0.5), "what the manifest says of the fold"
+    assert "train.patience kept epoch 2 of 4 by its score on the held-out patients" in capfd.readouterr().err
     assert all(torch.equal(tensor, kept[0.5][name]) for name, tensor in run.final_model.state_dict().items())
 
 
@@ -159,6 +168,60 @@ def test_non_finite_loss_stops_with_step_terms_and_ids(data, tmp_path, monkeypat
         run.model.heads["liver"].bias.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"step 0.*liver nan.*s\d"):
         run.run()
+
+
+def test_non_finite_gradient_of_a_finite_loss_stops_before_the_weights_are_lost(data, tmp_path):
+    run = trainer(data, tmp_path / "fold", "train.amp=false")
+    before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
+    run.model.heads["liver"].bias.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteLoss, match=r"step 0: .*liver \d.*gradient nan; batch s\d"):
+        run.run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.named_parameters())
+
+
+def test_float16_gradients_that_never_become_finite_stop_training(data, tmp_path):
+    run = trainer(data, tmp_path / "fold", "train.amp=false")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-6)
+    run.model.heads["liver"].bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteLoss, match=r"non-finite gradients at step 2 .*batch s\d"):
+        run.run()
+
+
+def test_a_checkpoint_of_another_type_of_number_is_taken_up(data, tmp_path):
+    """Of a GPU that computes in bfloat16 by one that needs float16: the scaler, which left no state, starts anew."""
+    trainer(data, tmp_path / "fold", "train.epochs=1").run()
+    other = trainer(data, tmp_path / "fold", "train.epochs=1")
+    other.scaler = torch.amp.GradScaler("cpu")
+    other.resume()
+    assert other.epoch == 1
+    assert other.scaler.get_scale() == 2**16
+
+
+def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(data, tmp_path, monkeypatch):
+    """The out-of-fold rows come after the last epoch, whose validation predicts the same patients."""
+    calls, original = [], FoldTrainer.predict_held_out
+
+    def killed_at_last(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        return original(self)
+
+    monkeypatch.setattr(FoldTrainer, "predict_held_out", killed_at_last)
+    with pytest.raises(TrainingStopped, match="a process that loads data was killed"):
+        train_fold(config("train.epochs=1"), data, tmp_path, CPU, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "log.jsonl", MODEL]
+
+
+def test_series_keep_the_order_of_the_index(tmp_path):
+    """Whatever the order of the labels: the order of epochs, and with it a resumed run, hangs on it."""
+    count, rng = 3000, np.random.default_rng(0)
+    ids = [str(k) for k in rng.permutation(count)]
+    index = {"patient_id": ids, "series_id": ids, "path": ids, "source": ["train"] * count, "depth": [2] * count}
+    pl.DataFrame(index).with_columns(plane_instances=pl.lit([1, 2])).write_parquet(tmp_path / "index.parquet")
+    values = {column: [0] * count for column in COLUMNS}
+    labels = pl.DataFrame({"patient_id": [str(k) for k in rng.permutation(count)], **values})
+    assert [one.series_id for one in labelled_series(tmp_path, labels, None)] == ids
 
 
 def test_wrong_backbone_file_names_the_tensors(data, tmp_path):
