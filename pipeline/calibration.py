@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from .artifacts import read_manifest
 from .metric import EPSILON, HEALTHY, WEIGHTS, aggregate, any_injury, loss_terms, normalise, value_frame
 from .runtime import InputError
 from .targets import COLUMNS, TARGET_NAMES, TARGETS, group_slices
@@ -52,8 +53,9 @@ class Calibration:
         return with_values(patients, self.apply(patients.select(COLUMNS).to_numpy()))
 
     @classmethod
-    def of_run(cls, path: Path) -> "Calibration":
-        """The file that stage 06 wrote for this run's own models; InputError where it blends models that the run does not have."""
+    def of_run(cls, folder: Path, trained: str) -> "Calibration":
+        """What stage 06 left in `folder` for the models that `Stage.inputs` knows as `trained`; InputError where it is of others."""
+        path = folder / "calibration.json"
         try:
             found = cls.from_json(json.loads(path.read_text(encoding="utf-8")), path)
         except ValueError as fault:
@@ -61,6 +63,9 @@ class Calibration:
         if len(found.models) > 1:
             what = f"the calibration blends {len(found.models)} models ({', '.join(found.models)}), which one run's models cannot reproduce"
             raise InputError(what, str(path), "run stages/06_score_oof.py --force without --oof, and blend submissions instead")
+        if (read_manifest(folder) or {"inputs": {}})["inputs"].get("05_folds") != trained:
+            what = "the calibration is of other predictions than those of the models that 05_folds holds now"
+            raise InputError(what, str(path), "run stages/06_score_oof.py without --oof")
         return found
 
     def to_json(self) -> dict[str, Any]:

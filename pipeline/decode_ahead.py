@@ -106,4 +106,5 @@ class Ahead:
 
     def _close(self) -> None:
         self._stop.set()
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)
+        # the one that works, whatever joblib gave it: to make another would wait for the series under way
+        get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)

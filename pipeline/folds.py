@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 
 from . import tables
+from .artifacts import read_manifest
 from .runtime import InputError
 from .tables import KEY, ROW
 from .targets import COLUMNS
@@ -31,14 +32,14 @@ def imbalance(folds: np.ndarray, matrix: np.ndarray, count: int) -> float:
     return float((np.abs(counts - share) / np.maximum(1.0, TOLERANCE * share)).max())
 
 
-def make_folds(labels: pl.DataFrame, series: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
-    """`patient_id, fold` (0..count-1) of the labelled patients; the same for any order of the rows.
+def make_folds(labels: pl.DataFrame, series: pl.DataFrame, count: int, seed: int, key: str = "folds.count") -> pl.DataFrame:
+    """`patient_id, fold` (0..count-1) of the labelled patients; the same for any order of the rows. `key` is where `count` comes from.
 
     MultilabelStratifiedKFold draws ties at random, which small tables feel: of up to `SEEDS` seeds derived from
     `seed` the first within 15 percent (or one patient) of every share is taken, else the best.
     """
     if labels.height < 2 * count:
-        raise InputError(f"{labels.height} patients are too few for {count} folds", "folds.count", "use fewer folds or more patients")
+        raise InputError(f"{labels.height} patients are too few for {count} folds", key, "use fewer folds or more patients")
     frame = strata(labels, series)
     matrix = frame.drop(KEY).to_numpy().astype(np.int64)
     best, least = None, np.inf
@@ -89,6 +90,12 @@ def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
     if len(missing):
         raise InputError(f"patient {missing[0]!r} is in no fold", str(path), "remove the file and run stage 03 again")
     return frame
+
+
+def trained_files(trained: Path, name: str) -> list[Path]:
+    """File `name` of every fold of the finished stage 05 in `trained`: what its manifest lists, whatever else lies there."""
+    listed = (read_manifest(trained) or {"outputs": {}})["outputs"]
+    return [trained / file for file in listed if file.partition("/")[2] == name]
 
 
 def class_counts(folds: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFrame) -> pl.DataFrame:

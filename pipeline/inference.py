@@ -1,7 +1,7 @@
 """Stage 07: test series from DICOM to probabilities in memory, decoded ahead in processes, under a time budget."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ import torch
 from .artifacts import Stage
 from .calibration import Calibration
 from .classifier import CnnLstm
-from .config import Config, PredictConfig, TrainConfig, resolved
+from .config import Config, PredictConfig, TrainConfig, decisive, resolved
 from .datasets import slice_positions, take_slices
-from .decode_ahead import Ahead
+from .decode_ahead import Ahead, Decoded
+from .folds import trained_files
 from .metric import value_frame
 from .prediction import load_classifier, predict
 from .runtime import InputError, log, pick_device, write_text
@@ -58,10 +59,10 @@ def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
     processes hold one of them up.
     """
     device = pick_device(stage.device_name)
-    paths = sorted(stage.upstream("05_folds").glob("fold*/model.safetensors"))
+    paths = trained_files(stage.upstream("05_folds"), "model.safetensors")
     models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
     for path, config in zip(paths, configs, strict=True):
-        if config.train != configs[0].train:
+        if decisive("train", config.train) != decisive("train", configs[0].train):
             raise InputError("the fold models were trained with different options", f"{paths[0]} and {path}", "train all folds alike")
         if config.volume != stage.config.volume:
             raise InputError("the models were trained on volumes made otherwise", f"volume.* of the config and of {path}",
@@ -72,27 +73,90 @@ def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
     return Ensemble(models, configs[0].train, calibration, device, ThreadPoolExecutor(threads))
 
 
+class Filling:
+    """A submission being filled in series by series, and the (patient, series, reason) of whatever fell back, no patient left out."""
+
+    def __init__(self, tasks: Sequence[SeriesTask], writer: SubmissionWriter, ensemble: Ensemble, flips: Sequence[str]) -> None:
+        self.writer, self.ensemble, self.flips = writer, ensemble, flips
+        self.missing = Counter(task.patient_id for task in tasks)
+        self.found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        self.problems: list[tuple[str, str, str]] = []
+        self.answered = self.failed = 0  # series that the model did and did not give probabilities for
+
+    def note_tables(self, tasks: Sequence[SeriesTask]) -> None:
+        """Report patients that only one of the two test tables names."""
+        strangers = sorted({task.patient_id for task in tasks} - self.writer.rows.keys())
+        self.problems += [(patient, "", "not in sample_submission.csv: not predicted") for patient in strangers]
+        absent = [patient for patient in self.writer.rows if patient not in self.missing]
+        self.problems += [(patient, "", "no series in test_series_meta.csv: prior") for patient in absent]
+
+    def take(self, item: Decoded) -> bool:
+        """Predict a series; at its patient's last one fill the patient in, and return True."""
+        values, problem = self._answer(item)
+        if values is None:
+            self.problems.append((item.patient_id, item.series_id, problem))
+        else:
+            self.found[item.patient_id][item.series_id] = values
+        self.missing[item.patient_id] -= 1
+        if self.missing[item.patient_id]:
+            return False
+        if not self._fill_in(item.patient_id):
+            self.problems.append((item.patient_id, "", "no usable series: prior"))
+        return True
+
+    def _answer(self, item: Decoded) -> tuple[np.ndarray | None, str]:
+        """Probabilities (13,) of a series, or None and the reason; what fails in the model is this series' alone."""
+        if item.volume is None:
+            return None, item.problem
+        try:
+            values, problem = self.ensemble.series(item.volume, self.flips), "not finite"
+        except InputError:
+            raise
+        except Exception as fault:  # of whatever kind, a full GPU too: the other series count, and the report names it
+            values, problem = np.full(len(COLUMNS), np.nan), type(fault).__name__
+        if np.isfinite(values).all():
+            self.answered += 1
+            return values, ""
+        self.failed += 1
+        return None, f"the model failed: {problem}"
+
+    def _fill_in(self, patient: str) -> bool:
+        series = self.found.pop(patient, {})
+        return bool(series) and self.writer.update(patient, self.ensemble.patient(patient, series))
+
+    def close(self, over: str) -> None:
+        """Fill in patients of whom some series were reached, and report them and those who keep the prior; `over` says what ended it."""
+        for patient in [patient for patient in self.writer.rows if self.missing[patient]]:
+            filled = self._fill_in(patient)
+            self.problems.append((patient, "", f"{over}: {'some series only' if filled else 'prior'}"))
+
+
 def predict_test(tasks: Sequence[SeriesTask], data: Path, writer: SubmissionWriter, ensemble: Ensemble, config: Config, path: Path,
                  jobs: int, started: float) -> dict[str, Any]:  # fmt: skip
     """Fill in the submission at `path`, valid at every moment, and write `fallbacks.csv` beside it; returns the manifest's counts.
 
-    `started` is the `time.monotonic()` from which `predict.time_budget_h` counts.
+    `started` is the `time.monotonic()` from which `predict.time_budget_h` counts. Both files are written whatever ends the run.
     """
     options, ready = config.predict, time.monotonic()
-    problems = _listed_without_series(writer, tasks)
-    problems += _run(tasks, data, writer, ensemble, config, path, jobs, _deadline(options, started))
-    late = [patient for patient in writer.waiting if patient not in {patient for patient, _, _ in problems}]
-    problems += [(patient, "", "time budget spent: prior") for patient in late]
-    writer.write(path)
-    write_text(
-        path.with_name("fallbacks.csv"), pl.DataFrame(problems, schema=["patient_id", "series_id", "reason"], orient="row").write_csv()
-    )
-    for patient, series, reason in problems[:20]:
+    listed = [task for task in tasks if task.patient_id in writer.rows]
+    filling, over = Filling(listed, writer, ensemble, options.flips), "stopped early"
+    filling.note_tables(tasks)
+    try:
+        _run(filling, Ahead(listed, data, config, jobs), _deadline(options, started), path, options.flush_every)
+        over = "time budget spent"
+    finally:
+        filling.close(over)
+        writer.write(path)
+        table = pl.DataFrame(filling.problems, schema=["patient_id", "series_id", "reason"], orient="row")
+        write_text(path.with_name("fallbacks.csv"), table.write_csv())
+    for patient, series, reason in filling.problems[:20]:
         log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
+    if filling.failed and not filling.answered:
+        log(f"warning: the model failed on every one of the {filling.failed} series it was given: the submission is the prior alone")
     seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
-    return {"patients": len(writer.rows), "series": len(tasks), "predicted": predicted, "prior": len(writer.rows) - predicted,
-            "fallbacks": len(problems), "start_s": round(ready - started, 1),
+    return {"patients": len(writer.rows), "series": len(listed), "predicted": predicted, "prior": len(writer.rows) - predicted,
+            "fallbacks": len(filling.problems), "model_failures": filling.failed, "start_s": round(ready - started, 1),
             "patients_per_hour": round(3600 * predicted / seconds, 1)}  # fmt: skip
 
 
@@ -104,37 +168,16 @@ def _deadline(options: PredictConfig, started: float) -> float:
     return started + seconds - min(60.0, 0.02 * seconds)
 
 
-def _listed_without_series(writer: SubmissionWriter, tasks: Sequence[SeriesTask]) -> list[tuple[str, str, str]]:
-    known = {task.patient_id for task in tasks}
-    return [(patient, "", "no series in test_series_meta.csv: prior") for patient in writer.rows if patient not in known]
-
-
-def _run(tasks: Sequence[SeriesTask], data: Path, writer: SubmissionWriter, ensemble: Ensemble, config: Config, path: Path, jobs: int,
-         deadline: float) -> list[tuple[str, str, str]]:  # fmt: skip
-    """Predict until all is done or the deadline passes; returns (patient, series, reason) of what fell back."""
-    missing, found, problems, done = defaultdict(int), defaultdict(dict), [], 0
-    for task in tasks:
-        missing[task.patient_id] += 1
-    start = shown = time.monotonic()
-    for item in Ahead(tasks, data, config, jobs).until(deadline):
-        if item.volume is None:
-            problems.append((item.patient_id, item.series_id, item.problem))
-        else:
-            found[item.patient_id][item.series_id] = ensemble.series(item.volume, config.predict.flips)
-        missing[item.patient_id] -= 1
-        if missing[item.patient_id]:
+def _run(filling: Filling, ahead: Ahead, deadline: float, path: Path, flush_every: int) -> None:
+    """Predict what comes decoded until all is done or the deadline passes; the file is written every `flush_every` patients."""
+    start, shown, done, patients = time.monotonic(), time.monotonic(), 0, len(filling.missing)
+    for item in ahead.until(deadline):
+        if not filling.take(item):
             continue
-        series = found.pop(item.patient_id, {})
-        if not series or not writer.update(item.patient_id, ensemble.patient(item.patient_id, series)):
-            problems.append((item.patient_id, "", "no readable series: prior"))
         done += 1
-        if done % config.predict.flush_every == 0:
-            writer.write(path)
+        if done % flush_every == 0:
+            filling.writer.write(path)
         if time.monotonic() - shown > 15:
             shown = time.monotonic()
             rate = done / (shown - start)
-            log(f"predict: {done}/{len(missing)} patients, {3600 * rate:.0f} patients/h, ETA {(len(missing) - done) / rate:.0f} s")
-    for patient, series in found.items():  # the deadline fell between two series of a patient: what there is counts
-        if writer.update(patient, ensemble.patient(patient, series)):
-            problems.append((patient, "", "time budget spent: some series only"))
-    return problems
+            log(f"predict: {done}/{patients} patients, {3600 * rate:.0f} patients/h, ETA {(patients - done) / rate:.0f} s")

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from . import calibration, tables
 from .calibration import Calibration
 from .config import Config, ScoreConfig
-from .folds import make_folds, read_folds
+from .folds import make_folds, read_folds, trained_files
 from .metric import aggregate, floors, format_table, require_patients, score_arrays
 from .metric_extra import extra_metrics, score_intervals
 from .runtime import InputError, log
@@ -64,7 +64,7 @@ def _read(path: Path) -> pl.DataFrame:
 
 def read_trained(folds: Path, trained: Path, volumes: Path, labels: pl.DataFrame) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
     """The run's own OOF tables under the name `folds`, and `patient_id, fold`. Patients without a volume may be missing."""
-    frame = pl.concat([_read(path) for path in sorted(trained.glob("fold*/oof.parquet"))])
+    frame = pl.concat([_read(path) for path in trained_files(trained, "oof.parquet")])
     table = Table(f"{trained}/fold*/oof.parquet", frame)
     tables.check_unique(table, *SERIES)
     index = pl.read_parquet(volumes / "index.parquet").filter(pl.col("source") == "train")
@@ -84,7 +84,7 @@ def nested_folds(series: dict[str, pl.DataFrame], labels: pl.DataFrame, config: 
         if all(one.equals(own[0]) for one in own) and own[0][KEY].is_unique().all() and own[0]["fold"].n_unique() > 1:
             return own[0]
     log(f"the OOF tables do not share one fold column: nested folds are drawn (score.nested_folds={config.score.nested_folds})")
-    return make_folds(labels, next(iter(series.values())), config.score.nested_folds, config.seed)
+    return make_folds(labels, next(iter(series.values())), config.score.nested_folds, config.seed, "score.nested_folds")
 
 
 def complete(labels: pl.DataFrame, predicted: pl.DataFrame, prior: np.ndarray) -> pl.DataFrame:

@@ -36,7 +36,7 @@ def run(stage: Stage) -> None:
     from pipeline.submission import SubmissionWriter, check_submission
 
     sample, path = read_sample_submission(stage.data), stage.folder / "submission.csv"
-    calibration = Calibration.of_run(stage.upstream("06_oof") / "calibration.json")
+    calibration = Calibration.of_run(stage.upstream("06_oof"), inputs["05_folds"])
     writer = SubmissionWriter(sample, calibration.prior)
     writer.write(path)  # everyone has the prior before anything can go wrong
     from pipeline.inference import load_ensemble, predict_test

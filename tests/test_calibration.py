@@ -83,6 +83,7 @@ def test_prior_is_the_best_constant():
 
 @pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
 def test_prior_of_the_real_table():
+    """Runs only where VOCO2D_RSNA_META names a folder with the competition's own train.csv, which is not ours to hand out."""
     from pipeline.tables import read_labels
 
     labels = read_labels(Path(os.environ["VOCO2D_RSNA_META"])).select(COLUMNS).to_numpy().astype(float)
@@ -282,6 +283,9 @@ def test_own_folds_of_the_oof_are_used_where_they_agree():
     drawn = scoring.nested_folds(own, labels, CONFIG)
     assert sorted(drawn["patient_id"]) == sorted(labels["patient_id"])
     assert drawn["fold"].n_unique() == CONFIG.score.nested_folds
+    few = load_config("smoke", ["score.nested_folds=61"])
+    with pytest.raises(InputError, match="120 patients are too few for 61 folds, score.nested_folds, "):
+        scoring.nested_folds(own, labels, few)
 
 
 def run_stage(folder: Path, *more: str) -> subprocess.CompletedProcess:
@@ -342,10 +346,11 @@ def test_scoring_twice_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def finished(folder: Path) -> None:
-    """A stage folder that claims to be finished."""
+def finished(folder: Path, *outputs: str) -> None:
+    """A stage folder that claims to be finished, with files that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "outputs": {}, "fingerprint": ""}))
+    listed = {name: {"bytes": (folder / name).stat().st_size} for name in outputs}
+    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "outputs": listed, "fingerprint": ""}))
 
 
 def test_stage_06_scores_the_runs_own_folds(tmp_path):
@@ -356,14 +361,15 @@ def test_stage_06_scores_the_runs_own_folds(tmp_path):
     assert early.returncode == 2
     assert "run stages/02_build_volumes.py first" in early.stderr
     out = tmp_path / "out"
-    for name in ("02_volumes", "03_folds", "05_folds"):
+    for name in ("02_volumes", "03_folds"):
         finished(out / name)
     table = table.filter(pl.col("patient_id") != absent)
     table.select("patient_id", "series_id", source=pl.lit("train")).write_parquet(out / "02_volumes" / "index.parquet")
     folds.write_csv(out / "03_folds" / "folds.csv")
-    for fold, part in table.join(folds, on="patient_id").group_by("fold"):
-        (out / "05_folds" / f"fold{fold[0]}").mkdir()
+    for fold, part in [*table.join(folds, on="patient_id").group_by("fold"), ((2,), table.with_columns(fold=2))]:
+        (out / "05_folds" / f"fold{fold[0]}").mkdir(parents=True)
         part.write_parquet(out / "05_folds" / f"fold{fold[0]}" / "oof.parquet")
+    finished(out / "05_folds", "fold0/oof.parquet", "fold1/oof.parquet")  # fold2 is one of an earlier run with more of them
     done = run_stage(tmp_path)
     assert done.returncode == 0, done.stderr
     scores = json.loads((out / "06_oof" / "scores.json").read_text())

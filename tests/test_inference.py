@@ -1,6 +1,7 @@
 """Stage 07: always a valid file, every fallback reported, the same result whatever dies on the way."""
 
 import contextlib
+import json
 import re
 import shutil
 import subprocess
@@ -18,25 +19,34 @@ from helpers_stages import ROOT, environment, run_stage
 from test_submission import PRIOR, sample
 
 from pipeline import decode_ahead, inference
+from pipeline.artifacts import read_manifest
 from pipeline.calibration import Calibration
+from pipeline.datasets import slice_positions, take_slices
 from pipeline.decode_ahead import Decoded
 from pipeline.inference import Ensemble, predict_test
-from pipeline.prediction import predict
+from pipeline.metric import aggregate, value_frame
+from pipeline.prediction import load_classifier, predict
 from pipeline.presets import load_config
 from pipeline.runtime import InputError
 from pipeline.sources import SeriesTask
+from pipeline.sources import test_tasks as tasks_of
 from pipeline.submission import SubmissionWriter, check_submission
-from pipeline.tables import read_sample_submission
+from pipeline.tables import read_sample_submission, read_series
 from pipeline.targets import COLUMNS
 
 SAME = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), PRIOR)
-FIRST, SECOND = np.full(13, 0.5), PRIOR
+FIRST = np.full(13, 0.5)
+HALF = np.concatenate([np.full(n, 1 / n) for n in (2, 2, 3, 3, 3)])  # FIRST, each group normalised
+LISTED = (("50046", "1"), ("50046", "2"), ("7", "3"), ("63706", "4"))
+TASKS = [SeriesTask(patient, series, "test", "nowhere") for patient, series in LISTED]
 
 
 class Known(Ensemble):
-    """An ensemble whose answer for a series is the volume itself."""
+    """An ensemble whose answer for a series is the volume itself, raised where it is an exception."""
 
     def series(self, volume, flips):
+        if isinstance(volume, BaseException):
+            raise volume
         return volume
 
 
@@ -50,26 +60,32 @@ def predicted(monkeypatch, folder, items, budget=None):
             yield item
 
     monkeypatch.setattr(inference, "Ahead", lambda *given: SimpleNamespace(until=until))
-    listed = [("50046", "1"), ("50046", "2"), ("7", "3"), ("63706", "4")]
-    tasks = [SeriesTask(patient, series, "test", "nowhere") for patient, series in listed]
     config = load_config("smoke", [] if budget is None else [f"predict.time_budget_h={budget}"])
     writer, path = SubmissionWriter(sample(), PRIOR), folder / "submission.csv"
-    counts = predict_test(tasks, folder, writer, Known((), None, SAME, None, None), config, path, 1, time.monotonic())
-    table = check_submission(path, sample())
-    fallbacks = pl.read_csv(folder / "fallbacks.csv", schema_overrides={"patient_id": pl.String, "series_id": pl.String}).fill_null("")
-    assert counts["fallbacks"] == fallbacks.height
-    return {row[0]: np.array(row[1:]) for row in table.iter_rows()}, fallbacks.rows()
+    counts = predict_test(TASKS, folder, writer, Known((), None, SAME, None, None), config, path, 1, time.monotonic())
+    rows, fallbacks = written(folder)
+    assert counts["fallbacks"] == len(fallbacks)
+    return rows, fallbacks
+
+
+def written(folder):
+    """The submission's rows by patient, and the fallbacks; every patient with the prior is among them."""
+    rows = {row[0]: np.array(row[1:]) for row in check_submission(folder / "submission.csv", sample()).iter_rows()}
+    ids = {"patient_id": pl.String, "series_id": pl.String}
+    fallbacks = pl.read_csv(folder / "fallbacks.csv", schema_overrides=ids).fill_null("").rows()
+    alone = {patient for patient, series, reason in fallbacks if not series and reason.endswith(": prior")}
+    assert alone == {patient for patient, values in rows.items() if np.allclose(values, PRIOR)}
+    return rows, fallbacks
 
 
 def test_a_series_that_cannot_be_read_falls_back_to_the_others_then_to_the_prior(tmp_path, monkeypatch):
     items = [Decoded("50046", "1", None, "no usable slice"), Decoded("7", "3", None, "no DICOM files"),
              Decoded("50046", "2", FIRST, ""), Decoded("63706", "4", FIRST, "")]  # fmt: skip
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
-    share = np.concatenate([np.full(n, 1 / n) for n in (2, 2, 3, 3, 3)])
-    assert rows["50046"] == pytest.approx(share)
-    assert rows["63706"] == pytest.approx(share)
+    assert rows["50046"] == pytest.approx(HALF)
+    assert rows["63706"] == pytest.approx(HALF)
     assert rows["7"] == pytest.approx(PRIOR)
-    assert fallbacks == [("50046", "1", "no usable slice"), ("7", "3", "no DICOM files"), ("7", "", "no readable series: prior")]
+    assert fallbacks == [("50046", "1", "no usable slice"), ("7", "3", "no DICOM files"), ("7", "", "no usable series: prior")]
 
 
 def test_a_model_that_answers_nonsense_leaves_the_prior_and_is_reported(tmp_path, monkeypatch):
@@ -79,7 +95,7 @@ def test_a_model_that_answers_nonsense_leaves_the_prior_and_is_reported(tmp_path
              (("50046", "1"), ("7", "3"), ("50046", "2"), ("63706", "4"))]  # fmt: skip
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
     assert rows["7"] == pytest.approx(PRIOR)
-    assert [row[0] for row in fallbacks] == ["7"]
+    assert fallbacks == [("7", "3", "the model failed: not finite"), ("7", "", "no usable series: prior")]
 
 
 def test_the_budget_ends_between_two_series_of_a_patient(tmp_path, monkeypatch):
@@ -88,6 +104,60 @@ def test_the_budget_ends_between_two_series_of_a_patient(tmp_path, monkeypatch):
     assert rows["7"] == pytest.approx(PRIOR)
     assert fallbacks == [("50046", "", "time budget spent: some series only"), ("7", "", "time budget spent: prior"),
                          ("63706", "", "time budget spent: prior")]  # fmt: skip
+
+
+def test_the_budget_ends_after_a_series_that_cannot_be_read(tmp_path, monkeypatch):
+    """A patient with a problem of some series, and the rest not reached, keeps the prior and is reported for it."""
+    _, fallbacks = predicted(monkeypatch, tmp_path, [Decoded("50046", "1", None, "no usable slice"), None], budget=1)
+    assert fallbacks == [("50046", "1", "no usable slice"), ("50046", "", "time budget spent: prior"),
+                         ("7", "", "time budget spent: prior"), ("63706", "", "time budget spent: prior")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("volume", "reason"), [
+    (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError"), (FIRST * np.nan, "not finite"), (FIRST * np.inf, "not finite"),
+])  # fmt: skip
+def test_what_fails_in_the_model_is_that_series_alone(tmp_path, monkeypatch, volume, reason):
+    items = [Decoded("50046", "1", volume, ""), Decoded("50046", "2", FIRST, ""), Decoded("7", "3", volume, ""),
+             Decoded("63706", "4", FIRST, "")]  # fmt: skip
+    rows, fallbacks = predicted(monkeypatch, tmp_path, items)
+    assert rows["50046"] == pytest.approx(HALF)
+    assert rows["63706"] == pytest.approx(HALF)
+    failed = f"the model failed: {reason}"
+    assert fallbacks == [("50046", "1", failed), ("7", "3", failed), ("7", "", "no usable series: prior")]
+
+
+def test_a_model_that_fails_on_everything_is_said_so(tmp_path, monkeypatch, capfd):
+    predicted(monkeypatch, tmp_path, [Decoded(*ids, RuntimeError("no kernel"), "") for ids in LISTED])
+    assert "warning: the model failed on every one of the 4 series it was given" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), SystemExit(143), InputError("what", "where", "what to do")])
+def test_whatever_ends_the_run_what_there_is_is_written(tmp_path, monkeypatch, fault):
+    items = [Decoded("63706", "4", FIRST, ""), Decoded("50046", "1", FIRST, ""), Decoded("7", "3", fault, "")]
+    with pytest.raises(type(fault)):
+        predicted(monkeypatch, tmp_path, items)
+    rows, fallbacks = written(tmp_path)
+    assert rows["63706"] == pytest.approx(HALF)
+    assert fallbacks == [("50046", "", "stopped early: some series only"), ("7", "", "stopped early: prior")]
+
+
+def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(inference, "Ahead", lambda tasks, *given: asked.extend(tasks) or SimpleNamespace(until=lambda deadline: iter(())))
+    tasks = [SeriesTask("9", "5", "test", "nowhere"), *TASKS]
+    writer, path = SubmissionWriter(sample(), PRIOR), tmp_path / "submission.csv"
+    counts = predict_test(tasks, tmp_path, writer, Known((), None, SAME, None, None), load_config("smoke"), path, 1, 0.0)
+    assert asked == TASKS
+    assert counts["series"] == 4
+    assert written(tmp_path)[1][0] == ("9", "", "not in sample_submission.csv: not predicted")
+
+
+def test_the_end_does_not_wait_for_series_under_way(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(decode_ahead, "decode_series", lambda task, **options: time.sleep(300))
+    begun = time.monotonic()
+    assert not list(decode_ahead.Ahead(TASKS, tmp_path, load_config("smoke"), 2).until(begun + 4))
+    assert time.monotonic() - begun < 200
+    assert "done again" not in capfd.readouterr().err
 
 
 def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
@@ -188,7 +258,47 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
     done = run_stage("07", "--config", "smoke", "--data", data, "--out", str(tmp_path / "out"), "--models", str(models))
     assert done.returncode == 2
     assert re.fullmatch(r"error: the calibration blends 2 models \(oof_predictions, other\), .*calibration.json, run .*\n", done.stderr)
+    foreign = run_stage("06", "--config", "smoke", "--data", data, "--out", str(models), "--oof", str(tmp_path / "other.csv"))
+    assert foreign.returncode == 0, foreign.stderr
+    done = run_stage("07", "--config", "smoke", "--data", data, "--out", str(tmp_path / "out"), "--models", str(models))
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: the calibration is of other predictions .*calibration.json, run .* without --oof\n", done.stderr)
     assert not (tmp_path / "out" / "07_submission" / "submission.csv").exists()
+
+
+def test_a_calibration_from_before_the_models_were_trained_again_is_refused(smoke):
+    trained = read_manifest(smoke / "06_oof")["inputs"]["05_folds"]
+    assert Calibration.of_run(smoke / "06_oof", trained).models == ("folds",)
+    with pytest.raises(InputError, match="other predictions than those of the models that 05_folds holds now"):
+        Calibration.of_run(smoke / "06_oof", trained[::-1])
+
+
+def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smoke):
+    """Step by step from DICOM; without one of the models, or not calibrated, it would be another one."""
+    config, data = load_config("smoke"), smoke / "data" / "phantom"
+    given = check_submission(smoke / "07_submission" / "submission.csv", read_sample_submission(data))
+    calibration = Calibration.from_json(json.loads((smoke / "06_oof" / "calibration.json").read_text()))
+    models = [load_classifier(path, torch.device("cpu")) for path in sorted((smoke / "05_folds").glob("fold*/model.safetensors"))]
+    tasks = tasks_of(data, read_series(data, "test"))
+    volumes = [decode_ahead.decode_series(task, data, config.convert, config.volume).volume for task in tasks]
+
+    def submitted(models, calibrate):
+        answers = []
+        for volume in volumes:
+            options = models[0][1].train
+            slices = take_slices(volume, slice_positions(len(volume), options.slices), options)
+            answers.append(np.mean([predict(model, torch.from_numpy(slices)[None], options.amp)[0].numpy() for model, _ in models], axis=0))
+        ids = pl.DataFrame({"patient_id": [task.patient_id for task in tasks], "series_id": [task.series_id for task in tasks]})
+        table = aggregate(ids.hstack(value_frame(np.stack(answers))), config.score.aggregate)
+        values = table.select(COLUMNS).to_numpy()
+        table = table.with_columns(value_frame(calibration.apply(values) if calibrate else values))
+        return given.select("patient_id").join(table, on="patient_id", how="left", maintain_order="left").select(COLUMNS).to_numpy()
+
+    expected = given.select(COLUMNS).to_numpy()
+    assert len(models) == 2
+    np.testing.assert_allclose(submitted(models, True), expected, atol=1e-5)
+    for wrong in (submitted(models[:1], True), submitted(models[1:], True), submitted(models, False)):
+        assert np.abs(wrong - expected).max() > 1e-3
 
 
 def test_models_of_other_volumes_are_refused(smoke, tmp_path):
@@ -202,4 +312,4 @@ def test_models_of_other_volumes_are_refused(smoke, tmp_path):
 def test_broken_calibration_is_one_line(tmp_path):
     (tmp_path / "calibration.json").write_text("{")
     with pytest.raises(InputError, match="not a calibration .*stages/06_score_oof.py"):
-        Calibration.of_run(tmp_path / "calibration.json")
+        Calibration.of_run(tmp_path, "")
