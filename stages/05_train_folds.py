@@ -6,9 +6,11 @@ Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.pa
 """
 
 import argparse
+from typing import Any
 
-from pipeline.artifacts import Stage, read_manifest
+from pipeline.artifacts import Stage, broken_outputs, read_manifest
 from pipeline.command import main
+from pipeline.runtime import InputError, remove_folder
 
 SECTIONS = ("seed", "model", "train")
 PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time
@@ -20,27 +22,44 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def run(stage: Stage) -> None:
-    """Train the folds that are not up to date."""
-    config = stage.config
+    """Train the folds that are not up to date; of several processes the one that ends last writes the manifest of all."""
+    config, folds = stage.config, range(stage.config.folds.count)
+    if stage.options.fold not in (None, *folds):
+        raise InputError(f"there is no fold {stage.options.fold}", f"--fold {stage.options.fold}", f"choose one of {[*folds]}")
     upstream = ["02_volumes", "03_folds"] + (["04_voco2d"] if config.train.init == "voco2d" else [])
     inputs = stage.inputs(*upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv"])
+    stage.writer = True  # whatever the rank: any may be the first to change a fold and the last to end
     with stage.lock(PATIENCE_S):
-        known = all((stage.folder / f"fold{k}" / "manifest.json").is_file() for k in range(config.folds.count))
-        whole = stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
-    wanted = range(config.folds.count) if stage.options.fold is None else [stage.options.fold]
-    for fold in stage.share(wanted):
+        known = all((stage.folder / f"fold{fold}" / "manifest.json").is_file() for fold in folds)
+        stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
+    for fold in stage.share(folds if stage.options.fold is None else [stage.options.fold]):
         part = stage.part(f"fold{fold}")
         with part.lock():
             if part.current(inputs, SECTIONS):
                 continue
+            with stage.lock(PATIENCE_S):
+                stage.current(inputs, SECTIONS, whole=False)  # also one that another rank has written since
             from pipeline.training import LOG, MODEL, OOF, run_fold
 
             part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])
-    parts = {f"fold{k}": read_manifest(stage.folder / f"fold{k}") for k in range(config.folds.count)}
-    if not whole and all(part and part["inputs"] == inputs and part["config"] == stage.settings for part in parts.values()):
-        counts = {name: manifest["counts"] for name, manifest in parts.items()}
-        with stage.lock(PATIENCE_S):
-            stage.finish(counts, outputs=[f"{name}/{file}" for name in parts for file in ("oof.parquet", "model.safetensors")])
+    with stage.lock(PATIENCE_S):
+        finish_all(stage, inputs)
+
+
+def finish_all(stage: Stage, inputs: dict[str, Any]) -> None:
+    """Write the manifest of all folds, unless it is there or a fold is not done; folds that the config no longer has go."""
+    names = [f"fold{fold}" for fold in range(stage.config.folds.count)]
+    parts = {name: read_manifest(stage.folder / name) for name in names}
+    wanted = {name: stage.part(name).fingerprint_of(inputs, SECTIONS) for name in names}
+    done = [name for name, part in parts.items() if part and part["fingerprint"] == wanted[name]]
+    if read_manifest(stage.folder) or done != names or any(broken_outputs(stage.folder / name, parts[name]) for name in names):
+        return
+    for path in stage.folder.glob("fold*"):
+        if path.name not in names:
+            with stage.part(path.name).lock():
+                remove_folder(path)
+    counts = {name: part["counts"] for name, part in parts.items()}
+    stage.finish(counts, outputs=[f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")])
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ def test_stage_03_refuses_wrong_tables(tmp_path):
 
 @pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
 def test_the_real_table_in_five_folds():
+    """Runs only where VOCO2D_RSNA_META names a folder with the competition's own tables, which are not ours to hand out."""
     data = Path(os.environ["VOCO2D_RSNA_META"])
     labels, series = tables.read_labels(data), tables.read_series(data, "train")
     assert_balanced(folds.make_folds(labels, series, 5, 42), labels, series, 5)

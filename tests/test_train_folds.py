@@ -1,0 +1,192 @@
+"""Stage 05 over ranks, runs and configs: every fold trained once, whoever ends last writes the manifest, and it lists what is there."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from helpers_faults import copy
+from helpers_stages import ROOT, environment, run_stage
+
+from pipeline.artifacts import Stage, digest, read_manifest
+from pipeline.checkpoint import save_weights
+from pipeline.command import parser
+from pipeline.fold_data import gather_fold
+from pipeline.folds import read_folds
+from pipeline.inference import load_ensemble
+from pipeline.prediction import describe, load_classifier
+from pipeline.presets import load_config
+from pipeline.runtime import InputError
+from pipeline.tables import read_labels
+from pipeline.training import LOG, MODEL, OOF
+
+SCRIPT, CPU = ROOT / "stages" / "05_train_folds.py", torch.device("cpu")
+
+
+@pytest.fixture
+def out(smoke, tmp_path) -> Path:
+    """What stage 05 reads of the smoke run."""
+    return copy(smoke, tmp_path / "run", "01_slices", "05_folds", "06_oof", "07_submission", "08_report")
+
+
+@pytest.fixture
+def stage_05(out, monkeypatch):
+    """Calls stage 05 as one rank, in this process and with a training that only writes files, other ones each time.
+
+    `stage_05.trained` lists the folds that were trained, `stage_05.meanwhile` is called within every training.
+    """
+
+    def call(*arguments: str, rank: int = 0, world: int = 1) -> int:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), "--config", "smoke", "--out", str(out), *arguments])
+        script = runpy.run_path(str(SCRIPT))
+        return script["main"](str(SCRIPT), "05_folds", "", script["run"], script["add_flags"], exclusive=False)
+
+    def train(part: Stage, fold: int) -> dict[str, int]:
+        call.trained.append(fold)
+        call.meanwhile()
+        part.folder.mkdir(parents=True, exist_ok=True)
+        for name in (MODEL, OOF, LOG):
+            (part.folder / name).write_text(f"{name} of training {len(call.trained)}")
+        return {"fold": fold}
+
+    call.trained, call.meanwhile = [], lambda: None
+    monkeypatch.setattr("pipeline.training.run_fold", train)
+    return call
+
+
+def assert_whole(out: Path, folds: int = 2) -> None:
+    """The manifest of all is there and lists each fold's files as they are now."""
+    listed = read_manifest(out / "05_folds")["outputs"]
+    assert list(listed) == [f"fold{fold}/{name}" for fold in range(folds) for name in (OOF, MODEL)]
+    for name, entry in listed.items():
+        assert entry["digest"] == digest(out / "05_folds" / name), name
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1, 0)])
+def test_the_rank_that_ends_last_writes_the_manifest(out, stage_05, ranks):
+    for rank in ranks:
+        assert read_manifest(out / "05_folds") is None
+        assert stage_05(rank=rank, world=2) == 0
+    assert stage_05.trained == list(ranks)
+    assert_whole(out)
+    again = [stage_05("--force", rank=rank, world=2) for rank in ranks]
+    assert again == [0, 0]
+    assert stage_05.trained == [*ranks, *ranks]
+    assert_whole(out)
+
+
+def test_no_manifest_vouches_for_a_fold_that_another_rank_is_changing(out, stage_05):
+    assert stage_05() == 0
+
+    def other_rank() -> None:
+        stage_05.meanwhile = lambda: None
+        assert stage_05("--force", rank=1 - stage_05.trained[-1], world=2) == 0
+        assert read_manifest(out / "05_folds") is None
+
+    for rank in (0, 1):
+        stage_05.meanwhile = other_rank
+        assert stage_05("--force", rank=rank, world=2) == 0
+        assert_whole(out)
+
+
+def test_torchrun_spreads_the_folds(out):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), "--config", "smoke", "--out", str(out),
+               "--device", "cpu", "--jobs", "1", "train.init=scratch", "train.epochs=1"]  # fmt: skip
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_whole(out)
+    assert set(pl.concat(pl.read_parquet(out / "05_folds" / f"fold{k}" / OOF) for k in (0, 1))["fold"]) == {0, 1}
+
+
+def test_fewer_folds_leave_none_of_the_others_behind(out, stage_05):
+    for count in (3, 2):
+        assert run_stage("03", "--config", "smoke", "--out", str(out), f"folds.count={count}").returncode == 0
+        assert stage_05(f"folds.count={count}") == 0
+        assert_whole(out, count)
+    assert not (out / "05_folds" / "fold2").exists()
+
+
+def test_what_changes_no_result_trains_nothing_again(out, stage_05):
+    assert stage_05() == 0
+    assert stage_05("train.workers=1") == 0
+    (out / "05_folds" / "fold1" / "manifest.json").unlink()
+    assert stage_05("train.workers=1", "train.compile=true") == 0
+    assert stage_05.trained == [0, 1, 1]
+    assert_whole(out)
+
+
+def test_a_fold_that_is_not_there_is_refused_and_changes_nothing(out, stage_05, capfd):
+    assert stage_05() == 0
+    assert stage_05("--fold", "2") == 2
+    assert "error: there is no fold 2, --fold 2, choose one of [0, 1]" in capfd.readouterr().err
+    assert_whole(out)
+
+
+def test_a_fold_that_lost_a_file_is_not_vouched_for(out, stage_05):
+    assert stage_05() == 0
+    (out / "05_folds" / "fold1" / MODEL).unlink()
+    assert stage_05("--fold", "0") == 0
+    assert read_manifest(out / "05_folds") is None
+    assert stage_05() == 0
+    assert stage_05.trained == [0, 1, 1]
+    assert_whole(out)
+
+
+def stage_of(out: Path, name: str = "05_folds", *arguments: str) -> Stage:
+    return Stage(name, load_config("smoke"), parser(name, "").parse_args(["--out", str(out), *arguments]))
+
+
+def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
+    stage, seen = stage_of(out), []
+    index = pl.read_parquet(out / "02_volumes" / "index.parquet").filter(pl.col("source") == "train")
+    drawn = dict(read_folds(out / "03_folds" / "folds.csv").iter_rows())
+    with stage.reading:
+        for fold in (0, 1):
+            found = gather_fold(stage.part(f"fold{fold}"), fold)
+            train, held_out = ({one.patient_id for one in side} for side in (found.train, found.held_out))
+            assert not train & held_out
+            assert {drawn[patient] for patient in held_out} == {fold}
+            both = [(one.patient_id, one.series_id) for one in (*found.train, *found.held_out)]
+            assert sorted(both) == sorted(index.select("patient_id", "series_id").iter_rows())
+            seen += held_out
+    assert sorted(seen) == sorted(set(index["patient_id"]))
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("", "patient '[0-9]+' is in no fold, .*folds.csv, .* run stage 03 again"),
+    ("{patient},0\n{patient},1\n", "patient '[0-9]+' is in two folds"),
+])  # fmt: skip
+def test_a_patient_in_no_fold_or_in_two_is_refused(out, line, message):
+    """One who joined train.csv after stage 03, say."""
+    path, stage = out / "03_folds" / "folds.csv", stage_of(out)
+    patient = read_labels(out / "data" / "phantom")["patient_id"][3]
+    kept = [row for row in path.read_text().splitlines(keepends=True) if not row.startswith(f"{patient},")]
+    path.write_text("".join(kept) + line.format(patient=patient))
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["outputs"]["folds.csv"]["bytes"] = path.stat().st_size
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    with stage.reading, pytest.raises(InputError, match=message):
+        gather_fold(stage.part("fold0"), 0)
+
+
+def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
+    """Not a fold of an earlier run that lies beside it; models that differ only in who fed them are alike."""
+    shutil.copytree(smoke / "05_folds", tmp_path / "05_folds")
+    shutil.copytree(tmp_path / "05_folds" / "fold1", tmp_path / "05_folds" / "fold2")
+    model, config = load_classifier(path := tmp_path / "05_folds" / "fold1" / MODEL, CPU)
+    fed = config.model_copy(update={"train": config.train.model_copy(update={"workers": 7})})
+    save_weights(path, model, describe(fed))
+    stage = stage_of(tmp_path, "07_submission", "--device", "cpu")
+    with stage.reading:
+        assert len(load_ensemble(stage, None).models) == 2
+    other = config.model_copy(update={"train": config.train.model_copy(update={"crop": 0.1})})
+    save_weights(path, model, describe(other))
+    with stage.reading, pytest.raises(InputError, match="trained with different options"):
+        load_ensemble(stage, None)
