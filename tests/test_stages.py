@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import numpy as np
 import polars as pl
@@ -18,7 +17,7 @@ SMOKE = ("--config", "smoke", "--out")
 
 
 def test_run_leaves_a_manifest_in_every_stage_folder(smoke):
-    for folder in MAKERS:
+    for folder in sorted(MAKERS.keys() - {"09_ablation"}):  # which run_all.sh does not run
         manifest = read_manifest(smoke / folder)
         assert manifest is not None, folder
         assert {"schema", "config", "inputs", "fingerprint", "outputs", "counts", "seconds", "versions", "git"} <= set(manifest)
@@ -28,15 +27,17 @@ def test_no_temporary_file_is_left(smoke):
     assert not [path for path in smoke.rglob("*") if ".tmp-" in path.name]
 
 
-def test_second_run_skips_everything_within_20_seconds_and_touches_nothing(smoke):
+def test_second_run_skips_everything_touches_nothing_and_imports_nothing_heavy(smoke, monkeypatch):
+    """Python lists what it imports: a limit in seconds would depend on the machine."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file() and ".lock" not in path.name}
-    start = time.monotonic()
     again = run_all(smoke)
-    seconds = time.monotonic() - start
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("up to date") == 9 + 2, "nine stages and two folds"
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert seconds < 60, f"{seconds:.0f} s: something heavy is imported before it is known to be needed"
+    imported = {line.rpartition("|")[2].strip() for line in again.stderr.splitlines() if line.startswith("import time:")}
+    assert "pipeline.artifacts" in imported
+    assert not imported & {"torch", "timm", "albumentations", "cv2", "scipy", "sklearn", "matplotlib"}
 
 
 def test_submission_is_the_samples_in_columns_order_and_patients(smoke):
@@ -179,22 +180,30 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(smoke / "data" / "phantom", data, ignore=shutil.ignore_patterns("train_images", "unlabelled"))
     series = pl.read_csv(data / "test_series_meta.csv", schema_overrides={"patient_id": pl.String, "series_id": pl.String})
-    broken, empty = series["patient_id"].unique(maintain_order=True)[:2]
+    broken, gone, empty = series["patient_id"].unique(maintain_order=True)[:3]
     for patient, sid in series.select("patient_id", "series_id").iter_rows():
         folder = data / "test_images" / patient / sid
         if patient == broken:
             for path in folder.iterdir():
                 path.write_bytes(path.read_bytes()[:200])
-        elif patient == empty:
+        elif patient in (gone, empty):
             shutil.rmtree(folder)
+            if patient == empty:
+                folder.mkdir()
     done = run_stage("07", "--config", "smoke", "--models", str(smoke), "--data", str(data), "--out", str(tmp_path / "out"), "--jobs", "2")
     assert done.returncode == 0, done.stderr
     table = check_submission(tmp_path / "out" / "07_submission" / "submission.csv", read_sample_submission(data))
-    rows = table.filter(pl.col("patient_id").is_in([broken, empty])).select(COLUMNS).to_numpy()
-    assert np.allclose(rows[0], rows[1]), "both have the prior"
-    reported = pl.read_csv(tmp_path / "out" / "07_submission" / "fallbacks.csv", schema_overrides={"patient_id": pl.String})
-    assert {broken, empty} <= set(reported["patient_id"])
+    rows = table.filter(pl.col("patient_id").is_in([broken, gone, empty])).select(COLUMNS).to_numpy()
+    assert np.allclose(rows, rows[0]), "all three have the prior"
+    ids = {"patient_id": pl.String, "series_id": pl.String}
+    reported = pl.read_csv(tmp_path / "out" / "07_submission" / "fallbacks.csv", schema_overrides=ids).fill_null("").rows()
+    reasons = {patient: reason for patient, sid, reason in reported if sid}
+    assert reasons.keys() == {broken, gone, empty}
+    assert reasons[empty] == "no DICOM files"
+    assert reasons[gone].startswith("no such folder")
+    alone = [(patient, reason) for patient, sid, reason in reported if not sid]
+    assert sorted(alone) == sorted((patient, "no usable series: prior") for patient in (broken, gone, empty))
     untouched = check_submission(smoke / "07_submission" / "submission.csv", read_sample_submission(data))
-    rest = ~pl.col("patient_id").is_in([broken, empty])
+    rest = ~pl.col("patient_id").is_in([broken, gone, empty])
     pair = [frame.filter(rest).select(COLUMNS).to_numpy() for frame in (table, untouched)]
     assert np.allclose(*pair, atol=1e-5), "the others are as they were (to float32 sums by another number of threads)"
