@@ -17,6 +17,7 @@ from isal.isal_zlib import crc32
 
 from . import dicom, nifti, series
 from .config import ConvertConfig
+from .dicom_header import SPARE_BYTES, Unreadable
 from .parallel import Failure, contained
 from .sources import NIFTI, Listing, instance_of
 
@@ -60,11 +61,11 @@ def _from_dicom(file: str, config: ConvertConfig, careful: bool) -> tuple[np.nda
     """The oriented picture of one DICOM file and what is known of it; Unreadable with the reason where there is none."""
     try:
         with open(file, "rb", buffering=0) as handle:
-            if os.fstat(handle.fileno()).st_size > 4 * config.max_pixels + dicom.SPARE_BYTES:
-                raise dicom.Unreadable("too large: the file is larger than any picture of convert.max_pixels")
+            if os.fstat(handle.fileno()).st_size > 4 * config.max_pixels + SPARE_BYTES:
+                raise Unreadable("too large: the file is larger than any picture of convert.max_pixels")
             data = handle.read()
     except OSError as fault:
-        raise dicom.Unreadable(f"not readable: {type(fault).__name__}") from None
+        raise Unreadable(f"not readable: {type(fault).__name__}") from None
     stored, header, decoder = dicom.picture(data, config.max_pixels, careful)
     image = series.orient(stored, header.orientation, header.patient_position, config.flip_hfs)
     number, spacing = instance_of(os.path.basename(file)), header.spacing or (None, None)
@@ -90,7 +91,7 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
     if volume:
         try:
             items = [(listing.files[0], k) for k in range(nifti.count_slices(Path(listing.files[0]), config.max_pixels))]
-        except dicom.Unreadable as fault:
+        except Unreadable as fault:
             yield listing.files[0], Failure(str(fault))
             return
 
@@ -98,7 +99,7 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
         file, k = item
         try:
             image, found = _from_nifti(file, k, config) if file.endswith(NIFTI) else _from_dicom(file, config, careful)
-        except dicom.Unreadable as fault:
+        except Unreadable as fault:
             return Failure(str(fault))
         if keep is None:
             return found._replace(image=image)

@@ -1,5 +1,6 @@
 """What there is to convert: the series of a data set, their files and fingerprints. No pixel library is imported."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -129,26 +130,27 @@ def fingerprints(tasks: Sequence[SeriesTask], data: Path) -> list[str]:
 
 
 def list_files(path: str | Path, data: str | Path) -> Listing:
-    """The `.dcm` files of a series folder, or one NIfTI file, from one scan of its folder.
+    """The `.dcm` files of a series folder, from one scan of it, or one NIfTI file.
 
     A link that leads out of the image folder (the first folder below `data`, which itself may be a link) is refused.
     """
     path, found, refused = str(path), [], []
     top = os.path.realpath(os.path.join(data, os.path.relpath(path, data).split(os.sep)[0]))
-    folder, single = os.path.split(path) if path.endswith(NIFTI) else (path, "")
+    single = path.endswith(NIFTI)
+    folder = os.path.dirname(path) if single else path
 
     def outside(link: str) -> bool:
         return os.path.commonpath((os.path.realpath(link), top)) != top
 
     try:
-        with os.scandir(folder) as entries:
+        with contextlib.nullcontext([Path(path)]) if single else os.scandir(folder) as entries:
             for entry in [] if outside(folder) else entries:
-                if entry.name != single if single else not entry.name.lower().endswith(".dcm"):
+                if not single and not entry.name.lower().endswith(".dcm"):
                     continue
-                if entry.is_symlink() and outside(entry.path):
-                    refused.append((entry.path, "link out of the data folder"))
+                if entry.is_symlink() and outside(os.fspath(entry)):
+                    refused.append((os.fspath(entry), "link out of the data folder"))
                 elif not entry.is_file():
-                    refused.append((entry.path, "not a file"))
+                    refused.append((os.fspath(entry), "not a file"))
                 else:
                     found.append((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns))
         if not found and not refused:

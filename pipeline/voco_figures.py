@@ -19,6 +19,7 @@ from .voco import VocoNet
 from .voco_data import EVALUATION, VocoSamples, choose_volumes
 
 COLOURS = ("tab:orange", "tab:cyan", "tab:pink", "tab:olive")
+SHOWN = 4  # random crops
 WINDOWS = 9  # positions an axis of the similarity maps
 
 
@@ -28,7 +29,7 @@ def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) 
     planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
     options = config.pretrain
     rng = np.random.default_rng([config.seed, EVALUATION])
-    boxes = random_boxes(options.image_size, options.grid, max(2, options.random_crops), rng)
+    boxes = random_boxes(options.image_size, options.grid, SHOWN, rng)
     run = start(config, World(0, 1, device))
     maps = [similarity_maps(run.teacher, planes, boxes, device)]
     if state := load_checkpoint(folder / "best.ckpt"):

@@ -23,7 +23,7 @@ def run(stage: Stage) -> None:
     """Convert the series of the table and the unlabelled ones that are new or changed."""
     from pipeline import sources, tables
 
-    data = stage.data
+    data = stage.image_data
     tasks = sources.plan(data, tables.read_series(data, "train"))
     prints = sources.fingerprints(tasks, data)
     series = digest([[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)])

@@ -14,7 +14,8 @@ from pydicom.sequence import Sequence
 from pipeline import dicom, series
 from pipeline.config import ConvertConfig
 from pipeline.convert import read_series
-from pipeline.dicom import Unreadable, picture, read_header
+from pipeline.dicom import picture
+from pipeline.dicom_header import Unreadable, read_header
 from pipeline.sources import list_files
 
 PIXELS = 1 << 20

@@ -8,7 +8,7 @@ import pytest
 PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS = (
     {"targets", "config", "presets", "runtime", "artifacts", "command", "verify"},
-    {"dicom", "series", "nifti", "parallel", "sources", "convert", "slice_store", "volume", "volume_store", "decode_ahead"}
+    {"dicom", "dicom_header", "series", "nifti", "parallel", "sources", "convert", "slice_store", "volume", "volume_store", "decode_ahead"}
     | {"folds", "tables", "metric", "metric_extra", "ablation_stats", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "fold_data", "voco_data"},
     {"weights", "layers", "backbone", "voco", "losses", "classifier"},

@@ -283,8 +283,9 @@ def test_recomputed_activations_give_the_same_losses(volumes, tmp_path):
 
 
 def test_a_model_that_cannot_recompute_is_refused(volumes):
+    options = "model.backbone=dla46_c", "pretrain.image_size=64", "pretrain.activation_checkpointing=true"
     with pytest.raises(InputError, match="dla46_c cannot recompute its activations"):
-        loop.start(load_config("smoke", (*TINY, "model.backbone=dla46_c", "pretrain.image_size=64", "pretrain.activation_checkpointing=true")), ALONE)
+        loop.start(load_config("smoke", (*TINY, *options)), ALONE)
     with pytest.raises(InputError, match="this backbone takes no images of 24 x 24 pixels"):
         loop.start(load_config("smoke", (*TINY, "model.backbone=vgg11")), ALONE)
 

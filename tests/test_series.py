@@ -14,7 +14,7 @@ from helpers_dicom import dataset, to_bytes
 from pipeline import nifti
 from pipeline.config import ConvertConfig, VolumeConfig
 from pipeline.convert import pictures, read_series
-from pipeline.dicom import Unreadable
+from pipeline.dicom_header import Unreadable
 from pipeline.parallel import Failure
 from pipeline.runtime import InputError
 from pipeline.series import Placement, arrange, is_cut, is_transposed, orient
