@@ -139,6 +139,15 @@ def test_a_fold_that_lost_a_file_is_not_vouched_for(out, stage_05):
     assert_whole(out)
 
 
+def test_a_fold_that_is_made_again_is_listed_anew(out, stage_05):
+    """Its log is no file that later stages depend on, so the manifest of all still looked whole."""
+    assert stage_05() == 0
+    (out / "05_folds" / "fold1" / LOG).write_text("")
+    assert stage_05() == 0
+    assert stage_05.trained == [0, 1, 1]
+    assert_whole(out)
+
+
 def stage_of(out: Path, name: str = "05_folds", *arguments: str) -> Stage:
     return Stage(name, load_config("smoke"), parser(name, "").parse_args(["--out", str(out), *arguments]))
 
