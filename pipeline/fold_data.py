@@ -1,14 +1,16 @@
-"""The series that one fold trains on and holds out, gathered from the stage folders."""
+"""What the folds share: the series that each trains on and holds out, and the manifest of all of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .artifacts import Stage
+from .artifacts import Stage, broken_outputs, read_manifest
 from .config import Config
 from .datasets import Series, labelled_series
 from .folds import label_subset, read_folds
-from .runtime import InputError
+from .runtime import InputError, remove_folder
 from .tables import read_labels, read_slice_labels
 
 
@@ -52,3 +54,19 @@ def _subset(train: list[Series], config: Config) -> list[Series]:
     patients = {one.patient_id: one.labels for one in train}
     chosen = label_subset(list(patients), np.stack(list(patients.values())), config.train.label_fraction, config.seed)
     return [one for one in train if one.patient_id in chosen]
+
+
+def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) -> None:
+    """Write the manifest of all folds, unless a fold is not done; folds that the config no longer has go."""
+    names = [f"fold{fold}" for fold in range(stage.config.folds.count)]
+    parts = {name: read_manifest(stage.folder / name) for name in names}
+    wanted = {name: stage.part(name).fingerprint_of(inputs, sections) for name in names}
+    done = [name for name, part in parts.items() if part and part["fingerprint"] == wanted[name]]
+    if done != names or any(broken_outputs(stage.folder / name, parts[name]) for name in names):
+        return
+    for path in stage.folder.glob("fold*"):
+        if path.name not in names:
+            with stage.part(path.name).lock():
+                remove_folder(path)
+    counts = {name: part["counts"] for name, part in parts.items()}
+    stage.finish(counts, outputs=[f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")])

@@ -6,11 +6,11 @@ Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.pa
 """
 
 import argparse
-from typing import Any
+from pathlib import Path
 
-from pipeline.artifacts import Stage, broken_outputs, read_manifest
+from pipeline.artifacts import Stage, read_manifest
 from pipeline.command import main
-from pipeline.runtime import InputError, remove_folder
+from pipeline.runtime import InputError
 
 SECTIONS = ("seed", "model", "train")
 PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time
@@ -27,7 +27,8 @@ def run(stage: Stage) -> None:
     if stage.options.fold not in (None, *folds):
         raise InputError(f"there is no fold {stage.options.fold}", f"--fold {stage.options.fold}", f"choose one of {[*folds]}")
     upstream = ["02_volumes", "03_folds"] + (["04_voco2d"] if config.train.init == "voco2d" else [])
-    inputs = stage.inputs(*upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv"])
+    weights = [Path(config.model.weights)] if config.model.weights and config.train.init == "imagenet" else []
+    inputs = stage.inputs(*upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv", *weights])
     stage.writer = True  # whatever the rank: any may be the first to change a fold and the last to end
     with stage.lock(PATIENCE_S):
         known = all((stage.folder / f"fold{fold}" / "manifest.json").is_file() for fold in folds)
@@ -43,23 +44,10 @@ def run(stage: Stage) -> None:
 
             part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])
     with stage.lock(PATIENCE_S):
-        finish_all(stage, inputs)
+        if read_manifest(stage.folder) is None:
+            from pipeline.fold_data import finish_folds
 
-
-def finish_all(stage: Stage, inputs: dict[str, Any]) -> None:
-    """Write the manifest of all folds, unless it is there or a fold is not done; folds that the config no longer has go."""
-    names = [f"fold{fold}" for fold in range(stage.config.folds.count)]
-    parts = {name: read_manifest(stage.folder / name) for name in names}
-    wanted = {name: stage.part(name).fingerprint_of(inputs, SECTIONS) for name in names}
-    done = [name for name, part in parts.items() if part and part["fingerprint"] == wanted[name]]
-    if read_manifest(stage.folder) or done != names or any(broken_outputs(stage.folder / name, parts[name]) for name in names):
-        return
-    for path in stage.folder.glob("fold*"):
-        if path.name not in names:
-            with stage.part(path.name).lock():
-                remove_folder(path)
-    counts = {name: part["counts"] for name, part in parts.items()}
-    stage.finish(counts, outputs=[f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")])
+            finish_folds(stage, inputs, SECTIONS)
 
 
 if __name__ == "__main__":

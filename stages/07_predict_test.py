@@ -28,21 +28,22 @@ def run(stage: Stage) -> None:
         return
     from pipeline.sources import fingerprints, test_tasks
 
-    tasks = test_tasks(stage.data, read_series(stage.data, "test"))
-    inputs = stage.inputs("05_folds", "06_oof", files=[stage.data / "sample_submission.csv", stage.data / "test_series_meta.csv"])
-    if stage.current(inputs | {"series": fingerprints(tasks, stage.data)}, SECTIONS):
+    data = stage.image_data
+    tasks = test_tasks(data, read_series(data, "test"))
+    inputs = stage.inputs("05_folds", "06_oof", files=[data / "sample_submission.csv", data / "test_series_meta.csv"])
+    if stage.current(inputs | {"series": fingerprints(tasks, data)}, SECTIONS):
         return
     from pipeline.calibration import Calibration
     from pipeline.submission import SubmissionWriter, check_submission
 
-    sample, path = read_sample_submission(stage.data), stage.folder / "submission.csv"
+    sample, path = read_sample_submission(data), stage.folder / "submission.csv"
     calibration = Calibration.of_run(stage.upstream("06_oof"), inputs["05_folds"])
     writer = SubmissionWriter(sample, calibration.prior)
     writer.write(path)  # everyone has the prior before anything can go wrong
     from pipeline.inference import load_ensemble, predict_test
 
     ensemble = load_ensemble(stage, calibration)
-    counts = predict_test(tasks, stage.data, writer, ensemble, stage.config, path, stage.jobs, stage.started)
+    counts = predict_test(tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started)
     check_submission(path, sample)
     stage.finish(counts, outputs=["submission.csv", "fallbacks.csv"])
     log(f"submission: {path}")

@@ -14,6 +14,7 @@ from pipeline.parallel import spread
 
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 LINE = "stopped: run the same command again to go on"
+FORCED = LINE.replace("again", "again without --force")  # which would begin anew
 FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "03_folds", "04": "04_voco2d", "05": "05_folds",
            "06": "06_oof", "07": "07_submission", "08": "08_report"}  # fmt: skip
 
@@ -38,7 +39,7 @@ def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):
     go_on(tmp_path / "mark")
     code, text = end(process)
     assert code == 128 + number, text
-    assert plain_lines(text) == [LINE], text
+    assert plain_lines(text) == [FORCED if "--force" in arguments else LINE], text
     assert none_alive(process.pid), alive(process.pid)
     assert not (out / FOLDERS[stage] / "manifest.json").exists(), "it must not look finished"
     if stage in ("03", "01"):
