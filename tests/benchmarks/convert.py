@@ -6,7 +6,7 @@ processes  slices/s of two processes against one
 png        bytes and time of PNG strategies, filters and levels on the same windowed slices
 memory     peak memory of converting 100 and 2,000 slices
 damage     1,000 damaged files (RLE and JPEG 2000) among 200 good ones: wall time, worker deaths, quarantine; good slices must be the same
-index      restart over 4,711 finished series of 1.5 million slices: seconds and peak memory of writing the index
+index      restart over 4,711 finished series of 1.5 million slices: seconds and peak memory of writing the index (of sidecars alone, without pictures)
 
 --slices N makes every mode smaller (or larger): N slices a series, N damaged files, N slices in each of the 4,711 series.
 """
@@ -223,7 +223,8 @@ def index(data: Path, rounds: int, slices: int = 319) -> None:
         folder = data / "out" / task.name
         folder.mkdir(parents=True)
         names = [f"{task.name}/{k}.png" for k in range(slices)]
-        sidecar = {"fingerprint": slice_store._fingerprint(task.series_id, CONFIG), "bytes": 1, "deaths": [], "quarantine": []}
+        sidecar = {"fingerprint": slice_store._fingerprint(task.series_id, CONFIG), "bytes": 1, "deaths": [], "quarantine": [],
+                   "pictures": {}}  # fmt: skip
         (folder / slice_store.SIDECAR).write_text(json.dumps({**sidecar, "rows": {**rows, "png": names}}))
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()
     counts = convert_all(tasks, [task.series_id for task in tasks], data, data / "out", CONFIG)

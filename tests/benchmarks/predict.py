@@ -58,13 +58,13 @@ def write_models(out: Path, config: Config) -> None:
     folds, scores = (Stage(name, config, options) for name in ("05_folds", "06_oof"))
     names = [f"fold{k}/model.safetensors" for k in range(config.folds.count)]
     folds.current({}, [])
-    scores.current({}, [])
     for k, name in enumerate(names):
         seed_everything(k)
         save_weights(folds.folder / name, build_model(config), describe(config))
     even = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), np.full(13, 0.5))
     write_json(scores.folder / "calibration.json", even.to_json())
     folds.finish({}, names)
+    scores.current(scores.inputs("05_folds"), [])
     scores.finish({}, ["calibration.json"])
 
 
