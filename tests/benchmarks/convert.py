@@ -6,7 +6,7 @@ processes  slices/s of two processes against one
 png        bytes and time of PNG strategies, filters and levels on the same windowed slices
 memory     peak memory of converting 100 and 2,000 slices
 damage     1,000 damaged files (RLE and JPEG 2000) among 200 good ones: wall time, worker deaths, quarantine; good slices must be the same
-index      restart over 4,711 finished series of 1.5 million slices: seconds and peak memory of writing the index (of sidecars alone, without pictures)
+index      restart over 4,711 finished series of 1.5 million slices (sidecars without pictures): seconds and peak memory of the index
 
 --slices N makes every mode smaller (or larger): N slices a series, N damaged files, N slices in each of the 4,711 series.
 """

@@ -25,7 +25,8 @@ def refused(code: int, text: str, *parts: str) -> None:
 
 
 # files of a stage are larger than this, so that a write of it fails: DICOM, PNG, arrays, CSV (Rust), checkpoint (C++), parquet (Rust)
-@pytest.mark.parametrize(("stage", "size"), [("00", 5000), ("01", 900), ("02", 20000), ("03", 100), ("04", 3000), ("06", 12_000)])
+@pytest.mark.parametrize(("stage", "size"), [("00", 5000), ("01", 900), ("02", 20000), ("03", 100), ("04", 3000), ("05", 3000),
+                                             ("06", 12_000), ("07", 300), ("08", 3000)])  # fmt: skip
 def test_a_failing_write_is_one_line(smoke, tmp_path, stage, size):
     out = tmp_path / "run"
     copy(smoke, out, FOLDERS[stage]) if stage != "00" else out.mkdir()

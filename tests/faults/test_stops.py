@@ -26,6 +26,7 @@ FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "0
     ("02", ".npy.tmp-", SIGTERM, ("--force",)),
     ("03", "folds.csv.tmp-", SIGINT, ("--force",)),
     ("04", "log.jsonl.tmp-", SIGINT, ("--force", "pretrain.checkpoint_every=1000")),
+    ("05", "log.jsonl.tmp-", SIGTERM, ("--force",)),
     ("06", "scores.json.tmp-", SIGTERM, ("--force",)),
     ("07", ".dcm", SIGINT, ("--force",)),
     ("08", "index.html.tmp-", SIGTERM, ("--force",)),
