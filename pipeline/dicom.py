@@ -39,13 +39,13 @@ from .dicom_header import (
 LOW_HU, HIGH_HU = -150.0, 250.0
 
 
-def _frame(header: Header) -> bytes:
-    """The compressed picture: all fragments behind the offset table, each checked to lie inside the file."""
-    parts, at, data = [], header.start, header.data
+def _frame(header: Header) -> memoryview:
+    """The compressed picture: all fragments behind the offset table, each checked to lie inside the file; one alone is not copied."""
+    parts, at, data = [], header.start, memoryview(header.data)
     while at + 8 <= len(data):
         tag, _, at, length = element(data, at, False, "<")
         if tag == SEQUENCE_END:
-            return b"".join(parts[1:])
+            return parts[1] if len(parts) == 2 else memoryview(b"".join(parts[1:]))
         if tag != ITEM or at + length > len(data):
             break
         parts.append(data[at : at + length])
@@ -58,18 +58,18 @@ def _padding(segment: bytes) -> int:
     return (len(segment) - len(segment.rstrip(b"\0"))) // 2
 
 
-def _decode_rle(header: Header, frame: bytes) -> np.ndarray:
+def _decode_rle(header: Header, frame: memoryview) -> np.ndarray:
     """PackBits planes, most significant byte first; every segment must lie in the frame and decode to one plane.
 
     Some encoders pad segments with zeros, which are cut off as pydicom does. What decodes to more than padding explains has runs too
     many somewhere, and its pixels may be shifted.
     """
     size, planes = header.rows * header.cols, header.bits_allocated // 8
-    count, *starts = struct.unpack_from(f"<{planes + 1}I", frame.ljust(64, b"\0"))
+    count, *starts = struct.unpack_from(f"<{planes + 1}I", bytes(frame[:64]).ljust(64, b"\0"))
     bounds = [*starts, len(frame)]
     if count != planes or starts[0] < 64 or any(not 0 < b - a <= 2 * size + 64 for a, b in zip(bounds, bounds[1:], strict=False)):
         raise Unreadable("damaged RLE: implausible segment header")
-    segments = [frame[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    segments = [bytes(frame[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
     try:
         decoded = [decode_segment(segment) for segment in segments]
     except ValueError:
@@ -124,7 +124,7 @@ def decode(header: Header, careful: bool) -> tuple[np.ndarray, int, str]:
     if header.transfer_syntax == RLE:
         return _decode_rle(header, frame), header.bits_stored, "pylibjpeg"
     try:
-        *declared, depth = _codestream(frame, header.transfer_syntax)
+        *declared, depth = _codestream(bytes(frame), header.transfer_syntax)
     except (ValueError, struct.error):
         raise Unreadable("damaged: the compressed picture has no header") from None
     if declared != [*shape, 1] or depth > header.bits_allocated:

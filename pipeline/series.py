@@ -79,10 +79,13 @@ def is_cut(image: np.ndarray) -> bool:
     dark, enough = np.flatnonzero(full == 0), 0.5 * full.max()
     if not dark.size or not enough:
         return False
-    padded = np.pad(full, 3)
-    edge = np.stack([padded[dark + 4], padded[dark + 2]])
-    inner = np.stack([padded[dark + 6], padded[dark]])
-    return bool(((edge >= enough) & (edge >= 0.85 * inner)).any())
+    padded = np.zeros(len(full) + 6, full.dtype)
+    padded[3:-3] = full
+    for next_to_it, further_in in ((4, 6), (2, 0)):  # to the right and to the left of a dark column
+        edge, inner = padded[dark + next_to_it], padded[dark + further_in]
+        if ((edge >= enough) & (edge >= 0.85 * inner)).any():
+            return True
+    return False
 
 
 def _normal(orientation: Sequence[float] | None) -> tuple[float, float, float]:

@@ -1,6 +1,7 @@
 """Stage 01 as a whole: what it writes, what it skips, what it does again, on one machine and on a Dask cluster."""
 
 import csv
+import ctypes
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import polars as pl
 import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
+from helpers_stages import environment
 
 from pipeline import parallel, slice_store
 from pipeline.config import ConvertConfig, VolumeConfig
@@ -408,3 +410,27 @@ def test_monochrome1_and_orientation_reach_the_png(tmp_path):
     stored -= (stored >> 12) << 13
     image = cv2.imread(str(tmp_path / "out" / "1" / "2" / "1.png"), cv2.IMREAD_UNCHANGED)
     assert np.array_equal(image, naive_window(stored, inverted=True)[::-1, ::-1])
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+def test_a_child_keeps_its_memory():
+    """Buffers given back after every picture and paged in anew cost a third of the time: 46,000 page faults in a series of 96."""
+
+    def faults(first: str) -> int:
+        script = f"""
+import resource
+import numpy as np
+from pipeline.parallel import keep_memory
+{first}
+def use():
+    return [np.ones(size, np.uint8) for size in (280_000, 140_000, 520_000, 260_000, 1_400_000)]
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(200):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+        done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep_memory()") < 0.1 * faults("")
