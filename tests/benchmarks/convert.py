@@ -114,15 +114,13 @@ def alternate(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def speed(data: Path, rounds: int, slices: int = 320) -> None:
-    """Ratios on one core, for a series of the competition's mean length."""
+    """Ratios on one core, for a series of the competition's mean length; all write new files."""
     cv2.setNumThreads(1)
     with contextlib.suppress(AttributeError):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     task = make_series(data, "1", slices)
     files = [Path(task.path) / f"{k}.dcm" for k in range(1, slices + 1)]
     pictures = [dicom.picture(file.read_bytes(), CONFIG.max_pixels, False)[0] for file in files]
-    other = data / "usual"
-    other.mkdir()
     number = itertools.count()
 
     def new_folder() -> Path:
@@ -132,9 +130,9 @@ def speed(data: Path, rounds: int, slices: int = 320) -> None:
 
     works = {
         "stage 01": lambda: slice_store.convert_series(task, data, new_folder(), CONFIG),
-        "usual converter": lambda: usual(files, other, "pydicom"),
-        "usual converter with pylibjpeg": lambda: usual(files, other, "pylibjpeg"),
-        "decoding and encoding alone": lambda: alone(files, pictures, other),
+        "usual converter": lambda: usual(files, new_folder(), "pydicom"),
+        "usual converter with pylibjpeg": lambda: usual(files, new_folder(), "pylibjpeg"),
+        "decoding and encoding alone": lambda: alone(files, pictures, new_folder()),
     }
     medians = {name: 1e3 * statistics.median(values) / len(files) for name, values in alternate(works, rounds).items()}
     for k, picture in enumerate(pictures):
