@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -221,6 +222,20 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
                 yield k, answer
         except lost:
             return
+        except BaseException:
+            _silence_pool()
+            raise
+
+
+def _silence_pool() -> None:
+    """Print nothing of joblib's own thread, which may stumble over a pool that is being torn down, on purpose, under it."""
+    before = threading.excepthook
+
+    def hook(fault: Any) -> None:
+        if getattr(fault.thread, "name", "") != "ExecutorManagerThread":
+            before(fault)
+
+    threading.excepthook = hook
 
 
 def _cluster(scheduler: str) -> Any:

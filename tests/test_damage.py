@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks.damage import damaged as damaged_copy
 from helpers_dicom import dataset, pattern, to_bytes, write_series
 from helpers_stages import run_stage
 
-from pipeline import convert, dicom, slice_store
+from pipeline import convert, dicom, parallel, slice_store
 from pipeline.config import ConvertConfig
 from pipeline.convert import read_series
 from pipeline.parallel import Failure, contained, spread
@@ -148,7 +149,7 @@ def test_what_a_dying_child_has_written_is_not_left_behind(tmp_path, monkeypatch
 
 def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
     folder = small_series(tmp_path)
-    monkeypatch.setattr(dicom, "SPARE_BYTES", 10_000)
+    monkeypatch.setattr(convert, "SPARE_BYTES", 10_000)
     with open(folder / "3.dcm", "ab") as handle:
         handle.write(bytes(1 << 20))
     slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(max_pixels=1280))
@@ -257,3 +258,15 @@ def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path,
     assert isinstance(answers[5], Failure)
     assert "killed" in answers[5].reason
     assert "done again" in capsys.readouterr().err
+
+
+def test_only_the_pools_own_thread_is_silent(capfd, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    parallel._silence_pool()
+    for name in ("ExecutorManagerThread", "another"):
+        thread = threading.Thread(target=lambda: [][0], name=name)
+        thread.start()
+        thread.join()
+    text = capfd.readouterr().err
+    assert "another" in text
+    assert "ExecutorManagerThread" not in text
