@@ -8,6 +8,7 @@ processes; each of them may use `contained`, here as on a cluster, so results do
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import multiprocessing.resource_tracker
 import os
@@ -204,6 +205,7 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
     import joblib
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
+    _silence_pool()
     calls = [joblib.delayed(_call)(work, k, task) for k, task in tasks.items()]
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # by whoever stops early, on purpose
     with contextlib.ExitStack() as stack:
@@ -222,17 +224,15 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
                 yield k, answer
         except lost:
             return
-        except BaseException:
-            _silence_pool()
-            raise
 
 
+@functools.cache
 def _silence_pool() -> None:
-    """Print nothing of joblib's own thread, which may stumble over a pool that is being torn down, on purpose, under it."""
+    """Print nothing where joblib's own thread stumbles over tasks that are gone: whoever stops a pool early, on purpose, causes that."""
     before = threading.excepthook
 
     def hook(fault: Any) -> None:
-        if getattr(fault.thread, "name", "") != "ExecutorManagerThread":
+        if fault.exc_type is not KeyError or getattr(fault.thread, "name", "") != "ExecutorManagerThread":
             before(fault)
 
     threading.excepthook = hook

@@ -262,11 +262,11 @@ def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path,
 
 def test_only_the_pools_own_thread_is_silent(capfd, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
-    parallel._silence_pool()
-    for name in ("ExecutorManagerThread", "another"):
-        thread = threading.Thread(target=lambda: [][0], name=name)
+    parallel._silence_pool.__wrapped__()
+    for name, work in (("ExecutorManagerThread", lambda: {}[0]), ("other thread", lambda: {}[0]), ("ExecutorManagerThread", lambda: [][0])):
+        thread = threading.Thread(target=work, name=name)
         thread.start()
         thread.join()
     text = capfd.readouterr().err
-    assert "another" in text
-    assert "ExecutorManagerThread" not in text
+    assert text.count("Exception in thread ExecutorManagerThread") == text.count("\nIndexError") == 1
+    assert text.count("Exception in thread other thread") == text.count("\nKeyError") == 1
