@@ -32,7 +32,7 @@ COLUMNS = {
     "png": pl.String,
 }  # fmt: skip
 SUB = 1  # PNG filter: difference to the pixel on the left
-LOOK_AHEAD = 512  # igzip looks behind the end of its input: zeros there, for the same picture must give the same bytes
+LOOK_AHEAD = 512  # zeros behind the compressor's input, should it look there: the same picture must give the same bytes
 PASSING = ("not readable:", "took longer than", "brought down by SIGKILL")  # reasons of the machine (network, load, memory), not the file
 
 
@@ -48,7 +48,7 @@ def encode_png(image: np.ndarray) -> bytes:
     lines = buffer[:size].reshape(rows, 1 + cols)
     lines[:, 0], lines[:, 1] = SUB, image[:, 0]
     np.subtract(image[:, 1:], image[:, :-1], out=lines[:, 2:])
-    packer = isal_zlib.compressobj(1)  # its state is zeroed, that of the one-shot function is what lies on the stack
+    packer = isal_zlib.compressobj(1)  # an object of zeroed memory: the one-shot function was seen to give other bytes now and then
     body = packer.compress(lines) + packer.flush()
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", cols, rows, 8, 0, 0, 0, 0)), (b"IDAT", body), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
