@@ -30,7 +30,7 @@ GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own 
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WAIT_S = 0.02  # a child answers no more often: waking the parent costs as much as a tenth of a slice
-ROUNDS, CONNECT_S = 3, 30
+ROUNDS, CONNECT_S, WATCH_S = 3, 30, 0.5
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,24 @@ def _start_trackers() -> None:
             os.environ["PYTHONWARNINGS"] = before
 
 
-def _call(work: Callable[[Any], Any], k: int, task: Any) -> tuple[int | None, Any]:
+@functools.cache
+def _end_with(parent: int) -> None:
+    """Kill this process soon after `parent` has ended.
+
+    A worker that is handing over a large answer would otherwise wait for ever, since it holds the other end of the pipe itself.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _call(work: Callable[[Any], Any], k: int, task: Any, parent: int | None) -> tuple[int | None, Any]:
+    if parent is not None:
+        _end_with(parent)
     try:
         return k, work(task)
     except InputError as fault:  # does not survive pickling
@@ -206,7 +223,8 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     _silence_pool()
-    calls = [joblib.delayed(_call)(work, k, task) for k, task in tasks.items()]
+    parent = None if scheduler else os.getpid()  # a cluster's workers outlive their clients
+    calls = [joblib.delayed(_call)(work, k, task, parent) for k, task in tasks.items()]
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # by whoever stops early, on purpose
     with contextlib.ExitStack() as stack:
         lost: tuple[type[Exception], ...] = (BrokenProcessPool,)

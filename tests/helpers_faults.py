@@ -48,7 +48,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> str:
     while not (path.exists() and path.read_text()):
         if process.poll() is not None or time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-            raise AssertionError(f"{path.name} did not appear: {process.communicate()[1][-3000:]}")
+            raise AssertionError(f"{path.name} did not appear: {process.communicate(timeout=PATIENCE_S)[1][-3000:]}")
         time.sleep(0.02)
     return path.read_text()
 

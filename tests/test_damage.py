@@ -241,6 +241,23 @@ def test_an_orphaned_child_does_not_live_on(tmp_path):
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_workers_end_with_a_run_that_is_killed():
+    """A worker handing over more than a pipe holds waits for a reader: it holds the pipe's other end itself, so it once waited for ever."""
+    code = (
+        "import os, time\nfrom functools import partial\nfrom pipeline.parallel import spread\n"
+        "def work(task):\n    print(os.getpid(), flush=True)\n    time.sleep(task)\n    return bytes(10 ** 8)\n"
+        "for _ in spread(work, [0, 0.3, 0.3, 0.3], jobs=2):\n    os.kill(os.getpid(), 9)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        try:
+            workers, _ = run.communicate(timeout=120)  # the workers hold the pipe too: this ends when they do
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise
+    assert run.returncode == -signal.SIGKILL
+    assert len(workers.split()) >= 2
+
+
 def square_or_die(task: tuple[str, int]) -> int:
     """A task that kills its process: once, where `task` names a file that is not there yet, or always."""
     mark, number = task

@@ -216,7 +216,7 @@ def test_killed_at_any_moment_the_file_is_valid_and_the_next_run_completes_it(sm
             time.sleep(0.01)
         children = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
         run.kill()
-        run.communicate()
+        run.communicate(timeout=300)
         psutil.wait_procs(children, timeout=60)
         left = check_submission(path, given).select(COLUMNS)
         assert pause_s or left.n_unique() == 1, "everyone has the prior before the models are loaded"

@@ -8,6 +8,7 @@ two undisturbed runs with one seed must agree byte for byte, and one with anothe
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -20,10 +21,11 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers_faults import copy, none_alive, run, start, temporaries  # noqa: E402
+from helpers_faults import PATIENCE_S, copy, none_alive, run, start, temporaries  # noqa: E402
 
 SUBMISSION, STAGES = Path("07_submission", "submission.csv"), ("00", "01", "02", "03", "04", "05", "06", "07", "08")
 AGAIN = 0.5  # probability that a rerun is killed too
+START_S = 1.0  # of each stage script, outside the seconds of its manifest
 
 
 def folder_of(reference: Path, stage: str) -> Path:
@@ -46,22 +48,34 @@ def kill(out: Path, seconds: float, reference: Path, stages: tuple[str, ...], dr
         process.communicate(timeout=None if fault else draw.uniform(0.2, seconds))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=PATIENCE_S)
     if not none_alive(process.pid):
         raise SystemExit("FAILED: a process outlived the kill of its group")
     return "missed" if process.returncode == 0 else "write" if fault else "moment"
 
 
-def trial(out: Path, reference: Path, begin: str, kills: int, seconds: float, draw: random.Random) -> tuple[Counter, list[str]]:
+def unfinished(out: Path, reference: Path, stages: tuple[str, ...]) -> tuple[tuple[str, ...], float]:
+    """The stages that a rerun has yet to do, and about how many seconds it takes, by the reference's manifests."""
+    left, seconds = [], START_S * len(stages)
+    for stage in stages:
+        manifest = folder_of(reference, stage) / "manifest.json"
+        if not (out / manifest.relative_to(reference)).exists():
+            left.append(stage)
+            seconds += json.loads(manifest.read_text())["seconds"]
+    return tuple(left), seconds
+
+
+def trial(out: Path, reference: Path, begin: str, kills: int, draw: random.Random) -> tuple[Counter, list[str]]:
     """One folder killed up to `kills` times, then run to its end: where it was hit, and what is wrong."""
     names = [folder_of(reference, stage).name for stage in STAGES]
     kept = names.index(begin) if begin else 0
     copy(reference, out, *names[kept:], *([] if kept else ["data"])) if kept else out.mkdir()
     hits: Counter = Counter()
     while hits.total() - hits["missed"] < kills and (not hits or draw.random() < AGAIN):
-        hits[hit := kill(out, seconds, reference, STAGES[kept:], draw)] += 1
-        if hit == "missed":
+        left, seconds = unfinished(out, reference, STAGES[kept:])
+        if not left:
             break
+        hits[kill(out, seconds, reference, left, draw)] += 1
     code, text = run("run_all", out)
     faults = [] if code == 0 else [f"the rerun ends with {code}: {text[-2000:]}"]
     if not faults and (out / SUBMISSION).read_bytes() != (reference / SUBMISSION).read_bytes():
@@ -94,13 +108,12 @@ def main() -> int:
     work, draw = Path(tempfile.mkdtemp(dir=options.work)), random.Random(options.seed)
     began, hits, faults, trials = time.monotonic(), Counter(), [], 0
     try:
-        reference, whole = options.reference or work / "reference", 30.0
+        reference = options.reference or work / "reference"
         if not options.reference:
             code, text = run("run_all", reference)
-            whole = time.monotonic() - began
             faults += [f"the undisturbed run ends with {code}: {text[-2000:]}"] if code else []
         while not faults and (left := options.kills - hits.total() + hits["missed"]) > 0:
-            found, wrong = trial(work / "trial", reference, options.begin, left, whole, draw)
+            found, wrong = trial(work / "trial", reference, options.begin, left, draw)
             hits, trials, faults = hits + found, trials + 1, [f"trial {trials + 1}: {fault}" for fault in wrong]
             print(f"trial {trials}: {dict(found)} {'FAILED' if wrong else 'same submission'}", flush=True)
             if not faults:

@@ -91,7 +91,7 @@ def test_a_killed_redo_leaves_nothing_that_looks_finished(smoke, out, tmp_path):
     process = start("03", out, "folds.count=3", fault=f"pause:{tmp_path / 'mark'}:folds.csv.tmp-")
     wait_for(tmp_path / "mark", process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=PATIENCE_S)
     assert temporaries(out), "the kill was inside a write"
     refused(*run("06", out), "03_folds is missing or unfinished")
     assert run("03", out)[0] == 0
@@ -104,7 +104,7 @@ def test_a_rerun_removes_what_a_killed_run_left(smoke, tmp_path):
     process = start("00", out, fault=f"pause:{tmp_path / 'mark'}:.dcm")
     wait_for(tmp_path / "mark", process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=PATIENCE_S)
     assert temporaries(out)
     assert run("00", out)[0] == 0
     assert not temporaries(out)
@@ -151,7 +151,7 @@ def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_pat
         refused(*run(stage, out, "--force"), f"another run holds {held}", f"process {process.pid} on ", "choose another --out")
     assert run("08", out, "--force")[0] == 0, "what nobody holds goes on"
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=PATIENCE_S)
     assert run("03", out, "--force")[0] == 0, "a killed run holds nothing"
 
 
