@@ -61,7 +61,7 @@ def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
     assert len(slices) == len(expected) == 2 * (5 if syntax == "jpeg" else 6) * 4 * 2 * 4
     for item in slices:
         assert np.array_equal(item.image, expected[item.instance_number])
-        usual = {"rle": "pylibjpeg", "j2k": "dicomsdl", "jpegls": "dicomsdl", "jpeg": "dicomsdl"}.get(syntax, "numpy")
+        usual = {"rle": "imagecodecs", "j2k": "dicomsdl", "jpegls": "dicomsdl", "jpeg": "dicomsdl"}.get(syntax, "numpy")
         assert item.decoder == ("pydicom" if item.instance_number in narrow else usual)
 
 
@@ -282,6 +282,28 @@ def test_a_deflated_bomb_is_not_inflated(monkeypatch):
     monkeypatch.setattr(dicom, "SPARE_BYTES", 1 << 16)
     with pytest.raises(Unreadable, match="too large"):
         picture(bomb, 1 << 10)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [10, 12, 13, 15, 16])
+@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (1, 0), (1, 24), (2, -1024), (0.5, -512), (1.3, -900.7), (1, -8192)])
+def test_arithmetic_and_table_give_the_same_for_every_pattern(signed, bits, slope, intercept):
+    """Also where bits that do not count are set: such a picture takes the table."""
+    every = np.arange(65536).astype(np.uint16).reshape(256, 256)
+    sign = every >> (bits - 1) & 1 if signed else 0 * every
+    meant = every.astype(int) & (1 << bits) - 1
+    proper = every[every.astype(int) == (meant - (sign.astype(int) << bits)) % 65536][None]  # properly extended: takes the arithmetic
+    for stored in (every, proper):
+        found = dicom.windowed(stored, bits, signed, float(slope), float(intercept), False)
+        value = (stored.astype(int) & (1 << bits) - 1).astype(float)
+        value -= (value >= 1 << (bits - 1)) * float(1 << bits) if signed else 0
+        assert np.array_equal(found, np.clip(np.rint((value * slope + intercept + 150) * 255 / 400), 0, 255))
+    assert proper.size == 1 << bits
+
+
+def test_the_usual_files_take_the_arithmetic():
+    for bits, shift, intercept in ((12, 0, -1024), (16, 0, -1024), (12, 2048, 0), (16, 32768, 0), (16, 32768, -1024), (16, 0, -8192)):
+        assert dicom._scaling(bits, shift, 1.0, float(intercept))
 
 
 def test_rle_segments_must_lie_in_the_frame_and_fill_their_plane_exactly():

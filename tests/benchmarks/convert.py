@@ -215,7 +215,7 @@ def index(data: Path, rounds: int, slices: int = 319) -> None:
     tasks = [SeriesTask(str(10000 + k), str(k), "train", str(data / str(k))) for k in range(4711)]
     rows = {"instance_number": list(range(slices)), "order": list(range(slices)), "z_mm": [-0.8 * k for k in range(slices)],
             "rows": [SIZE] * slices, "cols": [SIZE] * slices, "spacing_y_mm": [0.78125] * slices, "spacing_x_mm": [0.78125] * slices,
-            "flags": [""] * slices, "decoder": ["pylibjpeg"] * slices, "transfer_syntax": [str(RLELossless)] * slices,
+            "flags": [""] * slices, "decoder": ["imagecodecs"] * slices, "transfer_syntax": [str(RLELossless)] * slices,
             "crc32": [3_000_000_000 + k for k in range(slices)]}  # fmt: skip
     for task in tasks:
         folder = data / "out" / task.name
