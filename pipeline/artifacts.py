@@ -35,7 +35,9 @@ MAKERS = {
     "08_report": "08_report",
     "09_ablation": "09_ablate",
 }
-PACKAGES = ("torch", "timm", "numpy", "polars", "dicomsdl", "imagecodecs", "pydicom", "opencv-python-headless", "albumentations", "scikit-learn")
+PACKAGES = (
+    "torch", "timm", "numpy", "polars", "dicomsdl", "imagecodecs", "pydicom", "opencv-python-headless", "albumentations", "scikit-learn",
+)  # fmt: skip
 
 
 def digest(value: Any) -> str:
