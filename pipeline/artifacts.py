@@ -172,6 +172,12 @@ class Stage:
         config = {name: decisive(name, tree[name]) for name in sections}
         return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
 
+    def made_from(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:
+        """True when the folder is whole, was made from exactly these inputs and config sections, and is not to be made again."""
+        manifest = read_manifest(self.folder)
+        whole = manifest is not None and not broken_outputs(self.folder, manifest)
+        return whole and not self.options.force and manifest["fingerprint"] == self.fingerprint_of(inputs, sections)
+
     def current(self, inputs: dict[str, Any], sections: Iterable[str], whole: bool = True) -> bool:
         """True (and says so) when the folder was made from exactly these inputs and config sections and is whole.
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Stage
-from .runtime import InputError, TrainingStopped, disk_errors
+from .runtime import LAST_LINE, Ended, InputError, TrainingStopped, disk_errors, is_part
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
 
@@ -52,6 +53,8 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
                     signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end
                 again = "the same command again without --force" if options.force else "the same command again"
                 return _say(f"stopped: run {again} to go on", code)
+            if isinstance(fault, Ended):
+                return _say(str(fault), fault.code)
             if isinstance(fault, (InputError, TrainingStopped)):
                 return _say(f"error: {fault}", 2 if isinstance(fault, InputError) else 1)
             raise
@@ -61,13 +64,20 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
 def _run(folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool) -> None:
     from .presets import load_config  # here: a Ctrl-C is answered in one line from the first moment on
 
+    if is_part():
+        from .parallel import end_with
+
+        end_with(int(os.environ[LAST_LINE].partition(":")[0]))
     stage = Stage(folder, load_config(options.config, options.overrides), options)
     with disk_errors(stage.folder), stage.reading, stage.lock() if exclusive else contextlib.nullcontext():
         run(stage)
 
 
 def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr, flush=True)
+    if is_part():
+        os.write(int(os.environ[LAST_LINE].partition(":")[2]), line.encode())
+    else:
+        print(line, file=sys.stderr, flush=True)
     return code
 
 

@@ -194,7 +194,7 @@ def _start_trackers() -> None:
 
 
 @functools.cache
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Kill this process soon after `parent` has ended.
 
     A worker that is handing over a large answer would otherwise wait for ever, since it holds the other end of the pipe itself.
@@ -210,7 +210,7 @@ def _end_with(parent: int) -> None:
 
 def _call(work: Callable[[Any], Any], k: int, task: Any, parent: int | None) -> tuple[int | None, Any]:
     if parent is not None:
-        _end_with(parent)
+        end_with(parent)
     try:
         return k, work(task)
     except InputError as fault:  # does not survive pickling

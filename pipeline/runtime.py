@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 TEMPORARY = ".tmp-"
+LAST_LINE = "VOCO2D_LAST_LINE"  # in the environment of a part of a stage: the stage's process id, and the pipe for the part's last line
 
 
 class InputError(Exception):
@@ -25,6 +26,19 @@ class InputError(Exception):
 
 class TrainingStopped(RuntimeError):
     """Training went wrong; the message is for the user (exit code 1), the last good checkpoint is kept."""
+
+
+def is_part() -> bool:
+    """True in a process that a stage started to work on a part of it."""
+    return LAST_LINE in os.environ
+
+
+class Ended(Exception):
+    """A part of the stage, working in a process of its own, has failed: its line for the user and its exit code."""
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.code = code
 
 
 def log(message: str) -> None:

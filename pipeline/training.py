@@ -269,7 +269,9 @@ def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any
 
 def make_loader(dataset: SeriesDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device) -> DataLoader:
     """Batches of `dataset` by the keys of `plan`."""
-    return DataLoader(dataset, batch_sampler=plan, num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
+    workers = min(workers, len(plan))
+    ahead = 4 if workers else None  # batches a worker: other work on its core is not at once waited for
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=ahead)
 
 
 def train_fold(config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None) -> dict[str, Any]:

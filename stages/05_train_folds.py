@@ -1,4 +1,5 @@
-"""Stage 05: train one CNN-LSTM per fold; with `--fold K` that one only. Under torchrun, folds spread over the ranks.
+"""Stage 05: train one CNN-LSTM per fold; with `--fold K` that one only. On a CPU folds train side by side, one process each, on `--jobs`
+cores together; on GPUs one after the other, or spread over the ranks of torchrun.
 
 Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, <out>/04_voco2d/backbone.safetensors (train.init=voco2d),
         train.csv and, where present, image_level_labels.csv of the data folder
@@ -7,10 +8,12 @@ Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.pa
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifacts import Stage, read_manifest
 from pipeline.command import main
-from pipeline.runtime import InputError
+from pipeline.runtime import InputError, is_part
+from pipeline.side_by_side import train_side_by_side
 
 SECTIONS = ("seed", "model", "train")
 PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time
@@ -33,21 +36,27 @@ def run(stage: Stage) -> None:
     with stage.lock(PATIENCE_S):
         known = all((stage.folder / f"fold{fold}" / "manifest.json").is_file() for fold in folds)
         stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
-    for fold in stage.share(folds if stage.options.fold is None else [stage.options.fold]):
-        part = stage.part(f"fold{fold}")
-        with part.lock():
-            if part.current(inputs, SECTIONS):
-                continue
-            with stage.lock(PATIENCE_S):
-                stage.current(inputs, SECTIONS, whole=False)  # also one that another rank has written since
-            from pipeline.training import LOG, MODEL, OOF, run_fold
-
-            part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])
+    mine = stage.share(folds) if stage.options.fold is None else [stage.options.fold]
+    if not train_side_by_side(stage, mine, inputs, SECTIONS):
+        for fold in mine:
+            _train(stage, fold, inputs)
     with stage.lock(PATIENCE_S):
-        if read_manifest(stage.folder) is None:
+        if read_manifest(stage.folder) is None and not is_part():
             from pipeline.fold_data import finish_folds
 
             finish_folds(stage, inputs, SECTIONS)
+
+
+def _train(stage: Stage, fold: int, inputs: dict[str, Any]) -> None:
+    part = stage.part(f"fold{fold}")
+    with part.lock():
+        if part.current(inputs, SECTIONS):
+            return
+        with stage.lock(PATIENCE_S):
+            stage.current(inputs, SECTIONS, whole=False)  # also one that another rank has written since
+        from pipeline.training import LOG, MODEL, OOF, run_fold
+
+        part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])
 
 
 if __name__ == "__main__":

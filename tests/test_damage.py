@@ -250,7 +250,7 @@ def test_workers_end_with_a_run_that_is_killed():
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
         try:
-            workers, _ = run.communicate(timeout=120)  # the workers hold the pipe too: this ends when they do
+            workers, _ = run.communicate(timeout=60)  # the workers hold the pipe too: this ends when they do
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             raise

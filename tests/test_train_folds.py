@@ -1,16 +1,20 @@
 """Stage 05 over ranks, runs and configs: every fold trained once, whoever ends last writes the manifest, and it lists what is there."""
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 import torch
-from helpers_faults import copy
+from helpers_faults import copy, end, none_alive, plain_lines, products, start, wait_for
 from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.artifacts import Stage, digest, read_manifest
@@ -44,7 +48,7 @@ def stage_05(out, monkeypatch):
     def call(*arguments: str, rank: int = 0, world: int = 1) -> int:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        monkeypatch.setattr("sys.argv", [str(SCRIPT), "--config", "smoke", "--out", str(out), *arguments])
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), "--config", "smoke", "--out", str(out), "--jobs", "1", *arguments])
         script = runpy.run_path(str(SCRIPT))
         return script["main"](str(SCRIPT), "05_folds", "", script["run"], script["add_flags"], exclusive=False)
 
@@ -103,6 +107,59 @@ def test_torchrun_spreads_the_folds(out):
     assert done.returncode == 0, done.stderr
     assert_whole(out)
     assert set(pl.concat(pl.read_parquet(out / "05_folds" / f"fold{k}" / OOF) for k in (0, 1))["fold"]) == {0, 1}
+
+
+def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
+    """The smoke run trained them side by side; one thread for each is what `--jobs 1` gives."""
+    for fold in "10":
+        done = run_stage("05", "--config", "smoke", "--out", str(out), "--jobs", "1", "--fold", fold)
+        assert done.returncode == 0, done.stderr
+    assert products(out / "05_folds") == products(smoke / "05_folds")
+
+
+def processes_of(run, count: int) -> list[psutil.Process]:
+    """The fold processes of a running stage, once all are there and train."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and run.poll() is None:
+        children = psutil.Process(run.pid).children()
+        if len(children) == count:
+            return children
+        time.sleep(0.02)
+    raise AssertionError(f"never {count} processes: {end(run)}")
+
+
+def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(smoke, out):
+    run = start("05", out, "train.epochs=200")
+    killed, other = sorted(processes_of(run, 2), key=lambda process: process.cmdline())
+    wait_for(out / "05_folds" / "fold1" / "log.jsonl", run)
+    killed.kill()
+    code, text = end(run)
+    assert code == 1, text
+    assert plain_lines(text) == ["error: fold 0 was brought down by SIGKILL (out of memory?), run the same command again"]
+    assert not other.is_running()
+    assert (out / "05_folds" / "fold1" / "last.ckpt").exists()
+    assert not (out / "05_folds" / "manifest.json").exists()
+    assert run_stage("05", "--config", "smoke", "--out", str(out), "--jobs", "2").returncode == 0
+    assert products(out / "05_folds") == products(smoke / "05_folds")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_folds_end_with_their_stage(out, number):
+    """With a checkpoint where there is time for one."""
+    run = start("05", out, "train.epochs=2000", "train.workers=1")
+    processes_of(run, 2)
+    for fold in "01":
+        wait_for(out / "05_folds" / f"fold{fold}" / "log.jsonl", run)
+    os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)  # a terminal sends Ctrl-C to all
+    gone = none_alive(run.pid)
+    code, text = end(run)
+    assert gone, "the folds trained on alone"
+    assert code == (-number if number == signal.SIGKILL else 128 + number), text
+    if number != signal.SIGKILL:
+        assert plain_lines(text) == ["stopped: run the same command again to go on"]
+        for fold in "01":
+            assert (out / "05_folds" / f"fold{fold}" / "last.ckpt").exists()
+        assert text.count("checkpoint written") == 2
 
 
 def test_fewer_folds_leave_none_of_the_others_behind(out, stage_05):
