@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Stage
-from .runtime import LAST_LINE, Ended, InputError, TrainingStopped, disk_errors, is_part
+from .runtime import LAST_LINE, Ended, InputError, TrainingStopped, disk_errors, end_with, is_part
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
 
@@ -65,8 +65,6 @@ def _run(folder: str, options: argparse.Namespace, run: Callable[[Stage], None],
     from .presets import load_config  # here: a Ctrl-C is answered in one line from the first moment on
 
     if is_part():
-        from .parallel import end_with
-
         end_with(int(os.environ[LAST_LINE].partition(":")[0]))
     stage = Stage(folder, load_config(options.config, options.overrides), options)
     with disk_errors(stage.folder), stage.reading, stage.lock() if exclusive else contextlib.nullcontext():

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from .runtime import InputError, log
+from .runtime import InputError, end_with, log
 
 T = TypeVar("T")
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WAIT_S = 0.02  # a child answers no more often: waking the parent costs as much as a tenth of a slice
-ROUNDS, CONNECT_S, WATCH_S = 3, 30, 0.5
+ROUNDS, CONNECT_S = 3, 30
 
 
 @dataclass(frozen=True)
@@ -191,21 +191,6 @@ def _start_trackers() -> None:
         os.environ.pop("PYTHONWARNINGS")
         if before is not None:
             os.environ["PYTHONWARNINGS"] = before
-
-
-@functools.cache
-def end_with(parent: int) -> None:
-    """Kill this process soon after `parent` has ended.
-
-    A worker that is handing over a large answer would otherwise wait for ever, since it holds the other end of the pipe itself.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_S)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _call(work: Callable[[Any], Any], k: int, task: Any, parent: int | None) -> tuple[int | None, Any]:

@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 TEMPORARY = ".tmp-"
+WATCH_S = 0.5
 LAST_LINE = "VOCO2D_LAST_LINE"  # in the environment of a part of a stage: the stage's process id, and the pipe for the part's last line
 
 
@@ -31,6 +35,21 @@ class TrainingStopped(RuntimeError):
 def is_part() -> bool:
     """True in a process that a stage started to work on a part of it."""
     return LAST_LINE in os.environ
+
+
+@functools.cache
+def end_with(parent: int) -> None:
+    """Kill this process soon after `parent` has ended.
+
+    A worker that hands over a large answer, say, would wait for ever, since it holds the other end of the pipe itself.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Ended(Exception):

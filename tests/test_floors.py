@@ -12,7 +12,7 @@ FLOORS = (
     | {"folds", "tables", "metric", "metric_extra", "ablation_stats", "phantom_canvas", "phantom_injuries", "phantom", "phantom_dicom"},
     {"crops", "augment", "datasets", "fold_data", "voco_data"},
     {"weights", "layers", "backbone", "voco", "losses", "classifier"},
-    {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain"},
+    {"checkpoint", "engine", "prediction", "training", "distributed", "pretrain", "side_by_side"},
     {"inference", "ablation", "probes", "calibration", "scoring", "figures", "submission", "voco_figures"}
     | {"report", "report_figures", "report_ablation"},
 )
