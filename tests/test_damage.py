@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -275,6 +276,15 @@ def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path,
     assert isinstance(answers[5], Failure)
     assert "killed" in answers[5].reason
     assert "done again" in capsys.readouterr().err
+
+
+def test_a_pool_that_is_left_early_says_nothing():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        answers = spread(time.sleep, [0, 9, 9, 9, 9], jobs=2)
+        next(answers)
+        answers.close()
+    assert not [str(one.message) for one in seen if "still being processed" in str(one.message)]
 
 
 def test_only_the_pools_own_thread_is_silent(capfd, monkeypatch):

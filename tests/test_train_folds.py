@@ -151,7 +151,8 @@ def test_folds_end_with_their_stage(out, number):
     for fold in "01":
         wait_for(out / "05_folds" / f"fold{fold}" / "log.jsonl", run)
     os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)  # a terminal sends Ctrl-C to all
-    gone = none_alive(run.pid)
+    if not (gone := none_alive(run.pid)):
+        os.killpg(run.pid, signal.SIGKILL)
     code, text = end(run)
     assert gone, "the folds trained on alone"
     assert code == (-number if number == signal.SIGKILL else 128 + number), text

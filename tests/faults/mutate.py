@@ -39,7 +39,7 @@ GUARDS = (
     (COMMAND, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
     (ARTIFACTS, "round(time.monotonic() - self.started", "round(time.time() - self.started", STATE + "a_clock"),
     (PARALLEL, "(signal.SIG_BLOCK, {signal.SIGINT})", "(signal.SIG_BLOCK, ())", STOPS + "workers_are"),
-    (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', STOPS + "a_stop[07"),
+    (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', "test_damage.py::test_a_pool"),
     (PARALLEL, "        except lost:\n", "        except ZeroDivisionError:\n", STATE + "a_worker[01"),
     (PARALLEL, "        end_with(parent)\n", "        pass\n", "test_damage.py::test_workers_end"),
     (PARALLEL, "    for trial in range(ROUNDS):", "    for trial in range(0):", STATE + "a_worker[00"),

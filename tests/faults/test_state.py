@@ -12,7 +12,7 @@ from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, pro
 from test_disk import refused
 
 from pipeline import verify
-from pipeline.artifacts import Stage, read_manifest
+from pipeline.artifacts import Stage, digest, read_manifest
 from pipeline.command import main
 from pipeline.engine import check_finite
 from pipeline.presets import load_config
@@ -125,6 +125,7 @@ def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch
         build(config.model_copy(update={"aspect": "stretch"}))
     monkeypatch.undo()
     assert build(config) == before
+    assert {path.name: digest(path) for path in target.glob("*.npy")} == before
 
 
 def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
@@ -207,6 +208,7 @@ def test_a_clock_that_jumps_back_changes_nothing(smoke, tmp_path):
     assert code == 0, text
     assert products(out) == products(smoke)
     assert 0 <= read_manifest(out / "03_folds")["seconds"] < 3600
+    assert run("01", out)[0] == 0
     path = first(out, "data/phantom/train_images/*/*/*.dcm")
     os.utime(path, (0, 0))
     code, text = run("01", out)
