@@ -305,6 +305,13 @@ def test_cost_sums_the_stages_and_repeats_the_command(html):
     assert "bootstrap: 50" in text
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(70.0, "all7 min 16 s"), (124.0, "all8 min 08 s"), (5.0, "all8 min 08 s")])
+def test_folds_that_trained_side_by_side_count_once(copy, seconds, text):
+    """In one sitting of 70 s; one after the other; the last of several sittings."""
+    write_manifest(copy, "05_folds", {"fold0": {}, "fold1": {}}, seconds=seconds)
+    assert text in " ".join(Page(page_of(copy)).sections["cost"].split())
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(8.13, "8.1 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
