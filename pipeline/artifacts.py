@@ -173,10 +173,14 @@ class Stage:
         return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
 
     def made_from(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:
-        """True when the folder is whole, was made from exactly these inputs and config sections, and is not to be made again."""
+        """True when the folder is whole and was made from exactly these inputs and config sections."""
+        return self._found(self.fingerprint_of(inputs, sections))[0]
+
+    def _found(self, fingerprint: str) -> tuple[bool, list[str]]:
+        """Whether the folder is whole and has this fingerprint; its outputs that are missing or have another size."""
         manifest = read_manifest(self.folder)
-        whole = manifest is not None and not broken_outputs(self.folder, manifest)
-        return whole and not self.options.force and manifest["fingerprint"] == self.fingerprint_of(inputs, sections)
+        broken = broken_outputs(self.folder, manifest) if manifest else []
+        return manifest is not None and not broken and manifest["fingerprint"] == fingerprint, broken
 
     def current(self, inputs: dict[str, Any], sections: Iterable[str], whole: bool = True) -> bool:
         """True (and says so) when the folder was made from exactly these inputs and config sections and is whole.
@@ -187,11 +191,10 @@ class Stage:
         tree = self.config.model_dump(mode="json")
         self._state = {"config": {name: tree[name] for name in sections}, "inputs": inputs,
                        "fingerprint": (fingerprint := self.fingerprint_of(inputs, sections))}  # fmt: skip
-        manifest = read_manifest(self.folder)
-        broken = broken_outputs(self.folder, manifest) if manifest else []
+        made, broken = self._found(fingerprint)
         if broken:
             log(f"{self.name}: {broken[0]} is missing or has another size, made again")
-        if whole and manifest and not broken and manifest["fingerprint"] == fingerprint and not self.options.force:
+        if made and whole and not self.options.force:
             log(f"{self.name}: up to date")
             return True
         if self.writer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Stage
-from .runtime import LAST_LINE, Ended, InputError, TrainingStopped, disk_errors, end_with, is_part
+from .runtime import Ended, InputError, TrainingStopped, disk_errors, end_with, part_of
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
 
@@ -64,16 +64,16 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
 def _run(folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool) -> None:
     from .presets import load_config  # here: a Ctrl-C is answered in one line from the first moment on
 
-    if is_part():
-        end_with(int(os.environ[LAST_LINE].partition(":")[0]))
+    if part := part_of():
+        end_with(part[0])
     stage = Stage(folder, load_config(options.config, options.overrides), options)
     with disk_errors(stage.folder), stage.reading, stage.lock() if exclusive else contextlib.nullcontext():
         run(stage)
 
 
 def _say(line: str, code: int) -> int:
-    if is_part():
-        os.write(int(os.environ[LAST_LINE].partition(":")[2]), line.encode())
+    if part := part_of():
+        os.write(part[1], line.encode())
     else:
         print(line, file=sys.stderr, flush=True)
     return code
@@ -88,6 +88,7 @@ def _stops() -> Iterator[list[int]]:
     received: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
+        """Note the signal and raise its exception, again and again until this process ends."""
         if signum != signal.SIGALRM:
             received.append(signum)
         sys.unraisablehook = threading.excepthook = lambda fault: None  # of what is being torn down

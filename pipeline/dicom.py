@@ -38,7 +38,6 @@ from .dicom_header import (
 
 LOW_HU, HIGH_HU = -150.0, 250.0
 SIZE_DIFFERS = "segment decodes to another size than the picture's"
-SPARE_PIXELS = 4096  # a decoded RLE segment may be longer by what its padding with zeros decodes to
 
 
 def _frame(header: Header) -> memoryview:
@@ -63,7 +62,7 @@ def _padding(segment: memoryview) -> int:
 def _segment(segment: memoryview, size: int) -> np.ndarray:
     """One PackBits plane (size,): what decodes to more than padding explains has runs too many somewhere, and its pixels may be shifted."""
     try:
-        plane = imagecodecs.packbits_decode(segment, out=np.empty(size + SPARE_PIXELS, np.uint8))
+        plane = imagecodecs.packbits_decode(segment, out=np.empty(size + len(segment) // 2, np.uint8))
     except imagecodecs.PackbitsError as fault:
         cut = "CORRUPT" in str(fault)
         raise Unreadable(f"damaged RLE: a {'run is cut off' if cut else SIZE_DIFFERS}") from None

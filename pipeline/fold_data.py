@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .artifacts import Stage, broken_outputs, read_manifest
+from .artifacts import Stage, read_manifest
 from .config import Config
 from .datasets import Series, labelled_series
 from .folds import label_subset, read_folds
@@ -59,14 +59,11 @@ def _subset(train: list[Series], config: Config) -> list[Series]:
 def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) -> None:
     """Write the manifest of all folds, unless a fold is not done; folds that the config no longer has go."""
     names = [f"fold{fold}" for fold in range(stage.config.folds.count)]
-    parts = {name: read_manifest(stage.folder / name) for name in names}
-    wanted = {name: stage.part(name).fingerprint_of(inputs, sections) for name in names}
-    done = [name for name, part in parts.items() if part and part["fingerprint"] == wanted[name]]
-    if done != names or any(broken_outputs(stage.folder / name, parts[name]) for name in names):
+    if not all(stage.part(name).made_from(inputs, sections) for name in names):
         return
     for path in stage.folder.glob("fold*"):
         if path.name not in names:
             with stage.part(path.name).lock():
                 remove_folder(path)
-    counts = {name: part["counts"] for name, part in parts.items()}
+    counts = {name: (read_manifest(stage.folder / name) or {})["counts"] for name in names}
     stage.finish(counts, outputs=[f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")])

@@ -21,11 +21,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any
 
-from .runtime import InputError, end_with, log
+from .runtime import InputError, deaf, end_with, log
 
-T = TypeVar("T")
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -168,16 +167,6 @@ def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, schedule
         yield answers[0] if answers else (k, Failure("the worker process was killed (out of memory?)"))
 
 
-def _deaf(start: Callable[[], T]) -> T:
-    """The result of `start`, which starts processes: they are deaf to Ctrl-C, which a terminal sends to all, and end with this one."""
-    _start_trackers()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_trackers() -> None:
     """Start the processes that tidy up after dead ones: silent ones, and now, because their start ends the blocking of signals."""
     from joblib.externals.loky.backend import resource_tracker
@@ -221,7 +210,10 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
             stack.enter_context(joblib.parallel_config("dask"))
         pool = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="3*n_jobs", max_nbytes=None)
         try:
-            for k, answer in _deaf(lambda: pool(calls)):
+            _start_trackers()
+            with deaf():
+                answers = pool(calls)
+            for k, answer in answers:
                 if k is None:
                     raise InputError(*answer.split(", ", 2))
                 yield k, answer

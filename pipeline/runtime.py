@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 TEMPORARY = ".tmp-"
 WATCH_S = 0.5
-LAST_LINE = "VOCO2D_LAST_LINE"  # in the environment of a part of a stage: the stage's process id, and the pipe for the part's last line
+PART = "VOCO2D_PART"  # in the environment of processes that work on a part of a stage, see `part_of`
 
 
 class InputError(Exception):
@@ -32,9 +32,25 @@ class TrainingStopped(RuntimeError):
     """Training went wrong; the message is for the user (exit code 1), the last good checkpoint is kept."""
 
 
-def is_part() -> bool:
-    """True in a process that a stage started to work on a part of it."""
-    return LAST_LINE in os.environ
+def part_environment(pipe: int) -> dict[str, str]:
+    """Environment of a process that is to work on a part of this one's stage, and to send its last line through `pipe`."""
+    return {**os.environ, PART: f"{os.getpid()}:{pipe}"}
+
+
+def part_of() -> tuple[int, int] | None:
+    """Where a stage started this process to work on a part of it: the stage's process id, and the pipe for the part's last line."""
+    parent, _, pipe = os.environ.get(PART, "").partition(":")
+    return (int(parent), int(pipe)) if pipe else None
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Processes started inside are deaf to Ctrl-C, which a terminal sends to all: this one hands a stop on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @functools.cache

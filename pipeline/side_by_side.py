@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .artifacts import Stage
-from .runtime import LAST_LINE, Ended, pick_device
+from .runtime import Ended, deaf, part_environment, pick_device
 
 LOOK_S, MOST_BYTES = 0.05, 1 << 16
 
@@ -44,7 +44,7 @@ def train_side_by_side(stage: Stage, folds: Sequence[int], inputs: dict[str, Any
     That is on a GPU, with one job or one fold, and under torchrun, which spreads the folds itself. The cores of a fold depend on the
     number of all folds, not on those that are left, so that a run that was stopped and goes on computes what it would have computed.
     """
-    todo = [fold for fold in folds if not stage.part(f"fold{fold}").made_from(inputs, sections)]
+    todo = [fold for fold in folds if stage.options.force or not stage.part(f"fold{fold}").made_from(inputs, sections)]
     at_once = min(stage.jobs, stage.config.folds.count)
     if not todo or min(at_once, len(folds)) == 1 or "WORLD_SIZE" in os.environ or pick_device(stage.device_name).type != "cpu":
         return False
@@ -84,8 +84,14 @@ def _refuse(ended: Sequence[Part]) -> None:
     lines = {part: part.last_line() for part in ended}
     for part, line in lines.items():
         if code := part.process.returncode:
-            killed = f"brought down by {signal.Signals(-code).name} (out of memory?)" if code < 0 else f"ended with exit code {code}"
-            raise Ended(line or f"error: {part.name} was {killed}, run the same command again", max(1, code))
+            raise Ended(line or f"error: {part.name} {_fate(code)}, run the same command again", max(1, code))
+
+
+def _fate(code: int) -> str:
+    """What became of a process, from `Popen.returncode`; the kernel kills with SIGKILL whoever has too much memory."""
+    if code > 0:
+        return f"ended with exit code {code}"
+    return f"was brought down by {signal.Signals(-code).name}{' (out of memory?)' if -code == signal.SIGKILL else ''}"
 
 
 def _end(running: Sequence[Part]) -> None:
@@ -106,17 +112,7 @@ def _start(name: str, arguments: Sequence[str]) -> Part:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     command = [sys.executable, *sys.argv, *arguments]
-    with _deaf():
-        process = subprocess.Popen(command, env={**os.environ, LAST_LINE: f"{os.getpid()}:{writer}"}, pass_fds=[writer])
+    with deaf():
+        process = subprocess.Popen(command, env=part_environment(writer), pass_fds=[writer])
     os.close(writer)
     return Part(name, process, reader)
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes started inside are deaf to Ctrl-C, which a terminal sends to all: this one hands a stop on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.artifacts import Stage, read_manifest
 from pipeline.command import main
-from pipeline.runtime import InputError, is_part
+from pipeline.runtime import InputError, part_of
 from pipeline.side_by_side import train_side_by_side
 
 SECTIONS = ("seed", "model", "train")
@@ -41,7 +41,7 @@ def run(stage: Stage) -> None:
         for fold in mine:
             _train(stage, fold, inputs)
     with stage.lock(PATIENCE_S):
-        if read_manifest(stage.folder) is None and not is_part():
+        if read_manifest(stage.folder) is None and not part_of():
             from pipeline.fold_data import finish_folds
 
             finish_folds(stage, inputs, SECTIONS)

@@ -245,7 +245,7 @@ def test_an_orphaned_child_does_not_live_on(tmp_path):
 def test_workers_end_with_a_run_that_is_killed():
     """A worker handing over more than a pipe holds waits for a reader: it holds the pipe's other end itself, so it once waited for ever."""
     code = (
-        "import os, time\nfrom functools import partial\nfrom pipeline.parallel import spread\n"
+        "import os, time\nfrom pipeline.parallel import spread\n"
         "def work(task):\n    print(os.getpid(), flush=True)\n    time.sleep(task)\n    return bytes(10 ** 8)\n"
         "for _ in spread(work, [0, 0.3, 0.3, 0.3], jobs=2):\n    os.kill(os.getpid(), 9)\n"
     )

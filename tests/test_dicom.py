@@ -340,6 +340,17 @@ def test_rle_segments_may_be_padded_with_zeros():
             picture(to_bytes(ds), PIXELS)
 
 
+@pytest.mark.filterwarnings("ignore:The decoded RLE segment contains non-conformant padding")
+def test_rle_segments_may_be_padded_with_many_zeros():
+    """20,000 of them decode to 10,000 pixels more than the picture has, once refused as another size."""
+    ds = dataset(np.tile(pattern(12), (8, 8)), syntax="rle")
+    frame, plain = pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1), picture(to_bytes(ds), PIXELS)[0]
+    assert plain.size > 10_000
+    ds.PixelData = pydicom.encaps.encapsulate([frame + bytes(20_000)])
+    assert np.array_equal(picture(to_bytes(ds), PIXELS)[0], plain)
+    assert np.array_equal(reference(ds), plain)
+
+
 def test_a_good_series_is_read_in_order(tmp_path):
     write_series(tmp_path / "train_images" / "1" / "2", 4, syntax="explicit", first=9)
     slices, quarantined = read_series(list_files(tmp_path / "train_images" / "1" / "2", tmp_path), ConvertConfig())

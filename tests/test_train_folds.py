@@ -1,5 +1,6 @@
 """Stage 05 over ranks, runs and configs: every fold trained once, whoever ends last writes the manifest, and it lists what is there."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -117,20 +118,25 @@ def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
     assert products(out / "05_folds") == products(smoke / "05_folds")
 
 
-def processes_of(run, count: int) -> list[psutil.Process]:
-    """The fold processes of a running stage, once all are there and train."""
+def processes_of(run, folds: str) -> list[psutil.Process]:
+    """The processes of a running stage's folds, in their order, once all have become the stage's script."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and run.poll() is None:
-        children = psutil.Process(run.pid).children()
-        if len(children) == count:
-            return children
+        found = {}
+        for child in psutil.Process(run.pid).children():
+            with contextlib.suppress(psutil.Error):  # it may be gone by now
+                command = child.cmdline()
+                if "--fold" in command:  # a process that has only been forked still has its parent's command
+                    found[command[command.index("--fold") + 1]] = child
+        if sorted(found) == sorted(folds):
+            return [found[fold] for fold in folds]
         time.sleep(0.02)
-    raise AssertionError(f"never {count} processes: {end(run)}")
+    raise AssertionError(f"never the folds {folds}: {end(run)}")
 
 
 def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(smoke, out):
     run = start("05", out, "train.epochs=200")
-    killed, other = sorted(processes_of(run, 2), key=lambda process: process.cmdline())
+    killed, other = processes_of(run, "01")
     wait_for(out / "05_folds" / "fold1" / "log.jsonl", run)
     killed.kill()
     code, text = end(run)
@@ -147,7 +153,7 @@ def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(
 def test_folds_end_with_their_stage(out, number):
     """With a checkpoint where there is time for one."""
     run = start("05", out, "train.epochs=2000", "train.workers=1")
-    processes_of(run, 2)
+    processes_of(run, "01")
     for fold in "01":
         wait_for(out / "05_folds" / f"fold{fold}" / "log.jsonl", run)
     os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)  # a terminal sends Ctrl-C to all
