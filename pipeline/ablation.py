@@ -44,6 +44,11 @@ class Cell:
         """Its folder below `09_ablation`."""
         return f"{self.variant}/seed{self.seed}"
 
+    @property
+    def start(self) -> str:
+        """What its first training, be it pretraining, starts from."""
+        return self.config.pretrain.init if self.backbone else self.config.train.init
+
 
 def declared_cells(config: Config) -> list[Cell]:
     """The whole grid, seed by seed, so that a stopped run has whole comparisons.
@@ -116,7 +121,7 @@ def pretrain_backbone(part: Stage) -> None:
         rates = pl.Series([row["samples_per_s"] for row in read_log(part.folder / LOG)])
         counts["training_s"] = round(part.config.pretrain.steps * part.config.pretrain.batch * (1 / rates).mean(), 1)
         part.finish(counts, [BACKBONE, LOG])
-        for checkpoint in part.folder.glob("*.ckpt"):
+        for checkpoint in part.folder.rglob("*.ckpt"):
             checkpoint.unlink()
 
 
@@ -163,27 +168,39 @@ def wait_for(part: Stage, current: Callable[[Stage], bool], every_s: float = 1.0
     if current(part):
         return
     log(f"waiting for {part.name}, which another rank makes")
-    while (read_manifest(part.folder) or {}).get("fingerprint") != part.fingerprint:
+    while not part.whole:
         time.sleep(every_s)
 
 
 def startable(stage: Stage, cells: list[Cell]) -> list[Cell]:
-    """The cells without those that start from ImageNet weights which are out of reach; what is left out is logged."""
-    left_out: dict[str, str] = {}
-    for cell in cells:
-        first = cell.config.pretrain.init if cell.backbone else cell.config.train.init
-        if first != "imagenet" or cell.variant in left_out or read_manifest(stage.folder / cell.name):
-            continue
-        from .backbone import create_backbone
+    """The cells without those that start from ImageNet weights which are out of reach; what is left out is logged.
 
-        try:
-            create_backbone(cell.config.model.backbone, first, cell.config.model.weights)
-        except InputError as fault:
-            left_out[cell.variant] = str(fault)
-            log(f"variant {cell.variant} is left out: {fault}")
+    Rank 0 of torchrun finds out for all: ranks that disagreed would each wait for cells that none trains.
+    """
+    if all(cell.start != "imagenet" for cell in cells):
+        return cells
+    from .distributed import of_rank_0
+
+    left_out = of_rank_0(_out_of_reach(stage, cells) if stage.rank == 0 else {})
     if stage.config.ablation.reference in left_out:
         raise InputError("the reference starts from weights that are out of reach", "ablation.reference", "give model.weights=FILE")
     return [cell for cell in cells if cell.variant not in left_out]
+
+
+def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
+    """Variants whose ImageNet weights are neither here nor to be had, and why."""
+    from .backbone import create_backbone
+
+    left_out: dict[str, str] = {}
+    for cell in cells:
+        if cell.start != "imagenet" or cell.variant in left_out or read_manifest(stage.folder / cell.name):
+            continue
+        try:
+            create_backbone(cell.config.model.backbone, cell.start, cell.config.model.weights)
+        except InputError as fault:
+            left_out[cell.variant] = str(fault)
+            log(f"variant {cell.variant} is left out: {fault}")
+    return left_out
 
 
 def run_cells(stage: Stage) -> list[Cell]:

@@ -1,7 +1,7 @@
 """Statistics of an ablation: every variant's figures, and paired differences to a reference with 95 percent intervals.
 
-The bootstrap draws patients and seeds, the same for both sides of a difference: what is hard about a patient or lucky about
-a seed cancels. Intervals of differences allow for the fewness of seeds; they are wide where the spread between seeds dominates.
+The bootstrap draws patients, the same for both sides of a difference: what is hard about a patient or lucky about a seed cancels.
+To each resample comes a draw of the mean over seeds, by Student's t: few seeds hardly tell their own spread, so intervals are wide.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,42 +56,43 @@ def cell_draws(labels: np.ndarray, probabilities: np.ndarray, count: int, seed: 
     return Draws(np.concatenate(losses), *np.concatenate(rows, axis=2).transpose(1, 2, 0))
 
 
-def over_seeds(values: np.ndarray, seed: int, widen: bool = False) -> np.ndarray:
-    """(K, 1 + resamples, ...) of K cells to (1 + resamples, ...): row 0 the mean over all seeds, each other row over K - 1 drawn seeds.
+def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
+    """(K, 1 + resamples, ...) of K cells to (1 + resamples, ...): means over the seeds, row 0 of all patients.
 
-    K - 1 draws have the variance of the mean of K seeds, K draws too little of it (Rao and Wu, JASA 1988). `widen` moves the drawn
-    means away from the mean of all as Student's t widens a normal interval, because so few seeds hardly tell their spread.
+    Each other row is moved by a draw from the distribution that the mean over all seeds has around its expectation: Student's t with
+    K - 1 degrees of freedom times the seeds' standard error. One seed tells nothing of that.
     """
     K, rows = values.shape[:2]
     everyone = values.mean(axis=0)
-    if K == 1:
+    if K == 1 or rows == 1:
         return everyone
-    drawn = np.random.default_rng([seed, 1]).integers(0, K, (rows, K - 1))
-    moved = values[drawn, np.arange(rows)[:, None]].mean(axis=1) - everyone
-    moved[0] = 0
-    return everyone + moved * (stats.t.ppf(0.975, K - 1) / stats.norm.ppf(0.975) if widen else 1.0)
+    places = np.random.default_rng([seed, 1]).permutation(rows - 1)
+    drawn = stats.t.ppf((places + 0.5) / (rows - 1), K - 1)  # evenly over the distribution, in a random order
+    error = values[:, 0].std(axis=0, ddof=1) / K**0.5
+    everyone[1:] += drawn.reshape(-1, *[1] * (everyone.ndim - 1)) * error
+    return everyone
 
 
 def compare(draws: Mapping[str, Sequence[Draws]], targets: Mapping[str, Sequence[str]], pairs: Sequence[tuple[str, str]],
             seed: int) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each (variant, reference) of `pairs`: both sides' figures and their difference over the targets that both train.
 
-    `draws` holds the cells of each variant, seeds in the same order. Returns `variant, reference, targets, figures`; of each
+    `draws` holds the cells of each variant, seeds in the same order. Returns `variant, reference, targets, seeds, figures`; of each
     figure an interval under `own`, `other` (the reference) and `difference` (own minus other).
     """
     rows = []
     for variant, reference in pairs:
         shared = [name for name in TARGET_NAMES if name in targets[variant] and name in targets[reference]]
         own, other = (np.stack([one.figures(shared) for one in draws[name]]) for name in (variant, reference))  # (K, 1 + resamples, 4)
-        parts = {"own": over_seeds(own, seed), "other": over_seeds(other, seed), "difference": over_seeds(own - other, seed, widen=True)}
+        parts = {"own": over_seeds(own, seed), "other": over_seeds(other, seed), "difference": over_seeds(own - other, seed)}
         figures = {figure: {name: interval(part[:, k]) for name, part in parts.items()} for k, figure in enumerate(FIGURES)}
-        rows.append({"variant": variant, "reference": reference, "targets": shared, "figures": figures})
+        rows.append({"variant": variant, "reference": reference, "targets": shared, "seeds": len(own), "figures": figures})
     return rows
 
 
-def verdict(difference: Interval, less_is_better: bool) -> str:
-    """`better`, `worse`, or `no difference shown` where the interval holds 0 or is not defined."""
-    if difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
+def verdict(difference: Interval, less_is_better: bool, seeds: int) -> str:
+    """`better`, `worse`, or `no difference shown` where the interval holds 0 or is not defined, or speaks of one seed alone."""
+    if seeds == 1 or difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
         return "no difference shown"
     return "better" if (difference["high"] < 0) == less_is_better else "worse"
 
@@ -103,7 +104,9 @@ def sentence(row: Mapping[str, Any]) -> str:
     if found["low"] is None:
         return f"{names}: nothing to compare."
     span = f"{found['value']:+.4f} (95 % interval {found['low']:+.4f} to {found['high']:+.4f})".replace("-", "−")
-    outcome = verdict(found, FIGURES["score"])
+    outcome = verdict(found, FIGURES["score"], row["seeds"])
+    if row["seeds"] == 1:
+        return f"{names}: score {span}; of one seed each, so nothing is known of the spread between seeds, and no difference is shown."
     means = "the interval holds 0, so these runs show no difference" if outcome.startswith("no") else f"{outcome} (less is better)"
     return f"{names}: score {span}; {means}."
 
@@ -113,9 +116,9 @@ def long_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for row in result["compared"]:
         for figure, parts in row["figures"].items():
             spans = {f"{name}_{end}": part[end] for name, part in parts.items() for end in ("value", "low", "high")}
-            own, seeds = {key: row[key] for key in ("variant", "reference")}, len(result["seeds"])
-            found = verdict(parts["difference"], FIGURES[figure])
-            yield {**own, "targets": " ".join(row["targets"]), "figure": figure, **spans, "verdict": found, "seeds": seeds,
+            own = {key: row[key] for key in ("variant", "reference")}
+            found = verdict(parts["difference"], FIGURES[figure], row["seeds"])
+            yield {**own, "targets": " ".join(row["targets"]), "figure": figure, **spans, "verdict": found, "seeds": row["seeds"],
                    "patients": result["patients"]}  # fmt: skip
 
 

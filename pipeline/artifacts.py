@@ -176,6 +176,11 @@ class Stage:
         """True when the folder is whole and was made from exactly these inputs and config sections."""
         return self._found(self.fingerprint_of(inputs, sections))[0]
 
+    @property
+    def whole(self) -> bool:
+        """True when the folder is what `current` asked for, and all of it is there."""
+        return self._found(self.fingerprint)[0]
+
     def _found(self, fingerprint: str) -> tuple[bool, list[str]]:
         """Whether the folder is whole and has this fingerprint; its outputs that are missing or have another size."""
         manifest = read_manifest(self.folder)
@@ -237,14 +242,32 @@ class Stage:
             deadline = time.monotonic() + patience_s
             while not _flock(handle, kind):
                 if time.monotonic() > deadline:
-                    handle.seek(0)
-                    what, where = f"another run holds {path.name.removeprefix('.lock-')}", f"{path}: {handle.read().strip()}"
+                    what, where = f"another run holds {path.name.removeprefix('.lock-')}", f"{path}: {_holders(handle)}"
                     raise InputError(what, where, "wait for it or choose another --out")
                 time.sleep(0.1)
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+            if kind == fcntl.LOCK_EX:
+                handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
             yield
+
+
+def _holders(handle: TextIO) -> str:
+    """Who wrote into a lock file and may still hold it: of this machine's processes those that live."""
+    handle.seek(0)
+    here = f" on {socket.gethostname()}"
+    lines = dict.fromkeys(handle.read().splitlines())
+    return " and ".join(line for line in lines if not line.endswith(here) or _lives(line)) or "a process that has just ended"
+
+
+def _lives(line: str) -> bool:
+    try:
+        os.kill(int(line.split()[1]), 0)
+    except (ValueError, IndexError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _flock(handle: TextIO, kind: int) -> bool:

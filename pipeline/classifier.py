@@ -135,8 +135,9 @@ class CnnLstm(nn.Module):
         features = self.norm(torch.cat([self._features(part) for part in parts])).reshape(B, S, -1)  # (B, S, 2C)
         states = torch.cat([self.sequence(features), features], 2)  # (B, S, E): what a slice shows reaches the heads directly too
         pooled = self.dropout(self.pool(states))  # (B, E)
-        logits = {name: head(pooled) for name, head in self.heads.items()}
-        return logits, self.slice_head(states) if self.slice_head is not None else None
+        with torch.autocast(volumes.device.type, enabled=False):  # a logit of 4 in bfloat16 is 1 percent of a probability off
+            logits = {name: head(pooled.float()) for name, head in self.heads.items()}
+            return logits, self.slice_head(states.float()) if self.slice_head is not None else None
 
     def _features(self, slices: Tensor) -> Tensor:
         """(N, 1, H, W) to (N, 2C): an organ fills the mean of a slice, a small lesion shows in its maximum."""

@@ -206,6 +206,11 @@ class AblationConfig(Section):
         fixed = [key for keys in self.variants.values() for key in keys if key.partition(".")[0] not in ("model", "pretrain", "train")]
         if fixed:
             raise ValueError(f"'{fixed[0]}' is the same for all variants: they may change keys of model, pretrain and train")
+        whole = [key for keys in self.variants.values() for key, value in keys.items() if "." not in key or isinstance(value, dict)]
+        if whole:
+            raise ValueError(f"'{whole[0]}' would set all keys of a section: name single ones, such as train.init")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must be distinct")
         return self
 
 
@@ -231,6 +236,9 @@ class Config(Section):
             raise ValueError(f"pretrain.slices={self.pretrain.slices} is more than volume.depth={self.volume.depth}")
         if self.train.slices > self.volume.depth:
             raise ValueError(f"train.slices={self.train.slices} is more than volume.depth={self.volume.depth}")
+        for name, side in (("height", self.volume.height), ("width", self.volume.width)):
+            if side - 2 * round(side * self.train.crop) < 1:
+                raise ValueError(f"train.crop={self.train.crop} leaves nothing of volume.{name}={side}")
         if self.pretrain.image_size % self.pretrain.grid:
             raise ValueError(f"pretrain.image_size={self.pretrain.image_size} is no multiple of pretrain.grid={self.pretrain.grid}")
         if self.phantom and self.phantom.slices_min > self.phantom.slices_max:

@@ -101,6 +101,10 @@ def pictures(listing: Listing, config: ConvertConfig, keep: Callable[[int, np.nd
             image, found = _from_nifti(file, k, config) if file.endswith(NIFTI) else _from_dicom(file, config, careful)
         except Unreadable as fault:
             return Failure(str(fault))
+        except MemoryError:
+            if not careful:  # dicomsdl raises it over damaged files too
+                raise
+            return Failure("not readable: MemoryError")
         if keep is None:
             return found._replace(image=image)
         keep(k, image)

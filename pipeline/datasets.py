@@ -17,11 +17,17 @@ SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks
 SLICE_NAMES = {"Bowel": 0, "Active_Extravasation": 1}
 
 
+def _bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last plane (count,) of each of `count` bins, at most `depth`: plane p lies in bin p * count // depth."""
+    edges = -(-np.arange(count + 1) * depth // count)
+    return edges[:-1], edges[1:] - 1
+
+
 def slice_positions(depth: int, count: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a random plane in it."""
-    edges = np.linspace(0, depth, count + 1)
-    place = 0.5 if rng is None else rng.random(count)
-    return np.minimum((edges[:-1] + place * np.diff(edges)).astype(int), depth - 1)
+    first, last = _bins(depth, count)
+    middle = (2 * np.arange(count) + 1) * depth // (2 * count)
+    return np.clip(middle, first, last) if rng is None else rng.integers(first, last, endpoint=True)
 
 
 def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) -> np.ndarray:
@@ -46,10 +52,7 @@ def plane_labels(instances: Sequence[int], labelled: Sequence[tuple[int, int]], 
 
 def bin_labels(labels: np.ndarray, count: int) -> np.ndarray:
     """Plane labels (D, 2) to (count, 2): a sampled slice carries the label of any plane in its bin."""
-    bins = (np.arange(len(labels)) * count) // len(labels)
-    out = np.zeros((count, labels.shape[1]), np.float32)
-    np.maximum.at(out, bins, labels)
-    return out
+    return np.maximum.reduceat(labels, _bins(len(labels), count)[0])
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ def _codestream(frame: bytes, syntax: str) -> tuple[int, int, int, int]:
         return y1 - y0, x1 - x0, components, (depth & 0x7F) + 1
     at = 2
     while at + 4 < len(frame) and frame[at] == 0xFF:
+        if frame[at + 1] == 0xFF:  # any number of them may fill the space before a marker
+            at += 1
+            continue
         marker, length = struct.unpack_from(">BH", frame, at + 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
             depth, rows, cols, components = struct.unpack_from(">BHHB", frame, at + 4)
@@ -106,6 +109,8 @@ def _decode_pydicom(header: Header) -> np.ndarray:
         dataset = pydicom.dcmread(io.BytesIO(header.data), force=True)
         dataset.BitsStored = header.bits_stored
         pixels = dataset.pixel_array
+    except MemoryError:
+        raise
     except Exception as fault:  # pydicom's plug-ins raise what they like, and the text may hold values of tags
         raise Unreadable(f"undecodable: pydicom raises {type(fault).__name__}") from None
     if pixels.shape != (header.rows, header.cols) or pixels.dtype.itemsize * 8 != header.bits_allocated:

@@ -1,19 +1,34 @@
 """One training step over several processes: `torchrun` starts them, gloo (CPU) or nccl (GPU) joins them."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
 
 from .runtime import InputError, TrainingStopped, pick_device
 
+T = TypeVar("T")
+
 
 class PeerLost(TrainingStopped):
     """Another process of this run has ended; its own message says why."""
+
+
+LOST = "another process of this run has ended: its own message says why"
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Turn what nccl raises, at whichever call that waits for a lost process, into PeerLost."""
+    try:
+        yield
+    except distributed.DistError as fault:
+        raise PeerLost(LOST) from fault
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,7 +36,7 @@ def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     try:
         distributed.all_reduce(tensor)
     except RuntimeError as fault:
-        raise PeerLost("another process of this run has ended: its own message says why") from fault
+        raise PeerLost(LOST) from fault
     return tensor
 
 
@@ -62,6 +77,11 @@ class World:
         found = self.sum(mine).long().tolist()
         if len(set(found)) > 1:
             raise InputError(f"processes differ in {what}: {found}", "torchrun", remedy)
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        if self.size > 1:
+            _all_reduce(torch.zeros(1, device=self.device)).tolist()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, differentiable."""
@@ -111,11 +131,26 @@ def setup(device_name: str = "auto", threads: int = 0) -> World:
     torch.backends.cudnn.benchmark = True  # the shapes of a run never change
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        if size == int(os.environ.get("LOCAL_WORLD_SIZE", 0)) and "lo" in (name for _, name in socket.if_nameindex()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join("nccl" if device.type == "cuda" else "gloo")
         return World(distributed.get_rank(), size, device)
     return World(0, 1, device)
+
+
+def _join(backend: str) -> None:
+    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE") and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
+    distributed.init_process_group(backend)
+
+
+def of_rank_0(value: T) -> T:
+    """What rank 0 of `torchrun` gave, on every rank; `value` itself in a single process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return value
+    _join("gloo")
+    found = [value]
+    distributed.broadcast_object_list(found, 0)
+    distributed.destroy_process_group()
+    return found[0]
 
 
 def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:

@@ -113,11 +113,12 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
 class StopSignal:
     """Inside `with`, the first SIGTERM or Ctrl-C is remembered as `signum` instead of raised: the loop ends at a step boundary.
 
-    A second one takes its ordinary course. `leave()` raises what the signal would have raised.
+    A second one takes its ordinary course; with `several` processes, which torchrun and a batch system may both signal, it does not.
+    `leave()` raises what the signal would have raised.
     """
 
-    def __init__(self) -> None:
-        self.signum = 0
+    def __init__(self, several: bool = False) -> None:
+        self.signum, self.several = 0, several
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -132,7 +133,8 @@ class StopSignal:
 
     def _remember(self, signum: int, frame: Any) -> None:
         self.signum = signum
-        self.__exit__()
+        if not self.several:
+            self.__exit__()
 
     def leave(self) -> None:
         """Raise KeyboardInterrupt or SystemExit(128 + signal)."""

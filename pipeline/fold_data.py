@@ -56,6 +56,14 @@ def _subset(train: list[Series], config: Config) -> list[Series]:
     return [one for one in train if one.patient_id in chosen]
 
 
+def start_anew(stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]) -> None:
+    """Take manifest and checkpoint from all `folds` at once: one that a stopped `--force` did not come to must not look finished."""
+    for part in (stage.part(f"fold{fold}") for fold in folds):
+        with part.lock():
+            part.current(inputs, sections, whole=False)
+            (part.folder / "last.ckpt").unlink(missing_ok=True)
+
+
 def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) -> None:
     """Write the manifest of all folds, unless a fold is not done; folds that the config no longer has go."""
     names = [f"fold{fold}" for fold in range(stage.config.folds.count)]
@@ -65,5 +73,8 @@ def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) 
         if path.name not in names:
             with stage.part(path.name).lock():
                 remove_folder(path)
-    counts = {name: (read_manifest(stage.folder / name) or {})["counts"] for name in names}
+    manifests = {name: read_manifest(stage.folder / name) for name in names}
+    if None in manifests.values():  # another rank has begun to train it again
+        return
+    counts = {name: (manifest or {})["counts"] for name, manifest in manifests.items()}
     stage.finish(counts, outputs=[f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")])

@@ -67,6 +67,10 @@ def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
         if config.volume != stage.config.volume:
             raise InputError("the models were trained on volumes made otherwise", f"volume.* of the config and of {path}",
                              f"give {' '.join(f'volume.{key}={value}' for key, value in resolved(config.volume).items())}")  # fmt: skip
+        if config.convert.flip_hfs != stage.config.convert.flip_hfs:
+            flip = str(config.convert.flip_hfs).lower()
+            raise InputError("the models were trained on slices turned otherwise", f"convert.flip_hfs of the config and of {path}",
+                             f"give convert.flip_hfs={flip}")  # fmt: skip
     threads = min(stage.jobs, len(models)) if device.type == "cpu" else 1
     if device.type == "cpu":
         torch.set_num_threads(max(1, stage.jobs // threads))
@@ -82,6 +86,7 @@ class Filling:
         self.found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         self.problems: list[tuple[str, str, str]] = []
         self.answered = self.failed = 0  # series that the model did and did not give probabilities for
+        self.late = 0  # patients with series that were not reached
 
     def note_tables(self, tasks: Sequence[SeriesTask]) -> None:
         """Report patients that only one of the two test tables names."""
@@ -126,7 +131,9 @@ class Filling:
 
     def close(self, over: str) -> None:
         """Fill in patients of whom some series were reached, and report them and those who keep the prior; `over` says what ended it."""
-        for patient in [patient for patient in self.writer.rows if self.missing[patient]]:
+        late = [patient for patient in self.writer.rows if self.missing[patient]]
+        self.late = len(late)
+        for patient in late:
             filled = self._fill_in(patient)
             self.problems.append((patient, "", f"{over}: {'some series only' if filled else 'prior'}"))
 
@@ -156,8 +163,8 @@ def predict_test(tasks: Sequence[SeriesTask], data: Path, writer: SubmissionWrit
     seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
     return {"patients": len(writer.rows), "series": len(listed), "predicted": predicted, "prior": len(writer.rows) - predicted,
-            "fallbacks": len(filling.problems), "model_failures": filling.failed, "start_s": round(ready - started, 1),
-            "patients_per_hour": round(3600 * predicted / seconds, 1)}  # fmt: skip
+            "fallbacks": len(filling.problems), "model_failures": filling.failed, "late": filling.late,
+            "start_s": round(ready - started, 1), "patients_per_hour": round(3600 * predicted / seconds, 1)}  # fmt: skip
 
 
 def _deadline(options: PredictConfig, started: float) -> float:

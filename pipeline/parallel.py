@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -28,8 +29,10 @@ from .runtime import InputError, deaf, end_with, log
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 WAIT_S = 0.02  # a child answers no more often: waking the parent costs as much as a tenth of a slice
 ROUNDS, CONNECT_S = 3, 30
+KILLED = "the worker process was killed (out of memory?)"  # reason of a task that `spread` gave up
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # other C libraries have none, and no such habit
     for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
         mallopt(option, 32 << 20)
+
+
+def _die_with(parent: int) -> None:
+    """Let Linux kill this process when `parent` ends: in the midst of C code, which holds the interpreter, no thread could."""
+    getattr(ctypes.CDLL(None), "prctl", lambda *options: 0)(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float, wait_s: float, pipe: Connection) -> None:
@@ -77,10 +87,11 @@ def _fork(*work: Any) -> tuple[int, Connection]:
     if cv2 := sys.modules.get("cv2"):
         cv2.setNumThreads(1)  # its threads do not outlive a fork: a child that changes their number would wait for them
     reader, writer = multiprocessing.Pipe(duplex=False)
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         code = GAVE_UP
         try:
+            _die_with(parent)
             reader.close()
             _serve(*work, writer)
             code = 0
@@ -145,8 +156,9 @@ def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: f
 def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, scheduler: str | None = None) -> Iterator[tuple[int, Any]]:
     """Yield (k, work(tasks[k])) as they finish, from `jobs` processes or the Dask cluster at `scheduler` (`tcp://host:port`).
 
-    A task whose process was killed is done again; when that happens for the third time it is done alone, and if its process is
-    killed even then its answer is a `Failure`. `work` and tasks must be picklable.
+    Tasks that were being worked on when a process was killed are done again behind all others; those to which it happens for the
+    third time are done alone, and one whose process is killed even then is answered with a `Failure`. `work` and tasks must be
+    picklable.
 
     Raises:
         InputError: no cluster answers, or `work` raised it.
@@ -154,17 +166,22 @@ def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, schedule
     if jobs == 1 and not scheduler:
         yield from ((k, work(task)) for k, task in enumerate(tasks))
         return
-    open_tasks = dict(enumerate(tasks))
-    for trial in range(ROUNDS):
-        if open_tasks:
-            for k, answer in _round(work, open_tasks, jobs, scheduler):
-                del open_tasks[k]
-                yield k, answer
-            if open_tasks:
-                log(f"warning: a worker process was killed; {len(open_tasks)} tasks are done again (trial {trial + 2})")
-    for k, task in list(open_tasks.items()):
-        answers = list(_round(work, {k: task}, 2, scheduler))
-        yield answers[0] if answers else (k, Failure("the worker process was killed (out of memory?)"))
+    open_tasks, kills = dict(enumerate(tasks)), Counter[int]()
+    while open_tasks:
+        begun: set[int] = set()
+        for k, answer in _round(work, open_tasks, jobs, scheduler, begun):
+            del open_tasks[k]
+            yield k, answer
+        struck = {k: open_tasks.pop(k) for k in sorted(begun & open_tasks.keys() or open_tasks.keys())}
+        if struck:
+            log(f"warning: a worker process was killed; {len(struck)} tasks are done again")
+        for k, task in struck.items():
+            kills[k] += 1
+            if kills[k] < ROUNDS:
+                open_tasks[k] = task  # behind those that were not begun
+            else:
+                answers = list(_round(work, {k: task}, 2, scheduler))
+                yield answers[0] if answers else (k, Failure(KILLED))
 
 
 def _start_trackers() -> None:
@@ -191,14 +208,21 @@ def _call(work: Callable[[Any], Any], k: int, task: Any, parent: int | None) -> 
         return None, str(fault)
 
 
-def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, scheduler: str | None) -> Iterator[tuple[int, Any]]:
-    """One pass over `tasks`, ending early when a worker process is killed."""
+def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, scheduler: str | None,
+           begun: set[int] | None = None) -> Iterator[tuple[int, Any]]:  # fmt: skip
+    """One pass over `tasks`, ending early when a worker process is killed; `begun` takes the keys of those that were handed out."""
     import joblib
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     _silence_pool()
     parent = None if scheduler else os.getpid()  # a cluster's workers outlive their clients
-    calls = [joblib.delayed(_call)(work, k, task, parent) for k, task in tasks.items()]
+
+    def calls() -> Iterator[Any]:
+        for k, task in list(tasks.items()):
+            if begun is not None:
+                begun.add(k)
+            yield joblib.delayed(_call)(work, k, task, parent)
+
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # by whoever stops early, on purpose
     with contextlib.ExitStack() as stack:
         lost: tuple[type[Exception], ...] = (BrokenProcessPool,)
@@ -212,7 +236,7 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
         try:
             _start_trackers()
             with deaf():
-                answers = pool(calls)
+                answers = pool(calls())
             for k, answer in answers:
                 if k is None:
                     raise InputError(*answer.split(", ", 2))

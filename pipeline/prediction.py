@@ -10,7 +10,7 @@ from torch import Tensor
 from .backbone import create_backbone, feature_shape, normalise
 from .checkpoint import load_weights, read_metadata
 from .classifier import CnnLstm, probabilities
-from .config import Config, ModelConfig, Section, TrainConfig, VolumeConfig, resolved
+from .config import Config, ConvertConfig, ModelConfig, Section, TrainConfig, VolumeConfig, resolved
 from .engine import autocast
 from .runtime import InputError
 
@@ -21,6 +21,7 @@ class Trained(Section):
     model: ModelConfig
     train: TrainConfig
     volume: VolumeConfig
+    convert: ConvertConfig
 
 
 def describe(config: Config) -> dict[str, str]:
@@ -53,9 +54,12 @@ def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, Trained]
 
 @torch.inference_mode()
 def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[str] = ()) -> Tensor:
-    """Probabilities (B, 13) float64 on the CPU for slices (B, S, H, W) uint8, averaged over the identity and each flip of `flips`."""
+    """Probabilities (B, 13) float64 on the CPU for slices (B, S, H, W) uint8, averaged over the identity and each flip of `flips`.
+
+    What overflows in mixed precision, as a model trained in bfloat16 may on a GPU that has float16 only, is computed again in float32.
+    """
     axes = {"x": 3, "y": 2, "z": 1}
     views = [slices, *(slices.flip(axes[name]) for name in flips)]
     with autocast(slices.device, amp):
-        outputs = [probabilities(model(normalise(view))[0]) for view in views]
-    return torch.stack(outputs).mean(0)
+        outputs = torch.stack([probabilities(model(normalise(view))[0]) for view in views]).mean(0)
+    return predict(model, slices, False, flips) if amp and not outputs.isfinite().all() else outputs

@@ -12,6 +12,7 @@ from .config import Config, resolved
 from .runtime import InputError
 
 PRESETS = Path(__file__).parent / "configs"
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # the last two: dates and numbers that are none, brackets without end
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -23,7 +24,9 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     path = resolve_preset(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except OSError as fault:
+        raise InputError(f"the config cannot be read ({fault.strerror})", str(path), "mend its permissions") from fault
+    except YAML_ERRORS as fault:
         raise InputError("not readable as YAML", f"{path}: {fault}", "mend the file") from fault
     if not isinstance(tree, dict):
         raise InputError("not a mapping of keys", str(path), "see the presets in pipeline/configs")
@@ -64,7 +67,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise InputError("not an option or a key=value override", f"'{override}'", "write for example pretrain.steps=200")
     try:
         _set(tree, key, yaml.safe_load(text))
-    except yaml.YAMLError as fault:
+    except YAML_ERRORS as fault:
         raise InputError("the value is not readable as YAML", f"'{override}'", "quote it") from fault
 
 

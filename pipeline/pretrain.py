@@ -1,6 +1,7 @@
 """The 2D-VoCo training loop: every step is a pure function of (state, step), so that a resumed run repeats an unbroken one."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .artifacts import digest
 from .backbone import create_backbone, normalise, save_backbone
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import Config, resolved
-from .distributed import World, sync_batch_norm
+from .distributed import World, peers, sync_batch_norm
 from .losses import similarity
 from .runtime import InputError, log, progress, seed_everything
 from .voco import Embeddings, VocoNet, correlation, dropout_mask, make_teacher, spread_of, voco_terms
@@ -24,6 +25,7 @@ from .voco_data import Batch, VocoSamples, batches, choose_volumes, evaluation_b
 
 FREE = {"steps", "eval_every", "checkpoint_every", "keep", "log_every", "collapse_std", "collapse_patience", "settle", "workers", "compile",
         "activation_checkpointing"}  # keys that may change between two sittings of one run  # fmt: skip
+EARLIER = "earlier"  # folder of checkpoints that a run with other settings left
 STATS = ("loss", "intra", "inter", "reg", "std", "correlation")
 EVALUATION_CROPS = 8  # random crops of each held-out volume
 
@@ -99,12 +101,23 @@ def resume(run: Run, folder: Path) -> None:
         return
     changed = [name for name, value in run.identity.items() if state["identity"].get(name) != value]
     if changed or state["step"] > run.config.pretrain.steps:
-        log(f"last.ckpt is of another run ({changed[0] if changed else 'steps'} differs): training starts afresh")
+        why = f"of another run ({changed[0]} differs)" if changed else f"at step {state['step']}, past pretrain.steps"
+        log(f"last.ckpt is {why}: training starts afresh, and the checkpoints are kept in {folder / EARLIER}")
         return
     run.restore(state)
     if not usable_best(run, folder):
         run.best = -1.0  # the next evaluation makes another one
     log(f"resumed at step {run.step}")
+
+
+def _set_aside(folder: Path, keep: bool) -> None:
+    """Move the checkpoints of another run out of the way: a stop before the first one of this run must not bring them back."""
+    found = list(folder.glob("*.ckpt"))
+    if found and keep:
+        shutil.rmtree(folder / EARLIER, ignore_errors=True)
+        (folder / EARLIER).mkdir()
+    for path in found:
+        path.replace(folder / EARLIER / path.name) if keep else path.unlink()
 
 
 def usable_best(run: Run, folder: Path) -> dict[str, Any] | None:
@@ -198,9 +211,8 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
     folder.mkdir(parents=True, exist_ok=True)
     world.agree(run.step, "the step of last.ckpt", f"{folder} must be one folder for all")
     if world.main and run.step == 0:
-        for path in folder.glob("*.ckpt"):  # of another run: a stop before the first checkpoint must not bring it back
-            path.unlink()
-    with engine.StopSignal() as stop, engine.loading(), _logs(folder, run) as write:
+        _set_aside(folder, keep=not fresh)
+    with engine.StopSignal(world.size > 1) as stop, engine.loading(), peers(), _logs(folder, run) as write:
         stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
         steps = range(run.step, options.steps)
         for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:
@@ -213,6 +225,7 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
             record |= {"samples_per_s": round(options.batch / seconds, 3), "waiting": round(waited / seconds, 4)}
             _finish_step(run, record, samples, evaluation, folder, write, stopping)
             if stopping:
+                world.barrier()  # torchrun ends the others as soon as one has ended: not while the checkpoint is being written
                 if world.main:
                     log(f"stopped at step {run.step}, checkpoint written: run the same command again to go on")
                 stop.leave()
@@ -225,7 +238,7 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
 def _finish_step(run: Run, record: dict[str, Any], samples: VocoSamples, evaluation: VocoSamples, folder: Path,
                  write: Callable[[dict[str, Any]], None], stopping: bool) -> None:  # fmt: skip
     options, last = run.config.pretrain, run.step == run.config.pretrain.steps
-    _watch_collapse(run, record["std"])
+    _watch_collapse(run, record["std"], last)
     if not run.world.main:
         return
     if run.step % options.eval_every == 0 or last:
@@ -236,16 +249,16 @@ def _finish_step(run: Run, record: dict[str, Any], samples: VocoSamples, evaluat
             export(run, samples, folder / "backbone.safetensors")
     if run.step % options.log_every == 0 or "position_accuracy" in record or stopping:
         write(record)
-    if (run.step % options.checkpoint_every == 0 and not run.flat) or last or stopping:
+    if ((run.step % options.checkpoint_every == 0 or last) and not run.flat) or stopping:
         save_checkpoint(folder / "last.ckpt", run.state(), options.keep)
 
 
-def _watch_collapse(run: Run, std: float) -> None:
+def _watch_collapse(run: Run, std: float, last: bool) -> None:
     options = run.config.pretrain
     run.flat = run.flat + 1 if std < options.collapse_std else 0
     if run.flat == 1:
         log(f"warning: embeddings have collapsed at step {run.step} (standard deviation {std:.3g}); no checkpoint is written meanwhile")
-    if run.flat >= options.collapse_patience:
+    if run.flat >= (1 if last else options.collapse_patience):
         raise engine.Collapse(f"embeddings collapsed for {run.flat} steps until step {run.step} (standard deviation {std:.3g}); "
                        "the last good checkpoint is kept; lower pretrain.lr or raise pretrain.regularisation")  # fmt: skip
 

@@ -101,13 +101,13 @@ def slice_features(backbone: nn.Module, images: np.ndarray, device: torch.device
 
 
 def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Config, Path | None]]:
-    """Name, seed, config and file (None: as pretraining starts) of what is probed: each seed's start and its pretrained backbones."""
+    """Name, seed, config and file (None: as training starts) of what is probed: each seed's start and its pretrained backbones."""
     found, seen = list(pretrainings(cells).values()), set()
     for cell in found or cells:
-        start = (cell.seed, cell.config.model, cell.config.pretrain.init)
+        start = (cell.seed, cell.config.model, cell.start)
         if start not in seen:
             seen.add(start)
-            yield f"start_{cell.config.pretrain.init}", cell.seed, cell.config, None
+            yield f"start_{cell.start}", cell.seed, cell.config, None
     for cell in found:
         yield cell.variant, cell.seed, cell.config, backbone_part(stage, cell).folder / BACKBONE
 
@@ -143,7 +143,7 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
     device = pick_device(stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
     for name, seed, config, path in backbones(stage, cells):
         seed_everything(seed)
-        backbone = create_backbone(config.model.backbone, config.pretrain.init, config.model.weights)
+        backbone = create_backbone(config.model.backbone, name.removeprefix("start_") if path is None else "scratch", config.model.weights)
         if path is not None:
             load_backbone(backbone, path)
         backbone = backbone.eval().to(device, memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ def ablation(folder: Path) -> dict[str, Any]:
     variants = [{"name": row["variant"], "targets": row["targets"], "cells": [text(part["own"]) for part in row["figures"].values()],
                  **costs[row["variant"]]} for row in found["variants"]]  # fmt: skip
     pairs = [{"name": f"{row['variant']} − {row['reference']}", "cells": [
-        (text(part["difference"], signed=True), STYLES[verdict(part["difference"], FIGURES[figure])])
+        (text(part["difference"], signed=True), STYLES[verdict(part["difference"], FIGURES[figure], row["seeds"])])
         for figure, part in row["figures"].items()]} for row in found["compared"]]  # fmt: skip
     forests = [forest(found["compared"], figure) for figure in ("score", "mAP")]
     return {**found, "figures": list(FIGURES), "rows": variants, "pairs": pairs, "forests": forests}
@@ -36,7 +36,7 @@ def forest(compared: list[dict[str, Any]], figure: str) -> dict[str, Any]:
         return round(4 + 92 * (value - low) / (high - low), 2)
 
     rows = [{"name": f"{row['variant']} − {row['reference']}", "text": text(part, signed=True),
-             "style": STYLES[verdict(part, FIGURES[figure])], **{end: at(part[end]) for end in ("low", "value", "high")}}
+             "style": STYLES[verdict(part, FIGURES[figure], row["seeds"])], **{end: at(part[end]) for end in ("low", "value", "high")}}
             for row, part in parts]  # fmt: skip
     marks = [(at(x), f"{x:g}".replace("-", "−")) for x in ticks(low, high)]
     return {"figure": figure, "side": "left" if FIGURES[figure] else "right", "zero": at(0.0), "rows": rows, "ticks": marks}

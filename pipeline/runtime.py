@@ -139,7 +139,10 @@ def device_used() -> str:
 def peak_mb() -> int:
     """Peak resident memory in MB: this process's own plus that of its largest child (pages that they share count twice)."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    living = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    living: list[str] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            living += path.read_text(encoding="utf-8").split()
     own = _high_water("self") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round((own + max([ended, *map(_high_water, living)])) * 1024 / 1e6)
 

@@ -119,11 +119,20 @@ def _lone(z: np.ndarray) -> np.ndarray:
     return lone
 
 
+def _between(at: np.ndarray, instances: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Heights at the numbers `at`, from those known (N,) at rising `instances`: interpolated, and beyond them by the median step."""
+    steps = np.diff(instances)
+    step = np.median(np.diff(z)[steps > 0] / steps[steps > 0]) if steps.any() else 0.0
+    ends = np.clip(at, instances[0], instances[-1])
+    return np.interp(ends, instances, z) + (at - ends) * step
+
+
 def arrange(slices: Sequence[Placement], flip_hfs: bool = False) -> list[Place]:
     """Order a series superior first: by position along the slice normal, by instance number where no slice has a position.
 
-    Single positions that are missing, or cannot be meant, are interpolated by instance number. Slices at one position keep the order
-    of their numbers. Cuts in most slices of a series are its field of view and no flag.
+    Single positions that are missing, or cannot be meant, are interpolated by instance number, beyond the ends extrapolated; positions
+    that are all the same count as missing. Slices at one position keep the order of their numbers.
+    Cuts in most slices of a series are its field of view and no flag.
     """
     if not slices:
         return []
@@ -134,10 +143,12 @@ def arrange(slices: Sequence[Placement], flip_hfs: bool = False) -> list[Place]:
     by_number = np.argsort(instances, kind="stable")
     axial = by_number[np.isfinite(z[by_number]) & ~tilted[by_number]]  # a scout view may lie anywhere
     z[axial[_lone(z[axial])]] = np.nan
+    if len(axial) > 2 and np.nanmax(z[axial]) - np.nanmin(z[axial]) < SAME_POSITION_MM:
+        z[:] = np.nan  # one place for all, as some de-identification leaves it, is no place
     known = np.isfinite(z)
     if known.any():
         along = by_number[known[by_number]]
-        z[~known] = np.interp(instances[~known], instances[along], z[along])
+        z[~known] = _between(instances[~known], instances[along], z[along])
     cuts = [item.cut for item in slices]
     field_of_view = len(cuts) > 2 and sum(cuts) > len(cuts) / 2
     places = [Place(0, None, "")] * len(slices)

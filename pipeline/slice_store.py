@@ -20,7 +20,7 @@ from isal import isal_zlib
 from .artifacts import digest
 from .config import ConvertConfig, resolved
 from .convert import SliceImage, arranged, pictures
-from .parallel import Failure, spread
+from .parallel import KILLED, Failure, spread
 from .runtime import InputError, atomic_folder, atomic_path, log, progress, remove_folder, remove_temporaries, timed, write_text
 from .sources import SIDECAR, VERSION, SeriesTask, list_files, printable, series_folders
 
@@ -33,7 +33,8 @@ COLUMNS = {
 }  # fmt: skip
 SUB = 1  # PNG filter: difference to the pixel on the left
 LOOK_AHEAD = 512  # zeros behind the compressor's input, should it look there: the same picture must give the same bytes
-PASSING = ("not readable:", "took longer than", "brought down by SIGKILL")  # reasons of the machine (network, load, memory), not the file
+# reasons of the machine (network, load, memory), not the file
+PASSING = ("not readable:", "took longer than", "brought down by SIGKILL", KILLED)
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -107,6 +108,15 @@ def convert_series(task: SeriesTask, data: Path, target: Path, config: ConvertCo
     return sidecar
 
 
+def _lost(task: SeriesTask, files: str, data: Path, target: Path, config: ConvertConfig, reason: str) -> dict[str, Any]:
+    """The sidecar, written too, of a series that killed every process: no slice, all of it in quarantine."""
+    sidecar = {"fingerprint": _fingerprint(files, config), "bytes": 0, "deaths": [], "rows": {column: [] for column in COLUMNS},
+               "pictures": {}, "quarantine": [(os.path.relpath(task.path, data), reason)]}  # fmt: skip
+    with atomic_folder(target / task.name) as folder:
+        (folder / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+    return sidecar
+
+
 def _picture_bytes(folder: Path) -> dict[str, int]:
     """Sizes of the PNGs of a series by name."""
     with os.scandir(folder) as entries:
@@ -142,10 +152,12 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
             remove_folder(Path(path))
 
     def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
-        sidecar = None if force else _finished(target / task.name, _fingerprint(files, config))
+        sidecar = _finished(target / task.name, _fingerprint(files, config))
         return sidecar and _with_frame(task, sidecar)
 
     with ThreadPoolExecutor(16) as threads:  # a shared file system answers slowly
+        if force:  # now, lest a stopped run goes on with old ones
+            list(threads.map(lambda task: (target / task.name / SIDECAR).unlink(missing_ok=True), tasks))
         done: list[Any] = list(threads.map(known, tasks, prints))
     missing = [k for k, sidecar in enumerate(done) if sidecar is None]
     work = partial(convert_series, data=data, target=target, config=config)
@@ -155,11 +167,12 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
         for k, answer in progress(answers, len(missing), "slices", "series"):
             task = tasks[missing[k]]
             if isinstance(answer, Failure):
-                lost = [(os.path.relpath(task.path, data), answer.reason)]
-                answer = {"rows": {column: [] for column in COLUMNS}, "quarantine": lost, "deaths": [], "bytes": 0}
+                answer = _lost(task, prints[missing[k]], data, target, config, answer.reason)
             done[missing[k]] = _with_frame(task, answer)
 
     _, seconds = timed(convert_missing)
+    if missing:
+        os.sync()  # no picture was synced by itself, and soon a manifest vouches for all
     remove_temporaries(target, depth=1)  # of workers that were killed
     index = pl.concat([sidecar["rows"] for sidecar in done])
     with atomic_path(target / INDEX) as temporary:

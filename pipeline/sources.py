@@ -15,8 +15,9 @@ from .runtime import InputError, log
 
 NIFTI = (".nii", ".nii.gz")
 LABELS = "labels"  # folders of label maps, `labelsTr` and so on, start with this
+LONGEST = 200  # bytes of <patient>_<series>, which with its endings must be a file name (255)
 SIDECAR = "series.json"  # marks a finished series folder of stage 01
-VERSION = 4  # raised when the same file would become another picture or another row
+VERSION = 5  # raised when the same file would become another picture or another row
 VOLUME_VERSION = 2  # raised when the same slices would become another volume; here, where stage 02 sees it without its libraries
 
 
@@ -86,10 +87,12 @@ def _unlabelled(folder: Path) -> list[SeriesTask]:
     used = {os.path.relpath(task.path, folder).split(os.sep)[0] for task in tasks}
     useless = sorted(str(path) for path in folder.glob("[!.]*") if path.is_dir() and path.name not in used)
     foreign = [task.path for task in tasks if printable(task.name) != task.name]
-    for paths, what in ((useless, "folders have neither <series>/*.dcm nor NIfTI images"), (foreign, "series have names not in UTF-8")):
+    endless = [task.path for task in tasks if len(os.fsencode(task.name)) > LONGEST]
+    for paths, what in ((useless, "folders have neither <series>/*.dcm nor NIfTI images"), (foreign, "series have names not in UTF-8"),
+                        (endless, f"series have names of more than {LONGEST} bytes, patient and series together,")):  # fmt: skip
         if paths:
             log(f"warning: {len(paths)} {what} and are ignored, e.g. {printable(paths[0])}")
-    return [task for task in tasks if printable(task.name) == task.name]
+    return [task for task in tasks if printable(task.name) == task.name and task.path not in set(endless)]
 
 
 def printable(text: str) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 import polars as pl
 
 from . import tables
+from .artifacts import read_manifest
 from .metric import normalise, value_frame
-from .runtime import InputError, atomic_path
+from .runtime import InputError, atomic_path, log
 from .tables import KEY, ROW
 from .targets import COLUMNS, TARGETS
 
@@ -53,6 +54,14 @@ class SubmissionWriter:
         """Write the CSV atomically: a reader finds the last file or this one, whole."""
         with atomic_path(path) as temporary:
             self.table().write_csv(temporary)
+
+
+def is_settled(folder: Path) -> bool:
+    """False where the last run's model failed on series, as on a full GPU: the next one tries again. Says whom a spent budget left."""
+    counts = (read_manifest(folder) or {}).get("counts", {})
+    if late := counts.get("late"):
+        log(f"{folder}: the time budget left {late} patients not or not wholly predicted; raise predict.time_budget_h, or give --force")
+    return not counts.get("model_failures")
 
 
 def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:

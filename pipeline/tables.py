@@ -40,7 +40,7 @@ class Table:
             if found:
                 row, value = self.frame.filter(wrong).select(ROW, column).row(0)
                 shown = repr("" if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)[:40])
-                raise InputError(what.format(value=shown), f"{self.name} row {row} column {column}", remedy)
+                raise InputError(what.replace("{value}", shown), f"{self.name} row {row} column {column}", remedy)
 
 
 def load_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Table:

@@ -21,7 +21,19 @@ from .checkpoint import load_checkpoint, save_checkpoint, save_weights
 from .classifier import CnnLstm, InjuryLoss
 from .config import Config, TrainConfig, decisive
 from .datasets import SeriesDataset
-from .engine import StopSignal, adamw, autocast, check_finite, check_scale, ema_update, grad_scaler, load_scaler, loading, warmup_cosine
+from .engine import (
+    NonFiniteLoss,
+    StopSignal,
+    adamw,
+    autocast,
+    check_finite,
+    check_scale,
+    ema_update,
+    grad_scaler,
+    load_scaler,
+    loading,
+    warmup_cosine,
+)
 from .fold_data import FoldData, gather_fold
 from .prediction import build_model, describe, predict
 from .runtime import atomic_path, log, pick_device, progress, seed_everything, write_text
@@ -53,7 +65,7 @@ class FoldTrainer:
         self.best: float = float("inf")
         self.epoch = 0
         self.tally: dict[str, Any] = {}  # of the epoch under way, so that a stopped run goes on within it
-        self.stop = StopSignal()
+        self.stop = StopSignal(int(os.environ.get("WORLD_SIZE", 1)) > 1)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -188,7 +200,11 @@ class FoldTrainer:
         for batch in loader:
             values.append(predict(model, batch["slices"].to(self.device), self.options.amp))
             self._leave_if_asked()
-        frame = metric.value_frame(torch.cat(values).numpy())
+        table = torch.cat(values).numpy()
+        if wrong := [one.series_id for one, fine in zip(series, np.isfinite(table).all(1), strict=True) if not fine]:
+            raise NonFiniteLoss(f"non-finite predictions of held-out series {', '.join(wrong[:9])} of fold {self.data.fold} "
+                                f"after {self.epoch} epochs; the last checkpoint is kept")  # fmt: skip
+        frame = metric.value_frame(table)
         ids = {
             "patient_id": [s.patient_id for s in series],
             "series_id": [s.series_id for s in series],

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .artifacts import MAKERS, ROOT, SCHEMA, broken_outputs, digest, read_manifest
+from .artifacts import MAKERS, ROOT, SCHEMA, digest, read_manifest
 from .command import parser
 from .presets import load_config
 from .runtime import InputError, cpu_count, progress
 
+PART = 4096  # slices whose answers are waited for at a time
 PATTERNS = ("data/*/manifest.json", "0*/manifest.json", "0*/*/manifest.json", "0*/*/*/manifest.json")
 
 
@@ -42,11 +43,17 @@ def slice_difference(path: Path, crc32: int) -> str | None:
     return None if isal_zlib.crc32(image) == crc32 else f"{path}: other pixels"
 
 
-def _slices(folder: Path) -> list[tuple[Path, int]]:
+def _slices(folder: Path, threads: ThreadPoolExecutor) -> Iterator[str]:
+    """One line for each PNG of the slice index that differs; a part at a time, since there may be millions."""
     import polars as pl
 
     index = pl.read_parquet(folder / "index.parquet", columns=["png", "crc32"])
-    return [(folder / png, crc32) for png, crc32 in index.iter_rows()]
+
+    def answers() -> Iterator[str | None]:
+        for part in index.iter_slices(PART):
+            yield from threads.map(slice_difference, [folder / png for png in part["png"]], part["crc32"])
+
+    yield from filter(None, progress(answers(), len(index), "slices", "slices"))
 
 
 def _chain(out: Path, manifests: dict[str, dict[str, Any] | None]) -> Iterator[str]:
@@ -75,12 +82,12 @@ def differences(out: Path) -> Iterator[str]:
     yield from _chain(out, {str(path.relative_to(out)): manifest for path, manifest in manifests.items()})
     files = [(folder / name, entry) for folder, m in manifests.items() if m for name, entry in m["outputs"].items()]
     with ThreadPoolExecutor(cpu_count()) as threads:
-        answers = list(progress(threads.map(difference, *zip(*files, strict=True)), len(files), "files", "files")) if files else []
-        yield from filter(None, answers)
-        known = manifests.get(out / "01_slices") and not broken_outputs(out / "01_slices", manifests[out / "01_slices"])
-        slices = _slices(out / "01_slices") if known else []
-        if slices:
-            yield from filter(None, progress(threads.map(slice_difference, *zip(*slices, strict=True)), len(slices), "slices", "slices"))
+        answers = threads.map(difference, *zip(*files, strict=True)) if files else []
+        wrong = {path: line for (path, _), line in zip(files, progress(answers, len(files), "files", "files"), strict=True) if line}
+        yield from wrong.values()
+        index = out / "01_slices" / "index.parquet"
+        if manifests.get(index.parent) and index not in wrong:
+            yield from _slices(index.parent, threads)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -74,12 +74,13 @@ def draw_similarity(planes: np.ndarray, boxes: np.ndarray, maps: Sequence[np.nda
     """One row a random crop: where it lies, and its similarity to crops all over the plane before and after training."""
     figure, axes = _figure(len(boxes), 1 + len(maps), 2.6)
     side, size = boxes[0, 2] - boxes[0, 0], planes.shape[-1]
+    edge = (side - (size - side) / (WINDOWS - 1)) / 2  # of a map whose pixels have their centres where the windows have theirs
+    extent = (edge, size - edge, size - edge, edge)
     for r, box in enumerate(boxes):
         _show(axes[r][0], planes, "crop")
         axes[r][0].add_patch(_rectangle(*box, COLOURS[r % len(COLOURS)], 2.0))
         for column, (title, found) in enumerate(zip(("before", "after"), maps, strict=True), 1):
             _show(axes[r][column], planes, f"similarity {title}")
-            extent = (side / 2, size - side / 2, size - side / 2, side / 2)  # at the centres of the windows
             axes[r][column].imshow(found[r], extent=extent, vmin=0, vmax=1, cmap="inferno", alpha=0.75, interpolation="bilinear")
             axes[r][column].set(xlim=(0, size), ylim=(size, 0))
     _save(figure, path)

@@ -1,5 +1,6 @@
 """Stage 02's files: slices on disk to `<patient>_<series>.npy` with a sidecar each, series by series, and their index."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from .artifacts import digest
 from .config import VolumeConfig, resolved
 from .parallel import Failure, spread
 from .runtime import InputError, atomic_path, log, progress, remove_temporaries, write_json
-from .sources import VOLUME_VERSION
+from .sources import SIDECAR, VOLUME_VERSION
 from .volume import Volume, build_volume, common_size
 
 INDEX = "index.parquet"
@@ -48,11 +49,11 @@ def read_slice(path: Path) -> np.ndarray:
     """One grey PNG (rows, cols) uint8."""
     image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if image is None:
-        raise InputError("slice missing or damaged", str(path), "run stages/01_convert_dicom.py --force")
+        raise InputError("slice missing or damaged", str(path), "run stages/01_convert_dicom.py again")
     return image
 
 
-def build_series(slices: pl.DataFrame, source: Path, target: Path, config: VolumeConfig, force: bool = False) -> dict[str, Any] | None:
+def build_series(slices: pl.DataFrame, source: Path, target: Path, config: VolumeConfig) -> dict[str, Any] | None:
     """Build, store and describe the volume of one series; reuse it where slices and config are the same as last time.
 
     Returns the row of the volume index, or None where no slice is usable.
@@ -61,7 +62,7 @@ def build_series(slices: pl.DataFrame, source: Path, target: Path, config: Volum
     path = target / f"{patient}_{series}.npy"
     fingerprint = digest({"version": VOLUME_VERSION, "slices": slices.write_csv(), "config": resolved(config)})
     sidecar = path.with_suffix(".json")
-    known = None if force else _known(path, fingerprint)
+    known = _known(path, fingerprint)
     if known is not None:
         return known
     used = usable(slices)
@@ -69,7 +70,12 @@ def build_series(slices: pl.DataFrame, source: Path, target: Path, config: Volum
         return None
     sidecar.unlink(missing_ok=True)  # it must not vouch for another volume if this run is killed between the two
     cv2.setNumThreads(1)
-    volume = volume_of((read_slice(source / png) for png in used["png"]), used, config)
+    try:
+        volume = volume_of((read_slice(source / png) for png in used["png"]), used, config)
+    except InputError:
+        with contextlib.suppress(OSError):  # of a read-only folder
+            (source / patient / series / SIDECAR).unlink()  # so that stage 01 makes this series again
+        raise
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         np.save(handle, volume.array)
     row = _describe(volume, used, len(slices) - len(used), path)
@@ -114,8 +120,10 @@ def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, sched
     slices = pl.read_parquet(source / INDEX, columns=list(SLICE_COLUMNS))
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target)
+    for sidecar in target.glob("*.json") if force else ():  # now, lest a stopped run goes on with old ones
+        sidecar.unlink()
     groups = slices.partition_by("patient_id", "series_id", maintain_order=True)
-    work = partial(build_series, source=source, target=target, config=config, force=force)
+    work = partial(build_series, source=source, target=target, config=config)
     rows: list[dict[str, Any] | None] = [None] * len(groups)
     for k, row in progress(spread(work, groups, jobs, scheduler), len(groups), "volumes", "series"):
         rows[k] = None if isinstance(row, Failure) else row

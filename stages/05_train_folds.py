@@ -32,11 +32,17 @@ def run(stage: Stage) -> None:
     upstream = ["02_volumes", "03_folds"] + (["04_voco2d"] if config.train.init == "voco2d" else [])
     weights = [Path(config.model.weights)] if config.model.weights and config.train.init == "imagenet" else []
     inputs = stage.inputs(*upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv", *weights])
+    if config.train.patience:
+        inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
     stage.writer = True  # whatever the rank: any may be the first to change a fold and the last to end
     with stage.lock(PATIENCE_S):
         known = all((stage.folder / f"fold{fold}" / "manifest.json").is_file() for fold in folds)
         stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
     mine = stage.share(folds) if stage.options.fold is None else [stage.options.fold]
+    if stage.options.force and not part_of():
+        from pipeline.fold_data import start_anew
+
+        start_anew(stage, mine, inputs, SECTIONS)
     if not train_side_by_side(stage, mine, inputs, SECTIONS):
         for fold in mine:
             _train(stage, fold, inputs)

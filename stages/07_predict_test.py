@@ -31,15 +31,17 @@ def run(stage: Stage) -> None:
     data = stage.image_data
     tasks = test_tasks(data, read_series(data, "test"))
     inputs = stage.inputs("05_folds", "06_oof", files=[data / "sample_submission.csv", data / "test_series_meta.csv"])
-    if stage.current(inputs | {"series": fingerprints(tasks, data)}, SECTIONS):
-        return
     from pipeline.calibration import Calibration
-    from pipeline.submission import SubmissionWriter, check_submission
+    from pipeline.submission import SubmissionWriter, check_submission, is_settled
 
     sample, path = read_sample_submission(data), stage.folder / "submission.csv"
     calibration = Calibration.of_run(stage.upstream("06_oof"), inputs["05_folds"])
     writer = SubmissionWriter(sample, calibration.prior)
-    writer.write(path)  # everyone has the prior before anything can go wrong
+    if not path.exists():
+        writer.write(path)  # everyone has the prior before anything can go wrong, the listing of all test files included
+    if stage.current(inputs | {"series": fingerprints(tasks, data)}, SECTIONS, is_settled(stage.folder)):
+        return
+    writer.write(path)
     from pipeline.inference import load_ensemble, predict_test
 
     ensemble = load_ensemble(stage, calibration)

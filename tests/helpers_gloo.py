@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,10 +24,24 @@ def descent(module: torch.nn.Module, lr: float, *options: object) -> torch.optim
 
 
 def plant(fault: str) -> None:
-    """In step 3 of rank 1: an error of the user's, a signal to stop, or (`none`) nothing."""
-    forward = pretrain.forward
+    """In step 3 of rank 1: an error of the user's, a signal to stop, or (`none`) nothing.
+
+    `storm`: a signal to every rank in step 3, and another one to the rank that writes while it does so, slowly.
+    """
+    forward, save = pretrain.forward, pretrain.save_checkpoint
+
+    def slow(*given: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)
+        save(*given)
+
+    if fault == "storm":
+        pretrain.save_checkpoint = slow
 
     def broken(run: pretrain.Run, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if run.step == 2 and fault == "storm":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return forward(run, batch)
         if run.step == 2 and run.world.rank == 1:
             if fault == "error":
                 raise InputError("planted fault", "rank 1", "see what the others do")

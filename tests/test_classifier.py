@@ -43,6 +43,12 @@ def test_every_variant_gives_all_heads_and_gradients(sequence, pool):
         assert model.heads[target.name].weight.grad.abs().sum() > 0, f"{target.name} is trained"
 
 
+def test_heads_answer_in_float32_whatever_the_rest_computes_in():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, slices = make(TINY)(torch.rand(2, 4, 32, 32))
+    assert {value.dtype for value in (*logits.values(), slices)} == {torch.float32}
+
+
 def test_model_starts_at_the_best_constant_prediction():
     labels = one_hot(np.random.default_rng(4), 40)
     model = make(TINY).eval()
@@ -142,6 +148,18 @@ def test_slice_positions_are_even_and_jitter_stays_in_its_bin():
     for seed in range(20):
         jittered = slice_positions(32, 8, np.random.default_rng(seed))
         assert (jittered // 4 == np.arange(8)).all()
+
+
+@pytest.mark.parametrize(("depth", "count"), [(32, 12), (96, 40), (96, 64), (7, 1), (5, 5)])
+def test_jittered_slices_carry_their_own_labels(depth, count):
+    """Every plane is drawn in exactly one bin, the one whose label it gives, also where bins are not whole planes wide."""
+    where = np.zeros((depth, count), bool)
+    for seed in range(400):
+        where[slice_positions(depth, count, np.random.default_rng(seed)), np.arange(count)] = True
+    labels = np.stack([bin_labels(np.eye(depth, 2, -plane, np.float32), count)[:, 0] for plane in range(depth)]) > 0
+    assert where.any(1).all()
+    assert np.array_equal(where, labels)
+    assert labels[slice_positions(depth, count), np.arange(count)].all()
 
 
 def test_slice_labels_reach_their_bin():

@@ -1,5 +1,6 @@
 """The command line and presets: flags, names, and which keys make a result another one."""
 
+import errno
 import subprocess
 
 import pytest
@@ -43,6 +44,36 @@ def test_only_a_presets_own_path_falls_back_on_its_name(tmp_path, monkeypatch):
     assert load_config("pipeline/configs/paper.yaml").name == load_config("paper").name == "paper"
     with pytest.raises(InputError, match="no such config, elsewhere/paper.yaml"):
         load_config("elsewhere/paper.yaml")
+
+
+@pytest.mark.parametrize("override", ["phantom.noise_hu=2024-02-30", "seed=0b_", "train.lr=!!int x", "name=" + 5000 * "["])
+def test_values_that_yaml_stumbles_over_are_one_line(override, tmp_path):
+    with pytest.raises(InputError, match="not readable as YAML"):
+        load_config("smoke", [override])
+    (tmp_path / "own.yaml").write_text(override.replace("=", ": ").replace(".", "_"))
+    with pytest.raises(InputError, match="not readable as YAML"):
+        load_config(tmp_path / "own.yaml")
+
+
+def test_a_config_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").touch()
+
+    def forbidden(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", forbidden)
+    with pytest.raises(InputError, match=r"the config cannot be read \(Permission denied\), .*own.yaml, mend its permissions"):
+        load_config(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("train.crop=0.497", "leaves nothing of volume.height"), ("ablation.seeds=[1, 1]", "seeds must be distinct"),
+    ("ablation={variants: {a: {}, b: {train: {init: scratch}}}, reference: a}", "'train' would set all keys of a section"),
+    ("ablation={variants: {a: {}, b: {train.augment: {flip_y: true}}}, reference: a}", "'train.augment' would set all keys"),
+])  # fmt: skip
+def test_values_that_contradict_each_other_are_refused(override, message):
+    with pytest.raises(InputError, match=message):
+        load_config("smoke", [override])
 
 
 @pytest.mark.parametrize("name", ["../x", "", ".hidden", "a b"])

@@ -20,11 +20,13 @@ import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
 from helpers_stages import environment
 
-from pipeline import parallel, slice_store
+from pipeline import dicom, parallel, slice_store, volume_store
 from pipeline.config import ConvertConfig, VolumeConfig
+from pipeline.convert import read_series
 from pipeline.runtime import InputError
 from pipeline.slice_store import convert_all, convert_series, encode_png
-from pipeline.sources import SeriesTask, fingerprints, list_files, plan
+from pipeline.sources import SeriesTask, fingerprints, is_whole, list_files, plan
+from pipeline.tables import read_series as read_listed
 from pipeline.volume_store import build_all
 
 PLAIN = ConvertConfig()
@@ -272,6 +274,64 @@ def test_slices_lost_to_the_machine_are_tried_again(reason, tmp_path, monkeypatc
     assert convert(data, out, ConvertConfig(timeout_s=7))[0] == ["10/2"]
     assert "10/2" not in (out / "quarantine.csv").read_text()
     assert convert(data, out)[0] == []
+
+
+def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, monkeypatch):
+    """The stage is up to date with it, not before every start again at the same hopeless series; other work tries it once more."""
+    data, out = make_data(tmp_path / "data"), tmp_path / "out" / "01_slices"
+    real = slice_store.spread
+
+    def deadly(work, tasks, *more):
+        for k, answer in real(work, tasks, *more):
+            yield k, parallel.Failure(parallel.KILLED) if tasks[k].name == "10/2" else answer
+
+    monkeypatch.setattr(slice_store, "spread", deadly)
+    convert(data, out)
+    assert f"train_images/10/2,{parallel.KILLED}" in (out / "quarantine.csv").read_text()
+    assert os.listdir(out / "10" / "2") == ["series.json"], "nothing of it looks like a slice"
+    tasks = plan(data, read_listed(data, "train"))
+    assert pl.read_parquet(out / "index.parquet").height == 5 + 4 + 3
+    monkeypatch.setattr("pipeline.sources.read_manifest", lambda folder: {"counts": {"slices": 12}})
+    assert is_whole(out, tasks)
+    monkeypatch.undo()
+    assert convert(data, out)[0] == ["10/2"]
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch, lasting):
+    """dicomsdl says the same of some damaged files: the process is given up, and only without it the machine is to blame."""
+    data, real = make_data(tmp_path / "data"), dicom.picture
+
+    def short(data, max_pixels, careful=False):
+        if lasting or not careful:
+            raise MemoryError
+        return real(data, max_pixels, careful)
+
+    monkeypatch.setattr(dicom, "picture", short)
+    _, failed = read_series(list_files(data / "train_images" / "10" / "1", data), PLAIN)
+    assert {reason for _, reason in failed} == ({"not readable: MemoryError"} if lasting else set())
+    assert "not readable: MemoryError".startswith(slice_store.PASSING)
+
+
+def test_forced_work_that_is_stopped_goes_on_with_nothing_old(tmp_path, monkeypatch):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    convert(data, out)
+    build_all(out, tmp_path / "volumes", VolumeConfig(depth=4, height=16, width=16), 1)
+    monkeypatch.setattr(slice_store, "spread", lambda *_: iter(()))
+    monkeypatch.setattr(volume_store, "spread", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(TypeError):  # no sidecar of any series is there to make the index of
+        convert(data, out, force=True)
+    with pytest.raises(KeyboardInterrupt):
+        build_all(out, tmp_path / "volumes", VolumeConfig(depth=4, height=16, width=16), 1, force=True)
+    assert not list(out.rglob("series.json"))
+    assert not list((tmp_path / "volumes").glob("*.json"))
+
+
+def test_names_that_would_be_no_file_names_are_left_out(tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    write_series(data / "unlabelled" / ("p" * 130) / ("s" * 130), 1, "explicit")
+    assert [task.name for task in plan(data, read_listed(data, "train"))] == ["10/1", "10/2", "20/3", "unlabelled-10/9"]
+    assert "1 series have names of more than 200 bytes, patient and series together, and are ignored" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8_stop_nothing(tmp_path, capsys):

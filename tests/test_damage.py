@@ -231,8 +231,8 @@ def test_leaving_early_ends_the_child():
 def test_an_orphaned_child_does_not_live_on(tmp_path):
     code = (
         "import os, sys, time\nfrom pipeline.parallel import contained\n"
-        "def work(item, careful):\n    if item: time.sleep(60)\n    return os.getpid()\n"
-        "for child in contained(work, [0, 1], 1.0):\n    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"
+        "def work(item, careful):\n    time.sleep(600 if item else 0.1)\n    return os.getpid()\n"
+        "for child in contained(work, [0, 1], 600):\n    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     child = int(done.stdout)
@@ -276,6 +276,17 @@ def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path,
     assert isinstance(answers[5], Failure)
     assert "killed" in answers[5].reason
     assert "done again" in capsys.readouterr().err
+
+
+def test_a_killer_at_the_start_leaves_the_others_in_parallel(capsys):
+    """Only tasks that were begun are done again: three deaths once made the whole rest of a run go one by one."""
+    tasks = [("always" if k == 1 else "", k) for k in range(40)]
+    answers = dict(spread(square_or_die, tasks, jobs=2))
+    assert [k for k, answer in answers.items() if isinstance(answer, Failure)] == [1]
+    assert {k: answer for k, answer in answers.items() if k != 1} == {k: k * k for k in range(40) if k != 1}
+    again = [int(line.split("; ")[1].split()[0]) for line in capsys.readouterr().err.splitlines() if "done again" in line]
+    assert len(again) == parallel.ROUNDS
+    assert max(again) <= 16, "about as many as are handed out to two processes at once"
 
 
 def test_a_pool_that_is_left_early_says_nothing():

@@ -9,6 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from helpers_dicom import SYNTAXES, dataset, naive_window, pattern, to_bytes, write_series
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
 
 from pipeline import dicom, series
@@ -63,6 +64,15 @@ def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
         assert np.array_equal(item.image, expected[item.instance_number])
         usual = {"rle": "imagecodecs", "j2k": "dicomsdl", "jpegls": "dicomsdl", "jpeg": "dicomsdl"}.get(syntax, "numpy")
         assert item.decoder == ("pydicom" if item.instance_number in narrow else usual)
+
+
+@pytest.mark.parametrize("syntax", ["jpeg", "jpegls"])
+def test_fill_bytes_before_a_marker_are_no_damage(syntax):
+    """JPEG (ITU T.81, B.1.1.2) lets any number of 0xFF bytes fill the space before a marker; dicomsdl's JPEG-LS knows none."""
+    whole = dataset(pattern(12), 12, False, syntax)
+    stream = next(generate_frames(whole.PixelData, number_of_frames=1))
+    filled = dataset(pattern(12), 12, False, syntax, PixelData=encapsulate([stream[:2] + b"\xff\xff" + stream[2:]]))
+    assert np.array_equal(picture(to_bytes(filled), PIXELS, careful=syntax == "jpegls")[0], picture(to_bytes(whole), PIXELS)[0])
 
 
 def test_lossless_jpeg_of_8_bits_in_a_file_of_16_is_refused_as_by_pydicom():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from pipeline.presets import load_config
 from pipeline.runtime import InputError
 from pipeline.sources import SeriesTask
 from pipeline.sources import test_tasks as tasks_of
-from pipeline.submission import SubmissionWriter, check_submission
+from pipeline.submission import SubmissionWriter, check_submission, is_settled
 from pipeline.tables import read_sample_submission, read_series
 from pipeline.targets import COLUMNS
 
@@ -65,6 +66,7 @@ def predicted(monkeypatch, folder, items, budget=None):
     counts = predict_test(TASKS, folder, writer, Known((), None, SAME, None, None), config, path, 1, time.monotonic())
     rows, fallbacks = written(folder)
     assert counts["fallbacks"] == len(fallbacks)
+    assert counts["late"] == sum("time budget spent" in reason for _, _, reason in fallbacks)
     return rows, fallbacks
 
 
@@ -191,6 +193,23 @@ def test_flips_are_averaged():
     assert torch.allclose(predict(Corner(), slices, flips=["x", "y", "z"])[0], every)
 
 
+def test_what_overflows_in_mixed_precision_is_computed_in_float32(monkeypatch):
+    """A model trained in bfloat16 on a GPU that knows float16 only, as Kaggle's are."""
+    monkeypatch.setattr("pipeline.engine.amp_dtype", lambda device: torch.float16)
+
+    class Large(torch.nn.Module):
+        def forward(self, x):
+            wide = torch.nn.functional.linear(x.flatten(1), torch.full((1, 8), 30_000.0))
+            return {"bowel": (wide / wide.detach()).float()}, None
+
+    slices = torch.arange(8, dtype=torch.uint8).reshape(1, 2, 2, 2) * 30
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert Large()(torch.ones(1, 8))[0]["bowel"].isnan().all()
+    exact = predict(Large(), slices)
+    assert exact.isfinite().all()
+    assert torch.equal(predict(Large(), slices, amp=True), exact)
+
+
 def start(smoke: Path, out: Path) -> subprocess.Popen:
     """Stage 07 on the smoke run's data and models, into another folder."""
     command = [sys.executable, str(ROOT / "stages" / "07_predict_test.py"), "--config", "smoke", "--models", str(smoke), "--jobs", "2",
@@ -299,6 +318,47 @@ def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smok
     np.testing.assert_allclose(submitted(models, True), expected, atol=1e-5)
     for wrong in (submitted(models[:1], True), submitted(models[1:], True), submitted(models, False)):
         assert np.abs(wrong - expected).max() > 1e-3
+
+
+def test_models_of_slices_turned_otherwise_are_refused(smoke, tmp_path):
+    """A feet-first series would be predicted as its mirror image of what the models know."""
+    done = run_stage("07", "--config", "smoke", "--data", str(smoke / "data" / "phantom"), "--out", str(tmp_path), "--models", str(smoke),
+                     "convert.flip_hfs=true")  # fmt: skip
+    assert done.returncode == 2
+    assert "trained on slices turned otherwise" in done.stderr
+    assert "give convert.flip_hfs=false" in done.stderr
+
+
+def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Stage 07 in this process, on the smoke run's data and models."""
+    script = ROOT / "stages" / "07_predict_test.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--config", "smoke", "--models", str(smoke), "--jobs", "1",
+                                     "--data", str(smoke / "data" / "phantom"), "--out", str(out)])  # fmt: skip
+    parts = runpy.run_path(str(script))
+    return parts["main"](str(script), "07_submission", "", parts["run"], parts["add_flags"])
+
+
+def test_the_prior_is_there_before_any_test_file_is_looked_at(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.sources.fingerprints", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stage_07(smoke, tmp_path, monkeypatch)
+    path = tmp_path / "07_submission" / "submission.csv"
+    given = read_sample_submission(smoke / "data" / "phantom")
+    assert check_submission(path, given).select(COLUMNS).n_unique() == 1
+    path.write_text("of an earlier run")
+    with pytest.raises(ZeroDivisionError):
+        stage_07(smoke, tmp_path, monkeypatch)
+    assert path.read_text() == "of an earlier run", "better than the prior"
+
+
+def test_a_model_that_failed_is_tried_again_and_a_spent_budget_is_told(tmp_path, capfd):
+    assert is_settled(tmp_path)
+    for counts, settled in (({"model_failures": 0, "late": 0}, True), ({"model_failures": 1, "late": 0}, False),
+                            ({"model_failures": 0, "late": 3}, True)):  # fmt: skip
+        manifest = {"schema": 1, "fingerprint": "", "outputs": {}, "counts": counts}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert is_settled(tmp_path) == settled
+    assert "the time budget left 3 patients" in capfd.readouterr().err
 
 
 def test_models_of_other_volumes_are_refused(smoke, tmp_path):

@@ -24,7 +24,7 @@ from pipeline import pretrain as loop
 from pipeline.artifacts import SCHEMA
 from pipeline.backbone import GREY_MEAN, GREY_STD
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.distributed import World
+from pipeline.distributed import PeerLost, World
 from pipeline.engine import Collapse, NonFiniteLoss, read_log
 from pipeline.presets import load_config
 from pipeline.runtime import InputError
@@ -242,6 +242,20 @@ def test_another_configuration_starts_afresh_and_more_steps_go_on(volumes, tmp_p
     assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
+def test_checkpoints_of_another_run_are_set_aside_not_lost(volumes, tmp_path, capsys):
+    """Fewer steps than were made, as who follows the advice of 60,000 at step 70,000 asks for, once removed them all."""
+    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=4")), volumes, tmp_path, ALONE)
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
+    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
+    assert "last.ckpt is at step 4, past pretrain.steps: training starts afresh" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "earlier").iterdir()} == whole
+    assert load_checkpoint(tmp_path / "last.ckpt")["step"] == 2
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=5")), volumes, tmp_path, ALONE)
+    assert "resumed at step 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("override", ["pretrain.pool=slice", "pretrain.activation_checkpointing=true", "pretrain.ema_final=1.0"])
 def test_options_train(volumes, tmp_path, override):
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2", override)), volumes, tmp_path, ALONE)
@@ -344,6 +358,25 @@ def test_faults_end_the_run_and_keep_the_last_good_state(volumes, tmp_path, monk
     assert all(torch.isfinite(tensor).all() for tensor in state["student"].values())
 
 
+def test_a_run_that_ends_collapsed_is_no_result(volumes, tmp_path, monkeypatch):
+    """Fewer steps than collapse_patience once ended with exit code 0 and the collapsed network as backbone."""
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda run, *given: (lambda record, stop: ({**record, "std": 0.0}, stop))(*step(run, *given)))
+    with pytest.raises(Collapse, match="collapsed for 2 steps until step 2"):
+        loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
+    assert not list(tmp_path.glob("*.ckpt"))
+    assert not (tmp_path / "backbone.safetensors").exists()
+
+
+def test_what_nccl_raises_for_a_lost_process_is_one_line(volumes, tmp_path, monkeypatch):
+    def lost(*given):
+        raise torch.distributed.DistBackendError("NCCL communicator was aborted")
+
+    monkeypatch.setattr(loop, "train_step", lost)
+    with pytest.raises(PeerLost, match="another process of this run has ended"):
+        loop.pretrain(load_config("smoke", TINY), volumes, tmp_path, ALONE)
+
+
 def test_checkpoints_rotate_and_a_damaged_one_costs_one_interval(tmp_path):
     for step in range(1, 6):
         save_checkpoint(tmp_path / "last.ckpt", {"step": step}, keep=3)
@@ -352,6 +385,16 @@ def test_checkpoints_rotate_and_a_damaged_one_costs_one_interval(tmp_path):
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:100])
     assert newest_checkpoint(tmp_path / "last.ckpt", 3) == {"step": 4}
     assert newest_checkpoint(tmp_path / "none.ckpt", 3) is None
+
+
+def test_all_ranks_wait_for_the_checkpoint_whoever_signals_whom_how_often(volumes):
+    """torchrun ends all ranks as soon as one has ended, and a batch system signals every process: no signal may cut the writing short."""
+    folder = volumes.parent / "04_voco2d"
+    shutil.rmtree(folder, ignore_errors=True)
+    stopped = ranks(volumes, "storm")
+    assert load_checkpoint(folder / "last.ckpt")["step"] == 4, stopped.stderr
+    assert "stopped at step 4, checkpoint written" in stopped.stderr
+    assert not list(folder.glob(".*tmp*"))
 
 
 def ranks(volumes, fault):

@@ -77,9 +77,25 @@ def test_wrong_positions_at_the_ends_and_side_by_side_count_as_missing_too():
     slices = [at(n, {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}.get(n, -3.0 * n)) for n in range(20)]
     places = arrange(slices)
     assert [place.order for place in places] == list(range(20))
-    assert [place.z_mm for place in places] == [-6.0, -6.0, *(-3.0 * n for n in range(2, 19)), -54.0]
+    assert [place.z_mm for place in places] == [-3.0 * n for n in range(20)]
     assert {place.flags for place in places} == {""}
-    assert [place.z_mm for place in arrange([at(1, 1e308), at(2, 0.0), at(3, -3.0)])] == [0.0, 0.0, -3.0]
+    assert [place.z_mm for place in arrange([at(1, 1e308), at(2, 0.0), at(3, -3.0)])] == [3.0, 0.0, -3.0]
+
+
+@pytest.mark.parametrize("up", [-5.0, 5.0])
+@pytest.mark.parametrize("lost", [{0: None}, {39: None}, {39: 9999.0}, dict.fromkeys(range(30, 40)), dict.fromkeys(range(10))])
+def test_positions_lost_at_the_ends_go_on_by_the_median_step(up, lost):
+    """They were once all put at the last known place, where numbers that rise towards the head come out backwards."""
+    places = arrange([at(n, lost.get(n, up * n)) for n in range(40)])
+    assert [place.order for place in places] == (list(range(40)) if up < 0 else list(range(39, -1, -1)))
+    assert [place.z_mm for place in places] == [up * n for n in range(40)]
+    assert {place.flags for place in places} == {""}
+
+
+def test_one_place_for_all_is_no_place():
+    places = arrange([at(n, 0.0) for n in (3, 1, 2, 4)])
+    assert places == [(2, None, ""), (0, None, ""), (1, None, ""), (3, None, "")]
+    assert [place.flags for place in arrange([at(1, 0.0), at(2, 0.0)])] == ["", "duplicate"], "two may be one slice sent twice"
 
 
 @pytest.mark.parametrize("heights", [

@@ -101,6 +101,39 @@ def test_no_manifest_vouches_for_a_fold_that_another_rank_is_changing(out, stage
         assert_whole(out)
 
 
+def test_forced_training_that_is_stopped_leaves_no_old_fold(out, stage_05):
+    """Else the same command without --force, which the line says to run, would vouch for new folds and old ones together."""
+    stage_05()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    (out / "05_folds" / "fold1" / "last.ckpt").touch()
+    stage_05.meanwhile = stop
+    assert stage_05("--force") == 130
+    assert not list((out / "05_folds").rglob("manifest.json"))
+    assert not list((out / "05_folds").rglob("last.ckpt"))
+    stage_05.meanwhile, stage_05.trained[:] = lambda: None, []
+    assert stage_05() == 0
+    assert stage_05.trained == [0, 1]
+    assert_whole(out)
+
+
+def test_with_patience_the_aggregation_that_chooses_the_epoch_counts(out, stage_05):
+    stage_05()
+    stage_05("score.aggregate=max")
+    assert stage_05.trained == [0, 1], "it changes no model"
+    stage_05("train.patience=2")
+    stage_05("train.patience=2", "score.aggregate=max")
+    assert stage_05.trained == 3 * [0, 1]
+
+
+def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_05, monkeypatch):
+    monkeypatch.setattr("pipeline.fold_data.read_manifest", lambda folder: None)
+    assert stage_05() == 0
+    assert not (out / "05_folds" / "manifest.json").exists()
+
+
 def test_torchrun_spreads_the_folds(out):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), "--config", "smoke", "--out", str(out),
                "--device", "cpu", "--jobs", "1", "train.init=scratch", "train.epochs=1"]  # fmt: skip

@@ -170,6 +170,20 @@ def test_non_finite_loss_stops_with_step_terms_and_ids(data, tmp_path, monkeypat
         run.run()
 
 
+def test_predictions_that_are_no_numbers_stop_with_the_series(data, tmp_path, monkeypatch):
+    run = trainer(data, tmp_path / "fold")
+    real = training.predict
+
+    def broken(*given):
+        values = real(*given)
+        values[1] = float("nan")
+        return values
+
+    monkeypatch.setattr(training, "predict", broken)
+    with pytest.raises(NonFiniteLoss, match="non-finite predictions of held-out series s7 of fold 0 after 0 epochs"):
+        run.predict_held_out()
+
+
 def test_non_finite_gradient_of_a_finite_loss_stops_before_the_weights_are_lost(data, tmp_path):
     run = trainer(data, tmp_path / "fold", "train.amp=false")
     before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}

@@ -1,8 +1,10 @@
 """Folders that others have touched: artifacts gone, cut or altered, manifests of another version, second runs, dead workers, clocks."""
 
+import fcntl
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -13,10 +15,10 @@ from test_disk import refused
 
 from pipeline import verify
 from pipeline.artifacts import Stage, digest, read_manifest
-from pipeline.command import main
+from pipeline.command import main, parser
 from pipeline.engine import check_finite
 from pipeline.presets import load_config
-from pipeline.runtime import atomic_folder
+from pipeline.runtime import InputError, atomic_folder, peak_mb
 
 
 @pytest.fixture
@@ -57,7 +59,12 @@ def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
     for volume in (out / "02_volumes").glob(f"{path.parent.parent.name}_*.npy"):
         volume.unlink()
     path.write_bytes(whole[: len(whole) // 2])
-    refused(*run("02", out), "slice missing or damaged", str(path), "run stages/01_convert_dicom.py --force")
+    for _ in range(2):
+        refused(*run("02", out), "slice missing or damaged", str(path), "run stages/01_convert_dicom.py again")
+    assert run("01", out)[0] == 0
+    assert read_manifest(out / "01_slices")["counts"]["converted_now"] == index.filter(pl.col("series_id") == path.parent.name).height
+    assert path.read_bytes() == whole, "the stage that makes it mends it, and nothing else"
+    assert run("02", out)[0] == 0
 
 
 @pytest.mark.parametrize("changes", [{"schema": 0}, {"schema": 99}, {"fingerprint": None}, {"outputs": None}, {"outputs": []}])
@@ -254,6 +261,37 @@ def test_verify_looks_at_slices_whatever_else_differs(out, capsys):
     path.write_bytes(other.read_bytes())
     (out / "03_folds" / "folds.csv").unlink()
     assert f"{path}: other pixels" in verified(out, capsys)[1]
+
+
+def test_verify_goes_on_where_the_slice_index_is_damaged(out, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "PART", 7)
+    paths = sorted((out / "01_slices").glob("*/*/*.png"))
+    for path in (paths[0], paths[-1]):
+        path.write_bytes(b"")
+    text = verified(out, capsys)[1]
+    assert all(f"{path}: not readable" in text for path in (paths[0], paths[-1])), "in whichever part they are"
+    index = out / "01_slices" / "index.parquet"
+    index.write_bytes(bytes(index.stat().st_size))
+    code, text = verified(out, capsys)
+    assert (code, text.count(str(index))) == (1, 1)
+    assert f"{index}: same size, other contents" in text
+
+
+def test_the_holder_of_a_lock_is_one_that_lives(tmp_path):
+    """Readers share a lock: the last of them to come may have ended long before the others."""
+    stage = Stage("05_folds", load_config("smoke"), parser("05", "").parse_args(["--out", str(tmp_path)]))
+    path = stage._lock_file(stage.name)
+    path.write_text(f"process {os.getpid()} on elsewhere\nnonsense\nprocess 4194999 on {socket.gethostname()}\n")
+    with stage._held(path, fcntl.LOCK_SH), pytest.raises(InputError) as fault, stage.lock():
+        pass
+    assert f"process {os.getpid()} on elsewhere and nonsense and process {os.getpid()} on {socket.gethostname()}, wait" in str(fault.value)
+    with stage.lock():
+        assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+def test_the_peak_is_told_though_threads_end(monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("/proc/self/task/0/children"), Path("/proc/self/task/none/children")])
+    assert peak_mb() > 10
 
 
 def test_a_phantom_that_lost_a_file_is_refused_and_names_its_maker(out):
