@@ -175,7 +175,7 @@ def test_predictions_that_are_no_numbers_stop_with_the_series(data, tmp_path, mo
     real = training.predict
 
     def broken(*given):
-        values = real(*given)
+        values = real(*given).clone()
         values[1] = float("nan")
         return values
 
