@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPS, DISK, STATE, HOSTILE, TABLES = (f"faults/test_{name}.py::test_" for name in ("stops", "disk", "state", "hostile", "wrong_tables"))
+LOOP = "test_pretrain.py::test_"
 ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (f"pipeline/{name}.py" for name in ("artifacts", "command", "runtime", "parallel"))
 
 # file, text of the guard, what stands there without it, the test that must fail (below tests/)
@@ -60,11 +61,11 @@ GUARDS = (
     ("pipeline/side_by_side.py", "    with deaf():\n", "    if True:\n", "test_train_folds.py::test_folds_end[2"),
     (COMMAND, "        end_with(", "        int(", "test_train_folds.py::test_folds_end[9"),
     ("pipeline/engine.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]", STOPS + "training_leaves"),
-    ("pipeline/pretrain.py", "                world.barrier()", "                pass", "test_pretrain.py::test_all_ranks"),
-    ("pipeline/pretrain.py", "engine.StopSignal(world.size > 1)", "engine.StopSignal()", "test_pretrain.py::test_all_ranks"),
-    ("pipeline/pretrain.py", "keep=not fresh", "keep=False", "test_pretrain.py::test_checkpoints_of"),
-    ("pipeline/pretrain.py", "(1 if last else options.collapse_patience)", "options.collapse_patience", "test_pretrain.py::test_a_run_that_ends"),
-    ("pipeline/fold_data.py", "            part.current(inputs, sections, whole=False)\n", "            pass\n", "test_train_folds.py::test_forced"),
+    ("pipeline/pretrain.py", "                world.barrier()", "                pass", LOOP + "all_ranks"),
+    ("pipeline/pretrain.py", "engine.StopSignal(world.size > 1)", "engine.StopSignal()", LOOP + "all_ranks"),
+    ("pipeline/pretrain.py", "keep=not fresh", "keep=False", LOOP + "checkpoints_of"),
+    ("pipeline/pretrain.py", "(1 if last else options.collapse_patience)", "options.collapse_patience", LOOP + "a_run_that_ends"),
+    ("pipeline/fold_data.py", "part.current(inputs, sections, whole=False)\n", "pass\n", "test_train_folds.py::test_forced"),
     ("pipeline/prediction.py", "if amp and not outputs.isfinite().all()", "if False", "test_inference.py::test_what_overflows"),
     ("pipeline/engine.py", 'if "DataLoader worker" not in str(fault):', "if True:", STATE + "a_killed_loader"),
     ("pipeline/engine.py", "if not all(math.isfinite(value) for value in terms.values()):", "if False:", STATE + "training_that"),
