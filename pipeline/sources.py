@@ -88,11 +88,12 @@ def _unlabelled(folder: Path) -> list[SeriesTask]:
     useless = sorted(str(path) for path in folder.glob("[!.]*") if path.is_dir() and path.name not in used)
     foreign = [task.path for task in tasks if printable(task.name) != task.name]
     endless = [task.path for task in tasks if len(os.fsencode(task.name)) > LONGEST]
+    ignored = {*foreign, *endless}
     for paths, what in ((useless, "folders have neither <series>/*.dcm nor NIfTI images"), (foreign, "series have names not in UTF-8"),
                         (endless, f"series have names of more than {LONGEST} bytes, patient and series together,")):  # fmt: skip
         if paths:
             log(f"warning: {len(paths)} {what} and are ignored, e.g. {printable(paths[0])}")
-    return [task for task in tasks if printable(task.name) == task.name and task.path not in set(endless)]
+    return [task for task in tasks if task.path not in ignored]
 
 
 def printable(text: str) -> str:
