@@ -24,10 +24,8 @@ def descent(module: torch.nn.Module, lr: float, *options: object) -> torch.optim
 
 
 def plant(fault: str) -> None:
-    """In step 3 of rank 1: an error of the user's, a signal to stop, or (`none`) nothing.
-
-    `storm`: a signal to every rank in step 3, and another one to the rank that writes while it does so, slowly.
-    """
+    """`error`: one of the user's in step 3 of rank 1. `storm`: a signal to stop to every rank in step 3, and another one to the rank
+    that writes the checkpoint, which takes its time. `none`: nothing."""
     forward, save = pretrain.forward, pretrain.save_checkpoint
 
     def slow(*given: object) -> None:
@@ -41,11 +39,8 @@ def plant(fault: str) -> None:
     def broken(run: pretrain.Run, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if run.step == 2 and fault == "storm":
             os.kill(os.getpid(), signal.SIGTERM)
-            return forward(run, batch)
-        if run.step == 2 and run.world.rank == 1:
-            if fault == "error":
-                raise InputError("planted fault", "rank 1", "see what the others do")
-            os.kill(os.getpid(), signal.SIGTERM)
+        if run.step == 2 and fault == "error" and run.world.rank == 1:
+            raise InputError("planted fault", "rank 1", "see what the others do")
         return forward(run, batch)
 
     if fault != "none":
