@@ -17,6 +17,7 @@ from .targets import TARGET_NAMES
 
 # Names as in tables, and whether less is better.
 FIGURES = {"score": True, "mAP": False, "precision": False, "recall": False}
+MOST = (np.inf, 1.0, 1.0, 1.0)  # that a figure can be; the least is 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def compare(draws: Mapping[str, Sequence[Draws]], targets: Mapping[str, Sequence
     for variant, reference in pairs:
         shared = [name for name in TARGET_NAMES if name in targets[variant] and name in targets[reference]]
         own, other = (np.stack([one.figures(shared) for one in draws[name]]) for name in (variant, reference))  # (K, 1 + resamples, 4)
-        parts = {"own": over_seeds(own, seed), "other": over_seeds(other, seed), "difference": over_seeds(own - other, seed)}
+        parts = {"own": over_seeds(own, seed).clip(0, MOST), "other": over_seeds(other, seed).clip(0, MOST),
+                 "difference": over_seeds(own - other, seed)}  # fmt: skip
         figures = {figure: {name: interval(part[:, k]) for name, part in parts.items()} for k, figure in enumerate(FIGURES)}
         rows.append({"variant": variant, "reference": reference, "targets": shared, "seeds": len(own), "figures": figures})
     return rows

@@ -83,6 +83,15 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds, ratio):
     assert 0.92 <= held / 400 <= 1
 
 
+def test_intervals_stay_within_what_a_figure_can_be():
+    labels = one_hot(60)
+    cells = [cell_draws(labels, predicted(labels, strength, seed=k), 200, 1) for k, strength in enumerate((0.0, 9.0))]
+    figures = compare({"a": cells}, ALL, [("a", "a")], 0)[0]["figures"]
+    assert all(figures[name]["own"]["low"] >= 0 for name in FIGURES)
+    assert all(figures[name]["own"]["high"] <= 1 for name in FIGURES if name != "score")
+    assert figures["mAP"]["own"]["high"] == 1, "two seeds that differ so much tell next to nothing"
+
+
 def test_one_seed_shows_no_difference():
     row = compare({name: cells[:1] for name, cells in cells_of(0.5)[1].items()}, ALL, [("b", "a")], 0)[0]
     assert row["figures"]["score"]["difference"]["high"] < 0
