@@ -135,7 +135,8 @@ def text(found: Interval, signed: bool = False) -> str:
 def markdown(result: Mapping[str, Any]) -> str:
     """Both tables as Markdown: figures and cost of each variant, differences of each pair; and the sentences that they support."""
     costs = {row["variant"]: row for row in result["costs"]}
-    lines = [f"{result['patients']} patients, {len(result['seeds'])} seeds; 95 % bootstrap intervals over patients and seeds.", "",
+    drawn = f"{result['patients']} patients, {len(result['seeds'])} seeds"
+    lines = [f"{drawn}; 95 % intervals: bootstrap over patients, Student's t over seeds.", "",
              f"| variant | {' | '.join(FIGURES)} | training, s | pretraining, s |", "|---" * (len(FIGURES) + 3) + "|"]  # fmt: skip
     for row in result["variants"]:
         cells, cost = [text(parts["own"]) for parts in row["figures"].values()], costs[row["variant"]]

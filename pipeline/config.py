@@ -191,7 +191,7 @@ class AblationConfig(Section):
     reference: str = ""
     pairs: tuple[tuple[str, str], ...] = ()
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
-    bootstrap: int = Field(2000, ge=1, description="resamples of patients and seeds")
+    bootstrap: int = Field(2000, ge=1, description="resamples of patients")
     neighbours: int = Field(15, ge=1, description="of the k-nearest-neighbour probe")
 
     @model_validator(mode="after")
