@@ -32,7 +32,7 @@ COLUMNS = {
     "png": pl.String,
 }  # fmt: skip
 SUB = 1  # PNG filter: difference to the pixel on the left
-LOOK_AHEAD = 512  # zeros behind the compressor's input, should it look there: the same picture must give the same bytes
+LOOK_AHEAD = 512  # zeros behind the compressor's input, should it look there: the same picture is to give the same bytes
 # reasons of the machine (network, load, memory), not the file
 PASSING = ("not readable:", "took longer than", "brought down by SIGKILL", KILLED)
 
@@ -152,7 +152,7 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
             remove_folder(Path(path))
 
     def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
-        sidecar = _finished(target / task.name, _fingerprint(files, config))
+        sidecar = None if force else _finished(target / task.name, _fingerprint(files, config))
         return sidecar and _with_frame(task, sidecar)
 
     with ThreadPoolExecutor(16) as threads:  # a shared file system answers slowly

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from helpers_stages import ROOT, STAGES, environment
+from helpers_stages import ROOT, STAGES, content, environment
 
 SHIM = Path(__file__).parent / "faults" / "shim"
 PATIENCE_S = 240  # for what takes seconds on an idle machine
@@ -85,9 +85,9 @@ def temporaries(out: Path) -> list[Path]:
 
 
 def products(out: Path) -> dict[str, str]:
-    """Checksums of all files below `out` that a run with the same seed repeats byte for byte."""
+    """Checksums of the contents of all files below `out` that a run with the same seed repeats."""
     paths = [path for path in out.rglob("*") if path.is_file() and not any(part in path.name for part in CHANGING)]
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {str(path.relative_to(out)): hashlib.sha256(content(path)).hexdigest() for path in paths}
 
 
 def copy(run_folder: Path, target: Path, *without: str) -> Path:

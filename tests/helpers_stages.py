@@ -1,12 +1,25 @@
 """Calling the product as a user does: run_all.sh and single stage scripts, in processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = sorted((ROOT / "stages").glob("0*.py"))
+
+
+def content(path: Path) -> bytes:
+    """A file as far as runs repeat it: a PNG's pixels, since igzip was seen, twice in all, to pack a picture otherwise than before."""
+    if path.suffix == ".png":
+        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        return repr((image.shape, image.dtype)).encode() + image.tobytes()
+    if path.name == "series.json":
+        return json.dumps({**json.loads(path.read_text()), "pictures": None}).encode()  # sizes of the PNGs
+    return path.read_bytes()
 
 
 def environment(**more: str) -> dict[str, str]:

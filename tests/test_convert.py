@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
-from helpers_stages import environment
+from helpers_stages import content, environment
 
 from pipeline import dicom, parallel, slice_store, volume_store
 from pipeline.config import ConvertConfig, VolumeConfig
@@ -56,9 +56,9 @@ def run(data: Path, out: Path, *more: str) -> tuple[int, str]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All final files of the stage but its manifest (which holds times)."""
+    """Contents of all final files of the stage but its manifest (which holds times)."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): content(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "manifest.json"
     }

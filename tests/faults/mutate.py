@@ -61,7 +61,6 @@ GUARDS = (
     ("pipeline/side_by_side.py", "    with deaf():\n", "    if True:\n", "test_train_folds.py::test_folds_end[2"),
     (COMMAND, "        end_with(", "        int(", "test_train_folds.py::test_folds_end[9"),
     ("pipeline/engine.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]", STOPS + "training_leaves"),
-    ("pipeline/pretrain.py", "                world.barrier()", "                pass", LOOP + "two_ranks"),
     ("pipeline/pretrain.py", "engine.StopSignal(world.size > 1)", "engine.StopSignal()", LOOP + "two_ranks"),
     ("pipeline/pretrain.py", "keep=not fresh", "keep=False", LOOP + "checkpoints_of"),
     ("pipeline/pretrain.py", "(1 if last else options.collapse_patience)", "options.collapse_patience", LOOP + "a_run_that_ends"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, products, run, start, temporaries, wait_for
+from helpers_stages import content
 from test_disk import refused
 
 from pipeline import verify
@@ -54,7 +55,7 @@ def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
 def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
     index = pl.read_parquet(out / "01_slices" / "index.parquet")
     path = out / "01_slices" / index.filter(pl.col("flags") == "")["png"][0]
-    whole = path.read_bytes()
+    whole, picture = path.read_bytes(), content(path)
     (out / "02_volumes" / "index.parquet").unlink()
     for volume in (out / "02_volumes").glob(f"{path.parent.parent.name}_*.npy"):
         volume.unlink()
@@ -63,7 +64,7 @@ def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
         refused(*run("02", out), "slice missing or damaged", str(path), "run stages/01_convert_dicom.py again")
     assert run("01", out)[0] == 0
     assert read_manifest(out / "01_slices")["counts"]["converted_now"] == index.filter(pl.col("series_id") == path.parent.name).height
-    assert path.read_bytes() == whole, "the stage that makes it mends it, and nothing else"
+    assert content(path) == picture, "the stage that makes it mends it, and nothing else"
     assert run("02", out)[0] == 0
 
 
