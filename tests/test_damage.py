@@ -278,15 +278,24 @@ def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path,
     assert "done again" in capsys.readouterr().err
 
 
-def test_a_killer_at_the_start_leaves_the_others_in_parallel(capsys):
+def test_a_killer_at_the_start_leaves_the_others_in_parallel(monkeypatch):
     """Only tasks that were begun are done again: three deaths once made the whole rest of a run go one by one."""
-    tasks = [("always" if k == 1 else "", k) for k in range(40)]
-    answers = dict(spread(square_or_die, tasks, jobs=2))
-    assert [k for k, answer in answers.items() if isinstance(answer, Failure)] == [1]
-    assert {k: answer for k, answer in answers.items() if k != 1} == {k: k * k for k in range(40) if k != 1}
-    again = [int(line.split("; ")[1].split()[0]) for line in capsys.readouterr().err.splitlines() if "done again" in line]
-    assert len(again) == parallel.ROUNDS
-    assert max(again) <= 16, "about as many as are handed out to two processes at once"
+    rounds = []
+
+    def pool(work, tasks, jobs, scheduler, begun=None):
+        """Hands out five tasks at a time, in order; breaks when it comes to task 1."""
+        rounds.append(list(tasks))
+        for at, k in enumerate(rounds[-1]):
+            if begun is not None:
+                begun.update(rounds[-1][: at + 5])
+            if k == 1:
+                return
+            yield k, work(tasks[k])
+
+    monkeypatch.setattr(parallel, "_round", pool)
+    answers = dict(spread(str, range(40), jobs=2))
+    assert answers == {k: str(k) if k != 1 else Failure(parallel.KILLED) for k in range(40)}
+    assert rounds == [[*range(40)], [*range(6, 40), *range(1, 6)], [*range(1, 6)], [1], [2], [3], [4], [5]]
 
 
 def test_a_pool_that_is_left_early_says_nothing():
