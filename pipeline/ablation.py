@@ -22,7 +22,7 @@ from .artifacts import Stage, digest, read_manifest
 from .config import Config, decisive, resolved
 from .metric import score_arrays
 from .presets import derive
-from .runtime import InputError, atomic_path, log, progress, write_json, write_text
+from .runtime import InputError, atomic_path, log, progress, world_size, write_json, write_text
 from .tables import read_labels
 from .targets import COLUMNS, SCORE_KEYS
 
@@ -205,7 +205,7 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
 
 def run_cells(stage: Stage) -> list[Cell]:
     """Pretrain and train everything that is not up to date, shared out over the ranks; returns the grid when all of it is there."""
-    if stage.options.force and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a rank that waits would take an old result for the new one
+    if stage.options.force and world_size() > 1:  # a rank that waits would take an old result for the new one
         raise InputError("--force works in a single process only", "torchrun", f"remove {stage.folder} instead")
     cells = startable(stage, declared_cells(stage.config))
     shared = list(pretrainings(cells).values())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from .runtime import InputError, cpu_count, device_used, disk_errors, log, peak_mb, remove_temporaries, write_json
+from .runtime import InputError, cpu_count, device_used, disk_errors, log, peak_mb, remove_temporaries, world_size, write_json
 
 if TYPE_CHECKING:
     from .config import Config
@@ -135,7 +135,7 @@ class Stage:
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """The part of `items` that this rank of `torchrun` works on; all of them in a single process."""
-        return items[self.rank :: int(os.environ.get("WORLD_SIZE", 1))]
+        return items[self.rank :: world_size()]
 
     def upstream(self, name: str, needed: Callable[[str], bool] = lambda file: True) -> Path:
         """Folder of an earlier stage, held until this one ends.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed, nn
 
-from .runtime import InputError, TrainingStopped, pick_device
+from .runtime import InputError, TrainingStopped, pick_device, world_size
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ def setup(device_name: str = "auto", threads: int = 0) -> World:
         torch.set_num_threads(threads)
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cudnn.benchmark = True  # the shapes of a run never change
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = world_size()
     if size > 1:
         _join("nccl" if device.type == "cuda" else "gloo")
         return World(distributed.get_rank(), size, device)
@@ -144,7 +144,7 @@ def _join(backend: str) -> None:
 
 def of_rank_0(value: T) -> T:
     """What rank 0 of `torchrun` gave, on every rank; `value` itself in a single process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         return value
     _join("gloo")
     found = [value]

@@ -13,6 +13,8 @@ from .folds import label_subset, read_folds
 from .runtime import InputError, remove_folder
 from .tables import read_labels, read_slice_labels
 
+CHECKPOINT = "last.ckpt"  # of a fold that is being trained
+
 
 @dataclass(frozen=True)
 class FoldData:
@@ -61,7 +63,7 @@ def start_anew(stage: Stage, folds: Sequence[int], inputs: dict[str, Any], secti
     for part in (stage.part(f"fold{fold}") for fold in folds):
         with part.lock():
             part.current(inputs, sections, whole=False)
-            (part.folder / "last.ckpt").unlink(missing_ok=True)
+            (part.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) -> None:

@@ -180,7 +180,7 @@ def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, schedule
             if kills[k] < ROUNDS:
                 open_tasks[k] = task  # behind those that were not begun
             else:
-                answers = list(_round(work, {k: task}, 2, scheduler))
+                answers = list(_round(work, {k: task}, 2, scheduler, set()))
                 yield answers[0] if answers else (k, Failure(KILLED))
 
 
@@ -209,7 +209,7 @@ def _call(work: Callable[[Any], Any], k: int, task: Any, parent: int | None) -> 
 
 
 def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, scheduler: str | None,
-           begun: set[int] | None = None) -> Iterator[tuple[int, Any]]:  # fmt: skip
+           begun: set[int]) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """One pass over `tasks`, ending early when a worker process is killed; `begun` takes the keys of those that were handed out."""
     import joblib
     from joblib.externals.loky.process_executor import BrokenProcessPool
@@ -219,8 +219,7 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
 
     def calls() -> Iterator[Any]:
         for k, task in list(tasks.items()):
-            if begun is not None:
-                begun.add(k)
+            begun.add(k)
             yield joblib.delayed(_call)(work, k, task, parent)
 
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # by whoever stops early, on purpose

@@ -130,6 +130,11 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def world_size() -> int:
+    """Processes that `torchrun` started together, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def device_used() -> str:
     """The GPU's name where this process computes on one, else `cpu`; torch is not imported for it."""
     torch = sys.modules.get("torch")

@@ -34,12 +34,12 @@ from .engine import (
     loading,
     warmup_cosine,
 )
-from .fold_data import FoldData, gather_fold
+from .fold_data import CHECKPOINT, FoldData, gather_fold
 from .prediction import build_model, describe, predict
-from .runtime import atomic_path, log, pick_device, progress, seed_everything, write_text
+from .runtime import atomic_path, log, pick_device, progress, seed_everything, world_size, write_text
 from .targets import COLUMNS
 
-MODEL, CHECKPOINT, LOG, OOF = "model.safetensors", "last.ckpt", "log.jsonl", "oof.parquet"
+MODEL, LOG, OOF = "model.safetensors", "log.jsonl", "oof.parquet"
 
 
 class FoldTrainer:
@@ -65,7 +65,7 @@ class FoldTrainer:
         self.best: float = float("inf")
         self.epoch = 0
         self.tally: dict[str, Any] = {}  # of the epoch under way, so that a stopped run goes on within it
-        self.stop = StopSignal(int(os.environ.get("WORLD_SIZE", 1)) > 1)
+        self.stop = StopSignal(world_size() > 1)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -282,12 +282,11 @@ def test_a_killer_at_the_start_leaves_the_others_in_parallel(monkeypatch):
     """Only tasks that were begun are done again: three deaths once made the whole rest of a run go one by one."""
     rounds = []
 
-    def pool(work, tasks, jobs, scheduler, begun=None):
+    def pool(work, tasks, jobs, scheduler, begun):
         """Hands out five tasks at a time, in order; breaks when it comes to task 1."""
         rounds.append(list(tasks))
         for at, k in enumerate(rounds[-1]):
-            if begun is not None:
-                begun.update(rounds[-1][: at + 5])
+            begun.update(rounds[-1][: at + 5])
             if k == 1:
                 return
             yield k, work(tasks[k])

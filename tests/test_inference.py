@@ -320,15 +320,6 @@ def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smok
         assert np.abs(wrong - expected).max() > 1e-3
 
 
-def test_models_of_slices_turned_otherwise_are_refused(smoke, tmp_path):
-    """A feet-first series would be predicted as its mirror image of what the models know."""
-    done = run_stage("07", "--config", "smoke", "--data", str(smoke / "data" / "phantom"), "--out", str(tmp_path), "--models", str(smoke),
-                     "convert.flip_hfs=true")  # fmt: skip
-    assert done.returncode == 2
-    assert "trained on slices turned otherwise" in done.stderr
-    assert "give convert.flip_hfs=false" in done.stderr
-
-
 def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Stage 07 in this process, on the smoke run's data and models."""
     script = ROOT / "stages" / "07_predict_test.py"
@@ -361,12 +352,17 @@ def test_a_model_that_failed_is_tried_again_and_a_spent_budget_is_told(tmp_path,
     assert "the time budget left 3 patients" in capfd.readouterr().err
 
 
-def test_models_of_other_volumes_are_refused(smoke, tmp_path):
+@pytest.mark.parametrize(("override", "what", "remedy"), [
+    ("volume.aspect=stretch", "trained on volumes made otherwise", "volume.aspect=letterbox"),
+    ("convert.flip_hfs=true", "trained on slices turned otherwise", "give convert.flip_hfs=false"),
+])  # fmt: skip
+def test_models_of_other_slices_or_volumes_are_refused(smoke, tmp_path, override, what, remedy):
+    """Turned otherwise, a feet-first series would be predicted as the mirror image of what the models know."""
     done = run_stage("07", "--config", "smoke", "--data", str(smoke / "data" / "phantom"), "--out", str(tmp_path), "--models", str(smoke),
-                     "volume.aspect=stretch")  # fmt: skip
+                     override)  # fmt: skip
     assert done.returncode == 2
-    assert "trained on volumes made otherwise" in done.stderr
-    assert "volume.aspect=letterbox" in done.stderr
+    assert what in done.stderr
+    assert remedy in done.stderr
 
 
 def test_broken_calibration_is_one_line(tmp_path):
