@@ -10,7 +10,7 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=$(bash "$root/.ci/environment.sh")
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-case " $* " in *" --verify "*) exec "$PYTHON" -m pipeline.verify "$@" ;; esac
+case " $* " in *" --verify "*) exec "$PYTHON" -m pipeline.run.verify "$@" ;; esac
 child=
 stop() { # a signal to this script alone reaches the stage too
     trap '' INT TERM

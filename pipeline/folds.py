@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from . import tables
-from .artifacts import read_manifest
-from .runtime import InputError
-from .tables import KEY, ROW
-from .targets import COLUMNS
+from .competition import tables
+from .competition.tables import KEY, ROW
+from .competition.targets import COLUMNS
+from .run.stage import read_manifest
+from .system.machine import InputError
 
 SEEDS = 16
 TOLERANCE = 0.15

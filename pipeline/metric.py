@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from . import tables
-from .runtime import InputError
-from .tables import KEY, Table
-from .targets import ANY_INJURY, ANY_INJURY_WEIGHTS, COLUMNS, SCORE_KEYS, TARGETS, group_slices
+from .competition import tables
+from .competition.tables import KEY, Table
+from .competition.targets import ANY_INJURY, ANY_INJURY_WEIGHTS, COLUMNS, SCORE_KEYS, TARGETS, group_slices
+from .system.machine import InputError
 
 EPSILON = float(np.finfo(np.float64).eps)
 GROUPS = group_slices()

@@ -8,9 +8,10 @@ Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_ima
 Skipped when --data names a data set or the config has `phantom: null`.
 """
 
-from pipeline.artifacts import ROOT, Stage, digest
-from pipeline.command import main
-from pipeline.runtime import atomic_folder, log, progress
+from pipeline.phantom.version import DRAWING
+from pipeline.run.command import main
+from pipeline.run.stage import Stage
+from pipeline.system.machine import atomic_folder, log, progress
 
 
 def run(stage: Stage) -> None:
@@ -19,10 +20,9 @@ def run(stage: Stage) -> None:
     if stage.real_data or config is None:
         log(f"{stage.name}: skipped, " + (f"--data names {stage.options.data}" if stage.real_data else "the config has `phantom: null`"))
         return
-    code = {path.name: digest(path) for path in sorted((ROOT / "pipeline").glob("phantom*.py"))}  # the data set is what they draw
-    if stage.current({"seed": stage.config.seed, **code}, ["phantom"]):
+    if stage.current({"seed": stage.config.seed, **DRAWING}, ["phantom"]):
         return
-    from pipeline.phantom_dicom import write_dataset
+    from pipeline.phantom.dataset import write_dataset
 
     with atomic_folder(stage.folder) as folder:
         counts, files = write_dataset(

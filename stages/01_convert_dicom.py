@@ -10,8 +10,8 @@ must be on a file system that all its machines share under the same path.
 
 import argparse
 
-from pipeline.artifacts import Stage, digest
-from pipeline.command import main
+from pipeline.run.command import main
+from pipeline.run.stage import Stage, digest
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -21,7 +21,8 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(stage: Stage) -> None:
     """Convert the series of the table and the unlabelled ones that are new or changed."""
-    from pipeline import sources, tables
+    from pipeline.competition import tables
+    from pipeline.slices import sources
 
     data = stage.image_data
     tasks = sources.plan(data, tables.read_series(data, "train"))
@@ -29,7 +30,7 @@ def run(stage: Stage) -> None:
     series = digest([[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)])
     if stage.current({"series": series, "version": sources.VERSION}, ["convert"], sources.is_whole(stage.folder, tasks)):
         return
-    from pipeline import slice_store
+    from pipeline.slices import store as slice_store
 
     counts = slice_store.convert_all(tasks, prints, data, stage.folder, stage.config.convert, stage.jobs, stage.options.scheduler,
                                      stage.options.force)  # fmt: skip

@@ -6,8 +6,8 @@ Writes  <out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.p
 
 import argparse
 
-from pipeline.artifacts import Stage
-from pipeline.command import main
+from pipeline.run.command import main
+from pipeline.run.stage import Stage
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -17,11 +17,11 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(stage: Stage) -> None:
     """Build the volumes of all series that are new or changed."""
-    from pipeline.sources import VOLUME_VERSION
+    from pipeline.slices.sources import VOLUME_VERSION
 
     if stage.current({**stage.inputs("01_slices"), "version": VOLUME_VERSION}, ["volume"]):
         return
-    from pipeline.volume_store import INDEX, build_all
+    from pipeline.volumes.store import INDEX, build_all
 
     counts, digests = build_all(
         stage.upstream("01_slices"), stage.folder, stage.config.volume, stage.jobs, stage.options.scheduler, stage.options.force

@@ -4,9 +4,9 @@ Reads   train.csv and train_series_meta.csv of the data folder.
 Writes  03_folds/folds.csv (patient_id,fold); prints how many patients of each class every fold has.
 """
 
-from pipeline.artifacts import Stage
-from pipeline.command import main
-from pipeline.runtime import atomic_path
+from pipeline.run.command import main
+from pipeline.run.stage import Stage
+from pipeline.system.machine import atomic_path
 
 
 def run(stage: Stage) -> None:
@@ -14,7 +14,8 @@ def run(stage: Stage) -> None:
     data = stage.data
     if stage.current(stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"]), ["folds", "seed"]):
         return
-    from pipeline import folds, tables
+    from pipeline import folds
+    from pipeline.competition import tables
 
     labels, series = tables.read_labels(data), tables.read_series(data, "train")
     table = folds.make_folds(labels, series, stage.config.folds.count, stage.config.seed)

@@ -8,8 +8,8 @@ A stopped run goes on where it stopped. Several GPUs: torchrun --nproc-per-node 
 
 from pathlib import Path
 
-from pipeline.artifacts import Stage
-from pipeline.command import main
+from pipeline.run.command import main
+from pipeline.run.stage import Stage
 
 
 def run(stage: Stage) -> None:
@@ -17,9 +17,9 @@ def run(stage: Stage) -> None:
     weights = [Path(stage.config.model.weights)] if stage.config.model.weights else []
     if stage.current({"seed": stage.config.seed, **stage.inputs("02_volumes", files=weights)}, ["model", "pretrain"]):
         return
-    from pipeline.distributed import setup
-    from pipeline.pretrain import pretrain
-    from pipeline.voco_figures import draw_all
+    from pipeline.learning.distributed import setup
+    from pipeline.voco.figures import draw_all
+    from pipeline.voco.pretrain import pretrain
 
     volumes, world = stage.upstream("02_volumes"), setup(stage.device_name, stage.options.jobs)
     try:

@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Stage, read_manifest
-from pipeline.command import main
-from pipeline.runtime import InputError, part_of
-from pipeline.side_by_side import train_side_by_side
+from pipeline.classifier.side_by_side import train_side_by_side
+from pipeline.run.command import main
+from pipeline.run.stage import Stage, read_manifest
+from pipeline.system.machine import InputError, part_of
 
 SECTIONS = ("seed", "model", "train")
 PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time
@@ -40,7 +40,7 @@ def run(stage: Stage) -> None:
         stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
     mine = stage.share(folds) if stage.options.fold is None else [stage.options.fold]
     if stage.options.force and not part_of():
-        from pipeline.fold_data import start_anew
+        from pipeline.classifier.fold import start_anew
 
         start_anew(stage, mine, inputs, SECTIONS)
     if not train_side_by_side(stage, mine, inputs, SECTIONS):
@@ -48,7 +48,7 @@ def run(stage: Stage) -> None:
             _train(stage, fold, inputs)
     with stage.lock(PATIENCE_S):
         if read_manifest(stage.folder) is None and not part_of():
-            from pipeline.fold_data import finish_folds
+            from pipeline.classifier.fold import finish_folds
 
             finish_folds(stage, inputs, SECTIONS)
 
@@ -60,7 +60,7 @@ def _train(stage: Stage, fold: int, inputs: dict[str, Any]) -> None:
             return
         with stage.lock(PATIENCE_S):
             stage.current(inputs, SECTIONS, whole=False)  # also one that another rank has written since
-        from pipeline.training import LOG, MODEL, OOF, run_fold
+        from pipeline.classifier.train import LOG, MODEL, OOF, run_fold
 
         part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])
 

@@ -10,9 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from pipeline.artifacts import Stage, digest
-from pipeline.command import main
-from pipeline.runtime import InputError, atomic_path, write_json
+from pipeline.run.command import main
+from pipeline.run.stage import Stage, digest
+from pipeline.system.machine import InputError, atomic_path, write_json
 
 TABLES = ["oof_predictions.csv", "scores.json", "calibration.json", "patients.parquet"]
 PICTURES = ["precision_recall.png", "reliability.png", "confusion.png"]
@@ -37,12 +37,13 @@ def gather(stage: Stage) -> dict[str, object]:
 def run(stage: Stage) -> None:
     """Score unless these very predictions are scored; the table is printed either way."""
     if stage.current(gather(stage), ["seed", "score"]):
-        from pipeline.scoring import summary
+        from pipeline.evaluation.scoring import summary
 
         print(summary(json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))), flush=True)
         return
-    from pipeline import figures, scoring, tables
-    from pipeline.targets import COLUMNS
+    from pipeline.competition import tables
+    from pipeline.competition.targets import COLUMNS
+    from pipeline.evaluation import figures, scoring
 
     labels = tables.read_labels(stage.data)
     if stage.options.oof:

@@ -7,9 +7,9 @@ Writes  <out>/07_submission/submission.csv, fallbacks.csv (who got the prior, an
 
 import argparse
 
-from pipeline.artifacts import Stage
-from pipeline.command import main
-from pipeline.runtime import log
+from pipeline.run.command import main
+from pipeline.run.stage import Stage
+from pipeline.system.machine import log
 
 SECTIONS = ("convert", "volume", "score", "predict")
 
@@ -21,18 +21,18 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def run(stage: Stage) -> None:
     """Predict unless the submission is up to date."""
-    from pipeline.tables import has_test, read_sample_submission, read_series
+    from pipeline.competition.tables import has_test, read_sample_submission, read_series
 
     if not has_test(stage.data):
         log(f"{stage.name}: skipped, {stage.data} has no test_series_meta.csv and sample_submission.csv")
         return
-    from pipeline.sources import fingerprints, test_tasks
+    from pipeline.slices.sources import fingerprints, test_tasks
 
     data = stage.image_data
     tasks = test_tasks(data, read_series(data, "test"))
     inputs = stage.inputs("05_folds", "06_oof", files=[data / "sample_submission.csv", data / "test_series_meta.csv"])
-    from pipeline.calibration import Calibration
-    from pipeline.submission import SubmissionWriter, check_submission, is_settled
+    from pipeline.evaluation.calibration import Calibration
+    from pipeline.submission.writer import SubmissionWriter, check_submission, is_settled
 
     sample, path = read_sample_submission(data), stage.folder / "submission.csv"
     calibration = Calibration.of_run(stage.upstream("06_oof"), inputs["05_folds"])
@@ -42,7 +42,7 @@ def run(stage: Stage) -> None:
     if stage.current(inputs | {"series": fingerprints(tasks, data)}, SECTIONS, is_settled(stage.folder)):
         return
     writer.write(path)
-    from pipeline.inference import load_ensemble, predict_test
+    from pipeline.submission.inference import load_ensemble, predict_test
 
     ensemble = load_ensemble(stage, calibration)
     counts = predict_test(tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started)

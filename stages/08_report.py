@@ -6,9 +6,9 @@ Writes  <out>/08_report/index.html, manifest.json
 
 import shlex
 
-from pipeline.artifacts import Stage, digest
-from pipeline.command import main
-from pipeline.runtime import InputError, log, write_text
+from pipeline.run.command import main
+from pipeline.run.stage import Stage, digest
+from pipeline.system.machine import InputError, log, write_text
 
 MANIFESTS = ("data/phantom/manifest.json", "0*/manifest.json", "05_folds/fold*/manifest.json")
 
@@ -29,7 +29,7 @@ def run(stage: Stage) -> None:
     labels = (data or stage.out / "data" / "phantom") / "image_level_labels.csv"
     if stage.current({**stage.inputs(files=[labels]), **found, "flags": flags}, ["name"]):
         return
-    from pipeline.report import find_run, render
+    from pipeline.report.page import find_run, render
 
     page = render(find_run(stage.out, stage.config, data, flags))
     write_text(stage.folder / "index.html", page)

@@ -7,13 +7,13 @@ A stopped run goes on where it stopped; finished cells are skipped. Several devi
 Run stages/08_report.py again to have the tables in the report. ./run_all.sh does not run this stage.
 """
 
-from pipeline.artifacts import Stage, digest, read_manifest
-from pipeline.command import main
+from pipeline.run.command import main
+from pipeline.run.stage import Stage, digest, read_manifest
 
 
 def run(stage: Stage) -> None:
     """Train what is missing, then compare, unless these very cells are compared."""
-    from pipeline.ablation import run_cells, summarise
+    from pipeline.ablation.cells import run_cells, summarise
 
     cells = run_cells(stage)
     if not stage.writer:
@@ -22,7 +22,7 @@ def run(stage: Stage) -> None:
     parts = {cell.name: digest(read_manifest(stage.folder / cell.name)["outputs"]) for cell in cells}
     if stage.current(parts | stage.inputs("03_folds", files=tables), ["seed", "ablation", "score"]):
         return
-    from pipeline.probes import probe_all
+    from pipeline.ablation.probes import probe_all
 
     outputs = [*summarise(stage, cells), *probe_all(stage, cells)]
     stage.finish({"cells": len(cells), "variants": len({cell.variant for cell in cells})}, outputs)

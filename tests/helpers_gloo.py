@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline import engine, pretrain
-from pipeline.runtime import InputError
+from pipeline.learning import optimise as engine
+from pipeline.system.machine import InputError
+from pipeline.voco import pretrain
 
 STAGE = Path(__file__).resolve().parents[1] / "stages" / "04_pretrain_voco2d.py"
 

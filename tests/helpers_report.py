@@ -8,14 +8,14 @@ import numpy as np
 import polars as pl
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 
-from pipeline.ablation_stats import cell_draws, compare, sentence
-from pipeline.config import Config, resolved
+from pipeline.ablation.statistics import cell_draws, compare, sentence
+from pipeline.competition.targets import COLUMNS, TARGET_NAMES
+from pipeline.evaluation.scoring import score_oof
 from pipeline.folds import make_folds
-from pipeline.presets import load_config
-from pipeline.runtime import write_json
-from pipeline.scoring import score_oof
-from pipeline.targets import COLUMNS, TARGET_NAMES
-from pipeline.volume_store import INDEX_SCHEMA
+from pipeline.run.config import Config, resolved
+from pipeline.run.presets import load_config
+from pipeline.system.machine import write_json
+from pipeline.volumes.store import INDEX_SCHEMA
 
 EVIL = """<img src=x onerror=alert(1)>&"'""" + 32 * "W"
 EVIL_PATH = "train_images/<script>alert(1)</script>/7/1.dcm"

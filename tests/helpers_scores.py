@@ -3,8 +3,8 @@
 import numpy as np
 import polars as pl
 
-from pipeline.calibration import softmax
-from pipeline.targets import COLUMNS, TARGETS, group_slices
+from pipeline.competition.targets import COLUMNS, TARGETS, group_slices
+from pipeline.evaluation.calibration import softmax
 
 HEADER = ",".join(["patient_id", *COLUMNS, "any_injury"])
 

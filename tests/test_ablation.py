@@ -12,14 +12,14 @@ from helpers_scores import label_frame, naive_score, one_hot, predicted
 from helpers_stages import run_stage
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
-from pipeline.ablation_stats import FIGURES, Draws, cell_draws, compare, long_rows, markdown, over_seeds, sentence, verdict
-from pipeline.artifacts import Stage, read_manifest
-from pipeline.command import parser
+from pipeline.ablation.statistics import FIGURES, Draws, cell_draws, compare, long_rows, markdown, over_seeds, sentence, verdict
+from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
+from pipeline.evaluation.metrics import resamples
 from pipeline.folds import label_subset
-from pipeline.metric_extra import resamples
-from pipeline.presets import derive, load_config
-from pipeline.runtime import InputError
-from pipeline.targets import TARGET_NAMES, TARGETS, group_slices
+from pipeline.run.command import parser
+from pipeline.run.presets import derive, load_config
+from pipeline.run.stage import Stage, read_manifest
+from pipeline.system.machine import InputError
 
 ALL = {"a": TARGET_NAMES, "b": TARGET_NAMES}
 
@@ -198,7 +198,7 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
 
 
 def test_presets_declare_valid_grids():
-    from pipeline.ablation import declared_cells, pretrainings
+    from pipeline.ablation.cells import declared_cells, pretrainings
 
     for name in ("ablation_quick", "ablation_full"):
         config = load_config(name)
@@ -273,7 +273,7 @@ def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
 
 
 def test_a_cell_of_another_config_does_not_go_on_from_its_checkpoint(tmp_path):
-    from pipeline.ablation import _forget_another_run
+    from pipeline.ablation.cells import _forget_another_run
 
     (tmp_path / "fold0").mkdir()
     _forget_another_run(tmp_path, "one")
@@ -287,7 +287,7 @@ def test_a_cell_of_another_config_does_not_go_on_from_its_checkpoint(tmp_path):
 
 def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
     config = load_config("smoke", [*GRID[:2], "ablation.seeds=[1,2,3]"])
-    from pipeline.ablation import declared_cells
+    from pipeline.ablation.cells import declared_cells
 
     names = [cell.name for cell in declared_cells(config)]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -300,8 +300,8 @@ def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
 
 
 def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, monkeypatch):
-    from pipeline import ablation
-    from pipeline.runtime import write_json
+    from pipeline.ablation import cells as ablation
+    from pipeline.system.machine import write_json
 
     part = Stage("09_ablation/a/seed1", load_config("smoke"), parser("09", "").parse_args(["--out", str(tmp_path)]))
     naps = []
@@ -320,8 +320,8 @@ def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, mo
 
 def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
     """The other rank removes the manifest of a cell that lost a file a moment later."""
-    from pipeline import ablation
-    from pipeline.runtime import write_json
+    from pipeline.ablation import cells as ablation
+    from pipeline.system.machine import write_json
 
     part = Stage("09_ablation/a/seed1", load_config("smoke"), parser("09", "").parse_args(["--out", str(tmp_path)]))
     fingerprint = part.fingerprint_of({}, ["seed"])
@@ -332,13 +332,13 @@ def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
 
 
 def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
-    from pipeline import ablation
+    from pipeline.ablation import cells as ablation
 
     grid = ("ablation.variants={scratch: {}, one: {train.init: imagenet}}", "ablation.reference=scratch", "train.init=scratch")
     stage = Stage("09_ablation", load_config("smoke", grid), parser("09", "").parse_args(["--out", str(tmp_path)]))
     cells = ablation.declared_cells(stage.config)
     asked = []
-    monkeypatch.setattr("pipeline.distributed.of_rank_0", lambda value: asked.append(value) or {"one": "no network"})
+    monkeypatch.setattr("pipeline.learning.distributed.of_rank_0", lambda value: asked.append(value) or {"one": "no network"})
     stage.rank = 1
     assert {cell.variant for cell in ablation.startable(stage, cells)} == {"scratch"}
     assert asked == [{}], "another rank does not look itself"
@@ -347,8 +347,8 @@ def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
 
 
 def test_a_grid_without_pretraining_is_probed_as_it_starts():
-    from pipeline.ablation import declared_cells
-    from pipeline.probes import backbones
+    from pipeline.ablation.cells import declared_cells
+    from pipeline.ablation.probes import backbones
 
     grid = ("ablation.variants={a: {}, b: {train.sequence: none}}", "ablation.reference=a", "train.init=scratch", "pretrain.init=imagenet")
     config = load_config("smoke", grid)
@@ -357,7 +357,7 @@ def test_a_grid_without_pretraining_is_probed_as_it_starts():
 
 
 def test_several_ranks_refuse_to_force(tmp_path, monkeypatch):
-    from pipeline.ablation import run_cells
+    from pipeline.ablation.cells import run_cells
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = parser("09", "").parse_args(["--out", str(tmp_path), "--force"])
@@ -368,14 +368,14 @@ def test_several_ranks_refuse_to_force(tmp_path, monkeypatch):
 def test_settled_statistics_are_plain_averages_over_whole_slices():
     import torch
 
-    from pipeline.probes import settle
+    from pipeline.ablation.probes import settle
 
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(1, 3, 3)
     net = torch.nn.Sequential(layer, torch.nn.BatchNorm2d(3)).eval()
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
     settle(net, images, torch.device("cpu"))
-    from pipeline.backbone import normalise
+    from pipeline.learning.backbone import normalise
 
     values = layer(normalise(torch.from_numpy(images))[:, None]).detach().double().transpose(0, 1).flatten(1).numpy()
     assert net[1].running_mean.numpy() == pytest.approx(values.mean(1), abs=1e-5)
@@ -384,7 +384,7 @@ def test_settled_statistics_are_plain_averages_over_whole_slices():
 
 
 def test_probes_find_what_is_planted_and_nothing_in_noise():
-    from pipeline.probes import Slices, judge
+    from pipeline.ablation.probes import Slices, judge
 
     rng = np.random.default_rng(0)
     folds, height = np.repeat([0, 1], 150), rng.random(300)

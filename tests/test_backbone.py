@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from pipeline import layers
-from pipeline.backbone import create_backbone, feature_shape, load_backbone, normalise, save_backbone
-from pipeline.layers import speed_up
-from pipeline.runtime import InputError, TrainingStopped
-from pipeline.weights import read_metadata, read_weights, save_weights
+from pipeline.learning import fast_layers as layers
+from pipeline.learning.backbone import create_backbone, feature_shape, load_backbone, normalise, save_backbone
+from pipeline.learning.fast_layers import speed_up
+from pipeline.learning.weights import read_metadata, read_weights, save_weights
+from pipeline.system.machine import InputError, TrainingStopped
 
 TINY = "test_resnet"
 

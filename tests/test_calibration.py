@@ -12,12 +12,12 @@ import pytest
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 from scipy.optimize import approx_fprime
 
-from pipeline import calibration, figures, scoring
-from pipeline.calibration import Calibration, fit, fit_prior, objective
+from pipeline.competition.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
+from pipeline.evaluation import calibration, figures, scoring
+from pipeline.evaluation.calibration import Calibration, fit, fit_prior, objective
 from pipeline.metric import WEIGHTS, aggregate, floors, normalise, score_arrays
-from pipeline.presets import load_config
-from pipeline.runtime import InputError
-from pipeline.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
+from pipeline.run.presets import load_config
+from pipeline.system.machine import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = load_config("smoke", ["score.bootstrap=20"])
@@ -84,7 +84,7 @@ def test_prior_is_the_best_constant():
 @pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
 def test_prior_of_the_real_table():
     """Runs only where VOCO2D_RSNA_META names a folder with the competition's own train.csv, which is not ours to hand out."""
-    from pipeline.tables import read_labels
+    from pipeline.competition.tables import read_labels
 
     labels = read_labels(Path(os.environ["VOCO2D_RSNA_META"])).select(COLUMNS).to_numpy().astype(float)
     assert round(score_arrays(labels, np.repeat(fit_prior(labels)[None], len(labels), axis=0))["score"], 4) == 0.5794

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import VolumeAugment
-from pipeline.backbone import create_backbone, feature_shape
-from pipeline.classifier import CnnLstm, InjuryLoss, probabilities
-from pipeline.config import AugmentConfig, TrainConfig
-from pipeline.datasets import Series, SeriesDataset, bin_labels, plane_labels, slice_positions, take_slices
-from pipeline.targets import TARGETS, group_slices
+from pipeline.classifier.augment import VolumeAugment
+from pipeline.classifier.data import Series, SeriesDataset, bin_labels, plane_labels, slice_positions, take_slices
+from pipeline.classifier.model import CnnLstm, InjuryLoss, probabilities
+from pipeline.competition.targets import TARGETS, group_slices
+from pipeline.learning.backbone import create_backbone, feature_shape
+from pipeline.run.config import AugmentConfig, TrainConfig
 
 NO_LABELS = np.zeros((0, 2), np.float32)
 TINY = TrainConfig(init="scratch", slices=4, image_size=32, hidden=8, slice_loss=0.5, dropout=0.0)

@@ -6,11 +6,11 @@ import subprocess
 import pytest
 from helpers_stages import ROOT
 
-from pipeline.artifacts import Stage
-from pipeline.command import parser
-from pipeline.config import LABOUR, decisive
-from pipeline.presets import load_config
-from pipeline.runtime import InputError
+from pipeline.run.command import parser
+from pipeline.run.config import LABOUR, decisive
+from pipeline.run.presets import load_config
+from pipeline.run.stage import Stage
+from pipeline.system.machine import InputError
 
 
 def stage(tmp_path, *overrides):

@@ -20,14 +20,17 @@ import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
 from helpers_stages import content, environment
 
-from pipeline import dicom, parallel, slice_store, volume_store
-from pipeline.config import ConvertConfig, VolumeConfig
-from pipeline.convert import read_series
-from pipeline.runtime import InputError
-from pipeline.slice_store import convert_all, convert_series, encode_png
-from pipeline.sources import SeriesTask, fingerprints, is_whole, list_files, plan
-from pipeline.tables import read_series as read_listed
-from pipeline.volume_store import build_all
+from pipeline.competition.tables import read_series as read_listed
+from pipeline.run.config import ConvertConfig, VolumeConfig
+from pipeline.slices import dicom
+from pipeline.slices import store as slice_store
+from pipeline.slices.convert import read_series
+from pipeline.slices.sources import SeriesTask, fingerprints, is_whole, list_files, plan
+from pipeline.slices.store import convert_all, convert_series, encode_png
+from pipeline.system import pool as parallel
+from pipeline.system.machine import InputError
+from pipeline.volumes import store as volume_store
+from pipeline.volumes.store import build_all
 
 PLAIN = ConvertConfig()
 STAGE = Path(__file__).resolve().parents[1] / "stages" / "01_convert_dicom.py"
@@ -291,7 +294,7 @@ def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, m
     assert os.listdir(out / "10" / "2") == ["series.json"], "nothing of it looks like a slice"
     tasks = plan(data, read_listed(data, "train"))
     assert pl.read_parquet(out / "index.parquet").height == 5 + 4 + 3
-    monkeypatch.setattr("pipeline.sources.read_manifest", lambda folder: {"counts": {"slices": 12}})
+    monkeypatch.setattr("pipeline.slices.sources.read_manifest", lambda folder: {"counts": {"slices": 12}})
     assert is_whole(out, tasks)
     monkeypatch.undo()
     assert convert(data, out)[0] == ["10/2"]

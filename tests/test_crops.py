@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import VocoConfig
-from pipeline.crops import base_boxes, cut, overlap_labels, random_boxes, resize_planes, spread, turn
-from pipeline.runtime import InputError
-from pipeline.voco_data import VocoSamples, batches, choose_volumes, evaluation_batches
+from pipeline.run.config import VocoConfig
+from pipeline.system.machine import InputError
+from pipeline.voco.crops import base_boxes, cut, overlap_labels, random_boxes, resize_planes, spread, turn
+from pipeline.voco.data import VocoSamples, batches, choose_volumes, evaluation_batches
 
 
 @settings(max_examples=40, deadline=None)

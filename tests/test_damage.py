@@ -20,11 +20,13 @@ from benchmarks.damage import damaged as damaged_copy
 from helpers_dicom import dataset, pattern, to_bytes, write_series
 from helpers_stages import content, run_stage
 
-from pipeline import convert, dicom, parallel, slice_store
-from pipeline.config import ConvertConfig
-from pipeline.convert import read_series
-from pipeline.parallel import Failure, contained, spread
-from pipeline.sources import SeriesTask, list_files
+from pipeline.run.config import ConvertConfig
+from pipeline.slices import convert, dicom
+from pipeline.slices import store as slice_store
+from pipeline.slices.convert import read_series
+from pipeline.slices.sources import SeriesTask, list_files
+from pipeline.system import pool as parallel
+from pipeline.system.pool import Failure, contained, spread
 
 DAMAGED, GOOD, SERIES = 1050, 15, 7
 

@@ -12,12 +12,13 @@ from helpers_dicom import SYNTAXES, dataset, naive_window, pattern, to_bytes, wr
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
 
-from pipeline import dicom, series
-from pipeline.config import ConvertConfig
-from pipeline.convert import read_series
-from pipeline.dicom import picture
-from pipeline.dicom_header import Unreadable, read_header
-from pipeline.sources import list_files
+from pipeline.run.config import ConvertConfig
+from pipeline.slices import dicom
+from pipeline.slices import geometry as series
+from pipeline.slices.convert import read_series
+from pipeline.slices.dicom import picture
+from pipeline.slices.dicom_header import Unreadable, read_header
+from pipeline.slices.sources import list_files
 
 PIXELS = 1 << 20
 DATA = Path(pydicom.__file__).parent / "data"

@@ -10,9 +10,10 @@ import polars as pl
 import pytest
 from helpers_scores import label_frame, one_hot
 
-from pipeline import folds, tables
-from pipeline.runtime import InputError
-from pipeline.targets import COLUMNS
+from pipeline import folds
+from pipeline.competition import tables
+from pipeline.competition.targets import COLUMNS
+from pipeline.system.machine import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,21 +19,21 @@ import torch
 from helpers_stages import ROOT, environment, run_stage
 from test_submission import PRIOR, sample
 
-from pipeline import decode_ahead, inference
-from pipeline.artifacts import read_manifest
-from pipeline.calibration import Calibration
-from pipeline.datasets import slice_positions, take_slices
-from pipeline.decode_ahead import Decoded
-from pipeline.inference import Ensemble, predict_test
+from pipeline.classifier.data import slice_positions, take_slices
+from pipeline.classifier.predict import load_classifier, predict
+from pipeline.competition.tables import read_sample_submission, read_series
+from pipeline.competition.targets import COLUMNS
+from pipeline.evaluation.calibration import Calibration
 from pipeline.metric import aggregate, value_frame
-from pipeline.prediction import load_classifier, predict
-from pipeline.presets import load_config
-from pipeline.runtime import InputError
-from pipeline.sources import SeriesTask
-from pipeline.sources import test_tasks as tasks_of
-from pipeline.submission import SubmissionWriter, check_submission, is_settled
-from pipeline.tables import read_sample_submission, read_series
-from pipeline.targets import COLUMNS
+from pipeline.run.presets import load_config
+from pipeline.run.stage import read_manifest
+from pipeline.slices.sources import SeriesTask
+from pipeline.slices.sources import test_tasks as tasks_of
+from pipeline.submission import decode_ahead, inference
+from pipeline.submission.decode_ahead import Decoded
+from pipeline.submission.inference import Ensemble, predict_test
+from pipeline.submission.writer import SubmissionWriter, check_submission, is_settled
+from pipeline.system.machine import InputError
 
 SAME = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), PRIOR)
 FIRST = np.full(13, 0.5)
@@ -195,7 +195,7 @@ def test_flips_are_averaged():
 
 def test_what_overflows_in_mixed_precision_is_computed_in_float32(monkeypatch):
     """A model trained in bfloat16 on a GPU that knows float16 only, as Kaggle's are."""
-    monkeypatch.setattr("pipeline.engine.amp_dtype", lambda device: torch.float16)
+    monkeypatch.setattr("pipeline.learning.optimise.amp_dtype", lambda device: torch.float16)
 
     class Large(torch.nn.Module):
         def forward(self, x):
@@ -330,7 +330,7 @@ def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_the_prior_is_there_before_any_test_file_is_looked_at(smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.sources.fingerprints", lambda *given: 1 / 0)
+    monkeypatch.setattr("pipeline.slices.sources.fingerprints", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stage_07(smoke, tmp_path, monkeypatch)
     path = tmp_path / "07_submission" / "submission.csv"

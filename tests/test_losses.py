@@ -7,7 +7,7 @@ from helpers_losses import slow_position_loss, slow_regularisation, slow_similar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.losses import base_regularisation, position_loss, similarity
+from pipeline.voco.losses import base_regularisation, position_loss, similarity
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,11 +14,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from pipeline import tables
-from pipeline.config import PhantomConfig
-from pipeline.phantom import PHASES, make_scan
-from pipeline.phantom_dicom import FAULTS, FOLDERS, HEADERS, STORAGE, SYNTAXES, draw_labels, make_plan, write_dataset
-from pipeline.targets import COLUMNS, TARGETS
+from pipeline.competition import tables
+from pipeline.competition.targets import COLUMNS, TARGETS
+from pipeline.phantom.anatomy import PHASES, make_scan
+from pipeline.phantom.dataset import FAULTS, FOLDERS, HEADERS, STORAGE, SYNTAXES, draw_labels, make_plan, write_dataset
+from pipeline.run.config import PhantomConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = PhantomConfig(train_patients=24, test_patients=3, unlabelled_patients=5, image_size=64, slices_min=12, slices_max=15)

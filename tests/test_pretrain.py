@@ -19,18 +19,18 @@ from helpers_gloo import descent
 from helpers_losses import slow_position_loss, slow_regularisation, slow_similarity
 from safetensors.torch import load_file
 
-from pipeline import engine
-from pipeline import pretrain as loop
-from pipeline.artifacts import SCHEMA
-from pipeline.backbone import GREY_MEAN, GREY_STD
-from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from pipeline.distributed import PeerLost, World
-from pipeline.engine import Collapse, NonFiniteLoss, read_log
-from pipeline.presets import load_config
-from pipeline.runtime import InputError
-from pipeline.voco import make_teacher
-from pipeline.voco_data import VocoSamples, batches
-from pipeline.voco_figures import draw_all
+from pipeline.learning import optimise as engine
+from pipeline.learning.backbone import GREY_MEAN, GREY_STD
+from pipeline.learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.learning.distributed import PeerLost, World
+from pipeline.learning.optimise import Collapse, NonFiniteLoss, read_log
+from pipeline.run.presets import load_config
+from pipeline.run.stage import SCHEMA
+from pipeline.system.machine import InputError
+from pipeline.voco import pretrain as loop
+from pipeline.voco.data import VocoSamples, batches
+from pipeline.voco.figures import draw_all
+from pipeline.voco.model import make_teacher
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = ("model.backbone=test_resnet", "pretrain.batch=4", "pretrain.holdout=2", "pretrain.lr=1e-3")

@@ -11,16 +11,16 @@ import polars as pl
 import pytest
 from helpers_dicom import dataset, to_bytes
 
-from pipeline import nifti
-from pipeline.config import ConvertConfig, VolumeConfig
-from pipeline.convert import pictures, read_series
-from pipeline.dicom_header import Unreadable
-from pipeline.parallel import Failure
-from pipeline.runtime import InputError
-from pipeline.series import Placement, arrange, is_cut, is_transposed, orient
-from pipeline.slice_store import convert_all
-from pipeline.sources import Listing, fingerprints, list_files, plan
-from pipeline.volume_store import build_all
+from pipeline.run.config import ConvertConfig, VolumeConfig
+from pipeline.slices import nifti
+from pipeline.slices.convert import pictures, read_series
+from pipeline.slices.dicom_header import Unreadable
+from pipeline.slices.geometry import Placement, arrange, is_cut, is_transposed, orient
+from pipeline.slices.sources import Listing, fingerprints, list_files, plan
+from pipeline.slices.store import convert_all
+from pipeline.system.machine import InputError
+from pipeline.system.pool import Failure
+from pipeline.volumes.store import build_all
 
 AXIAL = [1, 0, 0, 0, 1, 0]
 NOTHING = pl.DataFrame({"patient_id": [], "series_id": []})

@@ -8,10 +8,10 @@ import polars as pl
 import pytest
 from helpers_stages import STAGES, run_all, run_stage
 
-from pipeline.artifacts import MAKERS, read_manifest
-from pipeline.submission import check_submission
-from pipeline.tables import read_labels, read_sample_submission
-from pipeline.targets import COLUMNS, SCORE_KEYS
+from pipeline.competition.tables import read_labels, read_sample_submission
+from pipeline.competition.targets import COLUMNS, SCORE_KEYS
+from pipeline.run.stage import MAKERS, read_manifest
+from pipeline.submission.writer import check_submission
 
 SMOKE = ("--config", "smoke", "--out")
 
@@ -36,7 +36,7 @@ def test_second_run_skips_everything_touches_nothing_and_imports_nothing_heavy(s
     assert again.stderr.count("up to date") == 9 + 2, "nine stages and two folds"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     imported = {line.rpartition("|")[2].strip() for line in again.stderr.splitlines() if line.startswith("import time:")}
-    assert "pipeline.artifacts" in imported
+    assert "pipeline.run.stage" in imported
     assert not imported & {"torch", "timm", "albumentations", "cv2", "scipy", "sklearn", "matplotlib"}
 
 
@@ -75,9 +75,9 @@ def test_pretraining_never_reads_labels(smoke):
 
 def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
     """The in-memory path of stage 07 and stages 01 and 02 give the same volume."""
-    from pipeline.decode_ahead import decode_series
-    from pipeline.presets import load_config
-    from pipeline.sources import SeriesTask
+    from pipeline.run.presets import load_config
+    from pipeline.slices.sources import SeriesTask
+    from pipeline.submission.decode_ahead import decode_series
 
     config = load_config("smoke")
     row = pl.read_parquet(smoke / "02_volumes" / "index.parquet").filter(pl.col("source") == "train").row(0, named=True)

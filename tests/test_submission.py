@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.runtime import InputError
-from pipeline.submission import SubmissionWriter, check_submission
-from pipeline.targets import COLUMNS, group_slices
+from pipeline.competition.targets import COLUMNS, group_slices
+from pipeline.submission.writer import SubmissionWriter, check_submission
+from pipeline.system.machine import InputError
 
 PRIOR = np.array([0.9, 0.1, 0.5, 0.5, 0.8, 0.1, 0.1, 0.7, 0.2, 0.1, 0.6, 0.2, 0.2])
 PATIENTS = ["50046", "7", "63706"]

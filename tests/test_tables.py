@@ -11,9 +11,9 @@ from helpers_scores import HEADER, label_frame, one_hot, predicted, series_frame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import tables
-from pipeline.runtime import InputError
-from pipeline.targets import COLUMNS, TARGETS
+from pipeline.competition import tables
+from pipeline.competition.targets import COLUMNS, TARGETS
+from pipeline.system.machine import InputError
 
 HEALTHY = "1,0,1,0,1,0,0,1,0,0,1,0,0,0"
 INJURED = "1,0,0,1,0,1,0,1,0,0,0,0,1,1"

@@ -18,17 +18,17 @@ import torch
 from helpers_faults import copy, end, none_alive, plain_lines, products, start, wait_for
 from helpers_stages import ROOT, environment, run_stage
 
-from pipeline.artifacts import Stage, digest, read_manifest
-from pipeline.checkpoint import save_weights
-from pipeline.command import parser
-from pipeline.fold_data import gather_fold
+from pipeline.classifier.fold import gather_fold
+from pipeline.classifier.predict import describe, load_classifier
+from pipeline.classifier.train import LOG, MODEL, OOF
+from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
-from pipeline.inference import load_ensemble
-from pipeline.prediction import describe, load_classifier
-from pipeline.presets import load_config
-from pipeline.runtime import InputError
-from pipeline.tables import read_labels
-from pipeline.training import LOG, MODEL, OOF
+from pipeline.learning.checkpoint import save_weights
+from pipeline.run.command import parser
+from pipeline.run.presets import load_config
+from pipeline.run.stage import Stage, digest, read_manifest
+from pipeline.submission.inference import load_ensemble
+from pipeline.system.machine import InputError
 
 SCRIPT, CPU = ROOT / "stages" / "05_train_folds.py", torch.device("cpu")
 
@@ -62,7 +62,7 @@ def stage_05(out, monkeypatch):
         return {"fold": fold}
 
     call.trained, call.meanwhile = [], lambda: None
-    monkeypatch.setattr("pipeline.training.run_fold", train)
+    monkeypatch.setattr("pipeline.classifier.train.run_fold", train)
     return call
 
 
@@ -129,7 +129,7 @@ def test_with_patience_the_aggregation_that_chooses_the_epoch_counts(out, stage_
 
 
 def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_05, monkeypatch):
-    monkeypatch.setattr("pipeline.fold_data.read_manifest", lambda folder: None)
+    monkeypatch.setattr("pipeline.classifier.fold.read_manifest", lambda folder: None)
     assert stage_05() == 0
     assert not (out / "05_folds" / "manifest.json").exists()
 

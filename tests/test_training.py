@@ -10,15 +10,15 @@ import polars as pl
 import pytest
 import torch
 
-from pipeline import training
-from pipeline.datasets import Series, labelled_series
-from pipeline.engine import NonFiniteLoss
-from pipeline.fold_data import FoldData
-from pipeline.prediction import load_classifier
-from pipeline.presets import load_config
-from pipeline.runtime import InputError, TrainingStopped
-from pipeline.targets import COLUMNS, TARGETS
-from pipeline.training import MODEL, OOF, FoldTrainer, train_fold
+from pipeline.classifier import train as training
+from pipeline.classifier.data import Series, labelled_series
+from pipeline.classifier.fold import FoldData
+from pipeline.classifier.predict import load_classifier
+from pipeline.classifier.train import MODEL, OOF, FoldTrainer, train_fold
+from pipeline.competition.targets import COLUMNS, TARGETS
+from pipeline.learning.optimise import NonFiniteLoss
+from pipeline.run.presets import load_config
+from pipeline.system.machine import InputError, TrainingStopped
 
 CPU = torch.device("cpu")
 
@@ -132,8 +132,8 @@ def test_checkpoint_of_other_inputs_is_not_taken_up(data, tmp_path):
 def test_fold_writes_a_model_that_predicts_its_own_out_of_fold_rows(data, tmp_path):
     counts = train_fold(config("train.epochs=1", "train.sequence=gru"), data, tmp_path, CPU, None)
     assert counts["held_out_series"] == 3
-    from pipeline.datasets import SeriesDataset
-    from pipeline.prediction import predict
+    from pipeline.classifier.data import SeriesDataset
+    from pipeline.classifier.predict import predict
 
     model, stored = load_classifier(tmp_path / MODEL, CPU)
     options = stored.train
@@ -239,7 +239,7 @@ def test_series_keep_the_order_of_the_index(tmp_path):
 
 
 def test_wrong_backbone_file_names_the_tensors(data, tmp_path):
-    from pipeline.backbone import create_backbone, save_backbone
+    from pipeline.learning.backbone import create_backbone, save_backbone
 
     save_backbone(create_backbone("lcnet_035"), tmp_path / "other.safetensors", {"backbone": "lcnet_035"})
     with pytest.raises(InputError, match="missing.*unexpected"):

@@ -7,11 +7,11 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from pipeline.backbone import create_backbone
-from pipeline.distributed import World, sync_batch_norm
-from pipeline.engine import Collapse, NonFiniteLoss, check_finite, fixed_statistics, momentum_at, warmup_cosine
-from pipeline.losses import base_regularisation, position_loss, similarity
-from pipeline.voco import Embeddings, VocoNet, correlation, dropout_mask, make_teacher, spread_of, voco_terms
+from pipeline.learning.backbone import create_backbone
+from pipeline.learning.distributed import World, sync_batch_norm
+from pipeline.learning.optimise import Collapse, NonFiniteLoss, check_finite, fixed_statistics, momentum_at, warmup_cosine
+from pipeline.voco.losses import base_regularisation, position_loss, similarity
+from pipeline.voco.model import Embeddings, VocoNet, correlation, dropout_mask, make_teacher, spread_of, voco_terms
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import volume_store
-from pipeline.artifacts import digest
-from pipeline.config import VolumeConfig
-from pipeline.volume import build_volume, common_size, letterbox, plane_weights
-from pipeline.volume_store import INDEX, build_all, usable
+from pipeline.run.config import VolumeConfig
+from pipeline.run.stage import digest
+from pipeline.volumes import store as volume_store
+from pipeline.volumes.build import build_volume, common_size, letterbox, plane_weights
+from pipeline.volumes.store import INDEX, build_all, usable
 
 SMALL = VolumeConfig(depth=8, height=64, width=64)
 

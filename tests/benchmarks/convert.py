@@ -37,11 +37,12 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from scipy import ndimage
 
-from pipeline import dicom, slice_store
-from pipeline.config import ConvertConfig
-from pipeline.parallel import spread
-from pipeline.slice_store import convert_all
-from pipeline.sources import SeriesTask, fingerprints
+from pipeline.run.config import ConvertConfig
+from pipeline.slices import dicom
+from pipeline.slices import store as slice_store
+from pipeline.slices.sources import SeriesTask, fingerprints
+from pipeline.slices.store import convert_all
+from pipeline.system.pool import spread
 
 SIZE, CONFIG = 512, ConvertConfig()
 

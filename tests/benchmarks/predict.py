@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.artifacts import Stage
-from pipeline.calibration import Calibration
-from pipeline.checkpoint import save_weights
-from pipeline.config import Config, PhantomConfig
-from pipeline.phantom import Scan, make_scan
-from pipeline.phantom_dicom import SeriesPlan, write_series
-from pipeline.prediction import build_model, describe
-from pipeline.presets import load_config
-from pipeline.runtime import seed_everything, write_json
-from pipeline.targets import COLUMNS, TARGET_NAMES
+from pipeline.classifier.predict import build_model, describe
+from pipeline.competition.targets import COLUMNS, TARGET_NAMES
+from pipeline.evaluation.calibration import Calibration
+from pipeline.learning.checkpoint import save_weights
+from pipeline.phantom.anatomy import Scan, make_scan
+from pipeline.phantom.dataset import SeriesPlan, write_series
+from pipeline.run.config import Config, PhantomConfig
+from pipeline.run.presets import load_config
+from pipeline.run.stage import Stage
+from pipeline.system.machine import seed_everything, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPETITION, HOURS = 1100, 9  # patients, and the notebook's time limit

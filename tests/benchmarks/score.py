@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pipeline.calibration import softmax
+from pipeline.competition.targets import TARGETS
+from pipeline.evaluation.calibration import softmax
 from pipeline.metric import value_frame
-from pipeline.runtime import timed
-from pipeline.targets import TARGETS
+from pipeline.system.machine import timed
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENTS, SERIES = 3147, 4711

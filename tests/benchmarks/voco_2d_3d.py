@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn import functional
 from voco_step import batch_of
 
-from pipeline import pretrain
-from pipeline.backbone import create_backbone
-from pipeline.distributed import World
-from pipeline.engine import adamw, autocast, ema_update
-from pipeline.losses import base_regularisation, position_loss, similarity
-from pipeline.presets import load_config
-from pipeline.runtime import timed
+from pipeline.learning.backbone import create_backbone
+from pipeline.learning.distributed import World
+from pipeline.learning.optimise import adamw, autocast, ema_update
+from pipeline.run.presets import load_config
+from pipeline.system.machine import timed
+from pipeline.voco import pretrain
+from pipeline.voco.losses import base_regularisation, position_loss, similarity
 
 CROPS, TILES = 20, 16  # of one volume: 16 base and 4 random crops, and the tiles of a whole volume
 

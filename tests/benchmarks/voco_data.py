@@ -15,11 +15,11 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from pipeline.config import Config
-from pipeline.crops import base_boxes, random_boxes, resize_planes
-from pipeline.presets import load_config
-from pipeline.runtime import timed
-from pipeline.voco_data import VocoSamples
+from pipeline.run.config import Config
+from pipeline.run.presets import load_config
+from pipeline.system.machine import timed
+from pipeline.voco.crops import base_boxes, random_boxes, resize_planes
+from pipeline.voco.data import VocoSamples
 
 
 def write_volumes(folder: Path, config: Config, depth: int) -> None:

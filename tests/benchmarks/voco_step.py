@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pipeline import pretrain
-from pipeline.backbone import normalise
-from pipeline.config import Config
-from pipeline.distributed import World
-from pipeline.presets import load_config
+from pipeline.learning.backbone import normalise
+from pipeline.learning.distributed import World
+from pipeline.run.config import Config
+from pipeline.run.presets import load_config
+from pipeline.voco import pretrain
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}  # dense bf16 or fp16, from the makers' data sheets
 

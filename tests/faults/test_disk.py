@@ -9,7 +9,7 @@ import pytest
 from helpers_faults import copy, plain_lines, products, run, temporaries
 from test_stops import FOLDERS
 
-from pipeline.runtime import InputError, disk_errors
+from pipeline.system.machine import InputError, disk_errors
 
 REMEDY = "make room or choose another --out, then run again"
 

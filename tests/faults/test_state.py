@@ -14,12 +14,12 @@ from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, pro
 from helpers_stages import content
 from test_disk import refused
 
-from pipeline import verify
-from pipeline.artifacts import Stage, digest, read_manifest
-from pipeline.command import main, parser
-from pipeline.engine import check_finite
-from pipeline.presets import load_config
-from pipeline.runtime import InputError, atomic_folder, peak_mb
+from pipeline.learning.optimise import check_finite
+from pipeline.run import verify
+from pipeline.run.command import main, parser
+from pipeline.run.presets import load_config
+from pipeline.run.stage import Stage, digest, read_manifest
+from pipeline.system.machine import InputError, atomic_folder, peak_mb
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_rerun_removes_what_a_killed_run_left(smoke, tmp_path):
 
 def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch):
     """Killed between a volume and its sidecar: the sidecar of the volume before must be gone."""
-    from pipeline import volume_store
+    from pipeline.volumes import store as volume_store
 
     config, target = load_config("smoke").volume, tmp_path / "volumes"
     source = smoke / "01_slices"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers_faults import alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
 
-from pipeline.engine import StopSignal
-from pipeline.parallel import spread
+from pipeline.learning.optimise import StopSignal
+from pipeline.system.pool import spread
 
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 LINE = "stopped: run the same command again to go on"

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_disk import refused
 
-from pipeline import tables
-from pipeline.runtime import InputError
-from pipeline.targets import COLUMNS
+from pipeline.competition import tables
+from pipeline.competition.targets import COLUMNS
+from pipeline.system.machine import InputError
 
 HEALTHY, PRIOR = "1,0,1,0,1,0,0,1,0,0,1,0,0", ",".join(["0.5"] * 13)
 TABLES = {

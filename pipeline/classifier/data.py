@@ -1,0 +1,115 @@
+"""Samples of stage 05: slices spread over a stored volume, with the labels of its patient and of its slices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import polars as pl
+
+from ..competition.targets import COLUMNS
+from ..run.config import TrainConfig
+from .augment import VolumeAugment
+
+SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks of
+SLICE_NAMES = {"Bowel": 0, "Active_Extravasation": 1}
+
+
+def _bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last plane (count,) of each of `count` bins, at most `depth`: plane p lies in bin p * count // depth."""
+    edges = -(-np.arange(count + 1) * depth // count)
+    return edges[:-1], edges[1:] - 1
+
+
+def slice_positions(depth: int, count: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a random plane in it."""
+    first, last = _bins(depth, count)
+    middle = (2 * np.arange(count) + 1) * depth // (2 * count)
+    return np.clip(middle, first, last) if rng is None else rng.integers(first, last, endpoint=True)
+
+
+def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, resized by area."""
+    _, height, width = volume.shape
+    top, left = round(height * config.crop), round(width * config.crop)
+    planes = volume[positions, top : height - top, left : width - left]
+    size = config.image_size
+    if planes.shape[1:] == (size, size):
+        return np.ascontiguousarray(planes)
+    return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes])
+
+
+def plane_labels(instances: Sequence[int], labelled: Sequence[tuple[int, int]], depth: int) -> np.ndarray:
+    """Slice labels (D, 2) of a volume: each labelled (instance number, column of `SLICE_TARGETS`) marks its nearest plane."""
+    labels = np.zeros((depth, len(SLICE_TARGETS)), np.float32)
+    known = np.asarray(instances)
+    for instance, column in labelled:
+        labels[np.abs(known - instance).argmin(), column] = 1
+    return labels
+
+
+def bin_labels(labels: np.ndarray, count: int) -> np.ndarray:
+    """Plane labels (D, 2) to (count, 2): a sampled slice carries the label of any plane in its bin."""
+    return np.maximum.reduceat(labels, _bins(len(labels), count)[0])
+
+
+@dataclass(frozen=True)
+class Series:
+    """One volume of the index with its targets: `labels` (13,) one-hot, `planes` (D, 2), `known` (2,) where slice labels can be trusted."""
+
+    patient_id: str
+    series_id: str
+    path: Path
+    labels: np.ndarray
+    planes: np.ndarray
+    known: np.ndarray
+
+
+def labelled_series(folder: Path, labels: pl.DataFrame, slice_labels: pl.DataFrame | None) -> list[Series]:
+    """The competition's volumes of `folder`'s index, joined with patient labels and, where there are any, slice labels.
+
+    A series of an injured patient without any slice label of that injury says nothing about its slices: not `known`.
+    """
+    index = pl.read_parquet(folder / "index.parquet").filter(pl.col("source") == "train")
+    index = index.join(labels, on="patient_id", how="inner", maintain_order="left")  # a resumed run must find the same order
+    marks: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for row in slice_labels.iter_rows(named=True) if slice_labels is not None else ():
+        if row["injury_name"] in SLICE_NAMES:
+            marks.setdefault((row["patient_id"], row["series_id"]), []).append((row["instance_number"], SLICE_NAMES[row["injury_name"]]))
+    return [_series(row, folder, marks.get((row["patient_id"], row["series_id"]), [])) for row in index.iter_rows(named=True)]
+
+
+def _series(row: dict[str, Any], folder: Path, marks: list[tuple[int, int]]) -> Series:
+    planes = plane_labels(row["plane_instances"], marks, row["depth"])
+    healthy = np.array([row[f"{name}_healthy"] for name in SLICE_TARGETS], np.float32)
+    return Series(row["patient_id"], row["series_id"], folder / row["path"], np.array([row[column] for column in COLUMNS], np.float32),
+                  planes, np.maximum(healthy, planes.max(0)))  # fmt: skip
+
+
+class SeriesDataset:
+    """Map-style data set: (epoch, index) -> arrays: `slices` (S, h, w) uint8, `labels` (13,), `planes` (S, 2), `known` (2,), `item`.
+
+    With an `augment` the sample is a pure function of (seed, epoch, index), so a resumed run draws what it would have drawn, in
+    any number of workers, and one set of workers serves all epochs.
+    """
+
+    def __init__(self, series: Sequence[Series], config: TrainConfig, seed: int = 0, augment: bool = False) -> None:
+        self.series, self.config, self.seed = list(series), config, seed
+        self._augment = VolumeAugment(config.augment) if augment else None
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        epoch, index = key
+        series, config = self.series[index], self.config
+        seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
+        jitter = np.random.default_rng(seed) if self._augment and config.augment.z_jitter else None
+        volume = np.load(series.path, mmap_mode="r")
+        slices = take_slices(volume, slice_positions(len(volume), config.slices, jitter), config)
+        planes = bin_labels(series.planes, config.slices)
+        if self._augment:
+            slices, planes = self._augment(slices, planes, seed)
+        return {"slices": slices, "labels": series.labels, "planes": planes, "known": series.known, "item": np.int64(index)}

@@ -1,0 +1,118 @@
+"""Parts of a stage side by side: its script once more for each part, in processes that end with the stage.
+
+On a CPU a small model gains next to nothing from a second thread, and loses much when anything else wants the core; two models that
+train side by side, one thread each, lose nothing.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..run.stage import Stage
+from ..system.machine import Ended, deaf, part_environment, pick_device
+
+LOOK_S, MOST_BYTES = 0.05, 1 << 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process that works on one part, and the pipe through which its last line comes."""
+
+    name: str
+    process: subprocess.Popen
+    pipe: int
+
+    def last_line(self) -> str:
+        """What it had to say at its end; call once, after the end."""
+        try:
+            with contextlib.suppress(BlockingIOError):  # a process of its own may still hold the pipe
+                return os.read(self.pipe, MOST_BYTES).decode()
+            return ""
+        finally:
+            os.close(self.pipe)
+
+
+def train_side_by_side(stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]) -> bool:
+    """Train those of `folds` that are not up to date side by side and return True; False, and nothing done, where that brings nothing.
+
+    That is on a GPU, with one job or one fold, and under torchrun, which spreads the folds itself. The cores of a fold depend on the
+    number of all folds, not on those that are left, so that a run that was stopped and goes on computes what it would have computed.
+    """
+    todo = [fold for fold in folds if stage.options.force or not stage.part(f"fold{fold}").made_from(inputs, sections)]
+    at_once = min(stage.jobs, stage.config.folds.count)
+    if not todo or min(at_once, len(folds)) == 1 or "WORLD_SIZE" in os.environ or pick_device(stage.device_name).type != "cpu":
+        return False
+    run_side_by_side({f"fold {fold}": ("--fold", str(fold), "--jobs", str(stage.jobs // at_once)) for fold in todo}, at_once)
+    return True
+
+
+def run_side_by_side(parts: dict[str, Sequence[str]], at_once: int) -> None:
+    """Run this script with its own arguments and those of each part, `at_once` processes at a time.
+
+    A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the others.
+
+    Raises:
+        Ended: a part failed: its line and exit code.
+        KeyboardInterrupt, SystemExit: this process was stopped.
+    """
+    from ..learning.optimise import StopSignal  # late: it brings torch, which a stage that is up to date does without
+
+    waiting, running = list(parts.items()), []
+    with StopSignal() as stop:
+        try:
+            while (waiting or running) and not stop.signum:
+                while waiting and len(running) < at_once:
+                    running.append(_start(*waiting.pop(0)))
+                time.sleep(LOOK_S)
+                ended = [part for part in running if part.process.poll() is not None]
+                running = [part for part in running if part not in ended]
+                _refuse(ended)
+        finally:
+            _end(running)
+        if stop.signum:
+            stop.leave()
+
+
+def _refuse(ended: Sequence[Part]) -> None:
+    """Raise the first failure among parts that have ended."""
+    lines = {part: part.last_line() for part in ended}
+    for part, line in lines.items():
+        if code := part.process.returncode:
+            raise Ended(line or f"error: {part.name} {_fate(code)}, run the same command again", max(1, code))
+
+
+def _fate(code: int) -> str:
+    """What became of a process, from `Popen.returncode`; the kernel kills with SIGKILL whoever has too much memory."""
+    if code > 0:
+        return f"ended with exit code {code}"
+    return f"was brought down by {signal.Signals(-code).name}{' (out of memory?)' if -code == signal.SIGKILL else ''}"
+
+
+def _end(running: Sequence[Part]) -> None:
+    """Stop what still runs and wait for its checkpoints; a second signal does not wait."""
+    try:
+        for part in running:
+            part.process.terminate()
+        for part in running:
+            part.process.wait()
+    finally:
+        for part in running:
+            part.process.kill()
+            part.process.wait()
+            os.close(part.pipe)
+
+
+def _start(name: str, arguments: Sequence[str]) -> Part:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [sys.executable, *sys.argv, *arguments]
+    with deaf():
+        process = subprocess.Popen(command, env=part_environment(writer), pass_fds=[writer])
+    os.close(writer)
+    return Part(name, process, reader)

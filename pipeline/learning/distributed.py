@@ -1,0 +1,192 @@
+"""One training step over several processes: `torchrun` starts them, gloo (CPU) or nccl (GPU) joins them."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+
+from ..system.machine import InputError, TrainingStopped, pick_device, world_size
+
+T = TypeVar("T")
+
+
+class PeerLost(TrainingStopped):
+    """Another process of this run has ended; its own message says why."""
+
+
+LOST = "another process of this run has ended: its own message says why"
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Turn what nccl raises, at whichever call that waits for a lost process, into PeerLost."""
+    try:
+        yield
+    except distributed.DistError as fault:
+        raise PeerLost(LOST) from fault
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    try:
+        distributed.all_reduce(tensor)
+    except RuntimeError as fault:
+        raise PeerLost(LOST) from fault
+    return tensor
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return _all_reduce(tensor.contiguous().clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _AllReduce.apply(gradient)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` others; every method is the identity for one process."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """True for the one process that writes files and logs."""
+        return self.rank == 0
+
+    def check_divides(self, batch: int, key: str) -> None:
+        """InputError where a batch cannot be shared out evenly."""
+        if batch % self.size:
+            raise InputError(f"{key}={batch} is no multiple of {self.size} processes", "torchrun", f"choose another {key}")
+
+    def agree(self, value: int, what: str, remedy: str) -> None:
+        """InputError where `value` is not the same on every rank."""
+        mine = torch.zeros(self.size, device=self.device)
+        mine[self.rank] = value
+        found = self.sum(mine).long().tolist()
+        if len(set(found)) > 1:
+            raise InputError(f"processes differ in {what}: {found}", "torchrun", remedy)
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        if self.size > 1:
+            _all_reduce(torch.zeros(1, device=self.device)).tolist()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, differentiable."""
+        return _AllReduce.apply(tensor) if self.size > 1 else tensor
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks, differentiable."""
+        return self.sum(tensor) / self.size
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, ...) of each rank to (size * B, ...) in rank order, differentiable."""
+        if self.size == 1:
+            return tensor
+        B = len(tensor)
+        padded = tensor.new_zeros(self.size * B, *tensor.shape[1:])
+        return self.sum(padded.index_copy(0, torch.arange(self.rank * B, (self.rank + 1) * B, device=tensor.device), tensor))
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients by their mean over ranks: one all-reduce of all of them together."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = _all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for gradient, part in zip(gradients, (flat / self.size).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def broadcast(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0."""
+        if self.size > 1:
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, 0)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.size > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def setup(device_name: str = "auto", threads: int = 0) -> World:
+    """Join the process group that `torchrun` describes in the environment; without it, a world of one.
+
+    `threads` (0: torch's own choice) compute in each process on a CPU.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    torch.backends.cudnn.benchmark = True  # the shapes of a run never change
+    size = world_size()
+    if size > 1:
+        _join("nccl" if device.type == "cuda" else "gloo")
+        return World(distributed.get_rank(), size, device)
+    return World(0, 1, device)
+
+
+def _join(backend: str) -> None:
+    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE") and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
+    distributed.init_process_group(backend)
+
+
+def of_rank_0(value: T) -> T:
+    """What rank 0 of `torchrun` gave, on every rank; `value` itself in a single process."""
+    if world_size() == 1:
+        return value
+    _join("gloo")
+    found = [value]
+    distributed.broadcast_object_list(found, 0)
+    distributed.destroy_process_group()
+    return found[0]
+
+
+def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
+    """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers on GPUs, our own on CPUs."""
+    if world.size == 1:
+        return module
+    if world.device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.__class__ = type(f"Synced{type(layer).__name__}", (_SyncedBatchNorm, type(layer)), {"world": world})
+    return module
+
+
+class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm (torch's and timm's with activation) with statistics over all ranks; torch's own needs a GPU."""
+
+    world: World
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        count = self.world.size * x.numel() // x.shape[1]
+        values = x.float()  # autocast may bring bfloat16, whose sums over a batch are of no use
+        mean = self.world.sum(values.sum(axes)) / count
+        centred = values - mean.view(shape)
+        variance = self.world.sum(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), self.momentum)
+        y = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        y = y.to(x.dtype)
+        return self.act(self.drop(y)) if hasattr(self, "act") else y

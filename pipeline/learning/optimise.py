@@ -1,0 +1,175 @@
+"""What training loops share: schedules, averaging, precision, optimiser, stopping at step boundaries, the log."""
+
+import contextlib
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..system.machine import TrainingStopped, atomic_path, disk_errors
+
+LEAST_SCALE = 2.0**-8  # of float16 losses; it starts at 2**16 and is halved at every overflow
+
+
+class NonFiniteLoss(TrainingStopped):
+    """A loss is NaN or infinite: names step, terms and batch ids."""
+
+
+class Collapse(TrainingStopped):
+    """All embeddings have become the same."""
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Learning-rate factor of a step (0-based): linear over `warmup` steps to 1, then half a cosine that reaches 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def momentum_at(step: int, total: int, start: float, final: float | None) -> float:
+    """EMA momentum of a step: constant `start`, or half a cosine from `start` to `final` at `total`."""
+    return start if final is None else final - (final - start) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers alike; integer buffers are copied."""
+    own, new = teacher.state_dict(), student.state_dict()
+    names = [name for name, tensor in own.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([own[name] for name in names], [new[name] for name in names], 1 - momentum)
+    for name in own.keys() - set(names):
+        own[name].copy_(new[name])
+
+
+def amp_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device computes in it (GPU, CPU with AMX tiles), float16 on older GPUs, None where float32 is faster."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # torch 2.4 has it under another name
+    return torch.bfloat16 if has_tiles() else None
+
+
+def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
+    """Mixed precision in the type of `amp_dtype`; does nothing when not enabled or not of use."""
+    dtype = amp_dtype(device) if enabled else None
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:
+    """Loss scaling, active for float16 only."""
+    return torch.amp.GradScaler(device.type, enabled=enabled and amp_dtype(device) == torch.float16)
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
+    """Take over a saved scale; a run that computed in another type than float16 left none, and then the scaler starts anew."""
+    if state and scaler.is_enabled():
+        scaler.load_state_dict(dict(state))
+
+
+def check_scale(scaler: torch.amp.GradScaler, step: int, ids: Iterable[str]) -> None:
+    """NonFiniteLoss where float16 gradients stay non-finite however small the loss is scaled: then no step is taken any more."""
+    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        what = f"non-finite gradients at step {step} though the loss is scaled by {scaler.get_scale():.3g}; batch {', '.join(ids)}"
+        raise NonFiniteLoss(f"{what}; the last checkpoint is kept")
+
+
+def adamw(groups: Iterable[Mapping[str, Any]] | nn.Module, lr: float, weight_decay: float, amsgrad: bool = False) -> torch.optim.AdamW:
+    """AdamW, fused. Given a module, vectors (norms and biases) are not decayed."""
+    if isinstance(groups, nn.Module):
+        weights = [p for p in groups.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in groups.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([dict(group) for group in groups], lr=lr, weight_decay=weight_decay, amsgrad=amsgrad, fused=True)
+
+
+def check_finite(step: int, terms: Mapping[str, float], ids: Iterable[str]) -> None:
+    """Raise NonFiniteLoss where one of the terms is NaN or infinite."""
+    if not all(math.isfinite(value) for value in terms.values()):
+        values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        raise NonFiniteLoss(f"non-finite loss at step {step}: {values}; batch {', '.join(ids)}; the last checkpoint is kept")
+
+
+@contextlib.contextmanager
+def fixed_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms as they are: for backward passes that recompute activations."""
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in norms]
+    for layer in norms:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, count) in zip(norms, before, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
+
+
+class StopSignal:
+    """Inside `with`, the first SIGTERM or Ctrl-C is remembered as `signum` instead of raised: the loop ends at a step boundary.
+
+    A second one takes its ordinary course; with `several` processes, which torchrun and a batch system may both signal, it does not.
+    `leave()` raises what the signal would have raised.
+    """
+
+    def __init__(self, several: bool = False) -> None:
+        self.signum, self.several = 0, several
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._remember) for number in numbers}
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        if not self.several:
+            self.__exit__()
+
+    def leave(self) -> None:
+        """Raise KeyboardInterrupt or SystemExit(128 + signal)."""
+        raise KeyboardInterrupt if self.signum == signal.SIGINT else SystemExit(128 + (self.signum or signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Turn the death of a process that loads data into TrainingStopped."""
+    try:
+        yield
+    except RuntimeError as fault:
+        if "DataLoader worker" not in str(fault):
+            raise
+        what = "a process that loads data was killed (out of memory?); the last checkpoint is kept"
+        raise TrainingStopped(f"{what}: run the same command again, with fewer `workers` if memory is short") from fault
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log; a half-written last line (a killed run) is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+@contextlib.contextmanager
+def json_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that appends one record a line; records of an earlier run stay where `keep` says so.
+
+    A resumed run keeps what came before its checkpoint, so that its log is that of a run that never stopped.
+    """
+    records = [record for record in read_log(path) if keep(record)]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with disk_errors(path), open(path, "a", encoding="utf-8", buffering=1) as handle:
+        yield lambda record: print(json.dumps(record), file=handle)

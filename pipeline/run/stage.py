@@ -1,0 +1,305 @@
+"""Stage folders: manifests, fingerprints and locks."""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from ..system.machine import InputError, cpu_count, device_used, disk_errors, log, peak_mb, remove_temporaries, world_size, write_json
+
+if TYPE_CHECKING:
+    from .config import Config
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = 1
+MAKERS = {
+    "data/phantom": "00_make_phantom",
+    "01_slices": "01_convert_dicom",
+    "02_volumes": "02_build_volumes",
+    "03_folds": "03_make_folds",
+    "04_voco2d": "04_pretrain_voco2d",
+    "05_folds": "05_train_folds",
+    "06_oof": "06_score_oof",
+    "07_submission": "07_predict_test",
+    "08_report": "08_report",
+    "09_ablation": "09_ablate",
+}
+PACKAGES = (
+    "torch", "timm", "numpy", "polars", "dicomsdl", "imagecodecs", "pydicom", "opencv-python-headless", "albumentations", "scikit-learn",
+)  # fmt: skip
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a JSON value, or of a file's bytes when given a Path."""
+    state = hashlib.blake2b(digest_size=16)
+    if isinstance(value, Path):
+        with open(value, "rb") as handle:
+            while block := handle.read(1 << 20):
+                state.update(block)
+    else:
+        state.update(json.dumps(value, sort_keys=True).encode())
+    return state.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished stage folder, or None where the stage did not finish or wrote another schema."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        log(f"{path} is damaged: the stage runs again")
+        return None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        log(f"{path} was written by another version: the stage runs again")
+        return None
+    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(manifest.get("outputs"), dict):
+        log(f"{path} is damaged: the stage runs again")
+        return None
+    return manifest
+
+
+def broken_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the manifest's outputs that are missing or have another size; contents are `pipeline.run.verify`'s to check."""
+    return [name for name, entry in manifest["outputs"].items() if not _same_size(folder / name, entry)]
+
+
+class Stage:
+    """One run of one stage: resolved options, its folder under `--out`, and its manifest.
+
+    A stage script asks `current(...)` first, imports what is heavy only after that, works, and calls `finish(...)`.
+    """
+
+    def __init__(self, name: str, config: "Config", options: argparse.Namespace) -> None:
+        self.name, self.config, self.options = name, config, options
+        self.out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
+        self.folder = self.out / name
+        self.jobs: int = options.jobs or cpu_count()
+        self.device_name: str = options.device
+        self.rank = int(os.environ.get("RANK", 0))
+        self.writer = self.rank == 0
+        self.started = time.monotonic()
+        self._state: dict[str, Any] = {}
+        self._checked: set[tuple[str, bool]] = set()  # names, and whether all of their files were looked at
+        self.reading = contextlib.ExitStack()  # the locks that keep other runs from changing what this one reads
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the inputs and config sections given to `current`, empty before."""
+        return self._state.get("fingerprint", "")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config sections given to `current`."""
+        return self._state["config"]
+
+    @property
+    def real_data(self) -> bool:
+        """True where `--data` names a data set, False where the run makes its own phantom."""
+        return self.options.data is not None
+
+    @property
+    def data(self) -> Path:
+        """The data folder in the competition's layout."""
+        if not self.real_data:
+            if not self.config.phantom:
+                raise InputError("no data", f"config '{self.config.name}' has no phantom", "give --data /path/to/rsna")
+            return self.upstream("data/phantom", lambda file: "/" not in file)
+        folder = Path(self.options.data).resolve()
+        if not folder.is_dir():
+            raise InputError("no such data folder", str(folder), "give --data the folder that holds train.csv")
+        return folder
+
+    @property
+    def image_data(self) -> Path:
+        """`data` for a stage that reads its images too: of the phantom none may be missing, real ones are listed series by series."""
+        return self.data if self.real_data or not self.config.phantom else self.upstream("data/phantom", lambda file: True)
+
+    def part(self, name: str) -> "Stage":
+        """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one fold."""
+        part = Stage(f"{self.name}/{name}", self.config, self.options)
+        part.writer, part._checked, part.reading = True, self._checked, self.reading
+        return part
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The part of `items` that this rank of `torchrun` works on; all of them in a single process."""
+        return items[self.rank :: world_size()]
+
+    def upstream(self, name: str, needed: Callable[[str], bool] = lambda file: True) -> Path:
+        """Folder of an earlier stage, held until this one ends.
+
+        Raises:
+            InputError: naming the script that makes it, when it is not finished or one of its `needed` files is not whole.
+        """
+        models = None if name.startswith("data/") else getattr(self.options, "models", None)
+        folder = Path(models or self.out) / name
+        if (name, needed("/")) in self._checked:
+            return folder
+        if folder.is_relative_to(self.out):
+            self.reading.enter_context(self._held(self._lock_file(name), fcntl.LOCK_SH))
+        manifest, maker = read_manifest(folder), MAKERS[name if name in MAKERS else name.split("/")[0]]
+        if manifest is None:
+            raise InputError(f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first")
+        if broken := list(filter(needed, broken_outputs(folder, manifest))):
+            raise InputError(f"a file of {name} is missing or has another size", str(folder / broken[0]), f"run stages/{maker}.py again")
+        self._checked.add((name, needed("/")))
+        return folder
+
+    def inputs(self, *stages: str, files: Iterable[Path] = ()) -> dict[str, Any]:
+        """Fingerprint of what this stage reads: outputs of earlier stages, and files by content (absent ones as None)."""
+        found: dict[str, Any] = {name: digest((read_manifest(self.upstream(name)) or {})["outputs"]) for name in stages}
+        for path in files:
+            found[path.name] = digest(path) if path.is_file() else None
+        return found
+
+    def fingerprint_of(self, inputs: dict[str, Any], sections: Iterable[str]) -> str:
+        """Digest of all that this stage's result depends on."""
+        from .config import decisive  # late: stage scripts answer a Ctrl-C in one line from the first moment on
+
+        tree = self.config.model_dump(mode="json")
+        config = {name: decisive(name, tree[name]) for name in sections}
+        return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
+
+    def made_from(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:
+        """True when the folder is whole and was made from exactly these inputs and config sections."""
+        return self._found(self.fingerprint_of(inputs, sections))[0]
+
+    @property
+    def whole(self) -> bool:
+        """True when the folder is what `current` asked for, and all of it is there."""
+        return self._found(self.fingerprint)[0]
+
+    def _found(self, fingerprint: str) -> tuple[bool, list[str]]:
+        """Whether the folder is whole and has this fingerprint; its outputs that are missing or have another size."""
+        manifest = read_manifest(self.folder)
+        broken = broken_outputs(self.folder, manifest) if manifest else []
+        return manifest is not None and not broken and manifest["fingerprint"] == fingerprint, broken
+
+    def current(self, inputs: dict[str, Any], sections: Iterable[str], whole: bool = True) -> bool:
+        """True (and says so) when the folder was made from exactly these inputs and config sections and is whole.
+
+        `whole` is what the caller knows of files that the manifest does not list. Otherwise the stage is about to run: the old
+        manifest, outputs of a wrong size and what a killed run left go, so that nothing looks finished until `finish`.
+        """
+        tree = self.config.model_dump(mode="json")
+        self._state = {"config": {name: tree[name] for name in sections}, "inputs": inputs,
+                       "fingerprint": (fingerprint := self.fingerprint_of(inputs, sections))}  # fmt: skip
+        made, broken = self._found(fingerprint)
+        if broken:
+            log(f"{self.name}: {broken[0]} is missing or has another size, made again")
+        if made and whole and not self.options.force:
+            log(f"{self.name}: up to date")
+            return True
+        if self.writer:
+            for name in ("manifest.json", *broken):
+                (self.folder / name).unlink(missing_ok=True)
+            remove_temporaries(self.folder)
+            remove_temporaries(self.folder.parent, of=self.folder.name)
+        return False
+
+    def finish(self, counts: dict[str, Any], outputs: Iterable[str] | Mapping[str, str]) -> None:
+        """Write the manifest, the last act of a stage: `outputs` are the files (relative) that later stages depend on.
+
+        A mapping gives the digests of those that need not be read again.
+        """
+        if not self.writer:
+            return
+        known = outputs if isinstance(outputs, Mapping) else {}
+        paths = {name: self.folder / name for name in outputs}
+        files = {name: {"bytes": path.stat().st_size, "digest": known.get(name) or digest(path)} for name, path in paths.items()}
+        seconds = round(time.monotonic() - self.started, 2)
+        manifest = {"schema": SCHEMA, "stage": self.name, **self._state, "outputs": files, "counts": counts,
+                    "seconds": seconds, "peak_mb": peak_mb(), "device": device_used(), "jobs": self.jobs, "versions": versions(),
+                    "git": git_commit()}  # fmt: skip
+        write_json(self.folder / "manifest.json", manifest)
+        log(f"{self.name}: done in {seconds:.1f} s")
+
+    def lock(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
+        """Hold the stage's folder for this process; InputError naming the holder when another run makes or reads it for `patience_s`."""
+        return self._held(self._lock_file(self.name), fcntl.LOCK_EX, patience_s) if self.writer else contextlib.nullcontext()
+
+    def _lock_file(self, name: str) -> Path:
+        return self.out / f".lock-{name.replace('/', '-')}"
+
+    @contextlib.contextmanager
+    def _held(self, path: Path, kind: int, patience_s: float = 0.0) -> Iterator[None]:
+        with disk_errors(path):
+            self.out.mkdir(parents=True, exist_ok=True)
+            handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing gives the lock up)
+        with handle:
+            deadline = time.monotonic() + patience_s
+            while not _flock(handle, kind):
+                if time.monotonic() > deadline:
+                    what, where = f"another run holds {path.name.removeprefix('.lock-')}", f"{path}: {_holders(handle)}"
+                    raise InputError(what, where, "wait for it or choose another --out")
+                time.sleep(0.1)
+            if kind == fcntl.LOCK_EX:
+                handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+            yield
+
+
+def _holders(handle: TextIO) -> str:
+    """Who wrote into a lock file and may still hold it: of this machine's processes those that live."""
+    handle.seek(0)
+    here = f" on {socket.gethostname()}"
+    lines = dict.fromkeys(handle.read().splitlines())
+    return " and ".join(line for line in lines if not line.endswith(here) or _lives(line)) or "a process that has just ended"
+
+
+def _lives(line: str) -> bool:
+    try:
+        os.kill(int(line.split()[1]), 0)
+    except (ValueError, IndexError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def _flock(handle: TextIO, kind: int) -> bool:
+    """True where this process now has the lock; also, with a warning, where the file system knows no locks."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as fault:
+        log(f"warning: {handle.name} cannot be locked ({fault.strerror}): see to it that no second run uses this folder")
+    return True
+
+
+def _same_size(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that results depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the code, `None` outside a git checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

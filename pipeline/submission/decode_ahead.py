@@ -1,0 +1,110 @@
+"""Test series from DICOM to volumes in memory, decoded by worker processes ahead of the model. No torch: the workers start light."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import polars as pl
+from joblib.externals.loky import get_reusable_executor  # here, not when two threads may import it at once
+
+from ..run.config import Config, ConvertConfig, VolumeConfig
+from ..slices.convert import SliceImage, read_series
+from ..slices.sources import SeriesTask, list_files
+from ..system.pool import Failure, spread
+from ..volumes.store import usable, volume_of
+
+WINDOW = 4  # series a process that are under way or waiting for the model: what bounds memory
+
+
+class Decoded(NamedTuple):
+    """A test series as a volume (D, H, W) uint8, or None and the reason."""
+
+    patient_id: str
+    series_id: str
+    volume: np.ndarray | None
+    problem: str
+
+
+def slice_table(slices: Sequence[SliceImage]) -> pl.DataFrame:
+    """Rows of the slice index for slices in memory; `row` is the position in `slices`."""
+    fields = ("instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm", "flags")
+    table = pl.DataFrame({name: [getattr(item, name) for item in slices] for name in fields}, strict=False)
+    return table.with_row_index("row")
+
+
+def decode_series(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
+    """Read one series from DICOM and build its volume: the very functions of stages 01 and 02. What fails is this series' alone."""
+    try:
+        return _decode(task, data, convert, volume)
+    except Exception as fault:  # of whatever kind: the submission must not end with it, and the report names it
+        return Decoded(task.patient_id, task.series_id, None, " ".join(f"{type(fault).__name__}: {fault}".split()))
+
+
+def _decode(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
+    cv2.setNumThreads(1)
+    slices, quarantined = read_series(list_files(task.path, data), convert)
+    table = usable(slice_table(slices)) if slices else None
+    if table is None or table.is_empty():
+        reason = quarantined[0][1] if quarantined else "no usable slice"
+        return Decoded(task.patient_id, task.series_id, None, reason)
+    images = (slices[row].image for row in table["row"])
+    return Decoded(task.patient_id, task.series_id, volume_of(images, table, volume).array, "")
+
+
+class Ahead:
+    """Iterator over decoded series: a thread feeds worker processes window by window, so that little waits and nothing piles up."""
+
+    def __init__(self, tasks: Sequence[SeriesTask], data: Path, config: Config, jobs: int) -> None:
+        self._work = partial(decode_series, data=data, convert=config.convert, volume=config.volume)
+        self._tasks, self._jobs = tasks, max(2, jobs)  # two, so that a child never forks from this process with its model threads
+        self._ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(maxsize=WINDOW * self._jobs)
+        self._stop = threading.Event()
+        threading.Thread(target=self._produce, daemon=True).start()
+
+    def _produce(self) -> None:
+        size = WINDOW * self._jobs
+        try:
+            for start in range(0, len(self._tasks), size):
+                window = self._tasks[start : start + size]
+                for k, answer in spread(self._work, window, self._jobs):
+                    failed = isinstance(answer, Failure)
+                    self._put(Decoded(window[k].patient_id, window[k].series_id, None, answer.reason) if failed else answer)
+                    if self._stop.is_set():
+                        return
+            self._put(None)
+        except BaseException as fault:  # handed to the consumer, which raises it
+            self._put(fault)
+
+    def _put(self, item: Decoded | BaseException | None) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(item, timeout=0.5)
+                return
+
+    def until(self, deadline: float) -> Iterator[Decoded]:
+        """Yield series as they are ready; ends when all are done or `time.monotonic()` passes `deadline`."""
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                try:
+                    item = self._ready.get(timeout=min(left, 3600))
+                except queue.Empty:
+                    continue
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._stop.set()
+        # the one that works, whatever joblib gave it: to make another would wait for the series under way
+        get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)

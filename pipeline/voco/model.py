@@ -1,0 +1,101 @@
+"""2D-VoCo: student and averaged teacher, crops in, three loss terms out."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..learning.backbone import feature_shape, normalise
+from .losses import base_regularisation, position_loss, similarity
+
+
+class VocoNet(nn.Module):
+    """Backbone and projector; the projector's input width is measured, not typed in."""
+
+    def __init__(self, backbone: nn.Module, crop: int, width: int, pool: str) -> None:
+        super().__init__()
+        C, h, w = feature_shape(backbone, crop)
+        self.backbone, self.features, self.pool = backbone, C * h * w, pool
+        layers: list[nn.Module] = [nn.Linear(self.features, width)]
+        for _ in range(2):
+            layers += [nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Linear(width, width)]
+        self.projector = nn.Sequential(*layers)
+
+    def forward(self, crops: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (B, P, S, h, w) -> float32 (B, G, P, E): G = 1 embedding of the clip, or G = S of its slices.
+
+        `keep` (B, G, P, F), if given, multiplies the features: the dropout mask.
+        """
+        B, P, S, h, w = crops.shape
+        images = normalise(crops).reshape(B * P * S, 1, h, w).contiguous(memory_format=torch.channels_last)
+        features = self.backbone(images).flatten(1).view(B, P, S, self.features)  # (B, P, S, F)
+        features = features.mean(2, keepdim=True) if self.pool == "clip" else features
+        features = features.transpose(1, 2)  # (B, G, P, F)
+        features = features * keep if keep is not None else features
+        return (
+            self.projector(features.reshape(-1, self.features)).float().view(*features.shape[:3], -1)
+        )  # rows are crops: BN is per feature
+
+
+def make_teacher(student: VocoNet) -> VocoNet:
+    """A copy that no gradient reaches.
+
+    Its batch norms normalise by the batch as the student's do (averaged statistics lag behind weights that move fast, which
+    slows learning several times), but never move their own running statistics: those are averages of the student's.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for layer in teacher.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.momentum = 0.0
+    return teacher.train()
+
+
+def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device) -> torch.Tensor:
+    """Inverted dropout as a pure function of `seed` and `step`, for the whole batch over all ranks."""
+    generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+    return torch.rand(shape, generator=generator, device=device).ge_(rate).div_(1 - rate)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """(B, G, R, E) of random and (B, G, K, E) of base crops."""
+
+    random: torch.Tensor
+    base: torch.Tensor
+
+    @classmethod
+    def split(cls, embeddings: torch.Tensor, random_crops: int) -> "Embeddings":
+        """Random crops come first in every batch."""
+        return cls(embeddings[:, :, :random_crops], embeddings[:, :, random_crops:])
+
+
+def voco_terms(student: Embeddings, teacher: Embeddings, overlap: torch.Tensor, next_student: torch.Tensor,
+               next_teacher: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The terms intra, inter and reg (scalars) and the intra-volume similarity (B, G, R, K).
+
+    overlap (B, R, K); next_*: base embeddings of the volume after each one, (B, G, K, E), modulo the whole batch.
+    """
+    own = similarity(student.random, teacher.base)
+    with torch.no_grad():
+        target = similarity(teacher.random, next_teacher)
+    return {
+        "intra": position_loss(own, overlap[:, None].expand_as(own)).mean(),
+        "inter": position_loss(similarity(student.random, next_student), target).mean(),
+        "reg": base_regularisation(student.base).mean(),
+        "similarity": own.detach(),
+    }
+
+
+def spread_of(embeddings: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of unit embeddings over crops, times sqrt(E): about 1 where they fill the sphere, 0 where they collapse."""
+    unit = nn.functional.normalize(embeddings.detach().flatten(0, -2), dim=-1)
+    return unit.std(0, correction=0).mean() * unit.shape[-1] ** 0.5
+
+
+def correlation(similarity: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
+    """Pearson correlation of similarity (B, G, R, K) and label (B, R, K), 0 where one of them is constant."""
+    s, y = similarity.float().flatten(), overlap[:, None].expand_as(similarity).flatten()
+    s, y = s - s.mean(), y - y.mean()
+    return (s * y).sum() / (s.norm() * y.norm()).clamp_min(1e-12)
