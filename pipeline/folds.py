@@ -1,16 +1,17 @@
 """Cross-validation folds over patients, stratified by all five targets and the number of series."""
 
+
+
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from .competition import tables
-from .competition.tables import KEY, ROW
+from .competition import strict_table
+from .competition.strict_table import KEY, ROW
 from .competition.targets import COLUMNS
-from .run.stage import read_manifest
-from .system.machine import InputError
+from .system.errors import InputError
 
 SEEDS = 16
 TOLERANCE = 0.15
@@ -80,22 +81,18 @@ def label_subset(patients: list[str], labels: np.ndarray, fraction: float, seed:
 
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
     """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with `labels`) in none."""
-    table = tables.load_table(path, [KEY, "fold"])
-    tables.check_ids(table, KEY)
-    distinct = tables.Table(table.name, table.frame.unique([KEY, "fold"], keep="first", maintain_order=True))
+    table = strict_table.load_table(path, [KEY, "fold"])
+    strict_table.check_ids(table, KEY)
+    distinct = strict_table.Table(table.name, table.frame.unique([KEY, "fold"], keep="first", maintain_order=True))
     distinct.refuse((~pl.col(KEY).is_first_distinct(), KEY, "patient {value} is in two folds", "remove the file and run stage 03 again"))
-    tables.check_unique(table, KEY)
-    frame = tables.numbers(table, ["fold"]).frame.with_columns(pl.col("fold").cast(pl.Int64)).drop(ROW)
+    strict_table.check_unique(table, KEY)
+    frame = strict_table.numbers(table, ["fold"]).frame.with_columns(pl.col("fold").cast(pl.Int64)).drop(ROW)
     missing = labels.join(frame, on=KEY, how="anti", maintain_order="left")[KEY] if labels is not None else []
     if len(missing):
         raise InputError(f"patient {missing[0]!r} is in no fold", str(path), "remove the file and run stage 03 again")
     return frame
 
 
-def trained_files(trained: Path, name: str) -> list[Path]:
-    """File `name` of every fold of the finished stage 05 in `trained`: what its manifest lists, whatever else lies there."""
-    listed = (read_manifest(trained) or {"outputs": {}})["outputs"]
-    return [trained / file for file in listed if file.partition("/")[2] == name]
 
 
 def class_counts(folds: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFrame) -> pl.DataFrame:

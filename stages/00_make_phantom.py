@@ -11,7 +11,8 @@ Skipped when --data names a data set or the config has `phantom: null`.
 from pipeline.phantom.version import DRAWING
 from pipeline.run.command import main
 from pipeline.run.stage import Stage
-from pipeline.system.machine import atomic_folder, log, progress
+from pipeline.system.console import log, progress
+from pipeline.system.files import atomic_folder
 
 
 def run(stage: Stage) -> None:

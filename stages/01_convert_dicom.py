@@ -11,7 +11,8 @@ must be on a file system that all its machines share under the same path.
 import argparse
 
 from pipeline.run.command import main
-from pipeline.run.stage import Stage, digest
+from pipeline.run.manifest import digest
+from pipeline.run.stage import Stage
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:

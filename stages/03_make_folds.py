@@ -6,7 +6,7 @@ Writes  03_folds/folds.csv (patient_id,fold); prints how many patients of each c
 
 from pipeline.run.command import main
 from pipeline.run.stage import Stage
-from pipeline.system.machine import atomic_path
+from pipeline.system.files import atomic_path
 
 
 def run(stage: Stage) -> None:

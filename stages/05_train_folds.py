@@ -12,8 +12,10 @@ from typing import Any
 
 from pipeline.classifier.side_by_side import train_side_by_side
 from pipeline.run.command import main
-from pipeline.run.stage import Stage, read_manifest
-from pipeline.system.machine import InputError, part_of
+from pipeline.run.manifest import read_manifest
+from pipeline.run.stage import Stage
+from pipeline.system.errors import InputError
+from pipeline.system.processes import part_of
 
 SECTIONS = ("seed", "model", "train")
 PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time

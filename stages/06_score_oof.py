@@ -11,8 +11,10 @@ import json
 from pathlib import Path
 
 from pipeline.run.command import main
-from pipeline.run.stage import Stage, digest
-from pipeline.system.machine import InputError, atomic_path, write_json
+from pipeline.run.manifest import digest
+from pipeline.run.stage import Stage
+from pipeline.system.errors import InputError
+from pipeline.system.files import atomic_path, write_json
 
 TABLES = ["oof_predictions.csv", "scores.json", "calibration.json", "patients.parquet"]
 PICTURES = ["precision_recall.png", "reliability.png", "confusion.png"]

@@ -9,7 +9,7 @@ import argparse
 
 from pipeline.run.command import main
 from pipeline.run.stage import Stage
-from pipeline.system.machine import log
+from pipeline.system.console import log
 
 SECTIONS = ("convert", "volume", "score", "predict")
 

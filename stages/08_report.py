@@ -7,8 +7,11 @@ Writes  <out>/08_report/index.html, manifest.json
 import shlex
 
 from pipeline.run.command import main
-from pipeline.run.stage import Stage, digest
-from pipeline.system.machine import InputError, log, write_text
+from pipeline.run.manifest import digest
+from pipeline.run.stage import Stage
+from pipeline.system.console import log
+from pipeline.system.errors import InputError
+from pipeline.system.files import write_text
 
 MANIFESTS = ("data/phantom/manifest.json", "0*/manifest.json", "05_folds/fold*/manifest.json")
 
@@ -29,7 +32,8 @@ def run(stage: Stage) -> None:
     labels = (data or stage.out / "data" / "phantom") / "image_level_labels.csv"
     if stage.current({**stage.inputs(files=[labels]), **found, "flags": flags}, ["name"]):
         return
-    from pipeline.report.page import find_run, render
+    from pipeline.report.inputs import find_run
+    from pipeline.report.page import render
 
     page = render(find_run(stage.out, stage.config, data, flags))
     write_text(stage.folder / "index.html", page)

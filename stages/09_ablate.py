@@ -8,12 +8,14 @@ Run stages/08_report.py again to have the tables in the report. ./run_all.sh doe
 """
 
 from pipeline.run.command import main
-from pipeline.run.stage import Stage, digest, read_manifest
+from pipeline.run.manifest import digest, read_manifest
+from pipeline.run.stage import Stage
 
 
 def run(stage: Stage) -> None:
     """Train what is missing, then compare, unless these very cells are compared."""
-    from pipeline.ablation.cells import run_cells, summarise
+    from pipeline.ablation.cells import run_cells
+    from pipeline.ablation.summary import summarise
 
     cells = run_cells(stage)
     if not stage.writer:

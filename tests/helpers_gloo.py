@@ -12,22 +12,22 @@ from pathlib import Path
 
 import torch
 
-from pipeline.learning import optimise as engine
-from pipeline.system.machine import InputError
-from pipeline.voco import pretrain
+from pipeline.learning import optimise
+from pipeline.system.errors import InputError
+from pipeline.voco import pretrain, step
 
 STAGE = Path(__file__).resolve().parents[1] / "stages" / "04_pretrain_voco2d.py"
 
 
 def descent(module: torch.nn.Module, lr: float, *options: object) -> torch.optim.Optimizer:
-    """Stands for `engine.adamw`."""
+    """Stands for `optimise.adamw`."""
     return torch.optim.SGD(module.parameters(), lr)
 
 
 def plant(fault: str) -> None:
     """`error`: one of the user's in step 3 of rank 1. `storm`: a signal to stop to every rank in step 3, and another one to the rank
     that writes the checkpoint, which takes its time. `none`: nothing."""
-    forward, save = pretrain.forward, pretrain.save_checkpoint
+    forward, save = step.forward, pretrain.save_checkpoint
 
     def slow(*given: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -37,7 +37,7 @@ def plant(fault: str) -> None:
     if fault == "storm":
         pretrain.save_checkpoint = slow
 
-    def broken(run: pretrain.Run, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def broken(run: step.Run, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if run.step == 2 and fault == "storm":
             os.kill(os.getpid(), signal.SIGTERM)
         if run.step == 2 and fault == "error" and run.world.rank == 1:
@@ -45,14 +45,14 @@ def plant(fault: str) -> None:
         return forward(run, batch)
 
     if fault != "none":
-        pretrain.forward = broken
+        step.forward = broken
 
 
 def main() -> None:
     """argv: fault, then the arguments of stage 04."""
     fault, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    engine.adamw = descent
+    optimise.adamw = descent
     plant(fault)
     sys.argv = [str(STAGE), *arguments]
     runpy.run_path(str(STAGE), run_name="__main__")

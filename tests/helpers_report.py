@@ -14,7 +14,7 @@ from pipeline.evaluation.scoring import score_oof
 from pipeline.folds import make_folds
 from pipeline.run.config import Config, resolved
 from pipeline.run.presets import load_config
-from pipeline.system.machine import write_json
+from pipeline.system.files import write_json
 from pipeline.volumes.store import INDEX_SCHEMA
 
 EVIL = """<img src=x onerror=alert(1)>&"'""" + 32 * "W"

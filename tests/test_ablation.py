@@ -17,9 +17,10 @@ from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
 from pipeline.evaluation.metrics import resamples
 from pipeline.folds import label_subset
 from pipeline.run.command import parser
+from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import derive, load_config
-from pipeline.run.stage import Stage, read_manifest
-from pipeline.system.machine import InputError
+from pipeline.run.stage import Stage
+from pipeline.system.errors import InputError
 
 ALL = {"a": TARGET_NAMES, "b": TARGET_NAMES}
 
@@ -198,7 +199,7 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
 
 
 def test_presets_declare_valid_grids():
-    from pipeline.ablation.cells import declared_cells, pretrainings
+    from pipeline.ablation.grid import declared_cells, pretrainings
 
     for name in ("ablation_quick", "ablation_full"):
         config = load_config(name)
@@ -287,7 +288,7 @@ def test_a_cell_of_another_config_does_not_go_on_from_its_checkpoint(tmp_path):
 
 def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
     config = load_config("smoke", [*GRID[:2], "ablation.seeds=[1,2,3]"])
-    from pipeline.ablation.cells import declared_cells
+    from pipeline.ablation.grid import declared_cells
 
     names = [cell.name for cell in declared_cells(config)]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -301,7 +302,7 @@ def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
 
 def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, monkeypatch):
     from pipeline.ablation import cells as ablation
-    from pipeline.system.machine import write_json
+    from pipeline.system.files import write_json
 
     part = Stage("09_ablation/a/seed1", load_config("smoke"), parser("09", "").parse_args(["--out", str(tmp_path)]))
     naps = []
@@ -321,7 +322,7 @@ def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, mo
 def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
     """The other rank removes the manifest of a cell that lost a file a moment later."""
     from pipeline.ablation import cells as ablation
-    from pipeline.system.machine import write_json
+    from pipeline.system.files import write_json
 
     part = Stage("09_ablation/a/seed1", load_config("smoke"), parser("09", "").parse_args(["--out", str(tmp_path)]))
     fingerprint = part.fingerprint_of({}, ["seed"])
@@ -336,7 +337,7 @@ def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
 
     grid = ("ablation.variants={scratch: {}, one: {train.init: imagenet}}", "ablation.reference=scratch", "train.init=scratch")
     stage = Stage("09_ablation", load_config("smoke", grid), parser("09", "").parse_args(["--out", str(tmp_path)]))
-    cells = ablation.declared_cells(stage.config)
+    cells = grid.declared_cells(stage.config)
     asked = []
     monkeypatch.setattr("pipeline.learning.distributed.of_rank_0", lambda value: asked.append(value) or {"one": "no network"})
     stage.rank = 1
@@ -347,7 +348,7 @@ def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
 
 
 def test_a_grid_without_pretraining_is_probed_as_it_starts():
-    from pipeline.ablation.cells import declared_cells
+    from pipeline.ablation.grid import declared_cells
     from pipeline.ablation.probes import backbones
 
     grid = ("ablation.variants={a: {}, b: {train.sequence: none}}", "ablation.reference=a", "train.init=scratch", "pretrain.init=imagenet")

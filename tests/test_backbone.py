@@ -13,7 +13,7 @@ from pipeline.learning import fast_layers as layers
 from pipeline.learning.backbone import create_backbone, feature_shape, load_backbone, normalise, save_backbone
 from pipeline.learning.fast_layers import speed_up
 from pipeline.learning.weights import read_metadata, read_weights, save_weights
-from pipeline.system.machine import InputError, TrainingStopped
+from pipeline.system.errors import InputError, TrainingStopped
 
 TINY = "test_resnet"
 

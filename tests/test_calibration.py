@@ -12,12 +12,12 @@ import pytest
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 from scipy.optimize import approx_fprime
 
+from pipeline.competition.metric import WEIGHTS, aggregate, floors, normalise, score_arrays
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
 from pipeline.evaluation import calibration, figures, scoring
 from pipeline.evaluation.calibration import Calibration, fit, fit_prior, objective
-from pipeline.metric import WEIGHTS, aggregate, floors, normalise, score_arrays
 from pipeline.run.presets import load_config
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = load_config("smoke", ["score.bootstrap=20"])

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from pipeline.classifier.augment import VolumeAugment
-from pipeline.classifier.data import Series, SeriesDataset, bin_labels, plane_labels, slice_positions, take_slices
-from pipeline.classifier.model import CnnLstm, InjuryLoss, probabilities
+from pipeline.classifier.data import Series, SeriesDataset, bin_labels, plane_labels
+from pipeline.classifier.loss import InjuryLoss
+from pipeline.classifier.model import CnnLstm, probabilities
 from pipeline.competition.targets import TARGETS, group_slices
 from pipeline.learning.backbone import create_backbone, feature_shape
 from pipeline.run.config import AugmentConfig, TrainConfig
+from pipeline.volumes.sampling import slice_positions, take_slices
 
 NO_LABELS = np.zeros((0, 2), np.float32)
 TINY = TrainConfig(init="scratch", slices=4, image_size=32, hidden=8, slice_loss=0.5, dropout=0.0)

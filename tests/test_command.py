@@ -10,7 +10,7 @@ from pipeline.run.command import parser
 from pipeline.run.config import LABOUR, decisive
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Stage
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 
 def stage(tmp_path, *overrides):

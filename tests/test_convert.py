@@ -27,8 +27,9 @@ from pipeline.slices import store as slice_store
 from pipeline.slices.convert import read_series
 from pipeline.slices.sources import SeriesTask, fingerprints, is_whole, list_files, plan
 from pipeline.slices.store import convert_all, convert_series, encode_png
+from pipeline.system import contained
 from pipeline.system import pool as parallel
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 from pipeline.volumes import store as volume_store
 from pipeline.volumes.store import build_all
 
@@ -268,7 +269,7 @@ def test_slices_lost_to_the_machine_are_tried_again(reason, tmp_path, monkeypatc
 
     def lossy(listing, *more):
         for file, picture in real(listing, *more):
-            yield file, parallel.Failure(reason) if file.endswith("/10/2/7.dcm") else picture
+            yield file, contained.Failure(reason) if file.endswith("/10/2/7.dcm") else picture
 
     monkeypatch.setattr(slice_store, "pictures", lossy)
     convert(data, out)
@@ -286,7 +287,7 @@ def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, m
 
     def deadly(work, tasks, *more):
         for k, answer in real(work, tasks, *more):
-            yield k, parallel.Failure(parallel.KILLED) if tasks[k].name == "10/2" else answer
+            yield k, contained.Failure(parallel.KILLED) if tasks[k].name == "10/2" else answer
 
     monkeypatch.setattr(slice_store, "spread", deadly)
     convert(data, out)

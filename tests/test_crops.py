@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.run.config import VocoConfig
-from pipeline.system.machine import InputError
-from pipeline.voco.crops import base_boxes, cut, overlap_labels, random_boxes, resize_planes, spread, turn
+from pipeline.system.errors import InputError
+from pipeline.voco.crops import base_boxes, cut, overlap_labels, random_boxes, turn
 from pipeline.voco.data import VocoSamples, batches, choose_volumes, evaluation_batches
+from pipeline.volumes.sampling import resize_planes, spread
 
 
 @settings(max_examples=40, deadline=None)

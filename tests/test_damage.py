@@ -26,7 +26,8 @@ from pipeline.slices import store as slice_store
 from pipeline.slices.convert import read_series
 from pipeline.slices.sources import SeriesTask, list_files
 from pipeline.system import pool as parallel
-from pipeline.system.pool import Failure, contained, spread
+from pipeline.system.contained import Failure, contained
+from pipeline.system.pool import spread
 
 DAMAGED, GOOD, SERIES = 1050, 15, 7
 

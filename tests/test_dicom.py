@@ -13,7 +13,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
 
 from pipeline.run.config import ConvertConfig
-from pipeline.slices import dicom
+from pipeline.slices import dicom, window
 from pipeline.slices import geometry as series
 from pipeline.slices.convert import read_series
 from pipeline.slices.dicom import picture
@@ -139,15 +139,15 @@ def test_the_bundled_files_are_not_all_refused():
 def test_window_rounds_halves_to_even_at_every_integer_hu():
     hu = np.arange(-2000, 4000)
     exact = [min(max(round(Fraction((int(value) + 150) * 255, 400)), 0), 255) for value in hu]
-    assert dicom.window(hu).tolist() == exact
-    assert (dicom.window(np.array([-150.0, 250.0, -151.0, 251.0])) == [0, 255, 0, 255]).all()
+    assert window.window(hu).tolist() == exact
+    assert (window.window(np.array([-150.0, 250.0, -151.0, 251.0])) == [0, 255, 0, 255]).all()
 
 
 @pytest.mark.parametrize(
     ("bits", "signed", "slope", "intercept"), [(12, True, 1.0, 0.0), (13, True, 0.5, -8192.0), (16, False, 2.5, -32768.0)]
 )
 def test_lookup_ignores_the_unused_bits_and_extends_the_sign(bits, signed, slope, intercept):
-    table = dicom.lookup(65536, bits, signed, slope, intercept, False)
+    table = window.lookup(65536, bits, signed, slope, intercept, False)
     for word in (0, 1, 2047, 2048, 4095, 4096, 8191, 32767, 32768, 65535, 1174, 3096):
         value = word % (1 << bits)
         value -= (1 << bits) if signed and value >= 1 << (bits - 1) else 0
@@ -157,7 +157,7 @@ def test_lookup_ignores_the_unused_bits_and_extends_the_sign(bits, signed, slope
 def test_wide_lookup_and_numpy_agree(monkeypatch):
     data = to_bytes(dataset(pattern(16), 16, syntax="rle"))
     fast = picture(data, PIXELS)[0]
-    monkeypatch.setattr(dicom, "_wide_lut", lambda: False)
+    monkeypatch.setattr(window, "_wide_lut", lambda: False)
     assert np.array_equal(picture(data, PIXELS)[0], fast)
 
 
@@ -305,7 +305,7 @@ def test_arithmetic_and_table_give_the_same_for_every_pattern(signed, bits, slop
     meant = every.astype(int) & (1 << bits) - 1
     proper = every[every.astype(int) == (meant - (sign.astype(int) << bits)) % 65536][None]  # properly extended: takes the arithmetic
     for stored in (every, proper):
-        found = dicom.windowed(stored, bits, signed, float(slope), float(intercept), False)
+        found = window.windowed(stored, bits, signed, float(slope), float(intercept), False)
         value = (stored.astype(int) & (1 << bits) - 1).astype(float)
         value -= (value >= 1 << (bits - 1)) * float(1 << bits) if signed else 0
         assert np.array_equal(found, np.clip(np.rint((value * slope + intercept + 150) * 255 / 400), 0, 255))
@@ -314,7 +314,7 @@ def test_arithmetic_and_table_give_the_same_for_every_pattern(signed, bits, slop
 
 def test_the_usual_files_take_the_arithmetic():
     for bits, shift, intercept in ((12, 0, -1024), (16, 0, -1024), (12, 2048, 0), (16, 32768, 0), (16, 32768, -1024), (16, 0, -8192)):
-        assert dicom._scaling(bits, shift, 1.0, float(intercept))
+        assert window._scaling(bits, shift, 1.0, float(intercept))
 
 
 def test_rle_segments_must_lie_in_the_frame_and_fill_their_plane_exactly():

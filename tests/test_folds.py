@@ -13,7 +13,7 @@ from helpers_scores import label_frame, one_hot
 from pipeline import folds
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 

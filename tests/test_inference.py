@@ -19,21 +19,21 @@ import torch
 from helpers_stages import ROOT, environment, run_stage
 from test_submission import PRIOR, sample
 
-from pipeline.classifier.data import slice_positions, take_slices
 from pipeline.classifier.predict import load_classifier, predict
+from pipeline.competition.metric import aggregate, value_frame
 from pipeline.competition.tables import read_sample_submission, read_series
 from pipeline.competition.targets import COLUMNS
 from pipeline.evaluation.calibration import Calibration
-from pipeline.metric import aggregate, value_frame
+from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.stage import read_manifest
 from pipeline.slices.sources import SeriesTask
 from pipeline.slices.sources import test_tasks as tasks_of
 from pipeline.submission import decode_ahead, inference
 from pipeline.submission.decode_ahead import Decoded
 from pipeline.submission.inference import Ensemble, predict_test
 from pipeline.submission.writer import SubmissionWriter, check_submission, is_settled
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
+from pipeline.volumes.sampling import slice_positions, take_slices
 
 SAME = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), PRIOR)
 FIRST = np.full(13, 0.5)

@@ -14,12 +14,12 @@ import pytest
 from helpers_scores import label_frame, naive_score, one_hot, predicted
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pipeline import metric
+from pipeline.competition import metric
+from pipeline.competition.metric import aggregate, floors, score, score_arrays
 from pipeline.competition.tables import read_labels
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS
 from pipeline.evaluation import metrics as metric_extra
-from pipeline.metric import aggregate, floors, score, score_arrays
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 HEALTHY_ROW = [1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]

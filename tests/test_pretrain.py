@@ -19,15 +19,17 @@ from helpers_gloo import descent
 from helpers_losses import slow_position_loss, slow_regularisation, slow_similarity
 from safetensors.torch import load_file
 
-from pipeline.learning import optimise as engine
+from pipeline.learning import optimise
 from pipeline.learning.backbone import GREY_MEAN, GREY_STD
 from pipeline.learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.learning.distributed import PeerLost, World
-from pipeline.learning.optimise import Collapse, NonFiniteLoss, read_log
+from pipeline.learning.log import read_log
+from pipeline.learning.optimise import Collapse, NonFiniteLoss
+from pipeline.run.manifest import SCHEMA
 from pipeline.run.presets import load_config
-from pipeline.run.stage import SCHEMA
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 from pipeline.voco import pretrain as loop
+from pipeline.voco import step as voco_step
 from pipeline.voco.data import VocoSamples, batches
 from pipeline.voco.figures import draw_all
 from pipeline.voco.model import make_teacher
@@ -63,7 +65,7 @@ def trained(*overrides, volumes):
     """A run at step 0 and its samples."""
     config = load_config("smoke", (*TINY, *overrides))
     paths = sorted(path.name for path in volumes.glob("*.npy"))
-    return loop.start(config, ALONE), VocoSamples(volumes, paths, config.pretrain, config.seed)
+    return voco_step.start(config, ALONE), VocoSamples(volumes, paths, config.pretrain, config.seed)
 
 
 @pytest.mark.parametrize("pool", ["clip", "slice"])
@@ -77,7 +79,7 @@ def test_loss_of_a_step_is_that_of_plain_loops(volumes, pool):
         for parameter in run.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * parameter.std().nan_to_num(0))
         student, teacher = (net(batch["crops"]).tolist() for net in (run.student, run.teacher))  # (B, G, R + K, E)
-    loss, stats = loop.forward(run, batch)
+    loss, stats = voco_step.forward(run, batch)
     terms = []
     for b, labels in enumerate(batch["overlap"].tolist()):
         for own, taught, own_after, taught_after in zip(student[b], teacher[b], student[(b + 1) % 4], teacher[(b + 1) % 4], strict=True):
@@ -96,7 +98,7 @@ def test_teacher_is_the_hand_computed_average_after_three_steps(volumes):
     expected = {name: tensor.double().clone() for name, tensor in run.teacher.state_dict().items()}
     run.teacher.requires_grad_(True)
     for step in range(3):
-        momentum = loop.train_step(run, samples[step])[0]["momentum"]
+        momentum = voco_step.train_step(run, samples[step])[0]["momentum"]
         assert momentum == pytest.approx((0.9, 0.6 + 0.3 * 3**0.5 / 2, 0.75)[step])
         for name, tensor in run.student.state_dict().items():
             old = expected[name]
@@ -132,7 +134,7 @@ def test_a_run_leaves_a_backbone_that_timm_loads_whole(unbroken):
 def test_exported_statistics_are_the_averages_over_whole_slices(volumes, tmp_path):
     """Each batch norm's: mean over batches of what it is given, in float64; the run's own stay, and so does the file when made again."""
     run, samples = trained("pretrain.settle=3", "pretrain.amp=false", volumes=volumes)
-    loop.train_step(run, samples[0])
+    voco_step.train_step(run, samples[0])
     before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
     for name in ("first", "again"):
         loop.export(run, samples, tmp_path / name)
@@ -157,7 +159,7 @@ def test_exported_statistics_are_the_averages_over_whole_slices(volumes, tmp_pat
 
 def test_without_settling_the_teachers_statistics_are_exported(volumes, tmp_path):
     run, samples = trained("pretrain.settle=0", volumes=volumes)
-    loop.train_step(run, samples[0])
+    voco_step.train_step(run, samples[0])
     loop.export(run, samples, tmp_path / "backbone")
     state = load_file(tmp_path / "backbone")
     assert all(torch.equal(run.teacher.backbone.state_dict()[name], tensor) for name, tensor in state.items())
@@ -175,14 +177,14 @@ def test_the_log_says_what_the_contract_asks(unbroken):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(volumes, unbroken, tmp_path, monkeypatch):
     """SIGTERM in the middle of step 2: that step ends, the state is saved, and the rest repeats bit for bit."""
-    config, forward = load_config("smoke", TINY), loop.forward
+    config, forward = load_config("smoke", TINY), voco_step.forward
 
     def stopping(run, batch):
         if run.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(run, batch)
 
-    monkeypatch.setattr(loop, "forward", stopping)
+    monkeypatch.setattr(voco_step, "forward", stopping)
     with pytest.raises(SystemExit) as stop:
         loop.pretrain(config, volumes, tmp_path, ALONE)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -218,17 +220,17 @@ def test_a_signal_to_the_whole_group_reaches_the_workers_without_ending_them(vol
 
 def test_every_random_number_of_a_step_follows_from_seed_and_step(volumes, monkeypatch):
     """Stochastic depth and dropout of a backbone draw from the global generators."""
-    forward, draws = loop.forward, []
+    forward, draws = voco_step.forward, []
 
     def drawing(run, batch):
         draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
         return forward(run, batch)
 
-    monkeypatch.setattr(loop, "forward", drawing)
+    monkeypatch.setattr(voco_step, "forward", drawing)
     run, samples = trained(volumes=volumes)
     for step in (0, 1, 1):
         run.step = step
-        loop.train_step(run, samples[step])
+        voco_step.train_step(run, samples[step])
     assert draws[1] == draws[2]
     assert not set(draws[0]) & set(draws[1])
 
@@ -285,7 +287,7 @@ def test_a_damaged_best_checkpoint_is_made_again(volumes, tmp_path):
     counts = loop.pretrain(more, volumes, tmp_path, ALONE)
     records = read_log(tmp_path / "log.jsonl")[2:]
     assert counts["position_accuracy"] == max(record.get("position_accuracy", 0) for record in records)
-    assert loop.usable_best(loop.start(more, ALONE, volumes), tmp_path) is not None
+    assert loop.usable_best(voco_step.start(more, ALONE, volumes), tmp_path) is not None
 
 
 def test_recomputed_activations_give_the_same_losses(volumes, tmp_path):
@@ -299,22 +301,22 @@ def test_recomputed_activations_give_the_same_losses(volumes, tmp_path):
 def test_a_model_that_cannot_recompute_is_refused(volumes):
     options = "model.backbone=dla46_c", "pretrain.image_size=64", "pretrain.activation_checkpointing=true"
     with pytest.raises(InputError, match="dla46_c cannot recompute its activations"):
-        loop.start(load_config("smoke", (*TINY, *options)), ALONE)
+        voco_step.start(load_config("smoke", (*TINY, *options)), ALONE)
     with pytest.raises(InputError, match="this backbone takes no images of 24 x 24 pixels"):
-        loop.start(load_config("smoke", (*TINY, "model.backbone=vgg11")), ALONE)
+        voco_step.start(load_config("smoke", (*TINY, "model.backbone=vgg11")), ALONE)
 
 
 def test_weights_of_the_start_are_part_of_a_runs_identity(tmp_path):
     options = (*TINY, "pretrain.init=imagenet", f"model.weights={tmp_path / 'w.pth'}")
     (tmp_path / "w.pth").write_bytes(b"one")
-    before = loop.identity(load_config("smoke", options), None)
+    before = voco_step.identity(load_config("smoke", options), None)
     (tmp_path / "w.pth").write_bytes(b"two")
-    assert loop.identity(load_config("smoke", options), None) != before
+    assert voco_step.identity(load_config("smoke", options), None) != before
 
 
 def half_precision(monkeypatch):
     """Let this CPU compute as a GPU without bfloat16 does: float16, losses scaled."""
-    monkeypatch.setattr(loop.engine, "amp_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(optimise, "amp_dtype", lambda device: torch.float16)
 
 
 def test_a_float16_run_takes_up_a_checkpoint_of_another_type(volumes, tmp_path, monkeypatch):
@@ -332,16 +334,16 @@ def test_float16_gradients_that_stay_non_finite_end_the_run(volumes, monkeypatch
     run.student.projector[0].weight.register_hook(lambda gradient: gradient * float("inf"))
     before = run.student.projector[-1].weight.clone()
     for _ in range(24):
-        loop.train_step(run, samples[0])
+        voco_step.train_step(run, samples[0])
     with pytest.raises(NonFiniteLoss, match="non-finite gradients at step 25 though the loss is scaled by 0.00195"):
-        loop.train_step(run, samples[0])
+        voco_step.train_step(run, samples[0])
     assert torch.equal(run.student.projector[-1].weight, before)
 
 
 @pytest.mark.parametrize(("amount", "fault"), [(float("nan"), NonFiniteLoss), (0.0, Collapse)])
 def test_faults_end_the_run_and_keep_the_last_good_state(volumes, tmp_path, monkeypatch, amount, fault):
     config = load_config("smoke", (*TINY, "pretrain.collapse_patience=2", "pretrain.checkpoint_every=1"))
-    step = loop.train_step
+    step = voco_step.train_step
 
     def broken(run, batch, stopping=False):
         if run.step >= 3:
@@ -360,7 +362,7 @@ def test_faults_end_the_run_and_keep_the_last_good_state(volumes, tmp_path, monk
 
 def test_a_run_that_ends_collapsed_is_no_result(volumes, tmp_path, monkeypatch):
     """Fewer steps than collapse_patience once ended with exit code 0 and the collapsed network as backbone."""
-    step = loop.train_step
+    step = voco_step.train_step
     monkeypatch.setattr(loop, "train_step", lambda run, *given: (lambda record, stop: ({**record, "std": 0.0}, stop))(*step(run, *given)))
     with pytest.raises(Collapse, match="collapsed for 2 steps until step 2"):
         loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
@@ -401,7 +403,7 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(volumes, 
 
     torchrun ends all ranks as soon as one has ended, and a batch system signals every process: no signal may cut the checkpoint short.
     """
-    monkeypatch.setattr(engine, "adamw", descent)
+    monkeypatch.setattr(optimise, "adamw", descent)
     loop.pretrain(load_config("smoke", DESCENT), volumes, tmp_path, ALONE)
     folder = volumes.parent / "04_voco2d"
     shutil.rmtree(folder, ignore_errors=True)
@@ -415,9 +417,9 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(volumes, 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("04_voco2d: done") == 1
     assert len(list((folder / "tensorboard").iterdir())) == 2, "one process of each sitting writes"
-    one, two = ([[record[name] for name in loop.STATS] for record in read_log(path / "log.jsonl")] for path in (tmp_path, folder))
+    one, two = ([[record[name] for name in voco_step.STATS] for record in read_log(path / "log.jsonl")] for path in (tmp_path, folder))
     np.testing.assert_allclose(two, one, rtol=5e-4, atol=1e-4)
-    begun = loop.start(load_config("smoke", DESCENT), ALONE).student.state_dict()
+    begun = voco_step.start(load_config("smoke", DESCENT), ALONE).student.state_dict()
     learnt, other = (load_checkpoint(path / "last.ckpt")["student"] for path in (tmp_path, folder))
     for name, tensor in begun.items():
         moved = (learnt[name] - tensor).float().norm()

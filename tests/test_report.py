@@ -18,11 +18,13 @@ from helpers_report import DEPTH, EVIL, EVIL_PATH, smoke_config, write_manifest,
 from helpers_scores import naive_score, one_hot, predicted
 from helpers_stages import run_stage
 
+from pipeline.competition.metric import WEIGHTS
 from pipeline.competition.targets import TARGET_NAMES
-from pipeline.metric import WEIGHTS
 from pipeline.report.ablation import forest
 from pipeline.report.charts import BOTTOM, LEFT, POINTS, RIGHT, TOP, Line, chart, confusion, curve, picture, score_charts, ticks
-from pipeline.report.page import duration, find_run, reduction, render, worst
+from pipeline.report.inputs import find_run
+from pipeline.report.page import render
+from pipeline.report.sections import duration, reduction, worst
 
 FOLDERS = {"01_slices": "conversion", "02_volumes": "montage", "04_voco2d": "pretraining", "05_folds": "training", "06_oof": "scores",
            "07_submission": "test"}  # fmt: skip

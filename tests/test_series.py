@@ -18,8 +18,8 @@ from pipeline.slices.dicom_header import Unreadable
 from pipeline.slices.geometry import Placement, arrange, is_cut, is_transposed, orient
 from pipeline.slices.sources import Listing, fingerprints, list_files, plan
 from pipeline.slices.store import convert_all
-from pipeline.system.machine import InputError
-from pipeline.system.pool import Failure
+from pipeline.system.contained import Failure
+from pipeline.system.errors import InputError
 from pipeline.volumes.store import build_all
 
 AXIAL = [1, 0, 0, 0, 1, 0]

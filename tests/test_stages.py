@@ -10,7 +10,8 @@ from helpers_stages import STAGES, run_all, run_stage
 
 from pipeline.competition.tables import read_labels, read_sample_submission
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS
-from pipeline.run.stage import MAKERS, read_manifest
+from pipeline.run.layout import MAKERS
+from pipeline.run.manifest import read_manifest
 from pipeline.submission.writer import check_submission
 
 SMOKE = ("--config", "smoke", "--out")

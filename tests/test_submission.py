@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.competition.targets import COLUMNS, group_slices
 from pipeline.submission.writer import SubmissionWriter, check_submission
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 PRIOR = np.array([0.9, 0.1, 0.5, 0.5, 0.8, 0.1, 0.1, 0.7, 0.2, 0.1, 0.6, 0.2, 0.2])
 PATIENTS = ["50046", "7", "63706"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS, TARGETS
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 HEALTHY = "1,0,1,0,1,0,0,1,0,0,1,0,0,0"
 INJURED = "1,0,0,1,0,1,0,1,0,0,0,0,1,1"

@@ -25,10 +25,11 @@ from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
 from pipeline.learning.checkpoint import save_weights
 from pipeline.run.command import parser
+from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Stage, digest, read_manifest
+from pipeline.run.stage import Stage
 from pipeline.submission.inference import load_ensemble
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 SCRIPT, CPU = ROOT / "stages" / "05_train_folds.py", torch.device("cpu")
 

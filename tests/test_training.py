@@ -18,7 +18,7 @@ from pipeline.classifier.train import MODEL, OOF, FoldTrainer, train_fold
 from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.learning.optimise import NonFiniteLoss
 from pipeline.run.presets import load_config
-from pipeline.system.machine import InputError, TrainingStopped
+from pipeline.system.errors import InputError, TrainingStopped
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from pipeline.run.config import VolumeConfig
-from pipeline.run.stage import digest
+from pipeline.run.manifest import digest
 from pipeline.volumes import store as volume_store
 from pipeline.volumes.build import build_volume, common_size, letterbox, plane_weights
 from pipeline.volumes.store import INDEX, build_all, usable

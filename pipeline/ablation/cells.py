@@ -9,89 +9,32 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import polars as pl
-from threadpoolctl import threadpool_limits
 
-from ..competition.tables import read_labels
-from ..competition.targets import COLUMNS, SCORE_KEYS
-from ..metric import score_arrays
-from ..run.config import Config, decisive, resolved
-from ..run.presets import derive
-from ..run.stage import Stage, digest, read_manifest
-from ..system.machine import InputError, atomic_path, log, progress, world_size, write_json, write_text
-from .statistics import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
+from ..run.manifest import digest, read_manifest
+from ..run.stage import Stage
+from ..system.console import log
+from ..system.errors import InputError
+from ..system.files import atomic_path, write_text
+from ..system.machine import world_size
+from .grid import BACKBONE, LOG, OOF, Cell, backbone_part, declared_cells, part_of, pretrainings
 
 SECTIONS = ("seed", "model", "train")
-OOF, LOG, BACKBONE = "oof.parquet", "log.jsonl", "backbone.safetensors"
 
 
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One variant with one seed; `config` is the whole config that it runs with, `backbone` the key of its pretraining."""
-
-    variant: str
-    seed: int
-    config: Config
-    backbone: str | None
-
-    @property
-    def name(self) -> str:
-        """Its folder below `09_ablation`."""
-        return f"{self.variant}/seed{self.seed}"
-
-    @property
-    def start(self) -> str:
-        """What its first training, be it pretraining, starts from."""
-        return self.config.pretrain.init if self.backbone else self.config.train.init
 
 
-def declared_cells(config: Config) -> list[Cell]:
-    """The whole grid, seed by seed, so that a stopped run has whole comparisons.
-
-    Raises:
-        InputError: no variants, or one that is no valid config.
-    """
-    options = config.ablation
-    if not options.variants:
-        raise InputError("no variants to compare", f"ablation.variants of config '{config.name}'", "use --config ablation_quick")
-    cells = []
-    for seed in options.seeds:
-        for variant, changes in options.variants.items():
-            own = derive(config, {**changes, "seed": seed}, f"ablation.variants.{variant}")
-            cells.append(Cell(variant, seed, own, pretraining_key(own) if own.train.init == "voco2d" else None))
-    return cells
 
 
-def pretraining_key(config: Config) -> str:
-    """Cells with the same key share one pretraining."""
-    tree = resolved(config)
-    return digest({name: decisive(name, tree[name]) for name in ("seed", "model", "pretrain")})[:12]
 
 
-def pretrainings(cells: list[Cell]) -> dict[str, Cell]:
-    """The first cell of each distinct pretraining, by key."""
-    found: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.backbone:
-            found.setdefault(cell.backbone, cell)
-    return found
 
 
-def part_of(stage: Stage, name: str, config: Config) -> Stage:
-    """A sub-folder of the stage with a config of its own."""
-    part = stage.part(name)
-    part.config = config
-    return part
 
 
-def backbone_part(stage: Stage, cell: Cell) -> Stage:
-    """Where the cell's pretraining lies."""
-    return part_of(stage, f"pretrained/{cell.backbone}", cell.config)
 
 
 def backbone_is_current(part: Stage) -> bool:
@@ -112,7 +55,7 @@ def pretrain_backbone(part: Stage) -> None:
         if backbone_is_current(part):
             return
         from ..learning.distributed import World
-        from ..learning.optimise import read_log
+        from ..learning.log import read_log
         from ..system.machine import pick_device
         from ..voco.pretrain import pretrain
 
@@ -223,51 +166,7 @@ def run_cells(stage: Stage) -> list[Cell]:
     return cells
 
 
-def read_cells(stage: Stage, cells: list[Cell]) -> tuple[np.ndarray, dict[Cell, dict[str, np.ndarray]]]:
-    """Labels (N, 13) and each cell's `raw` and `nested` probabilities (N, 13): calibrated without the patients that they are of."""
-    from ..evaluation.scoring import nested
-    from ..folds import read_folds
-
-    labels = read_labels(stage.data)
-    folds, found = read_folds(stage.upstream("03_folds") / "folds.csv", labels), {}
-    with threadpool_limits(1):
-        for cell in progress(cells, len(cells), "calibration", "cells"):
-            frames = nested({"cell": pl.read_parquet(stage.folder / cell.name / OOF)}, labels, folds, stage.config.score)
-            found[cell] = {name: frames[name].select(COLUMNS).to_numpy() for name in ("raw", "nested")}
-    return labels.select(pl.col(COLUMNS).cast(pl.Float64)).to_numpy(), found
 
 
-def seconds_of(stage: Stage, cell: Cell) -> dict[str, float]:
-    """Seconds spent in training steps: of the cell's folds, and of the pretraining that it starts from."""
-    own = read_manifest(stage.folder / cell.name)["counts"]["training_s"]
-    before = read_manifest(backbone_part(stage, cell).folder)["counts"]["training_s"] if cell.backbone else 0.0
-    return {"training_s": own, "pretraining_s": before}
 
 
-def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
-    """Score every cell, compare the variants, write table.json, table.csv, table.md and cells.csv; returns these names."""
-    options, (labels, probabilities) = stage.config.ablation, read_cells(stage, cells)
-    draws: dict[str, list[Draws]] = {}
-    rows = []
-    for cell in cells:
-        targets = cell.config.train.targets
-        found = cell_draws(labels, probabilities[cell]["nested"], options.bootstrap, stage.config.seed)
-        draws.setdefault(cell.variant, []).append(found)
-        figures = dict(zip(FIGURES, found.figures(targets)[0].tolist(), strict=True))
-        losses = dict(zip((f"loss_{name}" for name in SCORE_KEYS[:-1]), found.loss[0].tolist(), strict=True))
-        raw = score_arrays(labels, probabilities[cell]["raw"])["score"]
-        rows.append({"variant": cell.variant, "seed": cell.seed, **figures, "raw_score": raw, **losses, **seconds_of(stage, cell)})
-    table = pl.DataFrame(rows)
-    targets = {cell.variant: cell.config.train.targets for cell in cells}
-    listed = {first for first, _ in options.pairs} | {options.reference}
-    pairs = [*options.pairs, *((name, options.reference) for name in targets if name not in listed)]
-    compared = compare(draws, targets, [pair for pair in pairs if set(pair) <= set(targets)], stage.config.seed)
-    own = compare(draws, targets, [(name, name) for name in targets], stage.config.seed)
-    costs = table.group_by("variant", maintain_order=True).agg(pl.col("training_s", "pretraining_s").mean().round(1))
-    result = {"patients": len(labels), "seeds": list(options.seeds), "reference": options.reference, "variants": own, "compared": compared,
-              "costs": costs.to_dicts(), "sentences": [sentence(row) for row in compared]}  # fmt: skip
-    write_json(stage.folder / "table.json", result)
-    write_text(stage.folder / "table.md", markdown(result))
-    write_text(stage.folder / "table.csv", pl.DataFrame(list(long_rows(result))).write_csv())
-    write_text(stage.folder / "cells.csv", table.write_csv())
-    return ["table.json", "table.md", "table.csv", "cells.csv"]

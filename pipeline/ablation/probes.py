@@ -15,14 +15,17 @@ import polars as pl
 import torch
 from torch import nn
 
-from ..classifier.data import SLICE_NAMES, SLICE_TARGETS, slice_positions, take_slices
+from ..classifier.data import SLICE_NAMES, SLICE_TARGETS
 from ..competition.tables import read_labels
 from ..folds import read_folds
 from ..learning.backbone import create_backbone, load_backbone, normalise
 from ..run.config import Config
 from ..run.stage import Stage
-from ..system.machine import atomic_path, log, pick_device, seed_everything, write_text
-from .cells import BACKBONE, Cell, backbone_part, pretrainings
+from ..system.console import log
+from ..system.files import atomic_path, write_text
+from ..system.machine import pick_device, seed_everything
+from ..volumes.sampling import slice_positions, take_slices
+from .grid import BACKBONE, Cell, backbone_part, pretrainings
 
 PATIENTS = 400  # at most, the first in the order of their ids (which are random numbers)
 BATCH = 256

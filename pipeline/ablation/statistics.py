@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from ..competition.metric import loss_terms, normalise
 from ..competition.targets import TARGET_NAMES
 from ..evaluation.metrics import Interval, auc_and_precision, binary_problems, interval, ranking, resamples, thresholded
-from ..metric import loss_terms, normalise
 
 # Names as in tables, and whether less is better.
 FIGURES = {"score": True, "mAP": False, "precision": False, "recall": False}

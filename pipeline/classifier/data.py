@@ -5,40 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import polars as pl
+import torch
+from torch.utils.data import DataLoader
 
 from ..competition.targets import COLUMNS
 from ..run.config import TrainConfig
+from ..volumes.sampling import _bins, slice_positions, take_slices
 from .augment import VolumeAugment
 
 SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks of
 SLICE_NAMES = {"Bowel": 0, "Active_Extravasation": 1}
 
 
-def _bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and last plane (count,) of each of `count` bins, at most `depth`: plane p lies in bin p * count // depth."""
-    edges = -(-np.arange(count + 1) * depth // count)
-    return edges[:-1], edges[1:] - 1
 
 
-def slice_positions(depth: int, count: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a random plane in it."""
-    first, last = _bins(depth, count)
-    middle = (2 * np.arange(count) + 1) * depth // (2 * count)
-    return np.clip(middle, first, last) if rng is None else rng.integers(first, last, endpoint=True)
 
 
-def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, resized by area."""
-    _, height, width = volume.shape
-    top, left = round(height * config.crop), round(width * config.crop)
-    planes = volume[positions, top : height - top, left : width - left]
-    size = config.image_size
-    if planes.shape[1:] == (size, size):
-        return np.ascontiguousarray(planes)
-    return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes])
 
 
 def plane_labels(instances: Sequence[int], labelled: Sequence[tuple[int, int]], depth: int) -> np.ndarray:
@@ -113,3 +97,10 @@ class SeriesDataset:
         if self._augment:
             slices, planes = self._augment(slices, planes, seed)
         return {"slices": slices, "labels": series.labels, "planes": planes, "known": series.known, "item": np.int64(index)}
+
+
+def make_loader(dataset: SeriesDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device) -> DataLoader:
+    """Batches of `dataset` by the keys of `plan`."""
+    workers = min(workers, len(plan))
+    ahead = 4 if workers else None  # batches a worker: other work on its core is not at once waited for
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=ahead)

@@ -9,8 +9,10 @@ import numpy as np
 from ..competition.tables import read_labels, read_slice_labels
 from ..folds import label_subset, read_folds
 from ..run.config import Config
-from ..run.stage import Stage, read_manifest
-from ..system.machine import InputError, remove_folder
+from ..run.manifest import read_manifest
+from ..run.stage import Stage
+from ..system.errors import InputError
+from ..system.files import remove_folder
 from .data import Series, labelled_series
 
 CHECKPOINT = "last.ckpt"  # of a fold that is being trained

@@ -11,7 +11,7 @@ from ..learning.backbone import create_backbone, feature_shape, normalise
 from ..learning.checkpoint import load_weights, read_metadata
 from ..learning.optimise import autocast
 from ..run.config import Config, ConvertConfig, ModelConfig, Section, TrainConfig, VolumeConfig, resolved
-from ..system.machine import InputError
+from ..system.errors import InputError
 from .model import CnnLstm, probabilities
 
 

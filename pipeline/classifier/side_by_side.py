@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..run.stage import Stage
-from ..system.machine import Ended, deaf, part_environment, pick_device
+from ..system.errors import Ended
+from ..system.machine import pick_device
+from ..system.processes import deaf, part_environment
 
 LOOK_S, MOST_BYTES = 0.05, 1 << 16
 
@@ -61,7 +63,7 @@ def run_side_by_side(parts: dict[str, Sequence[str]], at_once: int) -> None:
         Ended: a part failed: its line and exit code.
         KeyboardInterrupt, SystemExit: this process was stopped.
     """
-    from ..learning.optimise import StopSignal  # late: it brings torch, which a stage that is up to date does without
+    from ..learning.interrupt import StopSignal  # late: it brings torch, which a stage that is up to date does without
 
     waiting, running = list(parts.items()), []
     with StopSignal() as stop:

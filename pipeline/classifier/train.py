@@ -12,15 +12,14 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from .. import metric
+from ..competition import metric
 from ..competition.targets import COLUMNS
 from ..learning.backbone import load_backbone, normalise
 from ..learning.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from ..learning.interrupt import StopSignal, loading
 from ..learning.optimise import (
     NonFiniteLoss,
-    StopSignal,
     adamw,
     autocast,
     check_finite,
@@ -28,15 +27,17 @@ from ..learning.optimise import (
     ema_update,
     grad_scaler,
     load_scaler,
-    loading,
     warmup_cosine,
 )
-from ..run.config import Config, TrainConfig, decisive
+from ..run.config import Config, decisive
 from ..run.stage import Stage
-from ..system.machine import atomic_path, log, pick_device, progress, seed_everything, world_size, write_text
-from .data import SeriesDataset
+from ..system.console import log, progress
+from ..system.files import atomic_path, write_text
+from ..system.machine import pick_device, seed_everything, world_size
+from .data import SeriesDataset, make_loader
 from .fold import CHECKPOINT, FoldData, gather_fold
-from .model import CnnLstm, InjuryLoss
+from .loss import InjuryLoss
+from .model import CnnLstm, parameter_groups
 from .predict import build_model, describe, predict
 
 MODEL, LOG, OOF = "model.safetensors", "log.jsonl", "oof.parquet"
@@ -269,25 +270,8 @@ def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
     return copy.requires_grad_(False)
 
 
-def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any]]:
-    """Four groups: backbone (its own learning-rate factor) and the rest, each with and without weight decay (norms, biases)."""
-    groups = []
-    backbone = {id(parameter) for parameter in model.backbone.parameters()}
-    model.backbone.requires_grad_(not options.freeze_backbone)
-    for inside, factor in ((True, options.backbone_lr), (False, 1.0)):
-        chosen = [p for p in model.parameters() if (id(p) in backbone) == inside and p.requires_grad]
-        for decays in (True, False):
-            group = [p for p in chosen if (p.ndim > 1) == decays]
-            if group:
-                groups.append({"params": group, "factor": factor, "weight_decay": options.weight_decay if decays else 0.0})
-    return groups
 
 
-def make_loader(dataset: SeriesDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device) -> DataLoader:
-    """Batches of `dataset` by the keys of `plan`."""
-    workers = min(workers, len(plan))
-    ahead = 4 if workers else None  # batches a worker: other work on its core is not at once waited for
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=ahead)
 
 
 def train_fold(config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None) -> dict[str, Any]:

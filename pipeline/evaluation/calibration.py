@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ..competition.metric import EPSILON, HEALTHY, WEIGHTS, aggregate, any_injury, loss_terms, normalise, value_frame
 from ..competition.targets import COLUMNS, TARGET_NAMES, TARGETS, group_slices
-from ..metric import EPSILON, HEALTHY, WEIGHTS, aggregate, any_injury, loss_terms, normalise, value_frame
-from ..run.stage import read_manifest
-from ..system.machine import InputError
+from ..run.manifest import read_manifest
+from ..system.errors import InputError
 
 STRENGTH = 0.2
 SMALLEST = 1e-7

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..competition.targets import ANY_INJURY, TARGET_NAMES, TARGETS, group_slices
-from ..system.machine import atomic_path
+from ..system.files import atomic_path
 from .metrics import binary_problems, ranking, reliability
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..competition.metric import any_injury, loss_terms, normalise
 from ..competition.targets import ANY_INJURY, COLUMNS, SCORE_KEYS, TARGET_NAMES, TARGETS, group_slices
-from ..metric import any_injury, loss_terms, normalise
 
 BINS = 10
 CHUNK = 100

@@ -13,14 +13,16 @@ import numpy as np
 import polars as pl
 from threadpoolctl import threadpool_limits
 
-from ..competition import tables
-from ..competition.tables import KEY, ROW, Table
+from ..competition import strict_table, tables
+from ..competition.metric import aggregate, floors, format_table, require_patients, score_arrays
+from ..competition.strict_table import KEY, ROW, Table
 from ..competition.targets import COLUMNS, SCORE_KEYS
-from ..evaluation import calibration
-from ..folds import make_folds, read_folds, trained_files
-from ..metric import aggregate, floors, format_table, require_patients, score_arrays
+from ..folds import make_folds, read_folds
 from ..run.config import Config, ScoreConfig
-from ..system.machine import InputError, log
+from ..run.manifest import trained_files
+from ..system.console import log
+from ..system.errors import InputError
+from . import calibration
 from .calibration import Calibration
 from .metrics import extra_metrics, score_intervals
 
@@ -60,14 +62,14 @@ def read_oof(paths: list[Path], labels: pl.DataFrame) -> dict[str, pl.DataFrame]
 
 
 def _read(path: Path) -> pl.DataFrame:
-    return tables.check_predictions(tables.load_table(path, [*SERIES, *COLUMNS], ["fold"]))
+    return tables.check_predictions(strict_table.load_table(path, [*SERIES, *COLUMNS], ["fold"]))
 
 
 def read_trained(folds: Path, trained: Path, volumes: Path, labels: pl.DataFrame) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
     """The run's own OOF tables under the name `folds`, and `patient_id, fold`. Patients without a volume may be missing."""
     frame = pl.concat([_read(path) for path in trained_files(trained, "oof.parquet")])
     table = Table(f"{trained}/fold*/oof.parquet", frame)
-    tables.check_unique(table, *SERIES)
+    strict_table.check_unique(table, *SERIES)
     index = pl.read_parquet(volumes / "index.parquet").filter(pl.col("source") == "train")
     require_patients(labels.join(index, on=KEY, how="semi", maintain_order="left"), table)
     drawn = read_folds(folds / "folds.csv", labels)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..system.machine import InputError
+from ..system.errors import InputError
 from .fast_layers import speed_up
 from .weights import load_weights, match, read_weights, save_weights
 

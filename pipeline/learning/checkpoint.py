@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from ..system.machine import InputError, atomic_path, disk_errors, log
+from ..system.console import log
+from ..system.errors import InputError
+from ..system.files import atomic_path, disk_errors
 from .weights import load_weights, read_metadata, save_weights
 
 __all__ = ["load_checkpoint", "load_weights", "newest_checkpoint", "read_metadata", "save_checkpoint", "save_weights"]

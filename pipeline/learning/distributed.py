@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed, nn
 
-from ..system.machine import InputError, TrainingStopped, pick_device, world_size
+from ..system.errors import InputError, TrainingStopped
+from ..system.machine import pick_device, world_size
 
 T = TypeVar("T")
 

@@ -1,18 +1,16 @@
 """What training loops share: schedules, averaging, precision, optimiser, stopping at step boundaries, the log."""
 
+
+
 import contextlib
-import json
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..system.machine import TrainingStopped, atomic_path, disk_errors
+from ..system.errors import TrainingStopped
 
 LEAST_SCALE = 2.0**-8  # of float16 losses; it starts at 2**16 and is halved at every overflow
 
@@ -110,66 +108,9 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
             layer.num_batches_tracked.copy_(count)
 
 
-class StopSignal:
-    """Inside `with`, the first SIGTERM or Ctrl-C is remembered as `signum` instead of raised: the loop ends at a step boundary.
-
-    A second one takes its ordinary course; with `several` processes, which torchrun and a batch system may both signal, it does not.
-    `leave()` raises what the signal would have raised.
-    """
-
-    def __init__(self, several: bool = False) -> None:
-        self.signum, self.several = 0, several
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._remember) for number in numbers}
-        return self
-
-    def __exit__(self, *fault: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, signum: int, frame: Any) -> None:
-        self.signum = signum
-        if not self.several:
-            self.__exit__()
-
-    def leave(self) -> None:
-        """Raise KeyboardInterrupt or SystemExit(128 + signal)."""
-        raise KeyboardInterrupt if self.signum == signal.SIGINT else SystemExit(128 + (self.signum or signal.SIGTERM))
 
 
-@contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Turn the death of a process that loads data into TrainingStopped."""
-    try:
-        yield
-    except RuntimeError as fault:
-        if "DataLoader worker" not in str(fault):
-            raise
-        what = "a process that loads data was killed (out of memory?); the last checkpoint is kept"
-        raise TrainingStopped(f"{what}: run the same command again, with fewer `workers` if memory is short") from fault
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines log; a half-written last line (a killed run) is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
 
 
-@contextlib.contextmanager
-def json_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that appends one record a line; records of an earlier run stay where `keep` says so.
-
-    A resumed run keeps what came before its checkpoint, so that its log is that of a run that never stopped.
-    """
-    records = [record for record in read_log(path) if keep(record)]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    with disk_errors(path), open(path, "a", encoding="utf-8", buffering=1) as handle:
-        yield lambda record: print(json.dumps(record), file=handle)

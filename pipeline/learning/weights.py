@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..system.machine import InputError, TrainingStopped, atomic_path, disk_errors
+from ..system.errors import InputError, TrainingStopped
+from ..system.files import atomic_path, disk_errors
 
 NESTS = ("state_dict", "model", "state_dict_ema", "model_ema")
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ..competition.targets import ANY_INJURY, COLUMNS, TARGETS
 from ..run.config import PhantomConfig
-from ..system.machine import InputError
-from ..system.pool import Failure, spread
+from ..system.contained import Failure
+from ..system.errors import InputError
+from ..system.pool import spread
 from .anatomy import PHASES, Scan, make_scan
 
 TRAIN, TEST, UNLABELLED = 0, 1, 2

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..system.machine import Ended, InputError, TrainingStopped, disk_errors, end_with, part_of
+from ..system.errors import Ended, InputError, TrainingStopped
+from ..system.files import disk_errors
+from ..system.processes import end_with, part_of
 from .stage import Stage
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..system.machine import InputError
+from ..system.errors import InputError
 from .config import Config, resolved
 
 PRESETS = Path(__file__).parents[1] / "configs"

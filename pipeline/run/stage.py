@@ -3,77 +3,31 @@
 import argparse
 import contextlib
 import fcntl
-import hashlib
-import importlib.metadata
-import json
 import os
-import platform
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..system.machine import InputError, cpu_count, device_used, disk_errors, log, peak_mb, remove_temporaries, world_size, write_json
+from ..system.console import log
+from ..system.errors import InputError
+from ..system.files import disk_errors, remove_temporaries, write_json
+from ..system.machine import cpu_count, device_used, peak_mb, world_size
+from .layout import MAKERS
+from .locks import _flock, _holders
+from .manifest import ROOT, SCHEMA, broken_outputs, digest, git_commit, read_manifest, versions
 
 if TYPE_CHECKING:
     from .config import Config
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = 1
-MAKERS = {
-    "data/phantom": "00_make_phantom",
-    "01_slices": "01_convert_dicom",
-    "02_volumes": "02_build_volumes",
-    "03_folds": "03_make_folds",
-    "04_voco2d": "04_pretrain_voco2d",
-    "05_folds": "05_train_folds",
-    "06_oof": "06_score_oof",
-    "07_submission": "07_predict_test",
-    "08_report": "08_report",
-    "09_ablation": "09_ablate",
-}
-PACKAGES = (
-    "torch", "timm", "numpy", "polars", "dicomsdl", "imagecodecs", "pydicom", "opencv-python-headless", "albumentations", "scikit-learn",
-)  # fmt: skip
 
 
-def digest(value: Any) -> str:
-    """Hex digest of a JSON value, or of a file's bytes when given a Path."""
-    state = hashlib.blake2b(digest_size=16)
-    if isinstance(value, Path):
-        with open(value, "rb") as handle:
-            while block := handle.read(1 << 20):
-                state.update(block)
-    else:
-        state.update(json.dumps(value, sort_keys=True).encode())
-    return state.hexdigest()
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished stage folder, or None where the stage did not finish or wrote another schema."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        log(f"{path} is damaged: the stage runs again")
-        return None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        log(f"{path} was written by another version: the stage runs again")
-        return None
-    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(manifest.get("outputs"), dict):
-        log(f"{path} is damaged: the stage runs again")
-        return None
-    return manifest
 
 
-def broken_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Names of the manifest's outputs that are missing or have another size; contents are `pipeline.run.verify`'s to check."""
-    return [name for name, entry in manifest["outputs"].items() if not _same_size(folder / name, entry)]
 
 
 class Stage:
@@ -252,54 +206,13 @@ class Stage:
             yield
 
 
-def _holders(handle: TextIO) -> str:
-    """Who wrote into a lock file and may still hold it: of this machine's processes those that live."""
-    handle.seek(0)
-    here = f" on {socket.gethostname()}"
-    lines = dict.fromkeys(handle.read().splitlines())
-    return " and ".join(line for line in lines if not line.endswith(here) or _lives(line)) or "a process that has just ended"
 
 
-def _lives(line: str) -> bool:
-    try:
-        os.kill(int(line.split()[1]), 0)
-    except (ValueError, IndexError, ProcessLookupError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
-def _flock(handle: TextIO, kind: int) -> bool:
-    """True where this process now has the lock; also, with a warning, where the file system knows no locks."""
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as fault:
-        log(f"warning: {handle.name} cannot be locked ({fault.strerror}): see to it that no second run uses this folder")
-    return True
 
 
-def _same_size(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"]
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that results depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
-def git_commit() -> str | None:
-    """Commit of the code, `None` outside a git checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -11,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..system.machine import InputError, cpu_count, progress
+from ..system.console import progress
+from ..system.errors import InputError
+from ..system.machine import cpu_count
 from .command import parser
+from .layout import MAKERS
+from .manifest import ROOT, SCHEMA, digest, read_manifest
 from .presets import load_config
-from .stage import MAKERS, ROOT, SCHEMA, digest, read_manifest
 
 PART = 4096  # slices whose answers are waited for at a time
 PATTERNS = ("data/*/manifest.json", "0*/manifest.json", "0*/*/manifest.json", "0*/*/*/manifest.json")

@@ -16,7 +16,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from ..run.config import ConvertConfig
-from ..system.pool import Failure, contained
+from ..system.contained import Failure, contained
 from . import dicom, nifti
 from . import geometry as series
 from .dicom_header import SPARE_BYTES, Unreadable

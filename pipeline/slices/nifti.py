@@ -9,8 +9,8 @@ import numpy as np
 from isal import igzip
 from nibabel import orientations
 
-from .dicom import window
 from .dicom_header import SPARE_BYTES, Unreadable
+from .window import window
 
 MAX_BYTES = 4 << 30
 TO_LPS = np.array([-1.0, -1.0, 1.0])  # NIfTI counts x to the right and y to the front, DICOM to the left and to the back

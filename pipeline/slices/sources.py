@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..run.stage import digest, read_manifest
-from ..system.machine import InputError, log
+from ..run.manifest import digest, read_manifest
+from ..system.console import log
+from ..system.errors import InputError
 
 NIFTI = (".nii", ".nii.gz")
 LABELS = "labels"  # folders of label maps, `labelsTr` and so on, start with this

@@ -18,9 +18,12 @@ import polars as pl
 from isal import isal_zlib
 
 from ..run.config import ConvertConfig, resolved
-from ..run.stage import digest
-from ..system.machine import InputError, atomic_folder, atomic_path, log, progress, remove_folder, remove_temporaries, timed, write_text
-from ..system.pool import KILLED, Failure, spread
+from ..run.manifest import digest
+from ..system.console import log, progress, timed
+from ..system.contained import Failure
+from ..system.errors import InputError
+from ..system.files import atomic_folder, atomic_path, remove_folder, remove_temporaries, write_text
+from ..system.pool import KILLED, spread
 from .convert import SliceImage, arranged, pictures
 from .sources import SIDECAR, VERSION, SeriesTask, list_files, printable, series_folders
 

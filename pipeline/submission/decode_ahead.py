@@ -17,7 +17,8 @@ from joblib.externals.loky import get_reusable_executor  # here, not when two th
 from ..run.config import Config, ConvertConfig, VolumeConfig
 from ..slices.convert import SliceImage, read_series
 from ..slices.sources import SeriesTask, list_files
-from ..system.pool import Failure, spread
+from ..system.contained import Failure
+from ..system.pool import spread
 from ..volumes.store import usable, volume_of
 
 WINDOW = 4  # series a process that are under way or waiting for the model: what bounds memory

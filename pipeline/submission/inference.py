@@ -12,17 +12,20 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..classifier.data import slice_positions, take_slices
 from ..classifier.model import CnnLstm
 from ..classifier.predict import load_classifier, predict
+from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
-from ..folds import trained_files
-from ..metric import value_frame
 from ..run.config import Config, PredictConfig, TrainConfig, decisive, resolved
+from ..run.manifest import trained_files
 from ..run.stage import Stage
 from ..slices.sources import SeriesTask
-from ..system.machine import InputError, log, pick_device, write_text
+from ..system.console import log
+from ..system.errors import InputError
+from ..system.files import write_text
+from ..system.machine import pick_device
+from ..volumes.sampling import slice_positions, take_slices
 from .decode_ahead import Ahead, Decoded
 from .writer import SubmissionWriter
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..competition import tables
-from ..competition.tables import KEY, ROW
+from ..competition import strict_table, tables
+from ..competition.metric import normalise, value_frame
+from ..competition.strict_table import KEY, ROW
 from ..competition.targets import COLUMNS, TARGETS
-from ..metric import normalise, value_frame
-from ..run.stage import read_manifest
-from ..system.machine import InputError, atomic_path, log
+from ..run.manifest import read_manifest
+from ..system.console import log
+from ..system.errors import InputError
+from ..system.files import atomic_path
 
 TOLERANCE = 1e-6
 
@@ -66,8 +68,8 @@ def is_settled(folder: Path) -> bool:
 
 def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:
     """The submission at `path` as a frame; InputError unless it has the sample's columns and patients in order and probabilities."""
-    table = tables.load_table(path, [KEY, *COLUMNS])
-    header = tables.header(path)
+    table = strict_table.load_table(path, [KEY, *COLUMNS])
+    header = strict_table.header(path)
     if header != sample.columns:
         raise InputError("columns or their order are not the sample's", f"{path} row 1", f"write {','.join(sample.columns)}")
     frame = tables.check_predictions(table)
@@ -76,5 +78,5 @@ def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:
     for target in TARGETS:
         off = (pl.sum_horizontal(target.columns) - 1).abs() > TOLERANCE
         rule = (off, target.columns[0], f"the {target.name} columns do not sum to 1", "normalise the group")
-        tables.Table(str(path), frame).refuse(rule)
+        strict_table.Table(str(path), frame).refuse(rule)
     return frame.drop(ROW).select(sample.columns)

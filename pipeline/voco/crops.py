@@ -3,9 +3,10 @@
 Boxes are (y0, x0, y1, x1) in pixels, ends excluded; a box is the same in every slice of its volume.
 """
 
+
+
 from typing import TypeVar
 
-import cv2
 import numpy as np
 
 Boxes = TypeVar("Boxes")  # numpy array or torch tensor
@@ -34,16 +35,8 @@ def overlap_labels(random_boxes: Boxes, base_boxes: Boxes) -> Boxes:
     return sides[..., 0] * sides[..., 1] / (own[..., 0] * own[..., 1])
 
 
-def spread(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
-    """(count,) indices spread evenly over `depth` slices: at `phase` (0 to 1) of each of `count` equal parts, the middle if not told."""
-    return ((np.arange(count) + phase) * depth / count).astype(int)
 
 
-def resize_planes(planes: np.ndarray, size: int) -> np.ndarray:
-    """(S, H, W) to (S, size, size) by area interpolation; as it is where it has that size."""
-    if planes.shape[1:] == (size, size):
-        return np.ascontiguousarray(planes)
-    return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes])
 
 
 def cut(planes: np.ndarray, boxes: np.ndarray) -> np.ndarray:

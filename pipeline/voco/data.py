@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..run.config import VocoConfig
-from ..system.machine import InputError
-from .crops import base_boxes, cut, overlap_labels, random_boxes, resize_planes, spread, turn
+from ..system.errors import InputError
+from ..volumes.sampling import resize_planes, spread
+from .crops import base_boxes, cut, overlap_labels, random_boxes, turn
 
 EVALUATION = 1 << 30  # the "step" of the fixed evaluation crops, which no training step reaches
 Batch = dict[str, Any]

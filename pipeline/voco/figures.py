@@ -11,12 +11,12 @@ import torch
 from ..learning.checkpoint import load_checkpoint
 from ..learning.distributed import World
 from ..run.config import Config
-from ..system.machine import atomic_path
+from ..system.files import atomic_path
 from .crops import base_boxes, cut, overlap_labels, random_boxes
 from .data import EVALUATION, VocoSamples, choose_volumes
 from .losses import similarity
 from .model import VocoNet
-from .pretrain import start
+from .step import start
 
 COLOURS = ("tab:orange", "tab:cyan", "tab:pink", "tab:olive")
 SHOWN = 4  # random crops

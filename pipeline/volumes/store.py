@@ -12,10 +12,13 @@ import numpy as np
 import polars as pl
 
 from ..run.config import VolumeConfig, resolved
-from ..run.stage import digest
+from ..run.manifest import digest
 from ..slices.sources import SIDECAR, VOLUME_VERSION
-from ..system.machine import InputError, atomic_path, log, progress, remove_temporaries, write_json
-from ..system.pool import Failure, spread
+from ..system.console import log, progress
+from ..system.contained import Failure
+from ..system.errors import InputError
+from ..system.files import atomic_path, remove_temporaries, write_json
+from ..system.pool import spread
 from .build import Volume, build_volume, common_size
 
 INDEX = "index.parquet"

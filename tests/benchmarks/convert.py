@@ -38,7 +38,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless
 from scipy import ndimage
 
 from pipeline.run.config import ConvertConfig
-from pipeline.slices import dicom
+from pipeline.slices import dicom, window
 from pipeline.slices import store as slice_store
 from pipeline.slices.sources import SeriesTask, fingerprints
 from pipeline.slices.store import convert_all
@@ -160,7 +160,7 @@ def processes(data: Path, rounds: int, slices: int = 96) -> None:
 
 def png(data: Path, rounds: int, slices: int = 8) -> None:
     """Table of PNG settings."""
-    pictures = [dicom.window(hounsfield(seed)) for seed in range(slices)]
+    pictures = [window.window(hounsfield(seed)) for seed in range(slices)]
     settings: dict[str, list[int]] = {"OpenCV, its default": []}
     for strategy in ("DEFAULT", "FILTERED", "HUFFMAN_ONLY", "RLE", "FIXED"):
         for name in ("FILTER_SUB", "FILTER_UP", "FILTER_AVG", "FILTER_PAETH", "ALL_FILTERS"):

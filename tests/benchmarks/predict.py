@@ -27,7 +27,8 @@ from pipeline.phantom.dataset import SeriesPlan, write_series
 from pipeline.run.config import Config, PhantomConfig
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Stage
-from pipeline.system.machine import seed_everything, write_json
+from pipeline.system.files import write_json
+from pipeline.system.machine import seed_everything
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPETITION, HOURS = 1100, 9  # patients, and the notebook's time limit

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from pipeline.competition.metric import value_frame
 from pipeline.competition.targets import TARGETS
 from pipeline.evaluation.calibration import softmax
-from pipeline.metric import value_frame
-from pipeline.system.machine import timed
+from pipeline.system.console import timed
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENTS, SERIES = 3147, 4711

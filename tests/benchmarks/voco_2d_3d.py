@@ -25,8 +25,8 @@ from pipeline.learning.backbone import create_backbone
 from pipeline.learning.distributed import World
 from pipeline.learning.optimise import adamw, autocast, ema_update
 from pipeline.run.presets import load_config
-from pipeline.system.machine import timed
-from pipeline.voco import pretrain
+from pipeline.system.console import timed
+from pipeline.voco import step
 from pipeline.voco.losses import base_regularisation, position_loss, similarity
 
 CROPS, TILES = 20, 16  # of one volume: 16 base and 4 random crops, and the tiles of a whole volume
@@ -73,8 +73,8 @@ def step_3d(device: torch.device, base: int, random: int) -> Callable[[], object
 def step_2d(device: torch.device) -> Callable[[], object]:
     """One step of the 2D method; the batch of two volumes that it needs counts as two."""
     config = load_config("paper", ("pretrain.init=scratch", "pretrain.batch=2"))
-    run, batch = pretrain.start(config, World(0, 1, device)), batch_of(config)
-    return lambda: pretrain.train_step(run, batch)
+    run, batch = step.start(config, World(0, 1, device)), batch_of(config)
+    return lambda: step.train_step(run, batch)
 
 
 def latency(kind: str, device: torch.device, tiles: int) -> Callable[[], object]:

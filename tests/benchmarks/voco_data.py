@@ -17,9 +17,10 @@ from scipy import ndimage
 
 from pipeline.run.config import Config
 from pipeline.run.presets import load_config
-from pipeline.system.machine import timed
-from pipeline.voco.crops import base_boxes, random_boxes, resize_planes
+from pipeline.system.console import timed
+from pipeline.voco.crops import base_boxes, random_boxes
 from pipeline.voco.data import VocoSamples
+from pipeline.volumes.sampling import resize_planes
 
 
 def write_volumes(folder: Path, config: Config, depth: int) -> None:

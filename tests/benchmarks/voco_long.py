@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.learning.optimise import read_log
+from pipeline.learning.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,8 @@ from pipeline.learning.backbone import normalise
 from pipeline.learning.distributed import World
 from pipeline.run.config import Config
 from pipeline.run.presets import load_config
-from pipeline.voco import pretrain
+from pipeline.voco import step as voco_step
+from pipeline.voco.data import Batch
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}  # dense bf16 or fp16, from the makers' data sheets
 
@@ -52,7 +53,7 @@ class PublishedStep:
         features = net[0](crops.reshape(B * P * S, 1, h, w)).flatten(1).view(B * P, S, -1).mean(1)
         return net[1](features).view(B, P, -1)
 
-    def __call__(self, batch: pretrain.Batch) -> float:
+    def __call__(self, batch: Batch) -> float:
         crops, overlap = normalise(batch["crops"].to(self.device)), batch["overlap"].to(self.device)
         R = self.options.random_crops
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"):
@@ -84,15 +85,15 @@ class PublishedStep:
         return total / B
 
 
-def make(kind: str, config: Config, device: torch.device) -> Callable[[pretrain.Batch], object]:
+def make(kind: str, config: Config, device: torch.device) -> Callable[[Batch], object]:
     """A step function: `published` or `ours`."""
     if kind == "published":
         return PublishedStep(config, device)
-    run = pretrain.start(config, World(0, 1, device))
-    return lambda batch: pretrain.train_step(run, batch)
+    run = voco_step.start(config, World(0, 1, device))
+    return lambda batch: voco_step.train_step(run, batch)
 
 
-def batch_of(config: Config) -> pretrain.Batch:
+def batch_of(config: Config) -> Batch:
     """Random crops: time and memory do not depend on what they show."""
     options = config.pretrain
     side, P = options.image_size // options.grid, options.random_crops + options.grid**2

@@ -9,7 +9,8 @@ import pytest
 from helpers_faults import copy, plain_lines, products, run, temporaries
 from test_stops import FOLDERS
 
-from pipeline.system.machine import InputError, disk_errors
+from pipeline.system.errors import InputError
+from pipeline.system.files import disk_errors
 
 REMEDY = "make room or choose another --out, then run again"
 

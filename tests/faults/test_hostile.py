@@ -17,7 +17,7 @@ from pydicom import dcmread
 from safetensors.torch import load_file, save_file
 from test_disk import refused
 
-from pipeline.run.stage import read_manifest
+from pipeline.run.manifest import read_manifest
 
 HTML = "<script>alert(1)<b>"
 TAG = "<img src=x onerror=alert(1)>"

@@ -17,9 +17,12 @@ from test_disk import refused
 from pipeline.learning.optimise import check_finite
 from pipeline.run import verify
 from pipeline.run.command import main, parser
+from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Stage, digest, read_manifest
-from pipeline.system.machine import InputError, atomic_folder, peak_mb
+from pipeline.run.stage import Stage
+from pipeline.system.errors import InputError
+from pipeline.system.files import atomic_folder
+from pipeline.system.machine import peak_mb
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers_faults import alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
 
-from pipeline.learning.optimise import StopSignal
+from pipeline.learning.interrupt import StopSignal
 from pipeline.system.pool import spread
 
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM

@@ -10,7 +10,7 @@ from test_disk import refused
 
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS
-from pipeline.system.machine import InputError
+from pipeline.system.errors import InputError
 
 HEALTHY, PRIOR = "1,0,1,0,1,0,0,1,0,0,1,0,0", ",".join(["0.5"] * 13)
 TABLES = {
