@@ -6,23 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers_faults import copy, plain_lines, products, run, temporaries
-from test_stops import FOLDERS
+from helpers_faults import FOLDERS, copy, products, refused, run, temporaries
 
 from pipeline.system.errors import InputError
 from pipeline.system.files import disk_errors
 
 REMEDY = "make room or choose another --out, then run again"
-
-
-def refused(code: int, text: str, *parts: str) -> None:
-    """Exit code 2 and one line `error: ...` that has all `parts`."""
-    lines = plain_lines(text)
-    assert code == 2, text
-    assert len(lines) == 1, text
-    assert lines[0].startswith("error: ")
-    for part in parts:
-        assert part in lines[0]
 
 
 # files of a stage are larger than this, so that a write of it fails: DICOM, PNG, arrays, CSV (Rust), checkpoint (C++), parquet (Rust)

@@ -12,10 +12,9 @@ import polars as pl
 import pytest
 import torch
 from helpers_dicom import dataset, pattern, to_bytes
-from helpers_faults import copy, run
+from helpers_faults import copy, refused, run
 from pydicom import dcmread
 from safetensors.torch import load_file, save_file
-from test_disk import refused
 
 from pipeline.run.manifest import read_manifest
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, products, run, start, temporaries, wait_for
+from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, products, refused, run, start, temporaries, wait_for
 from helpers_stages import content
-from test_disk import refused
 
 from pipeline.learning.optimise import check_finite
 from pipeline.run import verify

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_faults import alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
+from helpers_faults import FOLDERS, alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
 
 from pipeline.learning.interrupt import StopSignal
 from pipeline.system.pool import spread
@@ -15,8 +15,6 @@ from pipeline.system.pool import spread
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 LINE = "stopped: run the same command again to go on"
 FORCED = LINE.replace("again", "again without --force")  # which would begin anew
-FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "03_folds", "04": "04_voco2d", "05": "05_folds",
-           "06": "06_oof", "07": "07_submission", "08": "08_report"}  # fmt: skip
 
 
 # where each stage is held when the signal comes: in a worker process, in the middle of a write, in training
@@ -97,7 +95,7 @@ def test_run_all_hands_a_stop_on_to_its_stage(smoke, tmp_path, number):
 
 def test_killed_at_random_moments_the_run_ends_with_the_same_submission(smoke, tmp_path):
     """A few of the kills that `kill_loop.py --kills 40` makes over the whole run."""
-    loop = Path(__file__).with_name("kill_loop.py")
+    loop = Path(__file__).parents[1] / "tools" / "kill_loop.py"
     command = [sys.executable, str(loop), "--kills", "2", "--reference", str(smoke), "--begin", "06_oof", "--work", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from helpers_faults import refused
 from helpers_stages import run_stage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_disk import refused
 
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS

@@ -21,7 +21,7 @@ from pipeline.competition.targets import COLUMNS, SCORE_KEYS
 from pipeline.evaluation import metrics as metric_extra
 from pipeline.system.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEALTHY_ROW = [1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]
 
 

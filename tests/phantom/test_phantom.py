@@ -20,7 +20,7 @@ from pipeline.phantom.anatomy import PHASES, make_scan
 from pipeline.phantom.dataset import FAULTS, FOLDERS, HEADERS, STORAGE, SYNTAXES, draw_labels, make_plan, write_dataset
 from pipeline.run.config import PhantomConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = PhantomConfig(train_patients=24, test_patients=3, unlabelled_patients=5, image_size=64, slices_min=12, slices_max=15)
 HEALTHY = dict.fromkeys(("bowel", "extravasation", "kidney", "liver", "spleen"), 0)
 SEED = 5

@@ -5,19 +5,13 @@ import re
 import numpy as np
 import polars as pl
 import pytest
+from helpers_scores import PATIENTS, PRIOR, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.competition.targets import COLUMNS, group_slices
 from pipeline.submission.writer import SubmissionWriter, check_submission
 from pipeline.system.errors import InputError
-
-PRIOR = np.array([0.9, 0.1, 0.5, 0.5, 0.8, 0.1, 0.1, 0.7, 0.2, 0.1, 0.6, 0.2, 0.2])
-PATIENTS = ["50046", "7", "63706"]
-
-
-def sample(columns=COLUMNS, patients=PATIENTS):
-    return pl.DataFrame({"patient_id": patients}).with_columns(pl.lit(0.5).alias(name) for name in columns)
 
 
 def test_everyone_has_the_prior_until_predicted(tmp_path):

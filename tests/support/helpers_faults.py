@@ -11,9 +11,11 @@ from pathlib import Path
 
 from helpers_stages import ROOT, STAGES, content, environment
 
-SHIM = Path(__file__).parent / "faults" / "shim"
+SHIM = Path(__file__).parents[1] / "tools" / "shim"
 PATIENCE_S = 240  # for what takes seconds on an idle machine
 CHANGING = ("manifest.json", "log.jsonl", ".lock", ".ckpt", "tfevents", "index.html")  # files that hold times
+FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "03_folds", "04": "04_voco2d", "05": "05_folds",
+           "06": "06_oof", "07": "07_submission", "08": "08_report"}  # fmt: skip
 
 
 def start(name: str, out: Path, *arguments: str, fault: str = "", stage: str = "", ignore_interrupt: bool = False) -> subprocess.Popen:
@@ -99,3 +101,13 @@ def copy(run_folder: Path, target: Path, *without: str) -> Path:
 def plain_lines(text: str) -> list[str]:
     """Lines of standard error that are no time-stamped log."""
     return [line for line in text.splitlines() if line.strip() and not line[:8].replace(":", "").isdigit()]
+
+
+def refused(code: int, text: str, *parts: str) -> None:
+    """Exit code 2 and one line `error: ...` that has all `parts`."""
+    lines = plain_lines(text)
+    assert code == 2, text
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]

@@ -37,7 +37,7 @@ from pipeline.voco.model import make_teacher
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = ("model.backbone=test_resnet", "pretrain.batch=4", "pretrain.holdout=2", "pretrain.lr=1e-3")
 DESCENT = (*TINY, "pretrain.lr=2e-3", "pretrain.clip=1e9", "pretrain.amp=false")  # for helpers_gloo: the gradient's scale counts
-HELPER = Path(__file__).with_name("helpers_gloo.py")
+HELPER = Path(__file__).parents[1] / "support" / "helpers_gloo.py"
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +394,7 @@ def ranks(volumes, fault):
     launch = "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"
     command = [sys.executable, "-m", "torch.distributed.run", *launch, f"--log-dir={volumes.parent / 'ranks'}", str(HELPER), fault,
                "--config=smoke", f"--out={volumes.parent}", "--device=cpu", *DESCENT]  # fmt: skip
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[1])}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[2])}
     return subprocess.run(command, env=shared, capture_output=True, text=True, timeout=400)
 
 

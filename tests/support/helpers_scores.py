@@ -66,3 +66,11 @@ def naive_score(labels: list[list[float]], rows: list[list[float]]) -> dict[str,
     table["any_injury"] = above / below
     table["score"] = sum(table.values()) / 6
     return table
+
+
+PRIOR = np.array([0.9, 0.1, 0.5, 0.5, 0.8, 0.1, 0.1, 0.7, 0.2, 0.1, 0.6, 0.2, 0.2])
+PATIENTS = ["50046", "7", "63706"]
+
+
+def sample(columns=COLUMNS, patients=PATIENTS):
+    return pl.DataFrame({"patient_id": patients}).with_columns(pl.lit(0.5).alias(name) for name in columns)

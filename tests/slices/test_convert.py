@@ -34,7 +34,7 @@ from pipeline.volumes import store as volume_store
 from pipeline.volumes.store import build_all
 
 PLAIN = ConvertConfig()
-STAGE = Path(__file__).resolve().parents[1] / "stages" / "01_convert_dicom.py"
+STAGE = Path(__file__).resolve().parents[2] / "stages" / "01_convert_dicom.py"
 COLUMNS = ["patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
            "flags", "decoder", "transfer_syntax", "crc32", "png"]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Take each guard out of the product, one at a time, and see its test fail.
 
-    python tests/faults/mutate.py [WORD ...]        all guards, or those whose line has one of the words
+    python tests/tools/mutate.py [WORD ...]        all guards, or those whose line has one of the words
 
 The product is copied, each row of GUARDS is applied to the copy (the text must be there exactly once), its test is run, and the text
 put back. Exit code 0 where every test failed; a row whose test passed is a guard that nothing watches.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPS, DISK, STATE, HOSTILE, TABLES = (f"faults/test_{name}.py::test_" for name in ("stops", "disk", "state", "hostile", "wrong_tables"))
-LOOP = "test_pretrain.py::test_"
-ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (f"pipeline/{name}.py" for name in ("run/stage", "run/command", "system/machine", "system/pool"))
+LOOP = "voco/test_pretrain.py::test_"
+ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (f"pipeline/{name}.py" for name in ("run/stage", "run/command", "system/files", "system/pool"))
 
 # file, text of the guard, what stands there without it, the test that must fail (below tests/)
 GUARDS = (
@@ -27,10 +27,10 @@ GUARDS = (
     (ARTIFACTS, ' and manifest["fingerprint"] == fingerprint', "", STATE + "a_killed_redo"),
     (ARTIFACTS, "not broken and ", "", STATE + "an_artifact[02-"),
     (ARTIFACTS, "if broken := list(filter(needed, broken_outputs(folder, manifest))):", "if broken := []:", STATE + "an_artifact[07-06"),
-    (ARTIFACTS, ' or manifest.get("schema") != SCHEMA', "", STATE + "a_manifest_that[changes0]"),
-    (ARTIFACTS, 'if not isinstance(manifest.get("fingerprint"), str) or', "if", STATE + "a_manifest_that[changes2]"),
-    (ARTIFACTS, ' or not isinstance(manifest.get("outputs"), dict)', "", STATE + "a_manifest_that[changes4]"),
-    (ARTIFACTS, "    except ValueError:\n", "    except KeyError:\n", STATE + "a_half_written"),
+    ("pipeline/run/manifest.py", ' or manifest.get("schema") != SCHEMA', "", STATE + "a_manifest_that[changes0]"),
+    ("pipeline/run/manifest.py", 'if not isinstance(manifest.get("fingerprint"), str) or', "if", STATE + "a_manifest_that[changes2]"),
+    ("pipeline/run/manifest.py", ' or not isinstance(manifest.get("outputs"), dict)', "", STATE + "a_manifest_that[changes4]"),
+    ("pipeline/run/manifest.py", "    except ValueError:\n", "    except KeyError:\n", STATE + "a_half_written"),
     (ARTIFACTS, "while not _flock(handle, kind):", "while False:", STATE + "a_second_run"),
     (ARTIFACTS, "if folder.is_relative_to(self.out):", "if False:", STATE + "a_second_run"),
     (COMMAND, "if handler != signal.SIG_IGN:", "if True:", STOPS + "an_ignored"),
@@ -40,11 +40,11 @@ GUARDS = (
     (COMMAND, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
     (ARTIFACTS, "round(time.monotonic() - self.started", "round(time.time() - self.started", STATE + "a_clock"),
     (PARALLEL, "            with deaf():\n", "            if True:\n", STOPS + "workers_are"),
-    (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', "test_damage.py::test_a_pool"),
+    (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', "slices/test_damage.py::test_a_pool"),
     (PARALLEL, "        except lost:\n", "        except ZeroDivisionError:\n", STATE + "a_worker[01"),
-    (PARALLEL, "        end_with(parent)\n", "        pass\n", "test_damage.py::test_workers_end"),
-    (PARALLEL, "sorted(begun & open_tasks.keys() or open_tasks.keys())", "sorted(open_tasks)", "test_damage.py::test_a_killer"),
-    (PARALLEL, "            _die_with(parent)\n", "            pass\n", "test_damage.py::test_an_orphaned"),
+    (PARALLEL, "        end_with(parent)\n", "        pass\n", "slices/test_damage.py::test_workers_end"),
+    (PARALLEL, "sorted(begun & open_tasks.keys() or open_tasks.keys())", "sorted(open_tasks)", "slices/test_damage.py::test_a_killer"),
+    ("pipeline/system/contained.py", "            _die_with(parent)\n", "            pass\n", "slices/test_damage.py::test_an_orphaned"),
     (RUNTIME, "                _probe(temporary)\n", "                pass\n", DISK + "a_failing_write[04"),
     (RUNTIME, "    errno.EFBIG:", "    -1:", DISK + "a_failing_write[03"),
     (RUNTIME, "    errno.ENOSPC:", "    -1:", DISK + "a_full_device"),
@@ -57,19 +57,19 @@ GUARDS = (
     (RUNTIME, "path = Path(entry.path)\n", "path = Path(entry.path).resolve()\n", HOSTILE + "a_link"),
     ("run_all.sh", "trap 'stop 143' TERM\n", "", STOPS + "run_all_hands_a_stop_on_to_its_stage[15]"),
     ("run_all.sh", "trap 'stop 130' INT\n", "", STOPS + "run_all_hands_a_stop_on_to_its_stage[2]"),
-    ("pipeline/classifier/side_by_side.py", "            _end(running)\n", "            pass\n", "test_train_folds.py::test_folds_end"),
-    ("pipeline/classifier/side_by_side.py", "    with deaf():\n", "    if True:\n", "test_train_folds.py::test_folds_end[2"),
-    (COMMAND, "        end_with(", "        int(", "test_train_folds.py::test_folds_end[9"),
-    ("pipeline/learning/optimise.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]", STOPS + "training_leaves"),
-    ("pipeline/voco/pretrain.py", "engine.StopSignal(world.size > 1)", "engine.StopSignal()", LOOP + "two_ranks"),
+    ("pipeline/classifier/side_by_side.py", "            _end(running)\n", "            pass\n", "classifier/test_train_folds.py::test_folds_end"),
+    ("pipeline/classifier/side_by_side.py", "    with deaf():\n", "    if True:\n", "classifier/test_train_folds.py::test_folds_end[2"),
+    (COMMAND, "        end_with(", "        int(", "classifier/test_train_folds.py::test_folds_end[9"),
+    ("pipeline/learning/interrupt.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]", STOPS + "training_leaves"),
+    ("pipeline/voco/pretrain.py", "StopSignal(world.size > 1)", "StopSignal()", LOOP + "two_ranks"),
     ("pipeline/voco/pretrain.py", "keep=not fresh", "keep=False", LOOP + "checkpoints_of"),
     ("pipeline/voco/pretrain.py", "(1 if last else options.collapse_patience)", "options.collapse_patience", LOOP + "a_run_that_ends"),
-    ("pipeline/classifier/fold.py", "part.current(inputs, sections, whole=False)\n", "pass\n", "test_train_folds.py::test_forced"),
-    ("pipeline/classifier/predict.py", "if amp and not outputs.isfinite().all()", "if False", "test_inference.py::test_what_overflows"),
-    ("pipeline/learning/optimise.py", 'if "DataLoader worker" not in str(fault):', "if True:", STATE + "a_killed_loader"),
+    ("pipeline/classifier/fold.py", "part.current(inputs, sections, whole=False)\n", "pass\n", "classifier/test_train_folds.py::test_forced"),
+    ("pipeline/classifier/predict.py", "if amp and not outputs.isfinite().all()", "if False", "submission/test_inference.py::test_what_overflows"),
+    ("pipeline/learning/interrupt.py", 'if "DataLoader worker" not in str(fault):', "if True:", STATE + "a_killed_loader"),
     ("pipeline/learning/optimise.py", "if not all(math.isfinite(value) for value in terms.values()):", "if False:", STATE + "training_that"),
-    ("pipeline/classifier/train.py", "        if self.stop.signum:\n", "        if False:\n", "test_training.py::test_a_stop"),
-    ("pipeline/classifier/train.py", '"fingerprint": self.data.fingerprint', '"fingerprint": ""', "test_training.py::test_checkpoint_of_other"),
+    ("pipeline/classifier/train.py", "        if self.stop.signum:\n", "        if False:\n", "classifier/test_training.py::test_a_stop"),
+    ("pipeline/classifier/train.py", '"fingerprint": self.data.fingerprint', '"fingerprint": ""', "classifier/test_training.py::test_checkpoint_of_other"),
     ("pipeline/slices/sources.py", "entry.stat().st_mtime_ns", "0", STATE + "a_clock"),
     ("pipeline/slices/sources.py", "if entry.is_symlink() and outside(os.fspath(entry)):", "if False:", HOSTILE + "hostile_files"),
     ("pipeline/slices/sources.py", "for entry in [] if outside(folder) else entries:", "for entry in entries:", HOSTILE + "hostile_files"),
@@ -88,9 +88,9 @@ GUARDS = (
     ("pipeline/run/verify.py", 'digest(made["outputs"]) != manifest["inputs"][source]', "False", STATE + "verify_sees"),
     ("pipeline/run/verify.py", "and name not in manifests)", "and False)", STATE + "verify_names"),
     ("pipeline/run/config.py", 'extra="forbid"', 'extra="ignore"', TABLES + "a_mistyped"),
-    ("pipeline/competition/tables.py", '''"has path parts": cell.str.contains(r"[/\\\\]|\\.\\.|^\\."),''', "", HOSTILE + "ids"),
-    ("pipeline/competition/tables.py", "(~value.is_finite(), column,", "(pl.lit(False), column,", TABLES + "any_wrong_cell[oof"),
-    ("pipeline/competition/tables.py", "    table.refuse((again, columns[-1],", "    table.refuse((again & False, columns[-1],", TABLES + "a_missing"),
+    ("pipeline/competition/strict_table.py", '''"has path parts": cell.str.contains(r"[/\\\\]|\\.\\.|^\\."),''', "", HOSTILE + "ids"),
+    ("pipeline/competition/strict_table.py", "(~value.is_finite(), column,", "(pl.lit(False), column,", TABLES + "any_wrong_cell[oof"),
+    ("pipeline/competition/strict_table.py", "    table.refuse((again, columns[-1],", "    table.refuse((again & False, columns[-1],", TABLES + "a_missing"),
     ("pipeline/competition/tables.py", 'rules.append((total > 1,', 'rules.append((total > 9,', TABLES + "the_stage[train.csv"),
     ("pipeline/competition/tables.py", "        table.refuse((wrong,", "        table.refuse((wrong & False,", TABLES + "the_stage[train_series"),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from pipeline.evaluation.calibration import Calibration, fit, fit_prior, objecti
 from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = load_config("smoke", ["score.bootstrap=20"])
 LABELS = one_hot(120, seed=5)
 

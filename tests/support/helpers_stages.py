@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cv2
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = sorted((ROOT / "stages").glob("0*.py"))
 
 

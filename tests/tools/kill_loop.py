@@ -1,6 +1,6 @@
 """Kill the smoke run again and again, at random moments and inside writes: every rerun must end with the submission of an undisturbed run.
 
-    python tests/faults/kill_loop.py --kills 40
+    python tests/tools/kill_loop.py --kills 40
 
 A trial starts from an empty folder: run_all.sh is killed (SIGKILL to its whole process group), run again, perhaps killed again, and at
 last left alone. Half of the kills come at a random moment, half when a random stage writes a random byte of one of its files. In the end
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from helpers_faults import PATIENCE_S, copy, none_alive, run, start, temporaries  # noqa: E402
 
 SUBMISSION, STAGES = Path("07_submission", "submission.csv"), ("00", "01", "02", "03", "04", "05", "06", "07", "08")

@@ -16,7 +16,7 @@ from pipeline.learning import optimise
 from pipeline.system.errors import InputError
 from pipeline.voco import pretrain, step
 
-STAGE = Path(__file__).resolve().parents[1] / "stages" / "04_pretrain_voco2d.py"
+STAGE = Path(__file__).resolve().parents[2] / "stages" / "04_pretrain_voco2d.py"
 
 
 def descent(module: torch.nn.Module, lr: float, *options: object) -> torch.optim.Optimizer:

@@ -16,8 +16,8 @@ import polars as pl
 import psutil
 import pytest
 import torch
+from helpers_scores import PRIOR, sample
 from helpers_stages import ROOT, environment, run_stage
-from test_submission import PRIOR, sample
 
 from pipeline.classifier.predict import load_classifier, predict
 from pipeline.competition.metric import aggregate, value_frame
