@@ -1,7 +1,5 @@
 """Cross-validation folds over patients, stratified by all five targets and the number of series."""
 
-
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,29 +16,44 @@ TOLERANCE = 0.15
 
 
 def strata(labels: pl.DataFrame, series: pl.DataFrame) -> pl.DataFrame:
-    """Patients in order of their ids with one 0/1 column per class (13) and per series count (0, 1, 2, 3 or more) that occurs."""
+    """Patients in order of their ids with one 0/1 column per class (13) and per series count (0, 1,
+    2, 3 or more) that occurs.
+    """
     counts = series.group_by(KEY).len("series")
     frame = labels.select(KEY, *COLUMNS).join(counts, on=KEY, how="left").sort(KEY)
     number = frame["series"].fill_null(0).clip(0, 3)
-    columns = [(number == value).cast(pl.Int8).alias(f"series_{value}") for value in sorted(number.unique())]
+    columns = [
+        (number == value).cast(pl.Int8).alias(f"series_{value}")
+        for value in sorted(number.unique())
+    ]
     return frame.drop("series").with_columns(columns)
 
 
 def imbalance(folds: np.ndarray, matrix: np.ndarray, count: int) -> float:
-    """Largest distance of a class count from its share of a fold, in units of the larger of 15 percent and one patient."""
+    """Largest distance of a class count from its share of a fold, in units of the larger of 15
+    percent and one patient.
+    """
     share = matrix.sum(axis=0) / count
     counts = np.stack([matrix[folds == fold].sum(axis=0) for fold in range(count)])
     return float((np.abs(counts - share) / np.maximum(1.0, TOLERANCE * share)).max())
 
 
-def make_folds(labels: pl.DataFrame, series: pl.DataFrame, count: int, seed: int, key: str = "folds.count") -> pl.DataFrame:
-    """`patient_id, fold` (0..count-1) of the labelled patients; the same for any order of the rows. `key` is where `count` comes from.
+def make_folds(
+    labels: pl.DataFrame, series: pl.DataFrame, count: int, seed: int, key: str = "folds.count"
+) -> pl.DataFrame:
+    """`patient_id, fold` (0..count-1) of the labelled patients; the same for any order of the rows.
+    `key` is where `count` comes from.
 
-    MultilabelStratifiedKFold draws ties at random, which small tables feel: of up to `SEEDS` seeds derived from
-    `seed` the first within 15 percent (or one patient) of every share is taken, else the best.
+    MultilabelStratifiedKFold draws ties at random, which small tables feel: of up to `SEEDS` seeds
+    derived from `seed` the first within 15 percent (or one patient) of every share is taken, else
+    the best.
     """
     if labels.height < 2 * count:
-        raise InputError(f"{labels.height} patients are too few for {count} folds", key, "use fewer folds or more patients")
+        raise InputError(
+            f"{labels.height} patients are too few for {count} folds",
+            key,
+            "use fewer folds or more patients",
+        )
     frame = strata(labels, series)
     matrix = frame.drop(KEY).to_numpy().astype(np.int64)
     best, least = None, np.inf
@@ -65,13 +78,20 @@ def _splits(matrix: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def label_subset(patients: list[str], labels: np.ndarray, fraction: float, seed: int) -> set[str]:
-    """The share `fraction` of `patients` (N,), stratified by their labels (N, 13); for one seed a smaller share is part of a larger one.
+    """The share `fraction` of `patients` (N,), stratified by their labels (N, 13); for one seed a
+    smaller share is part of a larger one.
 
-    Patients are taken one by one: of a random order the first that keeps the class counts nearest to what so many should have.
+    Patients are taken one by one: of a random order the first that keeps the class counts nearest
+    to what so many should have.
     """
     order = np.random.default_rng([seed, 13]).permutation(np.argsort(patients))
     rows, share = labels[order].astype(np.float64), labels.mean(axis=0, dtype=np.float64)
-    weight, counts, left, taken = 1 / np.maximum(share, 1e-9), np.zeros_like(share), np.ones(len(order), bool), []
+    weight, counts, left, taken = (
+        1 / np.maximum(share, 1e-9),
+        np.zeros_like(share),
+        np.ones(len(order), bool),
+        [],
+    )
     for number in range(1, max(1, round(fraction * len(order))) + 1):
         distance = ((counts + rows - number * share) ** 2 * weight).sum(axis=1)
         taken.append(int(np.where(left, distance, np.inf).argmin()))
@@ -80,19 +100,40 @@ def label_subset(patients: list[str], labels: np.ndarray, fraction: float, seed:
 
 
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
-    """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with `labels`) in none."""
+    """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with
+    `labels`) in none.
+    """
     table = strict_table.load_table(path, [KEY, "fold"])
     strict_table.check_ids(table, KEY)
-    distinct = strict_table.Table(table.name, table.frame.unique([KEY, "fold"], keep="first", maintain_order=True))
-    distinct.refuse((~pl.col(KEY).is_first_distinct(), KEY, "patient {value} is in two folds", "remove the file and run stage 03 again"))
+    distinct = strict_table.Table(
+        table.name, table.frame.unique([KEY, "fold"], keep="first", maintain_order=True)
+    )
+    distinct.refuse(
+        (
+            ~pl.col(KEY).is_first_distinct(),
+            KEY,
+            "patient {value} is in two folds",
+            "remove the file and run stage 03 again",
+        )
+    )
     strict_table.check_unique(table, KEY)
-    frame = strict_table.numbers(table, ["fold"]).frame.with_columns(pl.col("fold").cast(pl.Int64)).drop(ROW)
-    missing = labels.join(frame, on=KEY, how="anti", maintain_order="left")[KEY] if labels is not None else []
+    frame = (
+        strict_table.numbers(table, ["fold"])
+        .frame.with_columns(pl.col("fold").cast(pl.Int64))
+        .drop(ROW)
+    )
+    missing = (
+        labels.join(frame, on=KEY, how="anti", maintain_order="left")[KEY]
+        if labels is not None
+        else []
+    )
     if len(missing):
-        raise InputError(f"patient {missing[0]!r} is in no fold", str(path), "remove the file and run stage 03 again")
+        raise InputError(
+            f"patient {missing[0]!r} is in no fold",
+            str(path),
+            "remove the file and run stage 03 again",
+        )
     return frame
-
-
 
 
 def class_counts(folds: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFrame) -> pl.DataFrame:
@@ -106,5 +147,8 @@ def format_counts(counts: pl.DataFrame) -> str:
     """The counts as aligned text, one line a class and one column a fold."""
     heads = [f"fold {fold}" for fold in counts["fold"]]
     lines = [f"{'':<24}" + "".join(f"{head:>9}" for head in heads)]
-    lines += [f"{name:<24}" + "".join(f"{value:>9}" for value in counts[name]) for name in counts.columns[1:]]
+    lines += [
+        f"{name:<24}" + "".join(f"{value:>9}" for value in counts[name])
+        for name in counts.columns[1:]
+    ]
     return "\n".join(lines)

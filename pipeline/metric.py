@@ -1,6 +1,8 @@
-"""The competition's score in float64: weighted log loss per target and for `any_injury`, and their plain mean.
+"""The competition's score in float64: weighted log loss per target and for `any_injury`, and their
+plain mean.
 
-`python -m pipeline.metric SOLUTION.csv SUBMISSION.csv [--json]` scores one submission against `train.csv`-like labels.
+`python -m pipeline.metric SOLUTION.csv SUBMISSION.csv [--json]` scores one submission against
+`train.csv`-like labels.
 """
 
 import argparse
@@ -25,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     columns = [KEY, *COLUMNS]
     try:
         solution = strict_table.load_table(options.solution, columns, [ANY_INJURY])
-        result = score_arrays(*align(solution, strict_table.load_table(options.submission, columns)))
+        result = score_arrays(
+            *align(solution, strict_table.load_table(options.submission, columns))
+        )
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2

@@ -2,10 +2,12 @@
 
 Reads   <data>/train_series_meta.csv, <data>/train_images/<patient>/<series>/*.dcm,
         <data>/unlabelled/<patient>/<series>/*.dcm and <data>/unlabelled/[<folder>/]*.nii[.gz]
-Writes  <out>/01_slices/<patient>/<series>/<instance>.png, index.parquet, quarantine.csv, manifest.json
+Writes  <out>/01_slices/<patient>/<series>/<instance>.png, index.parquet, quarantine.csv,
+manifest.json
 
-Series that are done and unchanged are skipped. --scheduler tcp://HOST:PORT converts on a Dask cluster; data and output folders
-must be on a file system that all its machines share under the same path.
+Series that are done and unchanged are skipped. --scheduler tcp://HOST:PORT converts on a Dask
+cluster; data and output folders must be on a file system that all its machines share under the same
+path.
 """
 
 import argparse
@@ -17,7 +19,11 @@ from pipeline.run.stage import Stage
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     """The flag that only stages 01 and 02 have."""
-    flags.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to work on (default: processes on this machine)")
+    flags.add_argument(
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="Dask scheduler to work on (default: processes on this machine)",
+    )
 
 
 def run(stage: Stage) -> None:
@@ -28,13 +34,27 @@ def run(stage: Stage) -> None:
     data = stage.image_data
     tasks = sources.plan(data, tables.read_series(data, "train"))
     prints = sources.fingerprints(tasks, data)
-    series = digest([[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)])
-    if stage.current({"series": series, "version": sources.VERSION}, ["convert"], sources.is_whole(stage.folder, tasks)):
+    series = digest(
+        [[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)]
+    )
+    if stage.current(
+        {"series": series, "version": sources.VERSION},
+        ["convert"],
+        sources.is_whole(stage.folder, tasks),
+    ):
         return
     from pipeline.slices import store as slice_store
 
-    counts = slice_store.convert_all(tasks, prints, data, stage.folder, stage.config.convert, stage.jobs, stage.options.scheduler,
-                                     stage.options.force)  # fmt: skip
+    counts = slice_store.convert_all(
+        tasks,
+        prints,
+        data,
+        stage.folder,
+        stage.config.convert,
+        stage.jobs,
+        stage.options.scheduler,
+        stage.options.force,
+    )
     stage.finish(counts, outputs=[slice_store.INDEX, slice_store.QUARANTINE])
 
 

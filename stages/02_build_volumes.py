@@ -1,7 +1,7 @@
 """Stage 02: resample each series to one D x H x W volume.
 
-Reads   <out>/01_slices/ (index.parquet and the PNG slices)
-Writes  <out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.parquet, manifest.json
+Reads   <out>/01_slices/ (index.parquet and the PNG slices) Writes
+<out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.parquet, manifest.json
 """
 
 import argparse
@@ -12,7 +12,11 @@ from pipeline.run.stage import Stage
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     """The flag that only stages 01 and 02 have."""
-    flags.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler to work on (default: processes on this machine)")
+    flags.add_argument(
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="Dask scheduler to work on (default: processes on this machine)",
+    )
 
 
 def run(stage: Stage) -> None:
@@ -24,7 +28,12 @@ def run(stage: Stage) -> None:
     from pipeline.volumes.store import INDEX, build_all
 
     counts, digests = build_all(
-        stage.upstream("01_slices"), stage.folder, stage.config.volume, stage.jobs, stage.options.scheduler, stage.options.force
+        stage.upstream("01_slices"),
+        stage.folder,
+        stage.config.volume,
+        stage.jobs,
+        stage.options.scheduler,
+        stage.options.force,
     )
     stage.finish(counts, outputs={INDEX: "", **digests})
 

@@ -12,7 +12,9 @@ from pipeline.system.files import atomic_path
 def run(stage: Stage) -> None:
     """Make the folds unless they were made from these tables already."""
     data = stage.data
-    if stage.current(stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"]), ["folds", "seed"]):
+    if stage.current(
+        stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"]), ["folds", "seed"]
+    ):
         return
     from pipeline import folds
     from pipeline.competition import tables
@@ -21,7 +23,9 @@ def run(stage: Stage) -> None:
     table = folds.make_folds(labels, series, stage.config.folds.count, stage.config.seed)
     with atomic_path(stage.folder / "folds.csv") as path:
         table.write_csv(path)
-    counts = folds.class_counts(folds.read_folds(stage.folder / "folds.csv", labels), labels, series)
+    counts = folds.class_counts(
+        folds.read_folds(stage.folder / "folds.csv", labels), labels, series
+    )
     print(folds.format_counts(counts), flush=True)
     stage.finish({"patients": table.height, "folds": counts.to_dicts()}, ["folds.csv"])
 

@@ -1,9 +1,11 @@
 """Stage 04: pretrain the 2D backbone with 2D-VoCo. Labels are never read.
 
-Reads   <out>/02_volumes/ (index.parquet and the memory-mapped volumes of all sources)
-Writes  <out>/04_voco2d/backbone.safetensors (of the best held-out position accuracy), last.ckpt, best.ckpt, log.jsonl,
+Reads   <out>/02_volumes/ (index.parquet and the memory-mapped volumes of all sources) Writes
+<out>/04_voco2d/backbone.safetensors (of the best held-out position accuracy), last.ckpt, best.ckpt,
+log.jsonl,
         tensorboard/, crops.png, similarity.png, manifest.json
-A stopped run goes on where it stopped. Several GPUs: torchrun --nproc-per-node N stages/04_pretrain_voco2d.py ...
+A stopped run goes on where it stopped. Several GPUs: torchrun --nproc-per-node N
+stages/04_pretrain_voco2d.py ...
 """
 
 from pathlib import Path
@@ -15,7 +17,10 @@ from pipeline.run.stage import Stage
 def run(stage: Stage) -> None:
     """Train, then draw what was learnt."""
     weights = [Path(stage.config.model.weights)] if stage.config.model.weights else []
-    if stage.current({"seed": stage.config.seed, **stage.inputs("02_volumes", files=weights)}, ["model", "pretrain"]):
+    if stage.current(
+        {"seed": stage.config.seed, **stage.inputs("02_volumes", files=weights)},
+        ["model", "pretrain"],
+    ):
         return
     from pipeline.learning.distributed import setup
     from pipeline.voco.figures import draw_all

@@ -1,9 +1,12 @@
-"""Stage 05: train one CNN-LSTM per fold; with `--fold K` that one only. On a CPU folds train side by side, one process each, on `--jobs`
-cores together; on GPUs one after the other, or spread over the ranks of torchrun.
+"""Stage 05: train one CNN-LSTM per fold; with `--fold K` that one only. On a CPU folds train side
+by side, one process each, on `--jobs` cores together; on GPUs one after the other, or spread
+over the ranks of torchrun.
 
-Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, <out>/04_voco2d/backbone.safetensors (train.init=voco2d),
+Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, <out>/04_voco2d/backbone.safetensors
+(train.init=voco2d),
         train.csv and, where present, image_level_labels.csv of the data folder
-Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.parquet (series level), manifest.json
+Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.parquet (series
+level), manifest.json
 """
 
 import argparse
@@ -18,7 +21,8 @@ from pipeline.system.errors import InputError
 from pipeline.system.processes import part_of
 
 SECTIONS = ("seed", "model", "train")
-PATIENCE_S = 10.0  # another process may be at another fold, and write the manifest of all at the same time
+# another process may be at another fold, and write the manifest of all at the same time
+PATIENCE_S = 10.0
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -27,16 +31,29 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def run(stage: Stage) -> None:
-    """Train the folds that are not up to date; of several processes the one that ends last writes the manifest of all."""
+    """Train the folds that are not up to date; of several processes the one that ends last writes
+    the manifest of all.
+    """
     config, folds = stage.config, range(stage.config.folds.count)
     if stage.options.fold not in (None, *folds):
-        raise InputError(f"there is no fold {stage.options.fold}", f"--fold {stage.options.fold}", f"choose one of {[*folds]}")
+        raise InputError(
+            f"there is no fold {stage.options.fold}",
+            f"--fold {stage.options.fold}",
+            f"choose one of {[*folds]}",
+        )
     upstream = ["02_volumes", "03_folds"] + (["04_voco2d"] if config.train.init == "voco2d" else [])
-    weights = [Path(config.model.weights)] if config.model.weights and config.train.init == "imagenet" else []
-    inputs = stage.inputs(*upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv", *weights])
+    weights = (
+        [Path(config.model.weights)]
+        if config.model.weights and config.train.init == "imagenet"
+        else []
+    )
+    inputs = stage.inputs(
+        *upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv", *weights]
+    )
     if config.train.patience:
         inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
-    stage.writer = True  # whatever the rank: any may be the first to change a fold and the last to end
+    # whatever the rank: any may be the first to change a fold and the last to end
+    stage.writer = True
     with stage.lock(PATIENCE_S):
         known = all((stage.folder / f"fold{fold}" / "manifest.json").is_file() for fold in folds)
         stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
@@ -61,7 +78,8 @@ def _train(stage: Stage, fold: int, inputs: dict[str, Any]) -> None:
         if part.current(inputs, SECTIONS):
             return
         with stage.lock(PATIENCE_S):
-            stage.current(inputs, SECTIONS, whole=False)  # also one that another rank has written since
+            # also one that another rank has written since
+            stage.current(inputs, SECTIONS, whole=False)
         from pipeline.classifier.train import LOG, MODEL, OOF, run_fold
 
         part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])

@@ -1,9 +1,14 @@
-"""Stage 06: blend, aggregate, calibrate and score out-of-fold predictions; prints the score table against its floors.
+"""Stage 06: blend, aggregate, calibrate and score out-of-fold predictions; prints the score table
+against its floors.
 
-Reads   <out>/05_folds/fold<K>/oof.parquet, <out>/03_folds/folds.csv, <out>/02_volumes/index.parquet and train.csv;
-        with --oof A.csv [B.csv ...] (patient_id, series_id, 13 columns) those files and train.csv, no earlier stage
-Writes  <out>/06_oof/: oof_predictions.csv (blended, uncalibrated, series level), scores.json, calibration.json,
-        patients.parquet (labels, raw and nested predictions), precision_recall.png, reliability.png, confusion.png
+Reads   <out>/05_folds/fold<K>/oof.parquet, <out>/03_folds/folds.csv, <out>/02_volumes/index.parquet
+and train.csv;
+        with --oof A.csv [B.csv ...] (patient_id, series_id, 13 columns) those files and train.csv,
+        no earlier stage
+Writes  <out>/06_oof/: oof_predictions.csv (blended, uncalibrated, series level), scores.json,
+calibration.json,
+        patients.parquet (labels, raw and nested predictions), precision_recall.png,
+        reliability.png, confusion.png
 """
 
 import argparse
@@ -22,7 +27,13 @@ PICTURES = ["precision_recall.png", "reliability.png", "confusion.png"]
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     """The flag that only this stage has."""
-    flags.add_argument("--oof", nargs="+", type=Path, metavar="CSV", help="OOF tables of one or more models, to blend")
+    flags.add_argument(
+        "--oof",
+        nargs="+",
+        type=Path,
+        metavar="CSV",
+        help="OOF tables of one or more models, to blend",
+    )
 
 
 def gather(stage: Stage) -> dict[str, object]:
@@ -32,8 +43,15 @@ def gather(stage: Stage) -> dict[str, object]:
         return stage.inputs("02_volumes", "03_folds", "05_folds", files=[labels])
     for path in stage.options.oof:
         if not path.is_file():
-            raise InputError(f"no such OOF table: '{path}'", "--oof", "give CSV or parquet files; key=value goes before --oof")
-    return {**stage.inputs(files=[labels]), "oof": [[path.name, digest(path)] for path in stage.options.oof]}
+            raise InputError(
+                f"no such OOF table: '{path}'",
+                "--oof",
+                "give CSV or parquet files; key=value goes before --oof",
+            )
+    return {
+        **stage.inputs(files=[labels]),
+        "oof": [[path.name, digest(path)] for path in stage.options.oof],
+    }
 
 
 def run(stage: Stage) -> None:
@@ -41,7 +59,10 @@ def run(stage: Stage) -> None:
     if stage.current(gather(stage), ["seed", "score"]):
         from pipeline.evaluation.scoring import summary
 
-        print(summary(json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))), flush=True)
+        print(
+            summary(json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))),
+            flush=True,
+        )
         return
     from pipeline.competition import tables
     from pipeline.competition.targets import COLUMNS
@@ -52,7 +73,9 @@ def run(stage: Stage) -> None:
         series = scoring.read_oof(stage.options.oof, labels)
         folds = scoring.nested_folds(series, labels, stage.config)
     else:
-        series, folds = scoring.read_trained(*(stage.upstream(name) for name in ("03_folds", "05_folds", "02_volumes")), labels)
+        series, folds = scoring.read_trained(
+            *(stage.upstream(name) for name in ("03_folds", "05_folds", "02_volumes")), labels
+        )
     outcome = scoring.score_oof(series, labels, folds, stage.config)
     with atomic_path(stage.folder / TABLES[0]) as path:
         outcome.series.write_csv(path)
@@ -60,7 +83,10 @@ def run(stage: Stage) -> None:
     write_json(stage.folder / TABLES[2], outcome.parameters)
     with atomic_path(stage.folder / TABLES[3]) as path:
         outcome.patients.write_parquet(path)
-    truth, raw, nested = (outcome.patients.select(f"{kind}_{c}" for c in COLUMNS).to_numpy() for kind in ("label", "raw", "nested"))
+    truth, raw, nested = (
+        outcome.patients.select(f"{kind}_{c}" for c in COLUMNS).to_numpy()
+        for kind in ("label", "raw", "nested")
+    )
     figures.precision_recall(truth, nested, stage.folder / PICTURES[0])
     figures.reliability_curves(truth, raw, nested, stage.folder / PICTURES[1])
     figures.confusion_tables(truth, nested, stage.folder / PICTURES[2])

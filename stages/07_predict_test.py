@@ -1,8 +1,11 @@
-"""Stage 07: predict the test patients straight from DICOM and write the submission; skipped where there are no test tables.
+"""Stage 07: predict the test patients straight from DICOM and write the submission; skipped where
+there are no test tables.
 
 Reads   test_series_meta.csv, sample_submission.csv and test_images/ of the data folder,
-        05_folds/fold<K>/model.safetensors and 06_oof/calibration.json below `--models` (default: <out>)
-Writes  <out>/07_submission/submission.csv, fallbacks.csv (who got the prior, and why), manifest.json
+        05_folds/fold<K>/model.safetensors and 06_oof/calibration.json below `--models` (default:
+        <out>)
+Writes  <out>/07_submission/submission.csv, fallbacks.csv (who got the prior, and why),
+manifest.json
 """
 
 import argparse
@@ -16,7 +19,10 @@ SECTIONS = ("convert", "volume", "score", "predict")
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     """The flag that only this stage has."""
-    flags.add_argument("--models", help="folder that holds 05_folds and 06_oof, may be read-only (default: the output folder)")
+    flags.add_argument(
+        "--models",
+        help="folder that holds 05_folds and 06_oof, may be read-only (default: the output folder)",
+    )
 
 
 def run(stage: Stage) -> None:
@@ -24,13 +30,18 @@ def run(stage: Stage) -> None:
     from pipeline.competition.tables import has_test, read_sample_submission, read_series
 
     if not has_test(stage.data):
-        log(f"{stage.name}: skipped, {stage.data} has no test_series_meta.csv and sample_submission.csv")
+        log(
+            f"{stage.name}: skipped, {stage.data} has no test_series_meta.csv and"
+            " sample_submission.csv"
+        )
         return
     from pipeline.slices.sources import fingerprints, test_tasks
 
     data = stage.image_data
     tasks = test_tasks(data, read_series(data, "test"))
-    inputs = stage.inputs("05_folds", "06_oof", files=[data / "sample_submission.csv", data / "test_series_meta.csv"])
+    inputs = stage.inputs(
+        "05_folds", "06_oof", files=[data / "sample_submission.csv", data / "test_series_meta.csv"]
+    )
     from pipeline.evaluation.calibration import Calibration
     from pipeline.submission.writer import SubmissionWriter, check_submission, is_settled
 
@@ -38,14 +49,20 @@ def run(stage: Stage) -> None:
     calibration = Calibration.of_run(stage.upstream("06_oof"), inputs["05_folds"])
     writer = SubmissionWriter(sample, calibration.prior)
     if not path.exists():
-        writer.write(path)  # everyone has the prior before anything can go wrong, the listing of all test files included
-    if stage.current(inputs | {"series": fingerprints(tasks, data)}, SECTIONS, is_settled(stage.folder)):
+        # everyone has the prior before anything can go wrong, the listing of all test files
+        # included
+        writer.write(path)
+    if stage.current(
+        inputs | {"series": fingerprints(tasks, data)}, SECTIONS, is_settled(stage.folder)
+    ):
         return
     writer.write(path)
     from pipeline.submission.inference import load_ensemble, predict_test
 
     ensemble = load_ensemble(stage, calibration)
-    counts = predict_test(tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started)
+    counts = predict_test(
+        tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started
+    )
     check_submission(path, sample)
     stage.finish(counts, outputs=["submission.csv", "fallbacks.csv"])
     log(f"submission: {path}")

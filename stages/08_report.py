@@ -1,7 +1,8 @@
-"""Stage 08: one self-contained page about the run, for people: what ran, what it made of the data, scores, errors, cost.
+"""Stage 08: one self-contained page about the run, for people: what ran, what it made of the data,
+scores, errors, cost.
 
-Reads   the manifests, logs, tables and pictures of all finished stages below <out>, image_level_labels.csv of the data folder
-Writes  <out>/08_report/index.html, manifest.json
+Reads   the manifests, logs, tables and pictures of all finished stages below <out>,
+image_level_labels.csv of the data folder Writes  <out>/08_report/index.html, manifest.json
 """
 
 import shlex
@@ -18,16 +19,28 @@ MANIFESTS = ("data/phantom/manifest.json", "0*/manifest.json", "05_folds/fold*/m
 
 def flags_of(stage: Stage) -> str:
     """The command-line flags that repeat this run."""
-    given = (("--config", stage.options.config), ("--data", stage.options.data), ("--out", stage.options.out))
-    return shlex.join([part for flag, value in given if value for part in (flag, value)] + stage.options.overrides)
+    given = (
+        ("--config", stage.options.config),
+        ("--data", stage.options.data),
+        ("--out", stage.options.out),
+    )
+    return shlex.join(
+        [part for flag, value in given if value for part in (flag, value)] + stage.options.overrides
+    )
 
 
 def run(stage: Stage) -> None:
     """Write the page unless it shows these very results."""
-    found = {str(path.relative_to(stage.out)): digest(path) for pattern in MANIFESTS for path in sorted(stage.out.glob(pattern))}
+    found = {
+        str(path.relative_to(stage.out)): digest(path)
+        for pattern in MANIFESTS
+        for path in sorted(stage.out.glob(pattern))
+    }
     found.pop("08_report/manifest.json", None)
     if not found:
-        raise InputError("nothing to report", str(stage.out), "run ./run_all.sh or earlier stages first")
+        raise InputError(
+            "nothing to report", str(stage.out), "run ./run_all.sh or earlier stages first"
+        )
     data, flags = stage.data if stage.real_data else None, flags_of(stage)
     labels = (data or stage.out / "data" / "phantom") / "image_level_labels.csv"
     if stage.current({**stage.inputs(files=[labels]), **found, "flags": flags}, ["name"]):

@@ -1,10 +1,14 @@
-"""Compare a declared grid of variants (config section `ablation`), each with several seeds, on this run's volumes and folds.
+"""Compare a declared grid of variants (config section `ablation`), each with several seeds, on this
+run's volumes and folds.
 
-Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, train.csv and, where present, image_level_labels.csv of the data folder
-Writes  <out>/09_ablation/<variant>/seed<K>/ (oof.parquet, log.jsonl), pretrained/<key>/ (backbone.safetensors, log.jsonl),
-        table.json, table.csv, table.md (figures, paired differences, intervals), cells.csv, probes.csv, probes.png
-A stopped run goes on where it stopped; finished cells are skipped. Several devices: torchrun --nproc-per-node N stages/09_ablate.py ...
-Run stages/08_report.py again to have the tables in the report. ./run_all.sh does not run this stage.
+Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, train.csv and, where present,
+image_level_labels.csv of the data folder Writes  <out>/09_ablation/<variant>/seed<K>/ (oof.parquet,
+log.jsonl), pretrained/<key>/ (backbone.safetensors, log.jsonl),
+        table.json, table.csv, table.md (figures, paired differences, intervals), cells.csv,
+        probes.csv, probes.png
+A stopped run goes on where it stopped; finished cells are skipped. Several devices: torchrun
+--nproc-per-node N stages/09_ablate.py ... Run stages/08_report.py again to have the tables in the
+report. ./run_all.sh does not run this stage.
 """
 
 from pipeline.run.command import main
@@ -20,8 +24,12 @@ def run(stage: Stage) -> None:
     cells = run_cells(stage)
     if not stage.writer:
         return
-    tables = [stage.data / name for name in ("train.csv", "image_level_labels.csv", "phantom_organs.csv")]
-    parts = {cell.name: digest(read_manifest(stage.folder / cell.name)["outputs"]) for cell in cells}
+    tables = [
+        stage.data / name for name in ("train.csv", "image_level_labels.csv", "phantom_organs.csv")
+    ]
+    parts = {
+        cell.name: digest(read_manifest(stage.folder / cell.name)["outputs"]) for cell in cells
+    }
     if stage.current(parts | stage.inputs("03_folds", files=tables), ["seed", "ablation", "score"]):
         return
     from pipeline.ablation.probes import probe_all

@@ -9,7 +9,9 @@ from helpers_stages import run_all
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of a finished run of the smoke preset; tests only read it. VOCO2D_SMOKE names one that is there already."""
+    """Output folder of a finished run of the smoke preset; tests only read it. VOCO2D_SMOKE names
+    one that is there already.
+    """
     if "VOCO2D_SMOKE" in os.environ:
         return Path(os.environ["VOCO2D_SMOKE"])
     out = tmp_path_factory.mktemp("smoke") / "run"

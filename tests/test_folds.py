@@ -21,11 +21,19 @@ ROOT = Path(__file__).resolve().parents[1]
 def series_of(labels: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     """One or two series for every patient."""
     number = np.random.default_rng(seed).integers(1, 3, labels.height)
-    patients = [patient for patient, count in zip(labels["patient_id"], number, strict=True) for _ in range(count)]
-    return pl.DataFrame({"patient_id": patients, "series_id": [str(i) for i in range(len(patients))]})
+    patients = [
+        patient
+        for patient, count in zip(labels["patient_id"], number, strict=True)
+        for _ in range(count)
+    ]
+    return pl.DataFrame(
+        {"patient_id": patients, "series_id": [str(i) for i in range(len(patients))]}
+    )
 
 
-def assert_balanced(found: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFrame, count: int) -> None:
+def assert_balanced(
+    found: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFrame, count: int
+) -> None:
     """Every class within 15 percent or one patient of its share of each fold, by plain counting."""
     counts = dict(series.group_by("patient_id").len().iter_rows())
     fold_of = dict(found.iter_rows())
@@ -34,9 +42,13 @@ def assert_balanced(found: pl.DataFrame, labels: pl.DataFrame, series: pl.DataFr
         for fold in range(count):
             inside = sum(fold_of[patient] == fold for patient in positive)
             share = len(positive) / count
-            assert abs(inside - share) <= max(1, 0.15 * share), f"{column} in fold {fold}: {inside} of {share:.1f}"
+            assert abs(inside - share) <= max(1, 0.15 * share), (
+                f"{column} in fold {fold}: {inside} of {share:.1f}"
+            )
     for number in set(counts.values()):
-        inside = [sum(counts[p] == number for p in fold_of if fold_of[p] == fold) for fold in range(count)]
+        inside = [
+            sum(counts[p] == number for p in fold_of if fold_of[p] == fold) for fold in range(count)
+        ]
         assert max(inside) - min(inside) <= max(2, 0.3 * sum(inside) / count)
 
 
@@ -54,7 +66,9 @@ def test_seed_decides_and_row_order_does_not():
     labels = label_frame(one_hot(80))
     series = series_of(labels)
     found = folds.make_folds(labels, series, 4, seed=1)
-    assert found.equals(folds.make_folds(labels.sample(fraction=1, shuffle=True, seed=3), series[::-1], 4, seed=1))
+    assert found.equals(
+        folds.make_folds(labels.sample(fraction=1, shuffle=True, seed=3), series[::-1], 4, seed=1)
+    )
     assert not found.equals(folds.make_folds(labels, series, 4, seed=2))
 
 
@@ -64,8 +78,13 @@ def test_derived_seeds_are_tried_until_the_balance_is_right(monkeypatch):
         draws = [np.roll(np.arange(40) // 20, shift) for shift in range(len(excesses))]
         monkeypatch.setattr(folds, "_splits", lambda *_, draws=draws: iter(draws))
         excess = {draw.tobytes(): value for draw, value in zip(draws, excesses, strict=True)}
-        monkeypatch.setattr(folds, "imbalance", lambda found, *_, excess=excess: excess[found.tobytes()])
-        assert folds.make_folds(labels, series_of(labels), 2, 0)["fold"].to_list() == draws[chosen].tolist()
+        monkeypatch.setattr(
+            folds, "imbalance", lambda found, *_, excess=excess: excess[found.tobytes()]
+        )
+        assert (
+            folds.make_folds(labels, series_of(labels), 2, 0)["fold"].to_list()
+            == draws[chosen].tolist()
+        )
 
 
 def test_imbalance_by_hand():
@@ -82,7 +101,9 @@ def test_errors(tmp_path):
         folds.make_folds(labels, series_of(labels), 5, 0)
     path = tmp_path / "folds.csv"
     path.write_text("patient_id,fold\n10000,0\n10001,1\n10000,1\n")
-    with pytest.raises(InputError, match=r"patient '10000' is in two folds, .*folds.csv row 4 column patient_id"):
+    with pytest.raises(
+        InputError, match=r"patient '10000' is in two folds, .*folds.csv row 4 column patient_id"
+    ):
         folds.read_folds(path)
     path.write_text("patient_id,fold\n10000,0\n10001,1\n10000,0\n")
     with pytest.raises(InputError, match="patient '10000' is there twice"):
@@ -103,7 +124,13 @@ def run_stage(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
         "--out",
         str(tmp_path / "out"),
     ]
-    return subprocess.run([*command, *more], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=tmp_path)
+    return subprocess.run(
+        [*command, *more],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
 
 
 def test_stage_03_writes_once_and_then_only_reads(tmp_path):
@@ -133,14 +160,21 @@ def test_stage_03_refuses_wrong_tables(tmp_path):
     assert (
         done.stderr.strip()
         .split("\n")[-1]
-        .startswith(f"error: patient '10000' is there twice, {tmp_path}/train.csv row 42 column patient_id")
+        .startswith(
+            f"error: patient '10000' is there twice, {tmp_path}/train.csv row 42 column patient_id"
+        )
     )
     assert not (tmp_path / "out" / "03_folds" / "folds.csv").exists()
 
 
-@pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
+@pytest.mark.skipif(
+    "VOCO2D_RSNA_META" not in os.environ,
+    reason="VOCO2D_RSNA_META names no folder with the real tables",
+)
 def test_the_real_table_in_five_folds():
-    """Runs only where VOCO2D_RSNA_META names a folder with the competition's own tables, which are not ours to hand out."""
+    """Runs only where VOCO2D_RSNA_META names a folder with the competition's own tables, which are
+    not ours to hand out.
+    """
     data = Path(os.environ["VOCO2D_RSNA_META"])
     labels, series = tables.read_labels(data), tables.read_series(data, "train")
     assert_balanced(folds.make_folds(labels, series, 5, 42), labels, series, 5)

@@ -1,7 +1,8 @@
-"""Stage 09's cells: each variant of a declared grid with each seed, trained on the shared volumes and folds; pretraining is shared too.
+"""Stage 09's cells: each variant of a declared grid with each seed, trained on the shared volumes
+and folds; pretraining is shared too.
 
-A cell leaves its out-of-fold predictions and its log, not its weights. Everything is resumable: a finished cell or
-pretraining is skipped, one that was stopped goes on from its checkpoints.
+A cell leaves its out-of-fold predictions and its log, not its weights. Everything is resumable: a
+finished cell or pretraining is skipped, one that was stopped goes on from its checkpoints.
 """
 
 import json
@@ -25,18 +26,6 @@ from .grid import BACKBONE, LOG, OOF, Cell, backbone_part, declared_cells, part_
 SECTIONS = ("seed", "model", "train")
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def backbone_is_current(part: Stage) -> bool:
     """Whether a pretraining is up to date."""
     return part.current(part.inputs("02_volumes"), ("seed", "model", "pretrain"))
@@ -44,13 +33,21 @@ def backbone_is_current(part: Stage) -> bool:
 
 def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
     """Whether a cell is up to date; its pretraining must be."""
-    inputs = part.inputs("02_volumes", "03_folds", files=[part.data / "train.csv", part.data / "image_level_labels.csv"])
-    backbone = {"backbone": digest(backbone_part(stage, cell).folder / BACKBONE)} if cell.backbone else {}
+    inputs = part.inputs(
+        "02_volumes",
+        "03_folds",
+        files=[part.data / "train.csv", part.data / "image_level_labels.csv"],
+    )
+    backbone = (
+        {"backbone": digest(backbone_part(stage, cell).folder / BACKBONE)} if cell.backbone else {}
+    )
     return part.current(inputs | backbone, SECTIONS)
 
 
 def pretrain_backbone(part: Stage) -> None:
-    """Pretrain for all cells that share this backbone, unless that is done; the checkpoints are removed at the end."""
+    """Pretrain for all cells that share this backbone, unless that is done; the checkpoints are
+    removed at the end.
+    """
     with part.lock():  # before anything is looked at: another run may be at it
         if backbone_is_current(part):
             return
@@ -60,16 +57,22 @@ def pretrain_backbone(part: Stage) -> None:
         from ..voco.pretrain import pretrain
 
         world = World(0, 1, pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))))
-        counts = pretrain(part.config, part.upstream("02_volumes"), part.folder, world, fresh=part.options.force)
+        counts = pretrain(
+            part.config, part.upstream("02_volumes"), part.folder, world, fresh=part.options.force
+        )
         rates = pl.Series([row["samples_per_s"] for row in read_log(part.folder / LOG)])
-        counts["training_s"] = round(part.config.pretrain.steps * part.config.pretrain.batch * (1 / rates).mean(), 1)
+        counts["training_s"] = round(
+            part.config.pretrain.steps * part.config.pretrain.batch * (1 / rates).mean(), 1
+        )
         part.finish(counts, [BACKBONE, LOG])
         for checkpoint in part.folder.rglob("*.ckpt"):
             checkpoint.unlink()
 
 
 def train_cell(stage: Stage, cell: Cell) -> None:
-    """Train the folds of one cell unless it is up to date, and join their out-of-fold rows and logs."""
+    """Train the folds of one cell unless it is up to date, and join their out-of-fold rows and
+    logs.
+    """
     part = part_of(stage, cell.name, cell.config)
     with part.lock():
         if cell_is_current(stage, part, cell):
@@ -87,13 +90,18 @@ def train_cell(stage: Stage, cell: Cell) -> None:
             pl.concat([pl.read_parquet(fold.folder / OOF) for fold in folds]).write_parquet(path)
         write_text(part.folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
         seconds = round(sum(row["seconds"] for row in rows), 1)
-        part.finish({"training_s": seconds, "train_series": sum(one["train_series"] for one in counts)}, [OOF, LOG])
+        part.finish(
+            {"training_s": seconds, "train_series": sum(one["train_series"] for one in counts)},
+            [OOF, LOG],
+        )
         for fold in folds:
             shutil.rmtree(fold.folder)
 
 
 def _forget_another_run(folder: Path, identity: str) -> None:
-    """Remove what a run with other inputs or another config left half-done, and say whose the folder is now."""
+    """Remove what a run with other inputs or another config left half-done, and say whose the
+    folder is now.
+    """
     mark = folder / "identity.txt"
     if folder.is_dir() and not (mark.is_file() and mark.read_text(encoding="utf-8") == identity):
         shutil.rmtree(folder)
@@ -102,11 +110,16 @@ def _forget_another_run(folder: Path, identity: str) -> None:
 
 def _logs(paths: list[Path]) -> Iterator[dict]:
     for number, path in enumerate(paths):
-        yield from ({"fold": number, **json.loads(line)} for line in path.read_text(encoding="utf-8").splitlines())
+        yield from (
+            {"fold": number, **json.loads(line)}
+            for line in path.read_text(encoding="utf-8").splitlines()
+        )
 
 
 def wait_for(part: Stage, current: Callable[[Stage], bool], every_s: float = 1.0) -> None:
-    """Return when another rank has finished `part` by the inputs and config of this run; torchrun ends all ranks when one fails."""
+    """Return when another rank has finished `part` by the inputs and config of this run; torchrun
+    ends all ranks when one fails.
+    """
     part.writer = False
     if current(part):
         return
@@ -116,9 +129,11 @@ def wait_for(part: Stage, current: Callable[[Stage], bool], every_s: float = 1.0
 
 
 def startable(stage: Stage, cells: list[Cell]) -> list[Cell]:
-    """The cells without those that start from ImageNet weights which are out of reach; what is left out is logged.
+    """The cells without those that start from ImageNet weights which are out of reach; what is left
+    out is logged.
 
-    Rank 0 of torchrun finds out for all: ranks that disagreed would each wait for cells that none trains.
+    Rank 0 of torchrun finds out for all: ranks that disagreed would each wait for cells that none
+    trains.
     """
     if all(cell.start != "imagenet" for cell in cells):
         return cells
@@ -126,7 +141,11 @@ def startable(stage: Stage, cells: list[Cell]) -> list[Cell]:
 
     left_out = of_rank_0(_out_of_reach(stage, cells) if stage.rank == 0 else {})
     if stage.config.ablation.reference in left_out:
-        raise InputError("the reference starts from weights that are out of reach", "ablation.reference", "give model.weights=FILE")
+        raise InputError(
+            "the reference starts from weights that are out of reach",
+            "ablation.reference",
+            "give model.weights=FILE",
+        )
     return [cell for cell in cells if cell.variant not in left_out]
 
 
@@ -136,7 +155,11 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
 
     left_out: dict[str, str] = {}
     for cell in cells:
-        if cell.start != "imagenet" or cell.variant in left_out or read_manifest(stage.folder / cell.name):
+        if (
+            cell.start != "imagenet"
+            or cell.variant in left_out
+            or read_manifest(stage.folder / cell.name)
+        ):
             continue
         try:
             create_backbone(cell.config.model.backbone, cell.start, cell.config.model.weights)
@@ -147,9 +170,14 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
 
 
 def run_cells(stage: Stage) -> list[Cell]:
-    """Pretrain and train everything that is not up to date, shared out over the ranks; returns the grid when all of it is there."""
-    if stage.options.force and world_size() > 1:  # a rank that waits would take an old result for the new one
-        raise InputError("--force works in a single process only", "torchrun", f"remove {stage.folder} instead")
+    """Pretrain and train everything that is not up to date, shared out over the ranks; returns the
+    grid when all of it is there.
+    """
+    # a rank that waits would take an old result for the new one
+    if stage.options.force and world_size() > 1:
+        raise InputError(
+            "--force works in a single process only", "torchrun", f"remove {stage.folder} instead"
+        )
     cells = startable(stage, declared_cells(stage.config))
     shared = list(pretrainings(cells).values())
     own, mine = stage.share(shared), stage.share(cells)
@@ -162,11 +190,7 @@ def run_cells(stage: Stage) -> list[Cell]:
         train_cell(stage, cell)
     for cell in cells if stage.writer else ():
         if cell not in mine:
-            wait_for(part_of(stage, cell.name, cell.config), partial(cell_is_current, stage, cell=cell))
+            wait_for(
+                part_of(stage, cell.name, cell.config), partial(cell_is_current, stage, cell=cell)
+            )
     return cells
-
-
-
-
-
-

@@ -1,4 +1,6 @@
-"""Which cells an ablation declares: every variant with every seed, and the pretraining that each needs."""
+"""Which cells an ablation declares: every variant with every seed, and the pretraining that each
+needs.
+"""
 
 from dataclasses import dataclass
 
@@ -13,7 +15,9 @@ OOF, LOG, BACKBONE = "oof.parquet", "log.jsonl", "backbone.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One variant with one seed; `config` is the whole config that it runs with, `backbone` the key of its pretraining."""
+    """One variant with one seed; `config` is the whole config that it runs with, `backbone` the key
+    of its pretraining.
+    """
 
     variant: str
     seed: int
@@ -39,12 +43,20 @@ def declared_cells(config: Config) -> list[Cell]:
     """
     options = config.ablation
     if not options.variants:
-        raise InputError("no variants to compare", f"ablation.variants of config '{config.name}'", "use --config ablation_quick")
+        raise InputError(
+            "no variants to compare",
+            f"ablation.variants of config '{config.name}'",
+            "use --config ablation_quick",
+        )
     cells = []
     for seed in options.seeds:
         for variant, changes in options.variants.items():
             own = derive(config, {**changes, "seed": seed}, f"ablation.variants.{variant}")
-            cells.append(Cell(variant, seed, own, pretraining_key(own) if own.train.init == "voco2d" else None))
+            cells.append(
+                Cell(
+                    variant, seed, own, pretraining_key(own) if own.train.init == "voco2d" else None
+                )
+            )
     return cells
 
 

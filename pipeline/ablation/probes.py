@@ -1,7 +1,9 @@
-"""Probes of frozen backbones: what slice features say about organs, injuries and height, at random start and after pretraining.
+"""Probes of frozen backbones: what slice features say about organs, injuries and height, at random
+start and after pretraining.
 
-A linear and a k-nearest-neighbour probe are fitted on the slices of some folds' patients and judged on the others'. Batch
-norms come `stored` (as saved) and `settled` (their statistics taken again over these very slices).
+A linear and a k-nearest-neighbour probe are fitted on the slices of some folds' patients and judged
+on the others'. Batch norms come `stored` (as saved) and `settled` (their statistics taken again
+over these very slices).
 """
 
 import os
@@ -35,7 +37,8 @@ HEIGHT = "height"
 
 @dataclass(frozen=True)
 class Slices:
-    """N slices of labelled series: `images` (N, h, w) uint8, `height` (N,) 0 top to 1 bottom, `folds` (N,) of their patients.
+    """N slices of labelled series: `images` (N, h, w) uint8, `height` (N,) 0 top to 1 bottom,
+    `folds` (N,) of their patients.
 
     `questions`: name to truth (N,) bool and known (N,) bool.
     """
@@ -47,64 +50,119 @@ class Slices:
 
 
 def read_slices(stage: Stage) -> Slices:
-    """Evenly chosen slices of the labelled volumes with what is known about them: slice labels, and organs where the phantom tells."""
-    folder, config, labels = stage.upstream("02_volumes"), stage.config.train, read_labels(stage.data)
+    """Evenly chosen slices of the labelled volumes with what is known about them: slice labels, and
+    organs where the phantom tells.
+    """
+    folder, config, labels = (
+        stage.upstream("02_volumes"),
+        stage.config.train,
+        read_labels(stage.data),
+    )
     folds = dict(read_folds(stage.upstream("03_folds") / "folds.csv").iter_rows())
-    index = pl.read_parquet(folder / "index.parquet").filter(pl.col("source") == "train").sort("patient_id", "series_id")
-    index = index.filter(pl.col("patient_id").is_in(sorted(folds)[:PATIENTS])).join(labels, on="patient_id", maintain_order="left")
+    index = (
+        pl.read_parquet(folder / "index.parquet")
+        .filter(pl.col("source") == "train")
+        .sort("patient_id", "series_id")
+    )
+    index = index.filter(pl.col("patient_id").is_in(sorted(folds)[:PATIENTS])).join(
+        labels, on="patient_id", maintain_order="left"
+    )
     marks, organs = _marks(stage.data)
     rows: list[dict[str, Any]] = []
     for series in index.iter_rows(named=True):
         volume = np.load(folder / series["path"], mmap_mode="r")
         chosen = slice_positions(len(volume), config.slices)
-        instances, own = np.array(series["plane_instances"])[chosen], marks.get((series["patient_id"], series["series_id"]), {})
-        answers = {name: (np.isin(instances, own.get(name, ())), np.ones(len(chosen), bool)) for name in organs}
+        instances, own = (
+            np.array(series["plane_instances"])[chosen],
+            marks.get((series["patient_id"], series["series_id"]), {}),
+        )
+        answers = {
+            name: (np.isin(instances, own.get(name, ())), np.ones(len(chosen), bool))
+            for name in organs
+        }
         for name in SLICE_TARGETS:
             known = bool(series[f"{name}_healthy"]) or name in own
             answers[name] = np.isin(instances, own.get(name, ())), np.full(len(chosen), known)
-        rows.append({"images": take_slices(volume, chosen, config), "height": (chosen + 0.5) / len(volume),
-                     "folds": np.full(len(chosen), folds[series["patient_id"]]), "answers": answers})  # fmt: skip
-    parts = {key: np.concatenate([row[key] for row in rows]) for key in ("images", "height", "folds")}
+        rows.append(
+            {
+                "images": take_slices(volume, chosen, config),
+                "height": (chosen + 0.5) / len(volume),
+                "folds": np.full(len(chosen), folds[series["patient_id"]]),
+                "answers": answers,
+            }
+        )
+    parts = {
+        key: np.concatenate([row[key] for row in rows]) for key in ("images", "height", "folds")
+    }
     answers = [row["answers"] for row in rows]
-    questions = {name: tuple(np.concatenate([own[name][k] for own in answers]) for k in (0, 1)) for name in answers[0]}
+    questions = {
+        name: tuple(np.concatenate([own[name][k] for own in answers]) for k in (0, 1))
+        for name in answers[0]
+    }
     return Slices(**parts, questions=questions)
 
 
 def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], list[str]]:
-    """Instance numbers by series and name, of slice labels and of the phantom's organs; and the organs' names."""
+    """Instance numbers by series and name, of slice labels and of the phantom's organs; and the
+    organs' names.
+    """
     frames = []
     for name, column in (("image_level_labels.csv", "injury_name"), (ORGANS, "organ")):
         if (data / name).is_file():
-            table = pl.read_csv(data / name, schema_overrides={"patient_id": pl.String, "series_id": pl.String})
-            frames.append(table.select("patient_id", "series_id", "instance_number", pl.col(column).alias("name")))
+            table = pl.read_csv(
+                data / name, schema_overrides={"patient_id": pl.String, "series_id": pl.String}
+            )
+            frames.append(
+                table.select(
+                    "patient_id", "series_id", "instance_number", pl.col(column).alias("name")
+                )
+            )
     found: dict[tuple[str, str], dict[str, list[int]]] = {}
     titles = {name: SLICE_TARGETS[column] for name, column in SLICE_NAMES.items()}
-    table = pl.concat(frames) if frames else pl.DataFrame(schema=["patient_id", "series_id", "instance_number", "name"])
+    table = (
+        pl.concat(frames)
+        if frames
+        else pl.DataFrame(schema=["patient_id", "series_id", "instance_number", "name"])
+    )
     for patient, series, instance, name in table.iter_rows():
-        found.setdefault((patient, series), {}).setdefault(titles.get(name, name), []).append(instance)
+        found.setdefault((patient, series), {}).setdefault(titles.get(name, name), []).append(
+            instance
+        )
     return found, sorted(set(table["name"]) - set(titles))
 
 
 def settle(backbone: nn.Module, images: np.ndarray, device: torch.device) -> None:
-    """Take the running statistics of all batch norms again, as plain averages over `images` (N, h, w) uint8; evaluation mode after."""
-    mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))  # every batch a sample of all slices
-    torch.optim.swa_utils.update_bn((normalise(part[:, None].to(device)) for part in mixed.split(BATCH)), backbone)
+    """Take the running statistics of all batch norms again, as plain averages over `images` (N, h,
+    w) uint8; evaluation mode after.
+    """
+    # every batch a sample of all slices
+    mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))
+    torch.optim.swa_utils.update_bn(
+        (normalise(part[:, None].to(device)) for part in mixed.split(BATCH)), backbone
+    )
     backbone.eval()
 
 
 @torch.no_grad()
 def slice_features(backbone: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """(N, h, w) uint8 -> (N, 2C) float32: layer-normed mean and maximum of the feature map, what the classifier sees of a slice."""
+    """(N, h, w) uint8 -> (N, 2C) float32: layer-normed mean and maximum of the feature map, what
+    the classifier sees of a slice.
+    """
     found = []
     for part in torch.from_numpy(images).split(BATCH):
-        maps = backbone(normalise(part[:, None].to(device)).contiguous(memory_format=torch.channels_last))  # (b, C, h', w')
+        # (b, C, h', w')
+        maps = backbone(
+            normalise(part[:, None].to(device)).contiguous(memory_format=torch.channels_last)
+        )
         pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
         found.append(nn.functional.layer_norm(pooled, pooled.shape[1:]).cpu())
     return torch.cat(found).numpy()
 
 
 def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Config, Path | None]]:
-    """Name, seed, config and file (None: as training starts) of what is probed: each seed's start and its pretrained backbones."""
+    """Name, seed, config and file (None: as training starts) of what is probed: each seed's start
+    and its pretrained backbones.
+    """
     found, seen = list(pretrainings(cells).values()), set()
     for cell in found or cells:
         start = (cell.seed, cell.config.model, cell.start)
@@ -116,17 +174,27 @@ def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Confi
 
 
 def judge(features: np.ndarray, slices: Slices, neighbours: int) -> Iterator[dict[str, Any]]:
-    """Both probes' answers to every question that each fold can ask: AUC of presence, R2 of height; means over the folds."""
+    """Both probes' answers to every question that each fold can ask: AUC of presence, R2 of height;
+    means over the folds.
+    """
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.metrics import r2_score, roc_auc_score
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
     everything = np.ones(len(features), bool)
     for name, (truth, known) in {**slices.questions, HEIGHT: (slices.height, everything)}.items():
-        pairs = ((Ridge(100.0), KNeighborsRegressor(neighbours)) if name == HEIGHT
-                 else (LogisticRegression(C=0.01, max_iter=300), KNeighborsClassifier(neighbours)))  # fmt: skip
-        splits = [(known & (slices.folds != fold), known & (slices.folds == fold)) for fold in np.unique(slices.folds)]
-        if name != HEIGHT and not all(0 < truth[side].mean() < 1 for split in splits for side in split):
+        pairs = (
+            (Ridge(100.0), KNeighborsRegressor(neighbours))
+            if name == HEIGHT
+            else (LogisticRegression(C=0.01, max_iter=300), KNeighborsClassifier(neighbours))
+        )
+        splits = [
+            (known & (slices.folds != fold), known & (slices.folds == fold))
+            for fold in np.unique(slices.folds)
+        ]
+        if name != HEIGHT and not all(
+            0 < truth[side].mean() < 1 for split in splits for side in split
+        ):
             log(f"probes: {name} is left out, a fold shows it in none or all of its slices")
             continue
         for title, model in zip(("linear", "neighbours"), pairs, strict=True):
@@ -137,16 +205,27 @@ def judge(features: np.ndarray, slices: Slices, neighbours: int) -> Iterator[dic
                 seen = (features[test] - mean) / scale
                 answer = model.predict(seen) if name == HEIGHT else model.predict_proba(seen)[:, 1]
                 values.append((r2_score if name == HEIGHT else roc_auc_score)(truth[test], answer))
-            yield {"question": name, "probe": title, "figure": "R2" if name == HEIGHT else "AUC", "value": float(np.mean(values))}
+            yield {
+                "question": name,
+                "probe": title,
+                "figure": "R2" if name == HEIGHT else "AUC",
+                "value": float(np.mean(values)),
+            }
 
 
 def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
-    """Probe every backbone of the ablation; writes probes.csv and probes.png and returns these names."""
+    """Probe every backbone of the ablation; writes probes.csv and probes.png and returns these
+    names.
+    """
     slices, rows, shown = read_slices(stage), [], {}
     device = pick_device(stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
     for name, seed, config, path in backbones(stage, cells):
         seed_everything(seed)
-        backbone = create_backbone(config.model.backbone, name.removeprefix("start_") if path is None else "scratch", config.model.weights)
+        backbone = create_backbone(
+            config.model.backbone,
+            name.removeprefix("start_") if path is None else "scratch",
+            config.model.weights,
+        )
         if path is not None:
             load_backbone(backbone, path)
         backbone = backbone.eval().to(device, memory_format=torch.channels_last)
@@ -155,7 +234,9 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
                 settle(backbone, slices.images, device)
             features = slice_features(backbone, slices.images, device)
             own = {"backbone": name, "seed": seed, "statistics": statistics}
-            rows += [{**own, **row} for row in judge(features, slices, stage.config.ablation.neighbours)]
+            rows += [
+                {**own, **row} for row in judge(features, slices, stage.config.ablation.neighbours)
+            ]
         shown.setdefault(name, features)
         log(f"probes: {name}, seed {seed} done")
     write_text(stage.folder / "probes.csv", pl.DataFrame(rows).write_csv())
@@ -164,21 +245,45 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
 
 
 def draw(features: Mapping[str, np.ndarray], slices: Slices, path: Path) -> None:
-    """First two principal components of each backbone's features, one row each: coloured by height, by organs in view, by injury."""
+    """First two principal components of each backbone's features, one row each: coloured by height,
+    by organs in view, by injury.
+    """
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
 
     figure = Figure((12, 4.2 * len(features)), layout="constrained")
     organs = _groups(slices, [name for name in slices.questions if name not in SLICE_TARGETS])
     injuries = _groups(slices, [name for name in SLICE_TARGETS if name in slices.questions])
-    for axes, (name, values) in zip(figure.subplots(len(features), 3, squeeze=False), features.items(), strict=True):
-        points = PCA(2, random_state=0).fit_transform((values - values.mean(0)) / (values.std(0) + 1e-6)).T
+    for axes, (name, values) in zip(
+        figure.subplots(len(features), 3, squeeze=False), features.items(), strict=True
+    ):
+        points = (
+            PCA(2, random_state=0)
+            .fit_transform((values - values.mean(0)) / (values.std(0) + 1e-6))
+            .T
+        )
         dots = axes[0].scatter(*points, c=slices.height, s=4, cmap="viridis")
         figure.colorbar(dots, ax=axes[0], label="height: 0 top, 1 bottom")
-        for axis, groups, legend in ((axes[1], organs, "organs in view"), (axes[2], injuries, "labelled injury")):
+        for axis, groups, legend in (
+            (axes[1], organs, "organs in view"),
+            (axes[2], injuries, "labelled injury"),
+        ):
             for k, (group, inside) in enumerate(groups.items()):
-                axis.scatter(*points[:, inside], s=4, color=f"C{k}" if group != "none" else "0.8", label=group)
-            axis.legend(title=legend, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=7, title_fontsize=7, markerscale=3)
+                axis.scatter(
+                    *points[:, inside],
+                    s=4,
+                    color=f"C{k}" if group != "none" else "0.8",
+                    label=group,
+                )
+            axis.legend(
+                title=legend,
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.02),
+                ncols=2,
+                fontsize=7,
+                title_fontsize=7,
+                markerscale=3,
+            )
         for axis in axes:
             axis.set(title=name, xticks=[], yticks=[])
     with atomic_path(path) as temporary:
@@ -186,8 +291,15 @@ def draw(features: Mapping[str, np.ndarray], slices: Slices, path: Path) -> None
 
 
 def _groups(slices: Slices, names: list[str]) -> dict[str, np.ndarray]:
-    """Slices (N,) bool by the names that are true of them, `none` first; the commonest six groups."""
-    texts = np.array([" + ".join(name for name in names if slices.questions[name][0][k]) or "none" for k in range(len(slices.height))])
+    """Slices (N,) bool by the names that are true of them, `none` first; the commonest six
+    groups.
+    """
+    texts = np.array(
+        [
+            " + ".join(name for name in names if slices.questions[name][0][k]) or "none"
+            for k in range(len(slices.height))
+        ]
+    )
     found, counts = np.unique(texts, return_counts=True)
     common = found[np.argsort(-counts, kind="stable")][:6]
     return {str(one): texts == one for one in sorted(common, key=lambda one: one != "none")}

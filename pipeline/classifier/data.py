@@ -1,4 +1,6 @@
-"""Samples of stage 05: slices spread over a stored volume, with the labels of its patient and of its slices."""
+"""Samples of stage 05: slices spread over a stored volume, with the labels of its patient and of
+its slices.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +21,12 @@ SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks
 SLICE_NAMES = {"Bowel": 0, "Active_Extravasation": 1}
 
 
-
-
-
-
-
-
-def plane_labels(instances: Sequence[int], labelled: Sequence[tuple[int, int]], depth: int) -> np.ndarray:
-    """Slice labels (D, 2) of a volume: each labelled (instance number, column of `SLICE_TARGETS`) marks its nearest plane."""
+def plane_labels(
+    instances: Sequence[int], labelled: Sequence[tuple[int, int]], depth: int
+) -> np.ndarray:
+    """Slice labels (D, 2) of a volume: each labelled (instance number, column of `SLICE_TARGETS`)
+    marks its nearest plane.
+    """
     labels = np.zeros((depth, len(SLICE_TARGETS)), np.float32)
     known = np.asarray(instances)
     for instance, column in labelled:
@@ -35,13 +35,17 @@ def plane_labels(instances: Sequence[int], labelled: Sequence[tuple[int, int]], 
 
 
 def bin_labels(labels: np.ndarray, count: int) -> np.ndarray:
-    """Plane labels (D, 2) to (count, 2): a sampled slice carries the label of any plane in its bin."""
+    """Plane labels (D, 2) to (count, 2): a sampled slice carries the label of any plane in its
+    bin.
+    """
     return np.maximum.reduceat(labels, _bins(len(labels), count)[0])
 
 
 @dataclass(frozen=True)
 class Series:
-    """One volume of the index with its targets: `labels` (13,) one-hot, `planes` (D, 2), `known` (2,) where slice labels can be trusted."""
+    """One volume of the index with its targets: `labels` (13,) one-hot, `planes` (D, 2), `known`
+    (2,) where slice labels can be trusted.
+    """
 
     patient_id: str
     series_id: str
@@ -51,35 +55,54 @@ class Series:
     known: np.ndarray
 
 
-def labelled_series(folder: Path, labels: pl.DataFrame, slice_labels: pl.DataFrame | None) -> list[Series]:
-    """The competition's volumes of `folder`'s index, joined with patient labels and, where there are any, slice labels.
+def labelled_series(
+    folder: Path, labels: pl.DataFrame, slice_labels: pl.DataFrame | None
+) -> list[Series]:
+    """The competition's volumes of `folder`'s index, joined with patient labels and, where there
+    are any, slice labels.
 
-    A series of an injured patient without any slice label of that injury says nothing about its slices: not `known`.
+    A series of an injured patient without any slice label of that injury says nothing about its
+    slices: not `known`.
     """
     index = pl.read_parquet(folder / "index.parquet").filter(pl.col("source") == "train")
-    index = index.join(labels, on="patient_id", how="inner", maintain_order="left")  # a resumed run must find the same order
+    # a resumed run must find the same order
+    index = index.join(labels, on="patient_id", how="inner", maintain_order="left")
     marks: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for row in slice_labels.iter_rows(named=True) if slice_labels is not None else ():
         if row["injury_name"] in SLICE_NAMES:
-            marks.setdefault((row["patient_id"], row["series_id"]), []).append((row["instance_number"], SLICE_NAMES[row["injury_name"]]))
-    return [_series(row, folder, marks.get((row["patient_id"], row["series_id"]), [])) for row in index.iter_rows(named=True)]
+            marks.setdefault((row["patient_id"], row["series_id"]), []).append(
+                (row["instance_number"], SLICE_NAMES[row["injury_name"]])
+            )
+    return [
+        _series(row, folder, marks.get((row["patient_id"], row["series_id"]), []))
+        for row in index.iter_rows(named=True)
+    ]
 
 
 def _series(row: dict[str, Any], folder: Path, marks: list[tuple[int, int]]) -> Series:
     planes = plane_labels(row["plane_instances"], marks, row["depth"])
     healthy = np.array([row[f"{name}_healthy"] for name in SLICE_TARGETS], np.float32)
-    return Series(row["patient_id"], row["series_id"], folder / row["path"], np.array([row[column] for column in COLUMNS], np.float32),
-                  planes, np.maximum(healthy, planes.max(0)))  # fmt: skip
+    return Series(
+        row["patient_id"],
+        row["series_id"],
+        folder / row["path"],
+        np.array([row[column] for column in COLUMNS], np.float32),
+        planes,
+        np.maximum(healthy, planes.max(0)),
+    )
 
 
 class SeriesDataset:
-    """Map-style data set: (epoch, index) -> arrays: `slices` (S, h, w) uint8, `labels` (13,), `planes` (S, 2), `known` (2,), `item`.
+    """Map-style data set: (epoch, index) -> arrays: `slices` (S, h, w) uint8, `labels` (13,),
+    `planes` (S, 2), `known` (2,), `item`.
 
-    With an `augment` the sample is a pure function of (seed, epoch, index), so a resumed run draws what it would have drawn, in
-    any number of workers, and one set of workers serves all epochs.
+    With an `augment` the sample is a pure function of (seed, epoch, index), so a resumed run draws
+    what it would have drawn, in any number of workers, and one set of workers serves all epochs.
     """
 
-    def __init__(self, series: Sequence[Series], config: TrainConfig, seed: int = 0, augment: bool = False) -> None:
+    def __init__(
+        self, series: Sequence[Series], config: TrainConfig, seed: int = 0, augment: bool = False
+    ) -> None:
         self.series, self.config, self.seed = list(series), config, seed
         self._augment = VolumeAugment(config.augment) if augment else None
 
@@ -96,11 +119,26 @@ class SeriesDataset:
         planes = bin_labels(series.planes, config.slices)
         if self._augment:
             slices, planes = self._augment(slices, planes, seed)
-        return {"slices": slices, "labels": series.labels, "planes": planes, "known": series.known, "item": np.int64(index)}
+        return {
+            "slices": slices,
+            "labels": series.labels,
+            "planes": planes,
+            "known": series.known,
+            "item": np.int64(index),
+        }
 
 
-def make_loader(dataset: SeriesDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device) -> DataLoader:
+def make_loader(
+    dataset: SeriesDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device
+) -> DataLoader:
     """Batches of `dataset` by the keys of `plan`."""
     workers = min(workers, len(plan))
-    ahead = 4 if workers else None  # batches a worker: other work on its core is not at once waited for
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=ahead)
+    # batches a worker: other work on its core is not at once waited for
+    ahead = 4 if workers else None
+    return DataLoader(
+        dataset,
+        batch_sampler=plan,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=ahead,
+    )

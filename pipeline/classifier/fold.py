@@ -1,4 +1,6 @@
-"""What the folds share: the series that each trains on and holds out, and the manifest of all of them."""
+"""What the folds share: the series that each trains on and holds out, and the manifest of all of
+them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,29 +27,41 @@ class FoldData:
     fold: int
     train: list[Series]
     held_out: list[Series]
-    fingerprint: str = ""  # of everything that the run depends on: a checkpoint of other inputs is not taken up
+    # of everything that the run depends on: a checkpoint of other inputs is not taken up
+    fingerprint: str = ""
 
 
 def gather_fold(part: Stage, fold: int) -> FoldData:
     """Fold `fold` of stage 03's table, with the volumes and the labels that `part` may read.
 
     Raises:
-        InputError: no such fold, a patient in two folds or in none, no series on one side, slice labels asked for and absent.
+        InputError: no such fold, a patient in two folds or in none, no series on one side, slice
+        labels asked for and absent.
     """
     labels = read_labels(part.data)
     folds = dict(read_folds(part.upstream("03_folds") / "folds.csv", labels).iter_rows())
     if fold not in folds.values():
-        raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {sorted(set(folds.values()))}")
+        raise InputError(
+            f"there is no fold {fold}",
+            f"--fold {fold}",
+            f"choose one of {sorted(set(folds.values()))}",
+        )
     slice_labels = read_slice_labels(part.data) if part.config.train.slice_loss else None
     if part.config.train.slice_loss and slice_labels is None:
         where = f"{part.data}/image_level_labels.csv"
-        raise InputError("train.slice_loss needs slice labels", where, "add the table or set train.slice_loss=0")
+        raise InputError(
+            "train.slice_loss needs slice labels", where, "add the table or set train.slice_loss=0"
+        )
     series = labelled_series(part.upstream("02_volumes"), labels, slice_labels)
     held_out = [one for one in series if folds[one.patient_id] == fold]
     train = [one for one in series if folds[one.patient_id] != fold]
     for side, name in ((held_out, "held-out"), (train, "training")):
         if not side:
-            raise InputError(f"fold {fold} has no {name} series", str(part.out / "02_volumes"), "check stage 01's quarantine.csv")
+            raise InputError(
+                f"fold {fold} has no {name} series",
+                str(part.out / "02_volumes"),
+                "check stage 01's quarantine.csv",
+            )
     return FoldData(fold, _subset(train, part.config), held_out, part.fingerprint)
 
 
@@ -56,12 +70,18 @@ def _subset(train: list[Series], config: Config) -> list[Series]:
     if config.train.label_fraction == 1:
         return train
     patients = {one.patient_id: one.labels for one in train}
-    chosen = label_subset(list(patients), np.stack(list(patients.values())), config.train.label_fraction, config.seed)
+    chosen = label_subset(
+        list(patients), np.stack(list(patients.values())), config.train.label_fraction, config.seed
+    )
     return [one for one in train if one.patient_id in chosen]
 
 
-def start_anew(stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]) -> None:
-    """Take manifest and checkpoint from all `folds` at once: one that a stopped `--force` did not come to must not look finished."""
+def start_anew(
+    stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]
+) -> None:
+    """Take manifest and checkpoint from all `folds` at once: one that a stopped `--force` did not
+    come to must not look finished.
+    """
     for part in (stage.part(f"fold{fold}") for fold in folds):
         with part.lock():
             part.current(inputs, sections, whole=False)
@@ -69,7 +89,9 @@ def start_anew(stage: Stage, folds: Sequence[int], inputs: dict[str, Any], secti
 
 
 def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) -> None:
-    """Write the manifest of all folds, unless a fold is not done; folds that the config no longer has go."""
+    """Write the manifest of all folds, unless a fold is not done; folds that the config no longer
+    has go.
+    """
     names = [f"fold{fold}" for fold in range(stage.config.folds.count)]
     if not all(stage.part(name).made_from(inputs, sections) for name in names):
         return
@@ -81,4 +103,9 @@ def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) 
     if None in manifests.values():  # another rank has begun to train it again
         return
     counts = {name: (manifest or {})["counts"] for name, manifest in manifests.items()}
-    stage.finish(counts, outputs=[f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")])
+    stage.finish(
+        counts,
+        outputs=[
+            f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")
+        ],
+    )

@@ -11,39 +11,63 @@ from .model import chosen_targets
 
 
 class InjuryLoss(nn.Module):
-    """Sample-weighted cross entropy of every trained target, summed over targets (the metric's weights).
+    """Sample-weighted cross entropy of every trained target, summed over targets (the metric's
+    weights).
 
-    A target's terms are divided by batch size times the mean sample weight of the training set: a constant, so that the
-    sum over micro-batches equals the loss of the large batch.
+    A target's terms are divided by batch size times the mean sample weight of the training set: a
+    constant, so that the sum over micro-batches equals the loss of the large batch.
     """
 
     def __init__(self, config: TrainConfig, labels: np.ndarray) -> None:
         super().__init__()
-        self.targets, self.columns, self.slice_weight = chosen_targets(config), group_slices(), config.slice_loss
+        self.targets, self.columns, self.slice_weight = (
+            chosen_targets(config),
+            group_slices(),
+            config.slice_loss,
+        )
         for target in self.targets:
             weights = torch.tensor(target.weights)
             self.register_buffer(f"weights_{target.name}", weights, persistent=False)
-            share = torch.as_tensor(labels[:, self.columns[target.name]], dtype=torch.float32).mean(0)
-            self.register_buffer(f"scale_{target.name}", (share * weights).sum().clamp_min(1e-6), persistent=False)
+            share = torch.as_tensor(labels[:, self.columns[target.name]], dtype=torch.float32).mean(
+                0
+            )
+            self.register_buffer(
+                f"scale_{target.name}", (share * weights).sum().clamp_min(1e-6), persistent=False
+            )
 
-    def forward(self, outputs: tuple[dict[str, Tensor], Tensor | None], labels: Tensor, planes: Tensor, known: Tensor,
-                batch: int) -> dict[str, Tensor]:  # fmt: skip
-        """Terms per target name, and `slices`; `labels` (B, 13), `planes` (B, S, 2), `known` (B, 2), `batch` the full batch's size."""
+    def forward(
+        self,
+        outputs: tuple[dict[str, Tensor], Tensor | None],
+        labels: Tensor,
+        planes: Tensor,
+        known: Tensor,
+        batch: int,
+    ) -> dict[str, Tensor]:
+        """Terms per target name, and `slices`; `labels` (B, 13), `planes` (B, S, 2), `known` (B,
+        2), `batch` the full batch's size.
+        """
         logits, slice_logits = outputs
         terms = {}
         for target in self.targets:
             truth = labels[:, self.columns[target.name]]
             weights = (truth * getattr(self, f"weights_{target.name}")).sum(1)
             terms[target.name] = (weights * cross_entropy(logits[target.name].float(), truth)).sum()
-            terms[target.name] = terms[target.name] / (batch * getattr(self, f"scale_{target.name}"))
+            terms[target.name] = terms[target.name] / (
+                batch * getattr(self, f"scale_{target.name}")
+            )
         if slice_logits is not None:
-            entropy = F.binary_cross_entropy_with_logits(slice_logits.float(), planes, reduction="none").mean(1)  # (B, 2)
+            # (B, 2)
+            entropy = F.binary_cross_entropy_with_logits(
+                slice_logits.float(), planes, reduction="none"
+            ).mean(1)
             terms["slices"] = self.slice_weight * (entropy * known).sum() / batch
         return terms
 
 
 def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    """-log p of the true class, (B,): one logit is a sigmoid on `injury`, three are a softmax; `truth` is one-hot (B, 2 or 3)."""
+    """-log p of the true class, (B,): one logit is a sigmoid on `injury`, three are a softmax;
+    `truth` is one-hot (B, 2 or 3).
+    """
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits[:, 0], truth[:, 1], reduction="none")
     return -(truth * logits.log_softmax(1)).sum(1)

@@ -1,4 +1,6 @@
-"""CNN-LSTM: a 2D backbone on each slice, a sequence model over z, one head per target; and its loss."""
+"""CNN-LSTM: a 2D backbone on each slice, a sequence model over z, one head per target; and its
+loss.
+"""
 
 from typing import Any
 
@@ -10,24 +12,14 @@ from ..competition.targets import TARGETS, Target, group_slices
 from ..run.config import TrainConfig
 from .sequence import PoolZ, sequence_model
 
-CHUNK = 8 * 192 * 192  # pixels that go through the backbone at once on a CPU without gradients: maps of more outgrow its caches
+# pixels that go through the backbone at once on a CPU without gradients: maps of more outgrow its
+# caches
+CHUNK = 8 * 192 * 192
 
 
 def chosen_targets(config: TrainConfig) -> list[Target]:
     """The targets a model is trained on, in the project's order."""
     return [target for target in TARGETS if target.name in config.targets]
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 class CnnLstm(nn.Module):
@@ -44,14 +36,21 @@ class CnnLstm(nn.Module):
         width = self.sequence.width + 2 * channels
         self.pool = PoolZ(config.pool, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.heads = nn.ModuleDict({t.name: nn.Linear(width, 1 if t.binary else len(t.classes)) for t in chosen_targets(config)})
+        self.heads = nn.ModuleDict(
+            {
+                t.name: nn.Linear(width, 1 if t.binary else len(t.classes))
+                for t in chosen_targets(config)
+            }
+        )
         self.slice_head = nn.Linear(width, 2) if config.slice_loss else None
         for head in (*self.heads.values(), *([self.slice_head] if config.slice_loss else [])):
             nn.init.zeros_(head.weight)
 
     @torch.no_grad()
     def start_at_prior(self, labels: np.ndarray) -> None:
-        """Set the heads' biases to the best constant prediction for one-hot `labels` (N, 13): class shares times sample weights."""
+        """Set the heads' biases to the best constant prediction for one-hot `labels` (N, 13): class
+        shares times sample weights.
+        """
         columns = group_slices()
         for target in TARGETS:
             if target.name in self.heads:
@@ -66,30 +65,37 @@ class CnnLstm(nn.Module):
         slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
         whole = self.training or torch.is_grad_enabled() or slices.is_cuda
         parts = [slices] if whole else slices.split(max(1, CHUNK // (H * W)))
-        features = self.norm(torch.cat([self._features(part) for part in parts])).reshape(B, S, -1)  # (B, S, 2C)
-        states = torch.cat([self.sequence(features), features], 2)  # (B, S, E): what a slice shows reaches the heads directly too
+        # (B, S, 2C)
+        features = self.norm(torch.cat([self._features(part) for part in parts])).reshape(B, S, -1)
+        # (B, S, E): what a slice shows reaches the heads directly too
+        states = torch.cat([self.sequence(features), features], 2)
         pooled = self.dropout(self.pool(states))  # (B, E)
-        with torch.autocast(volumes.device.type, enabled=False):  # a logit of 4 in bfloat16 is 1 percent of a probability off
+        # a logit of 4 in bfloat16 is 1 percent of a probability off
+        with torch.autocast(volumes.device.type, enabled=False):
             logits = {name: head(pooled.float()) for name, head in self.heads.items()}
             return logits, self.slice_head(states.float()) if self.slice_head is not None else None
 
     def _features(self, slices: Tensor) -> Tensor:
-        """(N, 1, H, W) to (N, 2C): an organ fills the mean of a slice, a small lesion shows in its maximum."""
+        """(N, 1, H, W) to (N, 2C): an organ fills the mean of a slice, a small lesion shows in its
+        maximum.
+        """
         maps = self.backbone(slices)  # (N, C, h, w)
         return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
 
 
-
-
-
-
 def probabilities(logits: dict[str, Tensor]) -> Tensor:
-    """The 13 columns (B, 13) float64 in the project's order; a target that was not trained gets equal shares."""
+    """The 13 columns (B, 13) float64 in the project's order; a target that was not trained gets
+    equal shares.
+    """
     batch = len(next(iter(logits.values())))
     columns = []
     for target in TARGETS:
         if target.name not in logits:
-            columns.append(torch.full((batch, len(target.classes)), 1 / len(target.classes), dtype=torch.float64))
+            columns.append(
+                torch.full(
+                    (batch, len(target.classes)), 1 / len(target.classes), dtype=torch.float64
+                )
+            )
         elif target.binary:
             injury = logits[target.name].double().cpu().sigmoid()
             columns.append(torch.cat([1 - injury, injury], 1))
@@ -99,14 +105,24 @@ def probabilities(logits: dict[str, Tensor]) -> Tensor:
 
 
 def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any]]:
-    """Four groups: backbone (its own learning-rate factor) and the rest, each with and without weight decay (norms, biases)."""
+    """Four groups: backbone (its own learning-rate factor) and the rest, each with and without
+    weight decay (norms, biases).
+    """
     groups = []
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     model.backbone.requires_grad_(not options.freeze_backbone)
     for inside, factor in ((True, options.backbone_lr), (False, 1.0)):
-        chosen = [p for p in model.parameters() if (id(p) in backbone) == inside and p.requires_grad]
+        chosen = [
+            p for p in model.parameters() if (id(p) in backbone) == inside and p.requires_grad
+        ]
         for decays in (True, False):
             group = [p for p in chosen if (p.ndim > 1) == decays]
             if group:
-                groups.append({"params": group, "factor": factor, "weight_decay": options.weight_decay if decays else 0.0})
+                groups.append(
+                    {
+                        "params": group,
+                        "factor": factor,
+                        "weight_decay": options.weight_decay if decays else 0.0,
+                    }
+                )
     return groups

@@ -1,4 +1,6 @@
-"""From a config or a weights file to a classifier, and from slices to probabilities: what training and inference share."""
+"""From a config or a weights file to a classifier, and from slices to probabilities: what training
+and inference share.
+"""
 
 import json
 from collections.abc import Sequence
@@ -10,13 +12,23 @@ from torch import Tensor
 from ..learning.backbone import create_backbone, feature_shape, normalise
 from ..learning.checkpoint import load_weights, read_metadata
 from ..learning.optimise import autocast
-from ..run.config import Config, ConvertConfig, ModelConfig, Section, TrainConfig, VolumeConfig, resolved
+from ..run.config import (
+    Config,
+    ConvertConfig,
+    ModelConfig,
+    Section,
+    TrainConfig,
+    VolumeConfig,
+    resolved,
+)
 from ..system.errors import InputError
 from .model import CnnLstm, probabilities
 
 
 class Trained(Section):
-    """The sections of a config that are kept with a classifier's weights: they rebuild the model and say what volumes it knows."""
+    """The sections of a config that are kept with a classifier's weights: they rebuild the model
+    and say what volumes it knows.
+    """
 
     model: ModelConfig
     train: TrainConfig
@@ -26,7 +38,10 @@ class Trained(Section):
 
 def describe(config: Config) -> dict[str, str]:
     """The metadata that `load_classifier` rebuilds a model from."""
-    return {"kind": "classifier", **{name: json.dumps(resolved(getattr(config, name))) for name in Trained.model_fields}}
+    return {
+        "kind": "classifier",
+        **{name: json.dumps(resolved(getattr(config, name))) for name in Trained.model_fields},
+    }
 
 
 def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
@@ -37,7 +52,8 @@ def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
 
 
 def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, Trained]:
-    """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to predict, with its config.
+    """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to
+    predict, with its config.
 
     Raises:
         InputError: not a classifier of this project, or tensors that do not fit.
@@ -46,7 +62,9 @@ def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, Trained]
     try:
         config = Trained(**{name: json.loads(metadata[name]) for name in Trained.model_fields})
     except (KeyError, ValueError) as fault:
-        raise InputError("not a classifier of stage 05", str(path), "run stages/05_train_folds.py") from fault
+        raise InputError(
+            "not a classifier of stage 05", str(path), "run stages/05_train_folds.py"
+        ) from fault
     model = build_model(config)
     load_weights(model, path)
     return model.to(device, memory_format=torch.channels_last).eval(), config
@@ -54,9 +72,11 @@ def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, Trained]
 
 @torch.inference_mode()
 def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[str] = ()) -> Tensor:
-    """Probabilities (B, 13) float64 on the CPU for slices (B, S, H, W) uint8, averaged over the identity and each flip of `flips`.
+    """Probabilities (B, 13) float64 on the CPU for slices (B, S, H, W) uint8, averaged over the
+    identity and each flip of `flips`.
 
-    What overflows in mixed precision, as a model trained in bfloat16 may on a GPU that has float16 only, is computed again in float32.
+    What overflows in mixed precision, as a model trained in bfloat16 may on a GPU that has float16
+    only, is computed again in float32.
     """
     axes = {"x": 3, "y": 2, "z": 1}
     views = [slices, *(slices.flip(axes[name]) for name in flips)]

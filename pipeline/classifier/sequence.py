@@ -15,7 +15,14 @@ class Recurrent(nn.Module):
         super().__init__()
         cell = nn.LSTM if kind == "lstm" else nn.GRU
         dropout = config.dropout if config.layers > 1 else 0.0
-        self.cell = cell(width, config.hidden, config.layers, batch_first=True, bidirectional=True, dropout=dropout)
+        self.cell = cell(
+            width,
+            config.hidden,
+            config.layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=dropout,
+        )
         self.width = 2 * config.hidden
 
     def forward(self, x: Tensor) -> Tensor:
@@ -24,14 +31,18 @@ class Recurrent(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer encoder over z with sinusoidal positions: (B, S, E) -> (B, S, 2 * hidden)."""
+    """Pre-norm transformer encoder over z with sinusoidal positions: (B, S, E) -> (B, S, 2 *
+    hidden).
+    """
 
     def __init__(self, width: int, config: TrainConfig) -> None:
         super().__init__()
         self.width = 2 * config.hidden
         self.embed = nn.Linear(width, self.width)
         heads = math.gcd(4, self.width)
-        layer = nn.TransformerEncoderLayer(self.width, heads, 2 * self.width, config.dropout, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            self.width, heads, 2 * self.width, config.dropout, batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,11 +54,15 @@ def positions(length: int, width: int, device: torch.device) -> Tensor:
     """Sinusoidal position code (length, width), width even (Vaswani et al. 2017)."""
     place = torch.arange(length, device=device)[:, None]
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
-    return torch.stack([torch.sin(place * rate), torch.cos(place * rate)], dim=-1).reshape(length, width)
+    return torch.stack([torch.sin(place * rate), torch.cos(place * rate)], dim=-1).reshape(
+        length, width
+    )
 
 
 class Independent(nn.Module):
-    """No sequence model: each slice by itself, (B, S, E) -> (B, S, 2 * hidden); with pooling over z this is MIL."""
+    """No sequence model: each slice by itself, (B, S, E) -> (B, S, 2 * hidden); with pooling over z
+    this is MIL.
+    """
 
     def __init__(self, width: int, config: TrainConfig) -> None:
         super().__init__()
@@ -75,7 +90,9 @@ class PoolZ(nn.Module):
         super().__init__()
         self.kind = kind
         if kind == "attention":
-            self.score = nn.Sequential(nn.Linear(width, width // 2), nn.Tanh(), nn.Linear(width // 2, 1))
+            self.score = nn.Sequential(
+                nn.Linear(width, width // 2), nn.Tanh(), nn.Linear(width // 2, 1)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool over the slices."""

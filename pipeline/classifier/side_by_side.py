@@ -1,7 +1,8 @@
-"""Parts of a stage side by side: its script once more for each part, in processes that end with the stage.
+"""Parts of a stage side by side: its script once more for each part, in processes that end with the
+stage.
 
-On a CPU a small model gains next to nothing from a second thread, and loses much when anything else wants the core; two models that
-train side by side, one thread each, lose nothing.
+On a CPU a small model gains next to nothing from a second thread, and loses much when anything else
+wants the core; two models that train side by side, one thread each, lose nothing.
 """
 
 import contextlib
@@ -33,37 +34,59 @@ class Part:
     def last_line(self) -> str:
         """What it had to say at its end; call once, after the end."""
         try:
-            with contextlib.suppress(BlockingIOError):  # a process of its own may still hold the pipe
+            # a process of its own may still hold the pipe
+            with contextlib.suppress(BlockingIOError):
                 return os.read(self.pipe, MOST_BYTES).decode()
             return ""
         finally:
             os.close(self.pipe)
 
 
-def train_side_by_side(stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]) -> bool:
-    """Train those of `folds` that are not up to date side by side and return True; False, and nothing done, where that brings nothing.
+def train_side_by_side(
+    stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]
+) -> bool:
+    """Train those of `folds` that are not up to date side by side and return True; False, and
+    nothing done, where that brings nothing.
 
-    That is on a GPU, with one job or one fold, and under torchrun, which spreads the folds itself. The cores of a fold depend on the
-    number of all folds, not on those that are left, so that a run that was stopped and goes on computes what it would have computed.
+    That is on a GPU, with one job or one fold, and under torchrun, which spreads the folds itself.
+    The cores of a fold depend on the number of all folds, not on those that are left, so that a run
+    that was stopped and goes on computes what it would have computed.
     """
-    todo = [fold for fold in folds if stage.options.force or not stage.part(f"fold{fold}").made_from(inputs, sections)]
+    todo = [
+        fold
+        for fold in folds
+        if stage.options.force or not stage.part(f"fold{fold}").made_from(inputs, sections)
+    ]
     at_once = min(stage.jobs, stage.config.folds.count)
-    if not todo or min(at_once, len(folds)) == 1 or "WORLD_SIZE" in os.environ or pick_device(stage.device_name).type != "cpu":
+    if (
+        not todo
+        or min(at_once, len(folds)) == 1
+        or "WORLD_SIZE" in os.environ
+        or pick_device(stage.device_name).type != "cpu"
+    ):
         return False
-    run_side_by_side({f"fold {fold}": ("--fold", str(fold), "--jobs", str(stage.jobs // at_once)) for fold in todo}, at_once)
+    run_side_by_side(
+        {
+            f"fold {fold}": ("--fold", str(fold), "--jobs", str(stage.jobs // at_once))
+            for fold in todo
+        },
+        at_once,
+    )
     return True
 
 
 def run_side_by_side(parts: dict[str, Sequence[str]], at_once: int) -> None:
     """Run this script with its own arguments and those of each part, `at_once` processes at a time.
 
-    A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the others.
+    A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the
+    others.
 
     Raises:
-        Ended: a part failed: its line and exit code.
-        KeyboardInterrupt, SystemExit: this process was stopped.
+        Ended: a part failed: its line and exit code. KeyboardInterrupt, SystemExit: this process
+        was stopped.
     """
-    from ..learning.interrupt import StopSignal  # late: it brings torch, which a stage that is up to date does without
+    # late: it brings torch, which a stage that is up to date does without
+    from ..learning.interrupt import StopSignal
 
     waiting, running = list(parts.items()), []
     with StopSignal() as stop:
@@ -86,14 +109,22 @@ def _refuse(ended: Sequence[Part]) -> None:
     lines = {part: part.last_line() for part in ended}
     for part, line in lines.items():
         if code := part.process.returncode:
-            raise Ended(line or f"error: {part.name} {_fate(code)}, run the same command again", max(1, code))
+            raise Ended(
+                line or f"error: {part.name} {_fate(code)}, run the same command again",
+                max(1, code),
+            )
 
 
 def _fate(code: int) -> str:
-    """What became of a process, from `Popen.returncode`; the kernel kills with SIGKILL whoever has too much memory."""
+    """What became of a process, from `Popen.returncode`; the kernel kills with SIGKILL whoever has
+    too much memory.
+    """
     if code > 0:
         return f"ended with exit code {code}"
-    return f"was brought down by {signal.Signals(-code).name}{' (out of memory?)' if -code == signal.SIGKILL else ''}"
+    return (
+        "was brought down by"
+        f" {signal.Signals(-code).name}{' (out of memory?)' if -code == signal.SIGKILL else ''}"
+    )
 
 
 def _end(running: Sequence[Part]) -> None:

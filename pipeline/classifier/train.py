@@ -44,12 +44,29 @@ MODEL, LOG, OOF = "model.safetensors", "log.jsonl", "oof.parquet"
 
 
 class FoldTrainer:
-    """Model, optimiser and history of one fold; `run` trains, `predict_held_out` gives the OOF rows."""
+    """Model, optimiser and history of one fold; `run` trains, `predict_held_out` gives the OOF
+    rows.
+    """
 
-    def __init__(self, config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None) -> None:
-        self.config, self.options, self.data, self.folder, self.device = config, config.train, data, folder, device
+    def __init__(
+        self,
+        config: Config,
+        data: FoldData,
+        folder: Path,
+        device: torch.device,
+        pretrained: Path | None,
+    ) -> None:
+        self.config, self.options, self.data, self.folder, self.device = (
+            config,
+            config.train,
+            data,
+            folder,
+            device,
+        )
         seed_everything(config.seed, data.fold)
-        self.model = build_model(config, "imagenet" if self.options.init == "imagenet" else "scratch")
+        self.model = build_model(
+            config, "imagenet" if self.options.init == "imagenet" else "scratch"
+        )
         if pretrained is not None:
             log(f"fold {data.fold}: {load_backbone(self.model.backbone, pretrained)}")
         labels = np.stack([series.labels for series in data.train])
@@ -57,15 +74,20 @@ class FoldTrainer:
         self.model.to(device, memory_format=torch.channels_last)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.loss = InjuryLoss(self.options, labels).to(device)
-        self.optimiser = adamw(parameter_groups(self.model, self.options), self.options.lr, self.options.weight_decay)
+        self.optimiser = adamw(
+            parameter_groups(self.model, self.options), self.options.lr, self.options.weight_decay
+        )
         self.scaler = grad_scaler(device, self.options.amp)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
-        self.dataset = SeriesDataset(data.train, self.options, config.seed + data.fold, augment=True)
+        self.dataset = SeriesDataset(
+            data.train, self.options, config.seed + data.fold, augment=True
+        )
         self._stream: Iterator[dict[str, Tensor]] | None = None
         self.history: list[dict[str, Any]] = []
         self.best: float = float("inf")
         self.epoch = 0
-        self.tally: dict[str, Any] = {}  # of the epoch under way, so that a stopped run goes on within it
+        # of the epoch under way, so that a stopped run goes on within it
+        self.tally: dict[str, Any] = {}
         self.stop = StopSignal(world_size() > 1)
 
     @property
@@ -80,13 +102,21 @@ class FoldTrainer:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """The log row of the epoch whose weights predict: the best one where early stopping is on, else the last."""
-        return min(self.history, key=lambda row: row["score"]) if self.options.patience else self.history[-1]
+        """The log row of the epoch whose weights predict: the best one where early stopping is on,
+        else the last.
+        """
+        return (
+            min(self.history, key=lambda row: row["score"])
+            if self.options.patience
+            else self.history[-1]
+        )
 
     def run(self) -> None:
-        """Train from the last checkpoint, or from the start, to the last epoch or until patience is spent.
+        """Train from the last checkpoint, or from the start, to the last epoch or until patience is
+        spent.
 
-        SIGTERM and Ctrl-C stop it after a step, with a checkpoint from which it goes on as if it had not stopped.
+        SIGTERM and Ctrl-C stop it after a step, with a checkpoint from which it goes on as if it
+        had not stopped.
         """
         self.resume()
         with self.stop, loading():
@@ -95,13 +125,19 @@ class FoldTrainer:
                 self.epoch += 1
                 self.history.append(row)
                 self.save()
-                log(f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss {row['loss']:.4f}, held-out score "
-                    f"{row['score']:.4f}, {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %")  # fmt: skip
+                log(
+                    f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss"
+                    f" {row['loss']:.4f}, held-out score {row['score']:.4f},"
+                    f" {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %"
+                )
         self._stream = None  # ends its workers
         if self.options.patience:
             self._load_best()
-            log(f"fold {self.data.fold}: train.patience kept epoch {self.kept['epoch']} of {self.epoch} by its score on the held-out "
-                "patients: their out-of-fold score flatters it")  # fmt: skip
+            log(
+                f"fold {self.data.fold}: train.patience kept epoch {self.kept['epoch']} of"
+                f" {self.epoch} by its score on the held-out patients: their out-of-fold score"
+                " flatters it"
+            )
 
     def train_epoch(self) -> dict[str, Any]:
         """One pass over the training series; returns the log row."""
@@ -109,45 +145,82 @@ class FoldTrainer:
         if self.options.freeze_backbone:
             self.model.backbone.eval()
         if self.tally.get("epoch") != self.epoch:
-            self.tally = {"epoch": self.epoch, "steps": 0, "seconds": 0.0, "waiting": 0.0, "slices": 0, "terms": {}}
+            self.tally = {
+                "epoch": self.epoch,
+                "steps": 0,
+                "seconds": 0.0,
+                "waiting": 0.0,
+                "slices": 0,
+                "terms": {},
+            }
         tally, terms = self.tally, self.tally["terms"]
         batches, steps = self.batches(), range(tally["steps"], self.steps_per_epoch)
-        for step in progress(steps, len(steps), f"fold {self.data.fold} epoch {self.epoch + 1}", "step"):
+        for step in progress(
+            steps, len(steps), f"fold {self.data.fold} epoch {self.epoch + 1}", "step"
+        ):
             asked = time.perf_counter()
             micro = next(batches)
             tally["waiting"] += time.perf_counter() - asked
             for name, value in self.step(self.epoch * self.steps_per_epoch + step, micro).items():
                 terms[name] = terms.get(name, 0.0) + value / self.steps_per_epoch
-            tally["slices"] += sum(batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro)
+            tally["slices"] += sum(
+                batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro
+            )
             tally["seconds"] += time.perf_counter() - asked
             tally["steps"] += 1
             self._leave_if_asked()
         rate = self.learning_rate((self.epoch + 1) * self.steps_per_epoch - 1)
-        return {"epoch": self.epoch + 1, "lr": rate, "loss": sum(terms.values()), "terms": terms, "seconds": round(tally["seconds"], 2),
-                "slices_per_s": tally["slices"] / tally["seconds"], "waiting": tally["waiting"] / tally["seconds"]}  # fmt: skip
+        return {
+            "epoch": self.epoch + 1,
+            "lr": rate,
+            "loss": sum(terms.values()),
+            "terms": terms,
+            "seconds": round(tally["seconds"], 2),
+            "slices_per_s": tally["slices"] / tally["seconds"],
+            "waiting": tally["waiting"] / tally["seconds"],
+        }
 
     def _leave_if_asked(self) -> None:
         if self.stop.signum:
             self.save_state()
-            log(f"fold {self.data.fold}: stopped in epoch {self.epoch + 1} after step {self.tally['steps']}, checkpoint written")
+            log(
+                f"fold {self.data.fold}: stopped in epoch {self.epoch + 1} after step"
+                f" {self.tally['steps']}, checkpoint written"
+            )
             self.stop.leave()
 
     def batches(self) -> Iterator[list[dict[str, Tensor]]]:
-        """Lists of up to `accumulate` micro-batches of the next epoch, out of one stream: its workers start once and work ahead."""
+        """Lists of up to `accumulate` micro-batches of the next epoch, out of one stream: its
+        workers start once and work ahead.
+        """
         done = self.tally["steps"] * self.options.accumulate
         if self._stream is None:
-            plan = [batch for epoch in range(self.epoch, self.options.epochs) for batch in self._plan(epoch)]
-            self._stream = iter(make_loader(self.dataset, plan[done:], self.options.workers, self.device))
+            plan = [
+                batch
+                for epoch in range(self.epoch, self.options.epochs)
+                for batch in self._plan(epoch)
+            ]
+            self._stream = iter(
+                make_loader(self.dataset, plan[done:], self.options.workers, self.device)
+            )
         left = -(-len(self.dataset) // self.options.batch) - done
         while left > 0:
             yield list(itertools.islice(self._stream, min(self.options.accumulate, left)))
             left -= self.options.accumulate
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Keys of an epoch's micro-batches, in an order that is a pure function of (seed, fold, epoch)."""
-        order = np.random.default_rng((self.config.seed, self.data.fold, epoch)).permutation(len(self.dataset)).tolist()
+        """Keys of an epoch's micro-batches, in an order that is a pure function of (seed, fold,
+        epoch).
+        """
+        order = (
+            np.random.default_rng((self.config.seed, self.data.fold, epoch))
+            .permutation(len(self.dataset))
+            .tolist()
+        )
         size = self.options.batch
-        return [[(epoch, index) for index in order[i : i + size]] for i in range(0, len(order), size)]
+        return [
+            [(epoch, index) for index in order[i : i + size]] for i in range(0, len(order), size)
+        ]
 
     def learning_rate(self, step: int) -> float:
         """Warm-up and cosine, a pure function of the step."""
@@ -162,7 +235,9 @@ class FoldTrainer:
         full = sum(len(batch["labels"]) for batch in micro)
         sums: dict[str, Tensor] = {}
         for batch in micro:
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            batch = {
+                name: value.to(self.device, non_blocking=True) for name, value in batch.items()
+            }
             with autocast(self.device, self.options.amp):
                 outputs = self.forward(normalise(batch["slices"]))
             terms = self.loss(outputs, batch["labels"], batch["planes"], batch["known"], full)
@@ -173,7 +248,9 @@ class FoldTrainer:
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
-        check_finite(step, values if self.scaler.is_enabled() else {**values, "gradient": float(norm)}, ids)
+        check_finite(
+            step, values if self.scaler.is_enabled() else {**values, "gradient": float(norm)}, ids
+        )
         self.scaler.step(self.optimiser)
         self.scaler.update()
         check_scale(self.scaler, step, ids)
@@ -194,7 +271,10 @@ class FoldTrainer:
         series = self.data.held_out
         dataset = SeriesDataset(series, self.options)
         size = 2 * self.options.batch
-        plan = [[(0, k) for k in range(i, min(i + size, len(series)))] for i in range(0, len(series), size)]
+        plan = [
+            [(0, k) for k in range(i, min(i + size, len(series)))]
+            for i in range(0, len(series), size)
+        ]
         model = self.final_model.eval()
         loader = make_loader(dataset, plan, self.options.workers, self.device)
         values = []
@@ -202,9 +282,15 @@ class FoldTrainer:
             values.append(predict(model, batch["slices"].to(self.device), self.options.amp))
             self._leave_if_asked()
         table = torch.cat(values).numpy()
-        if wrong := [one.series_id for one, fine in zip(series, np.isfinite(table).all(1), strict=True) if not fine]:
-            raise NonFiniteLoss(f"non-finite predictions of held-out series {', '.join(wrong[:9])} of fold {self.data.fold} "
-                                f"after {self.epoch} epochs; the last checkpoint is kept")  # fmt: skip
+        if wrong := [
+            one.series_id
+            for one, fine in zip(series, np.isfinite(table).all(1), strict=True)
+            if not fine
+        ]:
+            raise NonFiniteLoss(
+                f"non-finite predictions of held-out series {', '.join(wrong[:9])} of fold"
+                f" {self.data.fold} after {self.epoch} epochs; the last checkpoint is kept"
+            )
         frame = metric.value_frame(table)
         ids = {
             "patient_id": [s.patient_id for s in series],
@@ -214,7 +300,9 @@ class FoldTrainer:
         return pl.DataFrame(ids).hstack(frame)
 
     def save(self) -> None:
-        """Checkpoint after an epoch, with the best weights beside it where early stopping is on, and the log."""
+        """Checkpoint after an epoch, with the best weights beside it where early stopping is on,
+        and the log.
+        """
         score = self.history[-1]["score"]
         if self.options.patience and score < self.best:
             save_checkpoint(self.folder / "best.ckpt", {"model": self.final_model.state_dict()})
@@ -224,11 +312,20 @@ class FoldTrainer:
 
     def save_state(self) -> None:
         """Everything that a resumed run needs."""
-        save_checkpoint(self.folder / CHECKPOINT, {
-            "model": self.model.state_dict(), "averaged": self.averaged.state_dict() if self.averaged else None,
-            "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch, "best": self.best,
-            "history": self.history, "tally": self.tally, "identity": self._identity(),
-        })  # fmt: skip
+        save_checkpoint(
+            self.folder / CHECKPOINT,
+            {
+                "model": self.model.state_dict(),
+                "averaged": self.averaged.state_dict() if self.averaged else None,
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "epoch": self.epoch,
+                "best": self.best,
+                "history": self.history,
+                "tally": self.tally,
+                "identity": self._identity(),
+            },
+        )
 
     def resume(self) -> None:
         """Take up the last checkpoint where it belongs to this very config and fold."""
@@ -236,27 +333,47 @@ class FoldTrainer:
         if state is None:
             return
         if state["identity"] != self._identity():
-            log(f"fold {self.data.fold}: the checkpoint is of another config or data, training starts anew")
+            log(
+                f"fold {self.data.fold}: the checkpoint is of another config or data, training"
+                " starts anew"
+            )
             return
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.optimiser.load_state_dict(state["optimiser"])
         load_scaler(self.scaler, state["scaler"])
-        self.epoch, self.best, self.history, self.tally = state["epoch"], state["best"], state["history"], state["tally"]
-        inside = f" and step {self.tally['steps']} of the next" if self.tally["epoch"] == self.epoch else ""
+        self.epoch, self.best, self.history, self.tally = (
+            state["epoch"],
+            state["best"],
+            state["history"],
+            state["tally"],
+        )
+        inside = (
+            f" and step {self.tally['steps']} of the next"
+            if self.tally["epoch"] == self.epoch
+            else ""
+        )
         log(f"fold {self.data.fold}: resumed after epoch {self.epoch}{inside}")
 
     def _identity(self) -> str:
         held_out = [series.series_id for series in self.data.held_out]
         return json.dumps(
-            {"train": decisive("train", self.options), "model": decisive("model", self.config.model), "seed": self.config.seed,
-             "held_out": held_out, "fingerprint": self.data.fingerprint}
-        )  # fmt: skip
+            {
+                "train": decisive("train", self.options),
+                "model": decisive("model", self.config.model),
+                "seed": self.config.seed,
+                "held_out": held_out,
+                "fingerprint": self.data.fingerprint,
+            }
+        )
 
     def _out_of_patience(self) -> bool:
         scores = [row["score"] for row in self.history]
-        return bool(self.options.patience and scores) and len(scores) - 1 - int(np.argmin(scores)) >= self.options.patience
+        return (
+            bool(self.options.patience and scores)
+            and len(scores) - 1 - int(np.argmin(scores)) >= self.options.patience
+        )
 
     def _load_best(self) -> None:
         state = load_checkpoint(self.folder / "best.ckpt")
@@ -270,12 +387,12 @@ def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
     return copy.requires_grad_(False)
 
 
-
-
-
-
-def train_fold(config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None) -> dict[str, Any]:
-    """Train one fold and write `model.safetensors`, `last.ckpt`, `log.jsonl` and `oof.parquet`; returns the manifest's counts."""
+def train_fold(
+    config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None
+) -> dict[str, Any]:
+    """Train one fold and write `model.safetensors`, `last.ckpt`, `log.jsonl` and `oof.parquet`;
+    returns the manifest's counts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trainer = FoldTrainer(config, data, folder, device, pretrained)
     trainer.run()
@@ -283,12 +400,20 @@ def train_fold(config: Config, data: FoldData, folder: Path, device: torch.devic
     with atomic_path(folder / OOF) as temporary, loading():
         trainer.predict_held_out().write_parquet(temporary)
     kept = trainer.kept
-    return {"fold": data.fold, "train_series": len(data.train), "held_out_series": len(data.held_out), "epochs": trainer.epoch,
-            "loss": kept["loss"], "held_out_score": kept["score"]}  # fmt: skip
+    return {
+        "fold": data.fold,
+        "train_series": len(data.train),
+        "held_out_series": len(data.held_out),
+        "epochs": trainer.epoch,
+        "loss": kept["loss"],
+        "held_out_score": kept["score"],
+    }
 
 
 def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str, Any]:
-    """Train fold `fold` of the run in the folder of `part`, from stage 04's backbone unless told."""
+    """Train fold `fold` of the run in the folder of `part`, from stage 04's backbone unless
+    told.
+    """
     config = part.config
     if part.options.jobs:
         torch.set_num_threads(part.jobs)

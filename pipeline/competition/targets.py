@@ -1,11 +1,15 @@
-"""The five injury targets of RSNA 2023, their classes, weights and columns: the only list of them in the project."""
+"""The five injury targets of RSNA 2023, their classes, weights and columns: the only list of them
+in the project.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Target:
-    """One column group of the competition: class names in order of severity and the metric's weight of each."""
+    """One column group of the competition: class names in order of severity and the metric's weight
+    of each.
+    """
 
     name: str
     classes: tuple[str, ...]

@@ -1,8 +1,10 @@
-"""Stage 06: out-of-fold predictions to scores one can trust. Whatever a patient is scored with was fitted without that patient.
+"""Stage 06: out-of-fold predictions to scores one can trust. Whatever a patient is scored with was
+fitted without that patient.
 
-Three score tables: `raw` (blended and aggregated, not calibrated), `nested` (calibrated; the headline) and `in_sample`
-(calibrated by parameters fitted to the very patients that are scored: what many report, shown for comparison).
-The blend weights of `raw` and of `oof_predictions.csv` are the nested ones, so that table is out-of-fold in every respect.
+Three score tables: `raw` (blended and aggregated, not calibrated), `nested` (calibrated; the
+headline) and `in_sample` (calibrated by parameters fitted to the very patients that are scored:
+what many report, shown for comparison). The blend weights of `raw` and of `oof_predictions.csv` are
+the nested ones, so that table is out-of-fold in every respect.
 """
 
 from dataclasses import dataclass
@@ -31,7 +33,9 @@ SERIES = [KEY, "series_id"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What stage 06 writes: series-level OOF, one row a patient for the report, the score tables, the parameters."""
+    """What stage 06 writes: series-level OOF, one row a patient for the report, the score tables,
+    the parameters.
+    """
 
     series: pl.DataFrame
     patients: pl.DataFrame
@@ -43,7 +47,8 @@ def read_oof(paths: list[Path], labels: pl.DataFrame) -> dict[str, pl.DataFrame]
     """Series tables of several models by name, all with the rows of the first in its order.
 
     Raises:
-        InputError: a fault of a table, a patient of `labels` missing or another one present, a series missing or too much.
+        InputError: a fault of a table, a patient of `labels` missing or another one present, a
+        series missing or too much.
     """
     found: dict[str, pl.DataFrame] = {}
     for path in paths:
@@ -53,11 +58,22 @@ def read_oof(paths: list[Path], labels: pl.DataFrame) -> dict[str, pl.DataFrame]
         missing = first.join(frame, on=SERIES, how="anti", maintain_order="left")
         if missing.height:
             what = f"series {missing['series_id'][0]!r} of patient {missing[KEY][0]!r} is missing"
-            raise InputError(what, f"{path}, which {paths[0]} has", "blend predictions of the same series")
+            raise InputError(
+                what, f"{path}, which {paths[0]} has", "blend predictions of the same series"
+            )
         known = pl.struct(SERIES).is_in(first.select(pl.struct(SERIES)).to_series().implode())
-        Table(str(path), frame).refuse((~known, "series_id", f"series {{value}} is not in {paths[0].name}", "blend the same series"))
+        Table(str(path), frame).refuse(
+            (
+                ~known,
+                "series_id",
+                f"series {{value}} is not in {paths[0].name}",
+                "blend the same series",
+            )
+        )
         name = path.stem if path.stem not in found else str(path)
-        found[name] = first.select(SERIES).join(frame, on=SERIES, how="left", maintain_order="left").drop(ROW)
+        found[name] = (
+            first.select(SERIES).join(frame, on=SERIES, how="left", maintain_order="left").drop(ROW)
+        )
     return found
 
 
@@ -65,72 +81,131 @@ def _read(path: Path) -> pl.DataFrame:
     return tables.check_predictions(strict_table.load_table(path, [*SERIES, *COLUMNS], ["fold"]))
 
 
-def read_trained(folds: Path, trained: Path, volumes: Path, labels: pl.DataFrame) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
-    """The run's own OOF tables under the name `folds`, and `patient_id, fold`. Patients without a volume may be missing."""
+def read_trained(
+    folds: Path, trained: Path, volumes: Path, labels: pl.DataFrame
+) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
+    """The run's own OOF tables under the name `folds`, and `patient_id, fold`. Patients without a
+    volume may be missing.
+    """
     frame = pl.concat([_read(path) for path in trained_files(trained, "oof.parquet")])
     table = Table(f"{trained}/fold*/oof.parquet", frame)
     strict_table.check_unique(table, *SERIES)
     index = pl.read_parquet(volumes / "index.parquet").filter(pl.col("source") == "train")
     require_patients(labels.join(index, on=KEY, how="semi", maintain_order="left"), table)
     drawn = read_folds(folds / "folds.csv", labels)
-    moved = frame.join(drawn, on=KEY, suffix="_drawn").filter(pl.col("fold") != pl.col("fold_drawn"))
+    moved = frame.join(drawn, on=KEY, suffix="_drawn").filter(
+        pl.col("fold") != pl.col("fold_drawn")
+    )
     if moved.height:
-        what = f"patient {moved[KEY][0]!r} was held out in fold {moved['fold'][0]}, not {moved['fold_drawn'][0]} as folds.csv says"
+        what = (
+            f"patient {moved[KEY][0]!r} was held out in fold {moved['fold'][0]}, not"
+            f" {moved['fold_drawn'][0]} as folds.csv says"
+        )
         raise InputError(what, table.name, "run stages/05_train_folds.py again")
     return {"folds": frame.drop(ROW)}, drawn
 
 
-def nested_folds(series: dict[str, pl.DataFrame], labels: pl.DataFrame, config: Config) -> pl.DataFrame:
-    """`patient_id, fold`: the OOF tables' own folds where all have the same, else new ones, stratified and seeded."""
+def nested_folds(
+    series: dict[str, pl.DataFrame], labels: pl.DataFrame, config: Config
+) -> pl.DataFrame:
+    """`patient_id, fold`: the OOF tables' own folds where all have the same, else new ones,
+    stratified and seeded.
+    """
     if all("fold" in frame.columns for frame in series.values()):
         own = [frame.select(KEY, "fold").unique().sort(KEY, "fold") for frame in series.values()]
-        if all(one.equals(own[0]) for one in own) and own[0][KEY].is_unique().all() and own[0]["fold"].n_unique() > 1:
+        if (
+            all(one.equals(own[0]) for one in own)
+            and own[0][KEY].is_unique().all()
+            and own[0]["fold"].n_unique() > 1
+        ):
             return own[0]
-    log(f"the OOF tables do not share one fold column: nested folds are drawn (score.nested_folds={config.score.nested_folds})")
-    return make_folds(labels, next(iter(series.values())), config.score.nested_folds, config.seed, "score.nested_folds")
+    log(
+        "the OOF tables do not share one fold column: nested folds are drawn"
+        f" (score.nested_folds={config.score.nested_folds})"
+    )
+    return make_folds(
+        labels,
+        next(iter(series.values())),
+        config.score.nested_folds,
+        config.seed,
+        "score.nested_folds",
+    )
 
 
 def complete(labels: pl.DataFrame, predicted: pl.DataFrame, prior: np.ndarray) -> pl.DataFrame:
-    """`patient_id` and the 13 columns for every patient of `labels`, in that order; the prior for those without a prediction."""
-    frame = labels.select(KEY).join(predicted.select(KEY, *COLUMNS), on=KEY, how="left", maintain_order="left")
-    return frame.with_columns(pl.col(column).fill_null(value) for column, value in zip(COLUMNS, prior.tolist(), strict=True))
+    """`patient_id` and the 13 columns for every patient of `labels`, in that order; the prior for
+    those without a prediction.
+    """
+    frame = labels.select(KEY).join(
+        predicted.select(KEY, *COLUMNS), on=KEY, how="left", maintain_order="left"
+    )
+    return frame.with_columns(
+        pl.col(column).fill_null(value)
+        for column, value in zip(COLUMNS, prior.tolist(), strict=True)
+    )
 
 
-def nested(series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, options: ScoreConfig) -> dict[str, Any]:
+def nested(
+    series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, options: ScoreConfig
+) -> dict[str, Any]:
     """Blend, aggregate and calibrate every fold by parameters fitted to the other folds.
 
-    Returns `series` (blended), `raw` and `nested` (13 columns a patient, in the order of `labels`) and `fits` by fold.
+    Returns `series` (blended), `raw` and `nested` (13 columns a patient, in the order of `labels`)
+    and `fits` by fold.
     """
     rows: dict[str, list[pl.DataFrame]] = {"series": [], "raw": [], "nested": []}
     fits: dict[int, Calibration] = {}
     for fold in folds["fold"].unique().sort():
-        held_out = labels.join(folds.filter(pl.col("fold") == fold), on=KEY, how="semi", maintain_order="left")
+        held_out = labels.join(
+            folds.filter(pl.col("fold") == fold), on=KEY, how="semi", maintain_order="left"
+        )
         others = labels.join(held_out, on=KEY, how="anti", maintain_order="left")
-        fitted = fits[fold] = calibration.fit(_of(series, others), others, options.aggregate, options.calibrate)
+        fitted = fits[fold] = calibration.fit(
+            _of(series, others), others, options.aggregate, options.calibrate
+        )
         blended = calibration.blend(list(_of(series, held_out).values()), fitted.weights)
         raw = aggregate(blended, options.aggregate)
         calibrated = calibration.with_values(raw, fitted.apply(raw.select(COLUMNS).to_numpy()))
         rows["series"].append(blended.select(*SERIES, *COLUMNS))
         rows["raw"].append(complete(held_out, raw, fitted.prior))
         rows["nested"].append(complete(held_out, calibrated, fitted.prior))
-    order = {"series": next(iter(series.values())).select(SERIES), "raw": labels.select(KEY), "nested": labels.select(KEY)}
+    order = {
+        "series": next(iter(series.values())).select(SERIES),
+        "raw": labels.select(KEY),
+        "nested": labels.select(KEY),
+    }
     joined = {
-        name: order[name].join(pl.concat(parts), on=order[name].columns, how="left", maintain_order="left") for name, parts in rows.items()
+        name: (
+            order[name].join(
+                pl.concat(parts), on=order[name].columns, how="left", maintain_order="left"
+            )
+        )
+        for name, parts in rows.items()
     }
     return {**joined, "fits": fits}
 
 
 def _of(series: dict[str, pl.DataFrame], patients: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    return {name: frame.join(patients, on=KEY, how="semi", maintain_order="left") for name, frame in series.items()}
+    return {
+        name: frame.join(patients, on=KEY, how="semi", maintain_order="left")
+        for name, frame in series.items()
+    }
 
 
-def score_oof(series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config) -> Outcome:
-    """Everything that stage 06 reports, from aligned series tables, labels and `patient_id, fold`."""
-    with threadpool_limits(1):  # the matrices are small: threads of the linear algebra would only wait for each other
+def score_oof(
+    series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config
+) -> Outcome:
+    """Everything that stage 06 reports, from aligned series tables, labels and `patient_id,
+    fold`.
+    """
+    # the matrices are small: threads of the linear algebra would only wait for each other
+    with threadpool_limits(1):
         return _score(series, labels, folds, config)
 
 
-def _score(series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config) -> Outcome:
+def _score(
+    series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config
+) -> Outcome:
     options = config.score
     parts = nested(series, labels, folds, options)
     final = calibration.fit(series, labels, options.aggregate, options.calibrate)
@@ -141,20 +216,36 @@ def _score(series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.Data
     scores: dict[str, Any] = {name: score_arrays(truth, array) for name, array in arrays.items()}
     scores["floors"] = floors(truth)
     base = scores["floors"]["weighted_means"]
-    scores["reduction"] = {name: {key: 1 - scores[name][key] / base[key] for key in SCORE_KEYS} for name in arrays}
-    scores["intervals"] = {name: score_intervals(truth, arrays[name], options.bootstrap, config.seed) for name in ("raw", "nested")}
+    scores["reduction"] = {
+        name: {key: 1 - scores[name][key] / base[key] for key in SCORE_KEYS} for name in arrays
+    }
+    scores["intervals"] = {
+        name: score_intervals(truth, arrays[name], options.bootstrap, config.seed)
+        for name in ("raw", "nested")
+    }
     scores["metrics"] = extra_metrics(truth, arrays["nested"], options.bootstrap, config.seed)
     first = next(iter(series.values()))
-    scores["counts"] = {"patients": labels.height, "series": first.height, "without_series": labels.height - first[KEY].n_unique(),
-                        "models": len(series), "nested_folds": len(parts["fits"]), "bootstrap": options.bootstrap}  # fmt: skip
-    parameters = {**final.to_json(), "nested": {str(fold): fitted.to_json() for fold, fitted in parts["fits"].items()}}
+    scores["counts"] = {
+        "patients": labels.height,
+        "series": first.height,
+        "without_series": labels.height - first[KEY].n_unique(),
+        "models": len(series),
+        "nested_folds": len(parts["fits"]),
+        "bootstrap": options.bootstrap,
+    }
+    parameters = {
+        **final.to_json(),
+        "nested": {str(fold): fitted.to_json() for fold, fitted in parts["fits"].items()},
+    }
     return Outcome(parts["series"], _patients(labels, folds, parts), scores, parameters)
 
 
 def _patients(labels: pl.DataFrame, folds: pl.DataFrame, parts: dict[str, Any]) -> pl.DataFrame:
     """`patient_id, fold`, then the 13 columns as `label_*`, `raw_*` and `nested_*`."""
     frame = labels.select(KEY, *COLUMNS).rename({column: f"label_{column}" for column in COLUMNS})
-    frame = frame.join(folds, on=KEY, how="left", maintain_order="left").select(KEY, "fold", pl.exclude(KEY, "fold"))
+    frame = frame.join(folds, on=KEY, how="left", maintain_order="left").select(
+        KEY, "fold", pl.exclude(KEY, "fold")
+    )
     for name in ("raw", "nested"):
         frame = frame.hstack(parts[name].select(pl.col(COLUMNS).name.prefix(f"{name}_")))
     return frame
@@ -165,7 +256,17 @@ def summary(scores: dict[str, Any]) -> str:
     rows = {name.replace("_", " "): table for name, table in scores["floors"].items()}
     rows |= {"raw": scores["raw"], "nested": scores["nested"], "in-sample": scores["in_sample"]}
     headline, count = scores["intervals"]["nested"]["score"], scores["counts"]
-    span = f" (95 % interval {headline['low']:.4f} to {headline['high']:.4f})" if headline["low"] is not None else ""
+    span = (
+        f" (95 % interval {headline['low']:.4f} to {headline['high']:.4f})"
+        if headline["low"] is not None
+        else ""
+    )
     saved = 100 * scores["reduction"]["nested"]["score"]
-    line = f"nested score {headline['value']:.4f}{span}: {abs(saved):.1f} % {'below' if saved >= 0 else 'above'} weighted means"
-    return f"{format_table(rows)}\n{line}; {count['patients']} patients, {count['series']} series, {count['models']} model(s)"
+    line = (
+        f"nested score {headline['value']:.4f}{span}: {abs(saved):.1f} %"
+        f" {'below' if saved >= 0 else 'above'} weighted means"
+    )
+    return (
+        f"{format_table(rows)}\n{line}; {count['patients']} patients, {count['series']} series,"
+        f" {count['models']} model(s)"
+    )

@@ -1,4 +1,6 @@
-"""The 2D backbone that pretraining and classifier share: any timm model, one grey channel in, spatial map out."""
+"""The 2D backbone that pretraining and classifier share: any timm model, one grey channel in,
+spatial map out.
+"""
 
 import difflib
 from pathlib import Path
@@ -10,8 +12,10 @@ from ..system.errors import InputError
 from .fast_layers import speed_up
 from .weights import load_weights, match, read_weights, save_weights
 
-GREY_MEAN, GREY_STD = 0.449, 0.226  # of ImageNet, mean over R, G and B: what pretrained stems summed over RGB expect
-EXTRAS = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})  # how timm's families are told that the image size varies
+# of ImageNet, mean over R, G and B: what pretrained stems summed over RGB expect
+GREY_MEAN, GREY_STD = 0.449, 0.226
+# how timm's families are told that the image size varies
+EXTRAS = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -20,9 +24,11 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def create_backbone(name: str, init: str = "scratch", weights: str | None = None) -> nn.Module:
-    """A timm model (N, 1, h, w) -> (N, C, h', w'), without head and pooling; its state dict is timm's own.
+    """A timm model (N, 1, h, w) -> (N, C, h', w'), without head and pooling; its state dict is
+    timm's own.
 
-    `init="imagenet"` takes the weights from the file `weights`, or from timm's hub; RGB stems are summed to one channel (timm's rule).
+    `init="imagenet"` takes the weights from the file `weights`, or from timm's hub; RGB stems are
+    summed to one channel (timm's rule).
 
     Raises:
         InputError: unknown model name, or ImageNet weights that are out of reach or do not match.
@@ -31,7 +37,11 @@ def create_backbone(name: str, init: str = "scratch", weights: str | None = None
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
-        raise InputError("no such timm model", f"model.backbone={name}", f"did you mean {near}? see timm.list_models()")
+        raise InputError(
+            "no such timm model",
+            f"model.backbone={name}",
+            f"did you mean {near}? see timm.list_models()",
+        )
     backbone = _build(name, pretrained=init == "imagenet" and weights is None)
     if init == "imagenet" and weights is not None:
         match(backbone, _imagenet_state(backbone, weights), weights)
@@ -51,15 +61,22 @@ def _build(name: str, pretrained: bool) -> nn.Module:
             continue
         break
     else:
-        raise InputError("this timm model has a fixed image size or no spatial map", f"model.backbone={name}", "choose another one")
+        raise InputError(
+            "this timm model has a fixed image size or no spatial map",
+            f"model.backbone={name}",
+            "choose another one",
+        )
     if not pretrained:
         return backbone.train()
     try:
         return timm.create_model(name, pretrained=True, **options, **extra).train()
     except Exception as fault:  # the hub client raises many kinds; the cause stays chained
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise InputError(f"ImageNet weights of {name} are out of reach ({reason})", "init=imagenet",
-                         "give a local file as model.weights=FILE, or choose init=scratch") from fault  # fmt: skip
+        raise InputError(
+            f"ImageNet weights of {name} are out of reach ({reason})",
+            "init=imagenet",
+            "give a local file as model.weights=FILE, or choose init=scratch",
+        ) from fault
 
 
 def _imagenet_state(backbone: nn.Module, path: str) -> dict[str, torch.Tensor]:
@@ -79,9 +96,15 @@ def _imagenet_state(backbone: nn.Module, path: str) -> dict[str, torch.Tensor]:
 
 
 def _to_map(backbone: nn.Module, inputs: tuple, features: torch.Tensor) -> torch.Tensor:
-    """Bring what timm's families return to (N, C, h', w'): channels-last maps and token sequences are rearranged."""
+    """Bring what timm's families return to (N, C, h', w'): channels-last maps and token sequences
+    are rearranged.
+    """
     if features.ndim == 4:
-        return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
+        return (
+            features.permute(0, 3, 1, 2)
+            if getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+            else features
+        )
     if features.ndim != 3:
         raise AssertionError(f"features of shape {tuple(features.shape)} are no map")
     N, T, C = features.shape
@@ -94,7 +117,8 @@ def _to_map(backbone: nn.Module, inputs: tuple, features: torch.Tensor) -> torch
 
 @torch.no_grad()
 def feature_shape(backbone: nn.Module, size: int) -> tuple[int, int, int]:
-    """(C, h', w') for images of `size` x `size`, by a dry forward pass; the model's state is left as it was.
+    """(C, h', w') for images of `size` x `size`, by a dry forward pass; the model's state is left
+    as it was.
 
     Raises:
         InputError: images of this size are too small for the model, or no multiple of its patches.
@@ -103,17 +127,26 @@ def feature_shape(backbone: nn.Module, size: int) -> tuple[int, int, int]:
     try:
         shape = backbone.eval()(torch.zeros(1, 1, size, size, device=device)).shape
     except (RuntimeError, AssertionError) as fault:
-        what = f"this backbone takes no images of {size} x {size} pixels ({str(fault).splitlines()[0]})"
-        raise InputError(what, "model.backbone", "choose another size (image_size, grid) or another model") from fault
+        what = (
+            f"this backbone takes no images of {size} x {size} pixels"
+            f" ({str(fault).splitlines()[0]})"
+        )
+        raise InputError(
+            what, "model.backbone", "choose another size (image_size, grid) or another model"
+        ) from fault
     backbone.train(training)
     return tuple(shape[1:])
 
 
 def load_backbone(backbone: nn.Module, path: Path | str) -> str:
-    """Strict transfer from a file of `save_backbone`: returns how many tensors matched, InputError naming those that did not."""
+    """Strict transfer from a file of `save_backbone`: returns how many tensors matched, InputError
+    naming those that did not.
+    """
     return load_weights(backbone, path)
 
 
 def save_backbone(backbone: nn.Module, path: Path | str, metadata: dict[str, str]) -> None:
-    """Write the timm state dict (`in_chans=1, num_classes=0, global_pool=""`) with metadata, atomically."""
+    """Write the timm state dict (`in_chans=1, num_classes=0, global_pool=""`) with metadata,
+    atomically.
+    """
     save_weights(path, backbone, metadata)

@@ -1,4 +1,6 @@
-"""Training state on disk: atomic, tensors and plain values only, the last k kept, damaged files noticed."""
+"""Training state on disk: atomic, tensors and plain values only, the last k kept, damaged files
+noticed.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,20 @@ from ..system.errors import InputError
 from ..system.files import atomic_path, disk_errors
 from .weights import load_weights, read_metadata, save_weights
 
-__all__ = ["load_checkpoint", "load_weights", "newest_checkpoint", "read_metadata", "save_checkpoint", "save_weights"]
+__all__ = [
+    "load_checkpoint",
+    "load_weights",
+    "newest_checkpoint",
+    "read_metadata",
+    "save_checkpoint",
+    "save_weights",
+]
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any], keep: int = 1) -> None:
-    """Write tensors and plain values atomically; the `keep - 1` states before it stay as `<stem>.1.ckpt` (newest), `.2.ckpt`, ..."""
+    """Write tensors and plain values atomically; the `keep - 1` states before it stay as
+    `<stem>.1.ckpt` (newest), `.2.ckpt`, ...
+    """
     path = Path(path)
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
@@ -35,7 +46,9 @@ def earlier(path: Path, age: int) -> Path:
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
-    """The state saved at `path` on the CPU; None where there is none or where the file is damaged (which the log says)."""
+    """The state saved at `path` on the CPU; None where there is none or where the file is damaged
+    (which the log says).
+    """
     path = Path(path)
     if not path.exists():
         return None
@@ -50,7 +63,9 @@ def load_checkpoint(path: Path | str) -> dict[str, Any] | None:
 
 
 def newest_checkpoint(path: Path | str, keep: int) -> dict[str, Any] | None:
-    """The newest readable state among `path` and its earlier ones, so that a damaged file costs one interval and no run."""
+    """The newest readable state among `path` and its earlier ones, so that a damaged file costs one
+    interval and no run.
+    """
     for age in range(keep + 1):
         if (state := load_checkpoint(earlier(Path(path), age))) is not None:
             return state

@@ -1,4 +1,6 @@
-"""One training step over several processes: `torchrun` starts them, gloo (CPU) or nccl (GPU) joins them."""
+"""One training step over several processes: `torchrun` starts them, gloo (CPU) or nccl (GPU) joins
+them.
+"""
 
 import contextlib
 import os
@@ -69,7 +71,11 @@ class World:
     def check_divides(self, batch: int, key: str) -> None:
         """InputError where a batch cannot be shared out evenly."""
         if batch % self.size:
-            raise InputError(f"{key}={batch} is no multiple of {self.size} processes", "torchrun", f"choose another {key}")
+            raise InputError(
+                f"{key}={batch} is no multiple of {self.size} processes",
+                "torchrun",
+                f"choose another {key}",
+            )
 
     def agree(self, value: int, what: str, remedy: str) -> None:
         """InputError where `value` is not the same on every rank."""
@@ -98,15 +104,23 @@ class World:
             return tensor
         B = len(tensor)
         padded = tensor.new_zeros(self.size * B, *tensor.shape[1:])
-        return self.sum(padded.index_copy(0, torch.arange(self.rank * B, (self.rank + 1) * B, device=tensor.device), tensor))
+        return self.sum(
+            padded.index_copy(
+                0, torch.arange(self.rank * B, (self.rank + 1) * B, device=tensor.device), tensor
+            )
+        )
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace the gradients by their mean over ranks: one all-reduce of all of them together."""
+        """Replace the gradients by their mean over ranks: one all-reduce of all of them
+        together.
+        """
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = _all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        for gradient, part in zip(gradients, (flat / self.size).split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(
+            gradients, (flat / self.size).split([g.numel() for g in gradients]), strict=True
+        ):
             gradient.copy_(part.view_as(gradient))
 
     def broadcast(self, module: nn.Module) -> None:
@@ -122,7 +136,8 @@ class World:
 
 
 def setup(device_name: str = "auto", threads: int = 0) -> World:
-    """Join the process group that `torchrun` describes in the environment; without it, a world of one.
+    """Join the process group that `torchrun` describes in the environment; without it, a world of
+    one.
 
     `threads` (0: torch's own choice) compute in each process on a CPU.
     """
@@ -138,8 +153,11 @@ def setup(device_name: str = "auto", threads: int = 0) -> World:
 
 
 def _join(backend: str) -> None:
-    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE") and "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need that its host name resolves
+    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE") and "lo" in (
+        name for _, name in socket.if_nameindex()
+    ):
+        # one machine: no need that its host name resolves
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     distributed.init_process_group(backend)
 
 
@@ -155,7 +173,9 @@ def of_rank_0(value: T) -> T:
 
 
 def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
-    """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers on GPUs, our own on CPUs."""
+    """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers on
+    GPUs, our own on CPUs.
+    """
     if world.size == 1:
         return module
     if world.device.type == "cuda":
@@ -164,12 +184,16 @@ def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
         return convert_sync_batchnorm(module)
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.__class__ = type(f"Synced{type(layer).__name__}", (_SyncedBatchNorm, type(layer)), {"world": world})
+            layer.__class__ = type(
+                f"Synced{type(layer).__name__}", (_SyncedBatchNorm, type(layer)), {"world": world}
+            )
     return module
 
 
 class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm (torch's and timm's with activation) with statistics over all ranks; torch's own needs a GPU."""
+    """Batch norm (torch's and timm's with activation) with statistics over all ranks; torch's own
+    needs a GPU.
+    """
 
     world: World
 

@@ -1,10 +1,12 @@
-"""Layers by another road: the same sums as the library's, for less time and memory, chosen while training.
+"""Layers by another road: the same sums as the library's, for less time and memory, chosen while
+training.
 
-oneDNN (CPUs) computes the weight gradient of a depthwise convolution on a map of 8 x 8 and less, and in half precision the input
-gradient of a strided one, through reference kernels that take ten to a hundred times the forward pass, and a 1 x 1 convolution on
-a map of 4 x 4 and less is a matrix product with overhead: on crops these are most of a step. Batch norm followed by SiLU or
-Hardswish keeps its output beside its input and the activation for the backward pass; it is made again there instead, for a third
-less memory at no cost in time.
+oneDNN (CPUs) computes the weight gradient of a depthwise convolution on a map of 8 x 8 and less,
+and in half precision the input gradient of a strided one, through reference kernels that take ten
+to a hundred times the forward pass, and a 1 x 1 convolution on a map of 4 x 4 and less is a matrix
+product with overhead: on crops these are most of a step. Batch norm followed by SiLU or Hardswish
+keeps its output beside its input and the activation for the backward pass; it is made again there
+instead, for a third less memory at no cost in time.
 """
 
 from collections.abc import Iterator
@@ -25,27 +27,54 @@ ACTIVATIONS = {
 
 
 def speed_up(module: nn.Module) -> nn.Module:
-    """Let the layers of `module` choose their road; parameters, buffers and their names stay as they are."""
+    """Let the layers of `module` choose their road; parameters, buffers and their names stay as
+    they are.
+    """
     for layer in module.modules():
-        if type(layer) is BatchNormAct2d and type(layer.act) in ACTIVATIONS and isinstance(layer.drop, nn.Identity) and layer.affine:
+        if (
+            type(layer) is BatchNormAct2d
+            and type(layer.act) in ACTIVATIONS
+            and isinstance(layer.drop, nn.Identity)
+            and layer.affine
+        ):
             layer.__class__ = _NormAct
-        if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.dilation != (1, 1):
+        if (
+            type(layer) is not nn.Conv2d
+            or layer.padding_mode != "zeros"
+            or isinstance(layer.padding, str)
+            or layer.dilation != (1, 1)
+        ):
             continue
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.__class__ = _Depthwise
-        elif layer.groups == 1 and layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0):
+        elif (
+            layer.groups == 1
+            and layer.kernel_size == layer.stride == (1, 1)
+            and layer.padding == (0, 0)
+        ):
             layer.__class__ = _Pointwise
     return module
 
 
 class _NormAct(BatchNormAct2d):
-    """timm's batch norm with activation; only its input and the activation are kept for the backward pass."""
+    """timm's batch norm with activation; only its input and the activation are kept for the
+    backward pass.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.training and self.track_running_stats and torch.is_grad_enabled()) or self.momentum is None:
+        if (
+            not (self.training and self.track_running_stats and torch.is_grad_enabled())
+            or self.momentum is None
+        ):
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        options = self.running_mean, self.running_var, self.momentum, self.eps, ACTIVATIONS[type(self.act)]
+        options = (
+            self.running_mean,
+            self.running_var,
+            self.momentum,
+            self.eps,
+            ACTIVATIONS[type(self.act)],
+        )
         return _NormActFunction.apply(x, self.weight, self.bias, *options)
 
 
@@ -53,9 +82,20 @@ class _NormActFunction(torch.autograd.Function):
     """act(batch_norm(x)), the norm made again from x and its statistics in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor,
-                running_var: torch.Tensor, momentum: float, eps: float, activation: tuple[Any, Any]) -> torch.Tensor:  # fmt: skip
-        y, mean, deviation = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        momentum: float,
+        eps: float,
+        activation: tuple[Any, Any],
+    ) -> torch.Tensor:
+        y, mean, deviation = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, True, momentum, eps
+        )
         ctx.save_for_backward(x, weight, bias, mean, deviation)
         ctx.eps, ctx.activation = eps, activation
         return activation[0](y, inplace=True)
@@ -68,7 +108,14 @@ class _NormActFunction(torch.autograd.Function):
         y = torch.addcmul((bias - mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
         gradient = ctx.activation[1](gradient, y)
         statistics = None, None, mean, deviation, True, ctx.eps, (True, True, True)
-        return *torch.ops.aten.native_batch_norm_backward(gradient, x, weight, *statistics), None, None, None, None, None
+        return (
+            *torch.ops.aten.native_batch_norm_backward(gradient, x, weight, *statistics),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Pointwise(nn.Conv2d):
@@ -77,7 +124,9 @@ class _Pointwise(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda or x.shape[2] * x.shape[3] > POINTWISE:
             return super().forward(x)
-        return functional.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+        return functional.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(
+            0, 3, 1, 2
+        )
 
 
 class _Depthwise(nn.Conv2d):
@@ -86,7 +135,12 @@ class _Depthwise(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = x.dtype in HALF or torch.is_autocast_enabled("cpu")
         limit = STRIDED if max(self.stride) > 1 and half else DEPTHWISE
-        if x.is_cuda or not self.weight.requires_grad or not torch.is_grad_enabled() or self._pixels(x) > limit:
+        if (
+            x.is_cuda
+            or not self.weight.requires_grad
+            or not torch.is_grad_enabled()
+            or self._pixels(x) > limit
+        ):
             return super().forward(x)
         y = _DepthwiseFunction.apply(x, self.weight, self.stride, self.padding)
         return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
@@ -100,7 +154,9 @@ class _DepthwiseFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
+    ) -> torch.Tensor:
         y = functional.conv2d(x, weight, None, stride, padding, 1, x.shape[1])
         ctx.save_for_backward(x.to(y.dtype), weight)  # autocast may have chosen another type
         ctx.options = stride, padding
@@ -111,41 +167,69 @@ class _DepthwiseFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding = ctx.options
-        of_x = input_gradient(x, gradient, weight, stride, padding) if ctx.needs_input_grad[0] else None
+        of_x = (
+            input_gradient(x, gradient, weight, stride, padding)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return of_x, weight_gradient(x, gradient, weight, stride, padding), None, None
 
 
-def input_gradient(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2,
-                   padding: SIZE2) -> torch.Tensor:  # fmt: skip
-    """The library's dX; of strided layers in float32, whose kernel is 7 to 200 times as fast as that for half precision."""
+def input_gradient(
+    x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
+) -> torch.Tensor:
+    """The library's dX; of strided layers in float32, whose kernel is 7 to 200 times as fast as
+    that for half precision.
+    """
     options = stride, padding, (1, 1), False, (0, 0), x.shape[1], (True, False, False)
     if max(stride) == 1 or x.dtype not in HALF:
-        return torch.ops.aten.convolution_backward(gradient, x, weight.to(x.dtype), None, *options)[0]
+        return torch.ops.aten.convolution_backward(gradient, x, weight.to(x.dtype), None, *options)[
+            0
+        ]
     weight, found = weight.float(), torch.empty_like(x)
     size = max(1, PART // x[0].numel())  # images at once: the float32 copies stay small
     for own, part in zip(found.split(size), gradient.split(size), strict=True):
         shape = torch.empty_like(own, dtype=torch.float32)  # only the shape of the input matters
-        own.copy_(torch.ops.aten.convolution_backward(part.float(), shape, weight, None, *options)[0])
+        own.copy_(
+            torch.ops.aten.convolution_backward(part.float(), shape, weight, None, *options)[0]
+        )
     return found
 
 
-def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2,
-                    padding: SIZE2) -> torch.Tensor:  # fmt: skip
-    """dW[c, 0, i, j] = sum over n, y, x of x[n, c, s y + i - p, s x + j - p] * gradient[n, c, y, x]: one product and sum a tap."""
-    x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)  # (N, H, W, C): C is contiguous in channels-last
+def weight_gradient(
+    x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
+) -> torch.Tensor:
+    """dW[c, 0, i, j] = sum over n, y, x of x[n, c, s y + i - p, s x + j - p] * gradient[n, c, y,
+    x]: one product and sum a tap.
+    """
+    # (N, H, W, C): C is contiguous in channels-last
+    x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
     total = torch.zeros_like(weight)
     sizes = zip(x.shape[1:3], gradient.shape[1:3], weight.shape[2:], stride, padding, strict=True)
     rows, columns = (list(_taps(*size)) for size in sizes)
     for i, (rows_in, rows_out) in enumerate(rows):
         for j, (columns_in, columns_out) in enumerate(columns):
             if rows_in and columns_in:
-                total[:, 0, i, j] = (x[:, rows_in, columns_in] * gradient[:, rows_out, columns_out]).sum((0, 1, 2), dtype=weight.dtype)
+                total[:, 0, i, j] = (
+                    x[:, rows_in, columns_in] * gradient[:, rows_out, columns_out]
+                ).sum((0, 1, 2), dtype=weight.dtype)
     return total
 
 
-def _taps(size: int, out: int, kernel: int, stride: int, padding: int) -> Iterator[tuple[slice | None, slice | None]]:
-    """For each tap of one axis: the input positions it meets inside the map and the outputs they belong to, None where none."""
+def _taps(
+    size: int, out: int, kernel: int, stride: int, padding: int
+) -> Iterator[tuple[slice | None, slice | None]]:
+    """For each tap of one axis: the input positions it meets inside the map and the outputs they
+    belong to, None where none.
+    """
     for tap in range(kernel):
-        first, last = max(0, -(-(padding - tap) // stride)), min(out - 1, (size - 1 + padding - tap) // stride)
+        first, last = (
+            max(0, -(-(padding - tap) // stride)),
+            min(out - 1, (size - 1 + padding - tap) // stride),
+        )
         start = first * stride + tap - padding
-        yield (slice(start, last * stride + tap - padding + 1, stride), slice(first, last + 1)) if first <= last else (None, None)
+        yield (
+            (slice(start, last * stride + tap - padding + 1, stride), slice(first, last + 1))
+            if first <= last
+            else (None, None)
+        )

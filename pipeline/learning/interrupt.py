@@ -1,4 +1,6 @@
-"""Stops of a training loop: signals answered at a step boundary, and processes that load data and die."""
+"""Stops of a training loop: signals answered at a step boundary, and processes that load data and
+die.
+"""
 
 import contextlib
 import signal
@@ -10,10 +12,11 @@ from ..system.errors import TrainingStopped
 
 
 class StopSignal:
-    """Inside `with`, the first SIGTERM or Ctrl-C is remembered as `signum` instead of raised: the loop ends at a step boundary.
+    """Inside `with`, the first SIGTERM or Ctrl-C is remembered as `signum` instead of raised: the
+    loop ends at a step boundary.
 
-    A second one takes its ordinary course; with `several` processes, which torchrun and a batch system may both signal, it does not.
-    `leave()` raises what the signal would have raised.
+    A second one takes its ordinary course; with `several` processes, which torchrun and a batch
+    system may both signal, it does not. `leave()` raises what the signal would have raised.
     """
 
     def __init__(self, several: bool = False) -> None:
@@ -22,7 +25,11 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+            numbers = [
+                number
+                for number in (signal.SIGTERM, signal.SIGINT)
+                if signal.getsignal(number) != signal.SIG_IGN
+            ]
             self._before = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
@@ -37,7 +44,11 @@ class StopSignal:
 
     def leave(self) -> None:
         """Raise KeyboardInterrupt or SystemExit(128 + signal)."""
-        raise KeyboardInterrupt if self.signum == signal.SIGINT else SystemExit(128 + (self.signum or signal.SIGTERM))
+        raise (
+            KeyboardInterrupt
+            if self.signum == signal.SIGINT
+            else SystemExit(128 + (self.signum or signal.SIGTERM))
+        )
 
 
 @contextlib.contextmanager
@@ -49,4 +60,6 @@ def loading() -> Iterator[None]:
         if "DataLoader worker" not in str(fault):
             raise
         what = "a process that loads data was killed (out of memory?); the last checkpoint is kept"
-        raise TrainingStopped(f"{what}: run the same command again, with fewer `workers` if memory is short") from fault
+        raise TrainingStopped(
+            f"{what}: run the same command again, with fewer `workers` if memory is short"
+        ) from fault

@@ -19,13 +19,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def json_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that appends one record a line; records of an earlier run stay where `keep` says so.
+def json_log(
+    path: Path, keep: Callable[[dict[str, Any]], bool]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that appends one record a line; records of an earlier run stay where `keep`
+    says so.
 
-    A resumed run keeps what came before its checkpoint, so that its log is that of a run that never stopped.
+    A resumed run keeps what came before its checkpoint, so that its log is that of a run that never
+    stopped.
     """
     records = [record for record in read_log(path) if keep(record)]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )
     with disk_errors(path), open(path, "a", encoding="utf-8", buffering=1) as handle:
         yield lambda record: print(json.dumps(record), file=handle)

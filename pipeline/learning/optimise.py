@@ -1,6 +1,6 @@
-"""What training loops share: schedules, averaging, precision, optimiser, stopping at step boundaries, the log."""
-
-
+"""What training loops share: schedules, averaging, precision, optimiser, stopping at step
+boundaries, the log.
+"""
 
 import contextlib
 import math
@@ -24,20 +24,31 @@ class Collapse(TrainingStopped):
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Learning-rate factor of a step (0-based): linear over `warmup` steps to 1, then half a cosine that reaches 0 at `total`."""
+    """Learning-rate factor of a step (0-based): linear over `warmup` steps to 1, then half a cosine
+    that reaches 0 at `total`.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 def momentum_at(step: int, total: int, start: float, final: float | None) -> float:
-    """EMA momentum of a step: constant `start`, or half a cosine from `start` to `final` at `total`."""
-    return start if final is None else final - (final - start) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+    """EMA momentum of a step: constant `start`, or half a cosine from `start` to `final` at
+    `total`.
+    """
+    return (
+        start
+        if final is None
+        else final
+        - (final - start) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+    )
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers alike; integer buffers are copied."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers alike;
+    integer buffers are copied.
+    """
     own, new = teacher.state_dict(), student.state_dict()
     names = [name for name, tensor in own.items() if tensor.is_floating_point()]
     torch._foreach_lerp_([own[name] for name in names], [new[name] for name in names], 1 - momentum)
@@ -46,10 +57,17 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the device computes in it (GPU, CPU with AMX tiles), float16 on older GPUs, None where float32 is faster."""
+    """bfloat16 where the device computes in it (GPU, CPU with AMX tiles), float16 on older GPUs,
+    None where float32 is faster.
+    """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # torch 2.4 has it under another name
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
+    # torch 2.4 has it under another name
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return torch.bfloat16 if has_tiles() else None
 
 
@@ -65,38 +83,66 @@ def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:
 
 
 def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
-    """Take over a saved scale; a run that computed in another type than float16 left none, and then the scaler starts anew."""
+    """Take over a saved scale; a run that computed in another type than float16 left none, and then
+    the scaler starts anew.
+    """
     if state and scaler.is_enabled():
         scaler.load_state_dict(dict(state))
 
 
 def check_scale(scaler: torch.amp.GradScaler, step: int, ids: Iterable[str]) -> None:
-    """NonFiniteLoss where float16 gradients stay non-finite however small the loss is scaled: then no step is taken any more."""
+    """NonFiniteLoss where float16 gradients stay non-finite however small the loss is scaled: then
+    no step is taken any more.
+    """
     if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
-        what = f"non-finite gradients at step {step} though the loss is scaled by {scaler.get_scale():.3g}; batch {', '.join(ids)}"
+        what = (
+            f"non-finite gradients at step {step} though the loss is scaled by"
+            f" {scaler.get_scale():.3g}; batch {', '.join(ids)}"
+        )
         raise NonFiniteLoss(f"{what}; the last checkpoint is kept")
 
 
-def adamw(groups: Iterable[Mapping[str, Any]] | nn.Module, lr: float, weight_decay: float, amsgrad: bool = False) -> torch.optim.AdamW:
+def adamw(
+    groups: Iterable[Mapping[str, Any]] | nn.Module,
+    lr: float,
+    weight_decay: float,
+    amsgrad: bool = False,
+) -> torch.optim.AdamW:
     """AdamW, fused. Given a module, vectors (norms and biases) are not decayed."""
     if isinstance(groups, nn.Module):
         weights = [p for p in groups.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in groups.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([dict(group) for group in groups], lr=lr, weight_decay=weight_decay, amsgrad=amsgrad, fused=True)
+        groups = [
+            {"params": weights, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    return torch.optim.AdamW(
+        [dict(group) for group in groups],
+        lr=lr,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        fused=True,
+    )
 
 
 def check_finite(step: int, terms: Mapping[str, float], ids: Iterable[str]) -> None:
     """Raise NonFiniteLoss where one of the terms is NaN or infinite."""
     if not all(math.isfinite(value) for value in terms.values()):
         values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        raise NonFiniteLoss(f"non-finite loss at step {step}: {values}; batch {', '.join(ids)}; the last checkpoint is kept")
+        raise NonFiniteLoss(
+            f"non-finite loss at step {step}: {values}; batch {', '.join(ids)}; the last checkpoint"
+            " is kept"
+        )
 
 
 @contextlib.contextmanager
 def fixed_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norms as they are: for backward passes that recompute activations."""
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    """Keep the running statistics of batch norms as they are: for backward passes that recompute
+    activations.
+    """
+    norms = [
+        layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
     before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in norms]
     for layer in norms:
         layer.momentum = 0.0
@@ -106,11 +152,3 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
         for layer, (momentum, count) in zip(norms, before, strict=True):
             layer.momentum = momentum
             layer.num_batches_tracked.copy_(count)
-
-
-
-
-
-
-
-

@@ -1,4 +1,6 @@
-"""Tensor files: safetensors (or `torch.load(weights_only=True)`) read and written strictly, every tensor accounted for."""
+"""Tensor files: safetensors (or `torch.load(weights_only=True)`) read and written strictly, every
+tensor accounted for.
+"""
 
 import json
 import pickle
@@ -17,22 +19,37 @@ NESTS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
 
 def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a weights file: safetensors, or a PyTorch file of plain tensors (no pickled code is run).
+    """Tensors and metadata of a weights file: safetensors, or a PyTorch file of plain tensors (no
+    pickled code is run).
 
     Raises:
         InputError: no such file, not readable, or not a mapping of names to tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError("no such weights file", str(path), "give the path of a .safetensors or PyTorch weights file")
+        raise InputError(
+            "no such weights file",
+            str(path),
+            "give the path of a .safetensors or PyTorch weights file",
+        )
     try:
-        state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+        state, metadata = (
+            _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+        )
     except pickle.UnpicklingError as fault:
-        where, remedy = f"{path}: more than plain tensors, and pickled code is never run", "give a safetensors or weights-only PyTorch file"
+        where, remedy = (
+            f"{path}: more than plain tensors, and pickled code is never run",
+            "give a safetensors or weights-only PyTorch file",
+        )
         raise InputError("weights not readable", where, remedy) from fault
-    except Exception as fault:  # both readers raise their own kinds for damaged files; the cause stays chained
+    # both readers raise their own kinds for damaged files; the cause stays chained
+    except Exception as fault:
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise InputError("weights not readable", f"{path}: {reason}", "give a whole safetensors or weights-only PyTorch file") from fault
+        raise InputError(
+            "weights not readable",
+            f"{path}: {reason}",
+            "give a whole safetensors or weights-only PyTorch file",
+        ) from fault
     if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError("not a mapping of names to tensors", str(path), "give a state dict")
     return state, metadata
@@ -42,7 +59,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118 (no mapping)
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(  # noqa: SIM118
+            handle.metadata() or {}
+        )
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -63,22 +82,35 @@ def read_metadata(path: Path | str) -> dict[str, str]:
         with safe_open(path, framework="pt") as handle:
             return dict(handle.metadata() or {})
     except (OSError, SafetensorError) as fault:
-        raise InputError("weights not readable", f"{path}: {fault}", "make the file again") from fault
+        raise InputError(
+            "weights not readable", f"{path}: {fault}", "make the file again"
+        ) from fault
 
 
-def save_weights(path: Path | str, module: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a module's state dict as safetensors, atomically; TrainingStopped (naming the tensor) where a value is not finite."""
+def save_weights(
+    path: Path | str, module: nn.Module, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a module's state dict as safetensors, atomically; TrainingStopped (naming the tensor)
+    where a value is not finite.
+    """
     from safetensors.torch import save
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
     if broken := not_finite(state):
-        raise TrainingStopped(f"{len(broken)} tensors are not finite ({broken[0]} is the first): {path} is not written")
+        raise TrainingStopped(
+            f"{len(broken)} tensors are not finite ({broken[0]} is the first): {path} is not"
+            " written"
+        )
     with disk_errors(path), atomic_path(path) as temporary:
         temporary.write_bytes(_sorted_header(save(state, dict(metadata or {}))))
 
 
 def _sorted_header(data: bytes) -> bytes:
-    """The same file with its metadata in alphabetical order: the library writes it in an order that changes from run to run."""
+    """The same file with its metadata in alphabetical order: the library writes it in an order that
+    changes from run to run.
+    """
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -96,7 +128,8 @@ def match(module: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> s
     """Load `state` into `module` and report how many tensors matched.
 
     Raises:
-        InputError: the first tensors that are missing, unexpected, of another shape, or not finite; the module is left as it was.
+        InputError: the first tensors that are missing, unexpected, of another shape, or not finite;
+        the module is left as it was.
     """
     own = module.state_dict()
     shared = [name for name in own if name in state]
@@ -104,7 +137,9 @@ def match(module: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> s
     faults = {
         "missing": [name for name in own if name not in state],
         "unexpected": [name for name in state if name not in own],
-        "of another shape": [f"{name} {tuple(state[name].shape)} not {tuple(own[name].shape)}" for name in shapes],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} not {tuple(own[name].shape)}" for name in shapes
+        ],
         "not finite": not_finite({name: state[name] for name in shared}),
     }
     wrong = [
@@ -113,11 +148,19 @@ def match(module: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> s
         if names
     ]
     if wrong:
-        raise InputError(f"{len(shared)} of {len(own)} tensors are known, but {'; '.join(wrong)}", where, "give weights of this very model")
+        raise InputError(
+            f"{len(shared)} of {len(own)} tensors are known, but {'; '.join(wrong)}",
+            where,
+            "give weights of this very model",
+        )
     module.load_state_dict(dict(state))
     return f"{len(own)} of {len(own)} tensors matched ({where})"
 
 
 def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity."""
-    return sorted(name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all())
+    return sorted(
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    )

@@ -1,7 +1,7 @@
 """The volume a phantom is painted on: body coordinates, smooth random fields and soft-edged shapes.
 
-Body coordinates: u from -1 (patient's right, image left) to 1, v from -1 (anterior) to 1 (posterior) over the trunk's
-half axes, t from 0 (dome of the diaphragm) to 1 (iliac crest).
+Body coordinates: u from -1 (patient's right, image left) to 1, v from -1 (anterior) to 1
+(posterior) over the trunk's half axes, t from 0 (dome of the diaphragm) to 1 (iliac crest).
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,29 @@ def soft(value: Array) -> Array:
     return np.clip(value + 0.5, 0.0, 1.0)
 
 
-def smooth_field(rng: np.random.Generator, axes: tuple[Array, Array, Array], cells: tuple[int, int, int]) -> Array:
-    """Gaussian random field of unit variance, (D, H, W): `cells` random values along each axis, spread by Gaussian kernels.
+def smooth_field(
+    rng: np.random.Generator, axes: tuple[Array, Array, Array], cells: tuple[int, int, int]
+) -> Array:
+    """Gaussian random field of unit variance, (D, H, W): `cells` random values along each axis,
+    spread by Gaussian kernels.
 
-    `axes` are the coordinates (about -0.1 to 1.1) of the planes, rows and columns, so that two samplings of a patient agree.
+    `axes` are the coordinates (about -0.1 to 1.1) of the planes, rows and columns, so that two
+    samplings of a patient agree.
     """
     values, weights = rng.standard_normal(cells, dtype=np.float32), []
     for axis, count in zip(axes, cells, strict=True):
-        kernel = np.exp(-0.5 * ((axis.reshape(-1, 1) - np.linspace(-0.1, 1.1, count)) * (count - 1) / 0.75) ** 2)
+        kernel = np.exp(
+            -0.5 * ((axis.reshape(-1, 1) - np.linspace(-0.1, 1.1, count)) * (count - 1) / 0.75) ** 2
+        )
         weights.append((kernel / np.linalg.norm(kernel, axis=1, keepdims=True)).astype(np.float32))
     return np.tensordot(weights[0], weights[1] @ (values @ weights[2].T), (1, 0))
 
 
 @dataclass
 class Region:
-    """A shape on a box of the canvas: `r` is 1 on its surface, `px` the pixels from centre to surface."""
+    """A shape on a box of the canvas: `r` is 1 on its surface, `px` the pixels from centre to
+    surface.
+    """
 
     box: Box
     r: Array
@@ -46,9 +54,13 @@ class Region:
 
 
 class Canvas:
-    """HU volume (D, H, W) of one patient; `rng` decides build and place, `t_range` which part of the body is scanned."""
+    """HU volume (D, H, W) of one patient; `rng` decides build and place, `t_range` which part of
+    the body is scanned.
+    """
 
-    def __init__(self, depth: int, size: int, rng: np.random.Generator, t_range: tuple[float, float]) -> None:
+    def __init__(
+        self, depth: int, size: int, rng: np.random.Generator, t_range: tuple[float, float]
+    ) -> None:
         self.depth, self.rng = depth, rng
         width = rng.uniform(150, 180)
         self.half = (width, width * rng.uniform(0.66, 0.74))  # mm of the half axes
@@ -76,7 +88,9 @@ class Canvas:
         return smooth_field(self.rng, self.axes, cells)
 
     def vessels(self, width: float, box: Box | None = None) -> Array:
-        """Coverage of a random tree of vessels over a box: where two random fields are both near zero."""
+        """Coverage of a random tree of vessels over a box: where two random fields are both near
+        zero.
+        """
         return np.clip(4 - (self.tree if box is None else self.tree[box]) * (4 / width), 0, 1)
 
     def inside(self, limit: float | Array) -> Array:
@@ -89,26 +103,43 @@ class Canvas:
         part += alpha * (value - part)
 
     def put(
-        self, value: float | Array, *shape: Any, limit: float = 1.0, within: Array | None = None, texture: float = 0.0, **more: Any
+        self,
+        value: float | Array,
+        *shape: Any,
+        limit: float = 1.0,
+        within: Array | None = None,
+        texture: float = 0.0,
+        **more: Any,
     ) -> Region:
-        """Paint one `blob` of `value` HU with fine `texture` (HU), inside the coverage `within`; returns the region."""
+        """Paint one `blob` of `value` HU with fine `texture` (HU), inside the coverage `within`;
+        returns the region.
+        """
         region = self.blob(*shape, **more)
         alpha = region.alpha(limit) if within is None else region.alpha(limit) * within[region.box]
         self.paint(region.box, alpha, value + texture * self.fine[region.box])
         return region
 
     def blob(
-        self, centre: tuple, radii: tuple, tilt: float = 0.0, wobble: float = 0.0, span: tuple[float, float] = (-9, 9), grow: float = 1.0
+        self,
+        centre: tuple,
+        radii: tuple,
+        tilt: float = 0.0,
+        wobble: float = 0.0,
+        span: tuple[float, float] = (-9, 9),
+        grow: float = 1.0,
     ) -> Region:
         """Ellipsoid at (u, v, t), or where `radii` has no third entry a column over t in `span`.
 
-        `centre` may hold arrays over the planes; `tilt` (rad) turns the shape in the plane; `wobble` roughens its
-        surface; r is known out to `grow` times the radii.
+        `centre` may hold arrays over the planes; `tilt` (rad) turns the shape in the plane;
+        `wobble` roughens its surface; r is known out to `grow` times the radii.
         """
         if len(radii) == 3:
             span = (centre[2] - grow * radii[2], centre[2] + grow * radii[2])
         z = slice(*np.searchsorted(self.tz, span).tolist())
-        cu, cv = (np.broadcast_to(np.asarray(c, np.float32), self.tz.shape)[z, None, None] for c in centre[:2])
+        cu, cv = (
+            np.broadcast_to(np.asarray(c, np.float32), self.tz.shape)[z, None, None]
+            for c in centre[:2]
+        )
         reach = grow * max(radii[:2]) * (1 + 2 * wobble) + 0.12
         box = (z, _span(self.y.ravel(), cv, reach), _span(self.x.ravel(), cu, reach))
         du, dv = self.u[box] - cu, self.v[box] - cv
@@ -125,13 +156,25 @@ class Canvas:
 
     def offsets_mm(self, box: Box, index: tuple[int, ...]) -> tuple[Array, Array, Array]:
         """Distances in mm along x, y and z from the voxel `index` of a box to all its voxels."""
-        fields = ((self.u[box], self.half[0]), (self.v[box], self.half[1]), (np.broadcast_to(self.t, self.u.shape)[box], self.length))
+        fields = (
+            (self.u[box], self.half[0]),
+            (self.v[box], self.half[1]),
+            (np.broadcast_to(self.t, self.u.shape)[box], self.length),
+        )
         return tuple((values - values[index]) * scale for values, scale in fields)
 
     def point(self, box: Box, index: tuple[int, ...]) -> tuple[float, float, float]:
         """Body coordinates of the voxel `index` of a box."""
-        return float(self.u[box][index]), float(self.v[box][index]), float(self.tz[box[0]][index[0]])
+        return (
+            float(self.u[box][index]),
+            float(self.v[box][index]),
+            float(self.tz[box[0]][index[0]]),
+        )
 
 
 def _span(axis: Array, centre: Array, reach: float) -> slice:
-    return slice(*np.searchsorted(axis, (centre.min() - reach, centre.max() + reach)).tolist()) if centre.size else slice(0, 0)
+    return (
+        slice(*np.searchsorted(axis, (centre.min() - reach, centre.max() + reach)).tolist())
+        if centre.size
+        else slice(0, 0)
+    )

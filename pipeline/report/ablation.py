@@ -13,20 +13,41 @@ STYLES = {"better": "c3", "worse": "c2", "no difference shown": "soft"}
 
 
 def ablation(folder: Path) -> dict[str, Any]:
-    """Figures and cost of every variant, differences of every pair, forest plots, and the sentences that they support."""
+    """Figures and cost of every variant, differences of every pair, forest plots, and the sentences
+    that they support.
+    """
     found = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     costs = {row["variant"]: row for row in found["costs"]}
-    variants = [{"name": row["variant"], "targets": row["targets"], "cells": [text(part["own"]) for part in row["figures"].values()],
-                 **costs[row["variant"]]} for row in found["variants"]]  # fmt: skip
-    pairs = [{"name": f"{row['variant']} − {row['reference']}", "cells": [
-        (text(part["difference"], signed=True), STYLES[verdict(part["difference"], FIGURES[figure], row["seeds"])])
-        for figure, part in row["figures"].items()]} for row in found["compared"]]  # fmt: skip
+    variants = [
+        {
+            "name": row["variant"],
+            "targets": row["targets"],
+            "cells": [text(part["own"]) for part in row["figures"].values()],
+            **costs[row["variant"]],
+        }
+        for row in found["variants"]
+    ]
+    pairs = [
+        {
+            "name": f"{row['variant']} − {row['reference']}",
+            "cells": [
+                (
+                    text(part["difference"], signed=True),
+                    STYLES[verdict(part["difference"], FIGURES[figure], row["seeds"])],
+                )
+                for figure, part in row["figures"].items()
+            ],
+        }
+        for row in found["compared"]
+    ]
     forests = [forest(found["compared"], figure) for figure in ("score", "mAP")]
     return {**found, "figures": list(FIGURES), "rows": variants, "pairs": pairs, "forests": forests}
 
 
 def forest(compared: list[dict[str, Any]], figure: str) -> dict[str, Any]:
-    """Differences of one figure with intervals on a common axis: positions 0 to 100 around `zero`, and the axis' ticks."""
+    """Differences of one figure with intervals on a common axis: positions 0 to 100 around `zero`,
+    and the axis' ticks.
+    """
     parts = [(row, row["figures"][figure]["difference"]) for row in compared]
     parts = [(row, part) for row, part in parts if part["low"] is not None]
     reach = [part[end] for _, part in parts for end in ("low", "value", "high")]
@@ -35,23 +56,57 @@ def forest(compared: list[dict[str, Any]], figure: str) -> dict[str, Any]:
     def at(value: float) -> float:
         return round(4 + 92 * (value - low) / (high - low), 2)
 
-    rows = [{"name": f"{row['variant']} − {row['reference']}", "text": text(part, signed=True),
-             "style": STYLES[verdict(part, FIGURES[figure], row["seeds"])], **{end: at(part[end]) for end in ("low", "value", "high")}}
-            for row, part in parts]  # fmt: skip
+    rows = [
+        {
+            "name": f"{row['variant']} − {row['reference']}",
+            "text": text(part, signed=True),
+            "style": STYLES[verdict(part, FIGURES[figure], row["seeds"])],
+            **{end: at(part[end]) for end in ("low", "value", "high")},
+        }
+        for row, part in parts
+    ]
     marks = [(at(x), f"{x:g}".replace("-", "−")) for x in ticks(low, high)]
-    return {"figure": figure, "side": "left" if FIGURES[figure] else "right", "zero": at(0.0), "rows": rows, "ticks": marks}
+    return {
+        "figure": figure,
+        "side": "left" if FIGURES[figure] else "right",
+        "zero": at(0.0),
+        "rows": rows,
+        "ticks": marks,
+    }
 
 
 def probes(folder: Path) -> dict[str, Any]:
-    """Probe values by question and probe for every backbone and kind of statistics: mean, least and most over the seeds."""
+    """Probe values by question and probe for every backbone and kind of statistics: mean, least and
+    most over the seeds.
+    """
     table = pl.read_csv(folder / "probes.csv")
     keys, value = ["backbone", "statistics"], pl.col("value")
     spread = [value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high")]
     found = table.group_by("question", "probe", "figure", *keys, maintain_order=True).agg(spread)
     columns = found.select(keys).unique(maintain_order=True).rows()
-    cells = {tuple(row[:5]): dict(zip(("mean", "low", "high"), row[5:], strict=True)) for row in found.iter_rows()}
-    rows = [{"question": key[0], "probe": key[1], "figure": key[2], "cells": [cells.get((*key, *column)) for column in columns]}
-            for key in found.select("question", "probe", "figure").unique(maintain_order=True).rows()]  # fmt: skip
-    auc = table.filter(pl.col("figure") == "AUC", pl.col("probe") == "linear").group_by(keys, maintain_order=True).agg(value.mean())
+    cells = {
+        tuple(row[:5]): dict(zip(("mean", "low", "high"), row[5:], strict=True))
+        for row in found.iter_rows()
+    }
+    rows = [
+        {
+            "question": key[0],
+            "probe": key[1],
+            "figure": key[2],
+            "cells": [cells.get((*key, *column)) for column in columns],
+        }
+        for key in found.select("question", "probe", "figure").unique(maintain_order=True).rows()
+    ]
+    auc = (
+        table.filter(pl.col("figure") == "AUC", pl.col("probe") == "linear")
+        .group_by(keys, maintain_order=True)
+        .agg(value.mean())
+    )
     picture = data_uri((folder / "probes.png").read_bytes(), "png")
-    return {"columns": columns, "rows": rows, "picture": picture, "means": auc.rows(), "seeds": table["seed"].n_unique()}
+    return {
+        "columns": columns,
+        "rows": rows,
+        "picture": picture,
+        "means": auc.rows(),
+        "seeds": table["seed"].n_unique(),
+    }

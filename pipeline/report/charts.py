@@ -1,4 +1,6 @@
-"""Charts and pictures of the report as plain values: the template draws charts as inline SVG, so that colours follow the reader's theme."""
+"""Charts and pictures of the report as plain values: the template draws charts as inline SVG, so
+that colours follow the reader's theme.
+"""
 
 import base64
 import math
@@ -19,7 +21,9 @@ Chart = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """Points of one line; `style` is one of the page's CSS classes c1 to c6 and rule, `name` goes to the legend ("": it does not)."""
+    """Points of one line; `style` is one of the page's CSS classes c1 to c6 and rule, `name` goes
+    to the legend ("": it does not).
+    """
 
     name: str
     style: str
@@ -31,13 +35,20 @@ def ticks(low: float, high: float) -> list[float]:
     """Two to six round values in [low, high]."""
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power * 5.001 >= high - low)
-    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(k * step, 12)
+        for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def chart(title: str, x_label: str, lines: Iterable[Line], unit: bool = False) -> Chart:
-    """Lines, ticks and legend in view-box units; the y axis starts at 0 or below, with `unit` both axes are 0 to 1."""
+    """Lines, ticks and legend in view-box units; the y axis starts at 0 or below, with `unit` both
+    axes are 0 to 1.
+    """
     lines = [line for line in lines if len(line.points)]
-    xs, ys = np.array([point for line in lines for point in line.points] or [(0.0, 0.0)], dtype=np.float64).T
+    xs, ys = np.array(
+        [point for line in lines for point in line.points] or [(0.0, 0.0)], dtype=np.float64
+    ).T
     x0, x1 = (0.0, 1.0) if unit else (xs.min(), max(xs.max(), xs.min() + 1e-9))
     y0, y1 = (0.0, 1.0) if unit else (min(0.0, ys.min()), max(ys.max(), 1e-9) * 1.04)
 
@@ -47,9 +58,22 @@ def chart(title: str, x_label: str, lines: Iterable[Line], unit: bool = False) -
     def y_at(y: float) -> float:
         return round(BOTTOM + float((y - y0) / (y1 - y0)) * (TOP - BOTTOM), 1)
 
-    drawn = [{"style": line.style, "dots": line.dots, "points": [(x_at(x), y_at(y)) for x, y in line.points]} for line in lines]
-    return {"title": title, "x_label": x_label, "lines": drawn, "legend": [(line.style, line.name) for line in lines if line.name],
-            "x_ticks": [(x_at(x), _text(x)) for x in ticks(x0, x1)], "y_ticks": [(y_at(y), _text(y)) for y in ticks(y0, y1)]}  # fmt: skip
+    drawn = [
+        {
+            "style": line.style,
+            "dots": line.dots,
+            "points": [(x_at(x), y_at(y)) for x, y in line.points],
+        }
+        for line in lines
+    ]
+    return {
+        "title": title,
+        "x_label": x_label,
+        "lines": drawn,
+        "legend": [(line.style, line.name) for line in lines if line.name],
+        "x_ticks": [(x_at(x), _text(x)) for x in ticks(x0, x1)],
+        "y_ticks": [(y_at(y), _text(y)) for y in ticks(y0, y1)],
+    }
 
 
 def _text(value: float) -> str:
@@ -57,49 +81,92 @@ def _text(value: float) -> str:
 
 
 def curve(records: Iterable[dict[str, Any]], x: str, y: str) -> list[list[float]]:
-    """(x, y) of the records that have both: the mean of equal x, and of neighbours where there are more than `POINTS`."""
-    found = [(float(record[x]), float(record[y])) for record in records if record.get(y) is not None]
-    table = pl.DataFrame(found, schema=["x", "y"], orient="row").group_by("x").mean().sort("x").to_numpy()
-    return [part.mean(axis=0).tolist() for part in np.array_split(table, min(POINTS, max(1, len(table)))) if len(part)]
+    """(x, y) of the records that have both: the mean of equal x, and of neighbours where there are
+    more than `POINTS`.
+    """
+    found = [
+        (float(record[x]), float(record[y])) for record in records if record.get(y) is not None
+    ]
+    table = (
+        pl.DataFrame(found, schema=["x", "y"], orient="row")
+        .group_by("x")
+        .mean()
+        .sort("x")
+        .to_numpy()
+    )
+    return [
+        part.mean(axis=0).tolist()
+        for part in np.array_split(table, min(POINTS, max(1, len(table))))
+        if len(part)
+    ]
 
 
-def score_charts(labels: np.ndarray, raw: np.ndarray, nested: np.ndarray) -> tuple[list[Chart], list[Chart]]:
-    """Precision-recall and reliability charts of the five targets and `any_injury` for labels and probabilities (N, 13).
+def score_charts(
+    labels: np.ndarray, raw: np.ndarray, nested: np.ndarray
+) -> tuple[list[Chart], list[Chart]]:
+    """Precision-recall and reliability charts of the five targets and `any_injury` for labels and
+    probabilities (N, 13).
 
     The dotted line is the share of injured in the former, agreement in the latter.
     """
     found, calibrated = [], []
-    for before, after in zip(binary_problems(labels, raw), binary_problems(labels, nested), strict=True):
+    for before, after in zip(
+        binary_problems(labels, raw), binary_problems(labels, nested), strict=True
+    ):
         name, truth, probability, _ = after
         if name not in (*TARGET_NAMES, ANY_INJURY):
             continue
         _, hits, starts = ranking(truth, probability)
         ends = np.append(starts[1:], len(hits)) - 1
-        recall, precision = np.cumsum(hits)[ends] / max(hits.sum(), 1), np.cumsum(hits)[ends] / (ends + 1)
-        steps = np.stack([np.insert(np.repeat(recall, 2), 0, 0)[:-1], np.repeat(precision, 2)], axis=1)  # as average precision sums
+        recall, precision = (
+            np.cumsum(hits)[ends] / max(hits.sum(), 1),
+            np.cumsum(hits)[ends] / (ends + 1),
+        )
+        # as average precision sums
+        steps = np.stack(
+            [np.insert(np.repeat(recall, 2), 0, 0)[:-1], np.repeat(precision, 2)], axis=1
+        )
         lines = [Line("", "rule", [(0, truth.mean()), (1, truth.mean())]), Line("", "c1", steps)]
         found.append(chart(name.replace("_", " "), "recall", lines, unit=True))
         bins = [np.stack(reliability(*problem[1:]), axis=1) for problem in (before, after)]
-        lines = [Line("", "rule", [(0, 0), (1, 1)]), Line("raw", "c2", bins[0], True), Line("nested", "c1", bins[1], True)]
+        lines = [
+            Line("", "rule", [(0, 0), (1, 1)]),
+            Line("raw", "c2", bins[0], True),
+            Line("nested", "c1", bins[1], True),
+        ]
         calibrated.append(chart(name.replace("_", " "), "predicted probability", lines, unit=True))
     return found, calibrated
 
 
 def confusion(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
-    """For each target (count, share of the row) of true class (row) by most probable class (column)."""
+    """For each target (count, share of the row) of true class (row) by most probable class
+    (column).
+    """
     tables = []
     for target, where in zip(TARGETS, group_slices().values(), strict=True):
-        counts = labels[:, where].T @ np.eye(len(target.classes))[probabilities[:, where].argmax(axis=1)]
+        counts = (
+            labels[:, where].T @ np.eye(len(target.classes))[probabilities[:, where].argmax(axis=1)]
+        )
         share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        tables.append({"name": target.name, "classes": target.classes, "cells": np.stack([counts, share], axis=2).round(2).tolist()})
+        tables.append(
+            {
+                "name": target.name,
+                "classes": target.classes,
+                "cells": np.stack([counts, share], axis=2).round(2).tolist(),
+            }
+        )
     return tables
 
 
 def picture(plane: np.ndarray) -> str:
     """A grey plane (H, W) uint8 as JPEG data URI, at most `SIDE` pixels a side."""
     scale = min(1.0, SIDE / max(plane.shape))
-    small = cv2.resize(np.ascontiguousarray(plane), None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return data_uri(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes(), "jpeg")
+    small = cv2.resize(
+        np.ascontiguousarray(plane), None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA
+    )
+    return data_uri(
+        cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes(), "jpeg"
+    )
 
 
 def data_uri(data: bytes, kind: str) -> str:

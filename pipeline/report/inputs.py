@@ -15,7 +15,9 @@ from ..system.console import log
 
 @dataclass(frozen=True)
 class Run:
-    """An output folder, the config, `--data` (None: the run's own phantom), the flags to repeat the run, the manifests of its stages."""
+    """An output folder, the config, `--data` (None: the run's own phantom), the flags to repeat the
+    run, the manifests of its stages.
+    """
 
     out: Path
     config: Config
@@ -26,24 +28,49 @@ class Run:
     def log(self, name: str) -> list[dict[str, Any]]:
         """Records of a stage's log.jsonl, none where it has none."""
         path = self.out / name / "log.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.is_file()
+            else []
+        )
 
     def index(self) -> pl.DataFrame | None:
         """The volume index, None where stage 02 has not run."""
-        return pl.read_parquet(self.out / "02_volumes" / "index.parquet") if "02_volumes" in self.manifests else None
+        return (
+            pl.read_parquet(self.out / "02_volumes" / "index.parquet")
+            if "02_volumes" in self.manifests
+            else None
+        )
 
 
 def find_run(out: Path, config: Config, data: Path | None, flags: str) -> Run:
     """The run below `out` with the stages that have finished, each fold as a stage of its own."""
     folds = [f"05_folds/fold{k}" for k in range(config.folds.count)]
-    names = [name for name in [*MAKERS, *folds] if name not in ("08_report", "data/phantom" if data else "")]
-    found = {name: manifest for name in names if (manifest := read_manifest(out / name)) and _whole(out / name, manifest)}
+    names = [
+        name
+        for name in [*MAKERS, *folds]
+        if name not in ("08_report", "data/phantom" if data else "")
+    ]
+    found = {
+        name: manifest
+        for name in names
+        if (manifest := read_manifest(out / name)) and _whole(out / name, manifest)
+    }
     return Run(out, config, data, flags, found)
 
 
 def _whole(folder: Path, manifest: dict[str, Any]) -> bool:
-    """False, with a warning, where a table or picture of a stage is gone; the page does without volumes and weights."""
-    lost = [name for name in broken_outputs(folder, manifest) if not name.endswith((".npy", ".safetensors"))]
+    """False, with a warning, where a table or picture of a stage is gone; the page does without
+    volumes and weights.
+    """
+    lost = [
+        name
+        for name in broken_outputs(folder, manifest)
+        if not name.endswith((".npy", ".safetensors"))
+    ]
     if lost:
-        log(f"warning: {folder / lost[0]} is missing or has another size: the report leaves {folder.name} out")
+        log(
+            f"warning: {folder / lost[0]} is missing or has another size: the report leaves"
+            f" {folder.name} out"
+        )
     return not lost

@@ -33,23 +33,57 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if seconds < 59.5:
         return f"{seconds:.1f} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def facts(run: Run) -> dict[str, str]:
     """What ran on what, by term."""
     manifests, index = list(run.manifests.values()), run.index()
-    trained = next((manifest["config"] for name, manifest in run.manifests.items() if name.startswith("05_folds/")), None)
+    trained = next(
+        (
+            manifest["config"]
+            for name, manifest in run.manifests.items()
+            if name.startswith("05_folds/")
+        ),
+        None,
+    )
     converted = run.manifests.get("01_slices", {}).get("counts")
-    patients = {} if index is None else dict(index.group_by("source").agg(pl.col("patient_id").n_unique()).iter_rows())
-    versions = {name: version for manifest in manifests for name, version in manifest["versions"].items() if version}
+    patients = (
+        {}
+        if index is None
+        else dict(index.group_by("source").agg(pl.col("patient_id").n_unique()).iter_rows())
+    )
+    versions = {
+        name: version
+        for manifest in manifests
+        for name, version in manifest["versions"].items()
+        if version
+    }
     found = {
         "Data": f"{run.data}" if run.data else "phantom, made by this run: no patient's data",
-        "Patients": f"{patients.get('train', 0)} labelled, {patients.get('unlabelled', 0)} unlabelled" if patients else "",
-        "Images": f"{converted['series']} series, {converted['slices']} slices" if converted else "",
-        "Model": trained and "{model[backbone]} from {train[init]}, {train[sequence]} over {train[slices]} slices".format(**trained),
-        "Device": ", ".join(sorted({manifest["device"] for manifest in manifests if manifest.get("device")})),
-        "Commit": ", ".join(sorted({(manifest["git"] or "no git checkout")[:12] for manifest in manifests})),
+        "Patients": (
+            f"{patients.get('train', 0)} labelled, {patients.get('unlabelled', 0)} unlabelled"
+            if patients
+            else ""
+        ),
+        "Images": (
+            f"{converted['series']} series, {converted['slices']} slices" if converted else ""
+        ),
+        "Model": (
+            trained
+            and "{model[backbone]} from {train[init]}, "
+            "{train[sequence]} over {train[slices]} slices".format(**trained)
+        ),
+        "Device": ", ".join(
+            sorted({manifest["device"] for manifest in manifests if manifest.get("device")})
+        ),
+        "Commit": ", ".join(
+            sorted({(manifest["git"] or "no git checkout")[:12] for manifest in manifests})
+        ),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     return {term: text for term, text in found.items() if text}
@@ -61,29 +95,58 @@ def conversion(run: Run) -> dict[str, Any]:
 
     counts = run.manifests["01_slices"]["counts"]
     lost = pl.read_csv(run.out / "01_slices" / "quarantine.csv", infer_schema=False)
-    groups = lost.group_by(pl.col("reason").str.split(":").list.first().alias("kind"), maintain_order=True)
-    reasons = groups.agg(pl.len(), pl.struct("path", "reason").head(SHOWN).alias("files")).sort("len", descending=True)
-    syntaxes = {UID(name).name if name[:1].isdigit() else name: number for name, number in counts["by_transfer_syntax"].items()}
-    tables = {"Transfer syntax": syntaxes, "Decoder": counts["by_decoder"], "Flags": counts["by_flags"]}
+    groups = lost.group_by(
+        pl.col("reason").str.split(":").list.first().alias("kind"), maintain_order=True
+    )
+    reasons = groups.agg(pl.len(), pl.struct("path", "reason").head(SHOWN).alias("files")).sort(
+        "len", descending=True
+    )
+    syntaxes = {
+        UID(name).name if name[:1].isdigit() else name: number
+        for name, number in counts["by_transfer_syntax"].items()
+    }
+    tables = {
+        "Transfer syntax": syntaxes,
+        "Decoder": counts["by_decoder"],
+        "Flags": counts["by_flags"],
+    }
     return {"counts": counts, "tables": tables, "quarantine": reasons.to_dicts()}
 
 
 def _pictures(run: Run, row: dict[str, Any], planes: list[int]) -> list[dict[str, Any]]:
-    """Planes of the volume of an index row, each with the instance number of its nearest slice; none where the file is gone."""
+    """Planes of the volume of an index row, each with the instance number of its nearest slice;
+    none where the file is gone.
+    """
     path = run.out / "02_volumes" / row["path"]
     if not path.is_file():
         return []
     volume = np.load(path, mmap_mode="r")
-    return [{"uri": figures.picture(volume[plane]), "plane": plane, "instance": row["plane_instances"][plane]} for plane in planes]
+    return [
+        {
+            "uri": figures.picture(volume[plane]),
+            "plane": plane,
+            "instance": row["plane_instances"][plane],
+        }
+        for plane in planes
+    ]
 
 
 def montage(run: Run) -> list[dict[str, Any]]:
-    """Evenly chosen series, two thirds of them labelled, with evenly chosen planes from top to bottom."""
+    """Evenly chosen series, two thirds of them labelled, with evenly chosen planes from top to
+    bottom.
+    """
     index, rows = run.index(), []
     for source, count in (("train", 2 * SHOWN // 3), ("unlabelled", SHOWN // 3)):
         part = index.filter(pl.col("source") == source)
-        rows += [part.row(k, named=True) for k in sorted(set(spread(len(part), count).tolist()))] if len(part) else []
-    return [{**row, "pictures": _pictures(run, row, spread(row["depth"], PLANES).tolist())} for row in rows]
+        rows += (
+            [part.row(k, named=True) for k in sorted(set(spread(len(part), count).tolist()))]
+            if len(part)
+            else []
+        )
+    return [
+        {**row, "pictures": _pictures(run, row, spread(row["depth"], PLANES).tolist())}
+        for row in rows
+    ]
 
 
 def pretraining(run: Run) -> dict[str, Any]:
@@ -92,32 +155,75 @@ def pretraining(run: Run) -> dict[str, Any]:
     options = manifest["config"]["pretrain"]
     boxes = random_boxes(options["image_size"], options["grid"], 4096, np.random.default_rng(0))
     overlap = overlap_labels(boxes, base_boxes(options["image_size"], options["grid"]))
-    chance = float((overlap >= overlap.max(axis=1, keepdims=True) - 0.1).mean())  # of a base crop chosen blindly
-    terms = [Line(name, f"c{k}", curve(records, "step", name)) for k, name in enumerate(("loss", "intra", "inter", "reg"), 1)]
+    # of a base crop chosen blindly
+    chance = float((overlap >= overlap.max(axis=1, keepdims=True) - 0.1).mean())
+    terms = [
+        Line(name, f"c{k}", curve(records, "step", name))
+        for k, name in enumerate(("loss", "intra", "inter", "reg"), 1)
+    ]
     level = Line("", "rule", [(0, chance), (options["steps"], chance)])
     found = Line("", "c1", curve(records, "step", "position_accuracy"), True)
-    charts = [chart("Loss and its terms", "step", terms), chart("Position accuracy, held out", "step", [level, found])]
-    for key, title in (("correlation", "Correlation of label and similarity"), ("std", "Standard deviation of embeddings")):
+    charts = [
+        chart("Loss and its terms", "step", terms),
+        chart("Position accuracy, held out", "step", [level, found]),
+    ]
+    for key, title in (
+        ("correlation", "Correlation of label and similarity"),
+        ("std", "Standard deviation of embeddings"),
+    ):
         charts.append(chart(title, "step", [Line("", "c1", curve(records, "step", key))]))
-    pictures = {path.stem: figures.data_uri(path.read_bytes(), "png") for path in (run.out / "04_voco2d").glob("*.png")}
-    return {"counts": manifest["counts"], "options": options, "chance": chance, "charts": charts, "pictures": pictures}
+    pictures = {
+        path.stem: figures.data_uri(path.read_bytes(), "png")
+        for path in (run.out / "04_voco2d").glob("*.png")
+    }
+    return {
+        "counts": manifest["counts"],
+        "options": options,
+        "chance": chance,
+        "charts": charts,
+        "pictures": pictures,
+    }
 
 
 def training(run: Run) -> dict[str, Any]:
     """Curves of stage 05: of every fold, and of every target as the mean over folds."""
-    logs = {name.rpartition("/fold")[2]: run.log(name) for name in run.manifests if name.startswith("05_folds/fold")}
-    loss, held = ([Line(f"fold {fold}", f"c{k % 6 + 1}", curve(rows, "epoch", key)) for k, (fold, rows) in enumerate(logs.items())]
-                  for key in ("loss", "score"))  # fmt: skip
+    logs = {
+        name.rpartition("/fold")[2]: run.log(name)
+        for name in run.manifests
+        if name.startswith("05_folds/fold")
+    }
+    loss, held = (
+        [
+            Line(f"fold {fold}", f"c{k % 6 + 1}", curve(rows, "epoch", key))
+            for k, (fold, rows) in enumerate(logs.items())
+        ]
+        for key in ("loss", "score")
+    )
     rows = [row for rows in logs.values() for row in rows]
     if "06_oof" in run.manifests:
-        floor, last = _read_scores(run)["floors"]["weighted_means"]["score"], max((row["epoch"] for row in rows), default=1)
+        floor, last = (
+            _read_scores(run)["floors"]["weighted_means"]["score"],
+            max((row["epoch"] for row in rows), default=1),
+        )
         held.append(Line("weighted class means", "rule", [(1, floor), (last, floor)]))
     terms = [{"epoch": row["epoch"], **row["terms"]} for row in rows]
-    parts, scored = ([Line(name, f"c{k}", curve(table, "epoch", name)) for k, name in enumerate((*TARGET_NAMES, "slices"), 1)]
-                     for table in (terms, rows))  # fmt: skip
+    parts, scored = (
+        [
+            Line(name, f"c{k}", curve(table, "epoch", name))
+            for k, name in enumerate((*TARGET_NAMES, "slices"), 1)
+        ]
+        for table in (terms, rows)
+    )
     titles = ("Training loss", "Official score, held out")
-    return {"folds": [chart(title, "epoch", lines) for title, lines in zip(titles, (loss, held), strict=True)],
-            "targets": [chart(title, "epoch", lines) for title, lines in zip(titles, (parts, scored), strict=True)]}  # fmt: skip
+    return {
+        "folds": [
+            chart(title, "epoch", lines) for title, lines in zip(titles, (loss, held), strict=True)
+        ],
+        "targets": [
+            chart(title, "epoch", lines)
+            for title, lines in zip(titles, (parts, scored), strict=True)
+        ],
+    }
 
 
 def _read_scores(run: Run) -> dict[str, Any]:
@@ -127,35 +233,62 @@ def _read_scores(run: Run) -> dict[str, Any]:
 def _predictions(run: Run) -> tuple[pl.DataFrame, list[np.ndarray]]:
     """patients.parquet, and of it labels, raw and nested probabilities (N, 13)."""
     table = pl.read_parquet(run.out / "06_oof" / "patients.parquet")
-    return table, [table.select(pl.col(f"{kind}_{c}").cast(pl.Float64) for c in COLUMNS).to_numpy() for kind in ("label", "raw", "nested")]
+    return table, [
+        table.select(pl.col(f"{kind}_{c}").cast(pl.Float64) for c in COLUMNS).to_numpy()
+        for kind in ("label", "raw", "nested")
+    ]
 
 
 def reduction(labels: np.ndarray, probabilities: np.ndarray, count: int, seed: int) -> Interval:
-    """1 - score / score of the weighted class means, with an interval: both are scored on the same resampled patients."""
+    """1 - score / score of the weighted class means, with an interval: both are scored on the same
+    resampled patients.
+    """
     means, found = labels.mean(axis=0, keepdims=True) * WEIGHTS, []
     for values in (probabilities, np.repeat(means, len(labels), axis=0)):
         loss, weight = loss_terms(labels, normalise(values))
-        drawn = [(counts @ (loss * weight)) / (counts @ weight) for counts in resamples(len(labels), count, seed)]
+        drawn = [
+            (counts @ (loss * weight)) / (counts @ weight)
+            for counts in resamples(len(labels), count, seed)
+        ]
         found.append(np.concatenate(drawn).mean(axis=1))
     return interval(1 - found[0] / found[1])
 
 
 def scores(run: Run) -> dict[str, Any]:
-    """Rows of the score table (`best`: position of the lowest honest value), metrics, charts and confusion tables."""
+    """Rows of the score table (`best`: position of the lowest honest value), metrics, charts and
+    confusion tables.
+    """
     found, options = _read_scores(run), run.manifests["06_oof"]["config"]
     labels, raw, nested = _predictions(run)[1]
     columns = {**found["floors"], **{name: found[name] for name in ("raw", "nested", "in_sample")}}
     table = {key: [column[key] for column in columns.values()] for key in SCORE_KEYS}
-    rows = [{"key": key, "values": values, "best": int(np.argmin(values[:-1])), "interval": found["intervals"]["nested"][key],
-             "reduction": found["reduction"]["nested"][key]} for key, values in table.items()]  # fmt: skip
+    rows = [
+        {
+            "key": key,
+            "values": values,
+            "best": int(np.argmin(values[:-1])),
+            "interval": found["intervals"]["nested"][key],
+            "reduction": found["reduction"]["nested"][key],
+        }
+        for key, values in table.items()
+    ]
     curves, calibrated = figures.score_charts(labels, raw, nested)
-    return {**found, "columns": list(columns), "rows": rows, "names": METRICS, "curves": curves, "calibrated": calibrated,
-            "confusion": figures.confusion(labels, nested),
-            "saved": reduction(labels, nested, options["score"]["bootstrap"], options["seed"])}  # fmt: skip
+    return {
+        **found,
+        "columns": list(columns),
+        "rows": rows,
+        "names": METRICS,
+        "curves": curves,
+        "calibrated": calibrated,
+        "confusion": figures.confusion(labels, nested),
+        "saved": reduction(labels, nested, options["score"]["bootstrap"], options["seed"]),
+    }
 
 
 def worst(run: Run) -> list[dict[str, Any]]:
-    """The patients with the largest part in the nested score: labels, probabilities and planes of one series."""
+    """The patients with the largest part in the nested score: labels, probabilities and planes of
+    one series.
+    """
     patients, (labels, _, nested) = _predictions(run)
     loss, weight = loss_terms(labels, nested)
     part = loss * weight / weight.sum(axis=0)
@@ -163,23 +296,47 @@ def worst(run: Run) -> list[dict[str, Any]]:
     data, errors = run.data or run.out / "data" / "phantom", []
     marks = read_slice_labels(data) if data.is_dir() else None
     for k in np.argsort(-part.sum(axis=1), kind="stable")[:SHOWN].tolist():
-        targets = [{"name": target.name, "true": int(labels[k, where].argmax()), "share": part[k, t],
-                    "classes": list(zip(target.classes, nested[k, where].tolist(), strict=True))}
-                   for t, (target, where) in enumerate(zip(TARGETS, group_slices().values(), strict=True))]  # fmt: skip
+        targets = [
+            {
+                "name": target.name,
+                "true": int(labels[k, where].argmax()),
+                "share": part[k, t],
+                "classes": list(zip(target.classes, nested[k, where].tolist(), strict=True)),
+            }
+            for t, (target, where) in enumerate(zip(TARGETS, group_slices().values(), strict=True))
+        ]
         series = _marked_series(run, patients["patient_id"][k], marks)
-        errors.append({**patients.row(k, named=True), "share": part[k].sum(), "targets": targets, "any": part[k, -1], "series": series})
+        errors.append(
+            {
+                **patients.row(k, named=True),
+                "share": part[k].sum(),
+                "targets": targets,
+                "any": part[k, -1],
+                "series": series,
+            }
+        )
     return errors
 
 
 def _marked_series(run: Run, patient: str, marks: pl.DataFrame | None) -> dict[str, Any] | None:
-    """A series of the patient, one with slice labels if any: the middle slice of each injury, filled up with evenly chosen planes."""
+    """A series of the patient, one with slice labels if any: the middle slice of each injury,
+    filled up with evenly chosen planes.
+    """
     index, found, chosen = run.index(), {}, {}
-    own = [] if index is None else index.filter(pl.col("source") == "train", pl.col("patient_id") == patient).to_dicts()
+    own = (
+        []
+        if index is None
+        else index.filter(pl.col("source") == "train", pl.col("patient_id") == patient).to_dicts()
+    )
     if not own:
         return None
     if marks is not None:
         middle = pl.col("instance_number").quantile(0.5, "nearest").cast(pl.Int64)
-        labelled = marks.filter(pl.col("patient_id") == patient).group_by("series_id", "injury_name").agg(middle)
+        labelled = (
+            marks.filter(pl.col("patient_id") == patient)
+            .group_by("series_id", "injury_name")
+            .agg(middle)
+        )
         for series, injury, number in labelled.sort("series_id", "injury_name").iter_rows():
             found.setdefault(series, {})[injury.replace("_", " ").lower()] = number
     row = max(own, key=lambda one: len(found.get(one["series_id"], ())))
@@ -187,16 +344,28 @@ def _marked_series(run: Run, patient: str, marks: pl.DataFrame | None) -> dict[s
         plane = min(range(row["depth"]), key=lambda k: abs(row["plane_instances"][k] - number))
         chosen[plane] = [*chosen.get(plane, []), injury]
     planes = spread(row["depth"], ERROR_PLANES).tolist()
-    for plane in set(chosen) - set(planes):  # each takes the place of the nearest that shows no labelled injury
+    # each takes the place of the nearest that shows no labelled injury
+    for plane in set(chosen) - set(planes):
         planes.remove(min(set(planes) - set(chosen), key=lambda k: abs(k - plane)))
         planes.append(plane)
-    return {**row, "pictures": [{**one, "injuries": chosen.get(one["plane"], [])} for one in _pictures(run, row, sorted(set(planes)))]}
+    return {
+        **row,
+        "pictures": [
+            {**one, "injuries": chosen.get(one["plane"], [])}
+            for one in _pictures(run, row, sorted(set(planes)))
+        ],
+    }
 
 
 def test(run: Run) -> dict[str, Any]:
     """Counts of stage 07, and its fallbacks by reason."""
-    reasons = pl.read_csv(run.out / "07_submission" / "fallbacks.csv", infer_schema=False)["reason"].to_list()
-    return {"counts": run.manifests["07_submission"]["counts"], "reasons": Counter(reasons).most_common(SHOWN)}
+    reasons = pl.read_csv(run.out / "07_submission" / "fallbacks.csv", infer_schema=False)[
+        "reason"
+    ].to_list()
+    return {
+        "counts": run.manifests["07_submission"]["counts"],
+        "reasons": Counter(reasons).most_common(SHOWN),
+    }
 
 
 def ablation(run: Run) -> dict[str, Any]:
@@ -210,32 +379,72 @@ def probes(run: Run) -> dict[str, Any]:
 
 
 def cost(run: Run) -> dict[str, Any]:
-    """Time, throughput and memory of every stage's last sitting, what to type to repeat it, and the config that was used."""
+    """Time, throughput and memory of every stage's last sitting, what to type to repeat it, and the
+    config that was used.
+    """
     rows, used = [], resolved(run.config)
-    for name, manifest in sorted(run.manifests.items(), key=lambda item: MAKERS.get(item[0], item[0])):
+    for name, manifest in sorted(
+        run.manifests.items(), key=lambda item: MAKERS.get(item[0], item[0])
+    ):
         used |= manifest["config"]
-        made = {one: digest(run.manifests[one]["outputs"]) for one in manifest["inputs"] if one in run.manifests}
+        made = {
+            one: digest(run.manifests[one]["outputs"])
+            for one in manifest["inputs"]
+            if one in run.manifests
+        }
         stale = [one for one, value in made.items() if value != manifest["inputs"][one]]
         if name != "05_folds":  # its folds are listed
-            rows.append({**manifest, **_rate(run, name), "name": name, "memory": manifest.get("peak_mb"), "stale": stale,
-                         "device": manifest.get("device", "")})  # fmt: skip
-    scripts = sorted({script for name, script in MAKERS.items() if any(one.startswith(name) for one in run.manifests)} | {"08_report"})
+            rows.append(
+                {
+                    **manifest,
+                    **_rate(run, name),
+                    "name": name,
+                    "memory": manifest.get("peak_mb"),
+                    "stale": stale,
+                    "device": manifest.get("device", ""),
+                }
+            )
+    scripts = sorted(
+        {
+            script
+            for name, script in MAKERS.items()
+            if any(one.startswith(name) for one in run.manifests)
+        }
+        | {"08_report"}
+    )
     total = sum(row["seconds"] for row in rows) - _side_by_side(run)
-    return {"rows": rows, "total": total, "flags": run.flags, "scripts": scripts,
-            "config": yaml.safe_dump(used, sort_keys=False, allow_unicode=True)}  # fmt: skip
+    return {
+        "rows": rows,
+        "total": total,
+        "flags": run.flags,
+        "scripts": scripts,
+        "config": yaml.safe_dump(used, sort_keys=False, allow_unicode=True),
+    }
 
 
 def _side_by_side(run: Run) -> float:
-    """Seconds by which folds that trained side by side, in one sitting, took less than their sum."""
+    """Seconds by which folds that trained side by side, in one sitting, took less than their
+    sum.
+    """
     whole = run.manifests.get("05_folds", {"seconds": 0.0})["seconds"]
-    folds = [manifest["seconds"] for name, manifest in run.manifests.items() if name.startswith("05_folds/")]
+    folds = [
+        manifest["seconds"]
+        for name, manifest in run.manifests.items()
+        if name.startswith("05_folds/")
+    ]
     return max(0.0, sum(folds) - whole) if folds and whole >= max(folds) else 0.0
 
 
 def _rate(run: Run, name: str) -> dict[str, Any]:
-    """Throughput of a stage in its own unit and the share of time it waits for data; of training the median step or epoch."""
+    """Throughput of a stage in its own unit and the share of time it waits for data; of training
+    the median step or epoch.
+    """
     records, counts = run.log(name), run.manifests[name]["counts"]
-    units = {"samples_per_s": "volumes/s", "slices_per_s": "slices/s", "patients_per_hour": "patients/h"}
+    units = {
+        "samples_per_s": "volumes/s",
+        "slices_per_s": "slices/s",
+        "patients_per_hour": "patients/h",
+    }
     seen = [key for key in (*units, "waiting") if records and key in records[-1]]
     middle = {key: float(np.median([row[key] for row in records])) for key in seen} or counts
     rate = next((f"{middle[key]:.0f} {unit}" for key, unit in units.items() if key in middle), "")

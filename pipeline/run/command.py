@@ -1,4 +1,6 @@
-"""The command line that all stage scripts share: flags, exit codes, one line for the user instead of a traceback, clean stops."""
+"""The command line that all stage scripts share: flags, exit codes, one line for the user instead
+of a traceback, clean stops.
+"""
 
 import argparse
 import contextlib
@@ -20,14 +22,23 @@ STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
     """The flags of every stage; `doc` says what it reads and writes."""
-    flags = argparse.ArgumentParser(prog=f"{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        prog=f"{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--config", default="demo", help="YAML file or preset name (default: demo)")
-    flags.add_argument("--data", help="data set in the competition's layout (default: the run's own phantom)")
+    flags.add_argument(
+        "--data", help="data set in the competition's layout (default: the run's own phantom)"
+    )
     flags.add_argument("--out", help="output folder (default: outputs/<config name>)")
     flags.add_argument("--jobs", type=_jobs, default=0, help="processes (default: all cores)")
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags.add_argument("--force", action="store_true", help="run even where up to date")
-    flags.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. pretrain.steps=200")
+    flags.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override any config key, e.g. pretrain.steps=200",
+    )
     return flags
 
 
@@ -36,10 +47,18 @@ def _jobs(text: str) -> int:
     return max(0, int(text))
 
 
-def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None],
-         extend: Callable[[argparse.ArgumentParser], None] | None = None, exclusive: bool = True) -> int:  # fmt: skip
-    """Entry point of a stage script: parse, lock (unless not `exclusive`), run. Exit code 0 done, 1 training went wrong, 2 the user's
-    input is wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, each with one line and no traceback."""
+def main(
+    script: str,
+    folder: str,
+    doc: str | None,
+    run: Callable[[Stage], None],
+    extend: Callable[[argparse.ArgumentParser], None] | None = None,
+    exclusive: bool = True,
+) -> int:
+    """Entry point of a stage script: parse, lock (unless not `exclusive`), run. Exit code 0 done, 1
+    training went wrong, 2 the user's input is wrong, 130 or 143 stopped by Ctrl-C or SIGTERM,
+    each with one line and no traceback.
+    """
     flags = parser(Path(script).stem, doc or "")
     if extend:
         extend(flags)
@@ -52,8 +71,13 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
             code = 128 + received[0] if received else code
             if code in (130, 143):
                 for number in STOPS:
-                    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end
-                again = "the same command again without --force" if options.force else "the same command again"
+                    # a second Ctrl-C does not disturb the end
+                    signal.signal(number, signal.SIG_IGN)
+                again = (
+                    "the same command again without --force"
+                    if options.force
+                    else "the same command again"
+                )
                 return _say(f"stopped: run {again} to go on", code)
             if isinstance(fault, Ended):
                 return _say(str(fault), fault.code)
@@ -63,13 +87,20 @@ def main(script: str, folder: str, doc: str | None, run: Callable[[Stage], None]
     return 0
 
 
-def _run(folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool) -> None:
-    from .presets import load_config  # here: a Ctrl-C is answered in one line from the first moment on
+def _run(
+    folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool
+) -> None:
+    # here: a Ctrl-C is answered in one line from the first moment on
+    from .presets import load_config
 
     if part := part_of():
         end_with(part[0])
     stage = Stage(folder, load_config(options.config, options.overrides), options)
-    with disk_errors(stage.folder), stage.reading, stage.lock() if exclusive else contextlib.nullcontext():
+    with (
+        disk_errors(stage.folder),
+        stage.reading,
+        stage.lock() if exclusive else contextlib.nullcontext(),
+    ):
         run(stage)
 
 
@@ -83,9 +114,11 @@ def _say(line: str, code: int) -> int:
 
 @contextlib.contextmanager
 def _stops() -> Iterator[list[int]]:
-    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143); yields the list of those that came. An ignored one stays so.
+    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143); yields the list of those
+    that came. An ignored one stays so.
 
-    Where Python swallows the exception (in a destructor, in the import system), it is raised again, by an alarm.
+    Where Python swallows the exception (in a destructor, in the import system), it is raised again,
+    by an alarm.
     """
     received: list[int] = []
 

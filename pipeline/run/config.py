@@ -8,7 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..competition.targets import TARGET_NAMES
 
 Init = Literal["scratch", "imagenet", "voco2d"]
-LABOUR = {"pretrain": ("workers", "compile", "activation_checkpointing"), "train": ("workers", "compile")}  # keys that change no result
+# keys that change no result
+LABOUR = {
+    "pretrain": ("workers", "compile", "activation_checkpointing"),
+    "train": ("workers", "compile"),
+}
 
 
 class Section(BaseModel):
@@ -18,7 +22,9 @@ class Section(BaseModel):
 
 
 class PhantomConfig(Section):
-    """Stage 00. Counts are patients; sizes are pixels and slices; `difficulty` 0 is plain to see, 1 is faint."""
+    """Stage 00. Counts are patients; sizes are pixels and slices; `difficulty` 0 is plain to see, 1
+    is faint.
+    """
 
     train_patients: int = Field(200, ge=10)
     test_patients: int = Field(12, ge=1)
@@ -26,21 +32,29 @@ class PhantomConfig(Section):
     image_size: int = Field(128, ge=64)
     slices_min: int = Field(28, ge=12)
     slices_max: int = Field(40, ge=12)
-    second_series: float = Field(0.25, ge=0, le=1, description="share of patients with a second contrast phase")
+    second_series: float = Field(
+        0.25, ge=0, le=1, description="share of patients with a second contrast phase"
+    )
     noise_hu: float = Field(12.0, ge=0)
     difficulty: float = Field(0.2, ge=0, le=1)
     bowel: float = Field(0.25, ge=0, le=1, description="prevalence of bowel injury")
     extravasation: float = Field(0.25, ge=0, le=1)
-    organ_low: float = Field(0.15, ge=0, le=0.5, description="prevalence of low grade, for kidney, liver and spleen each")
+    organ_low: float = Field(
+        0.15, ge=0, le=0.5, description="prevalence of low grade, for kidney, liver and spleen each"
+    )
     organ_high: float = Field(0.15, ge=0, le=0.5)
 
 
 class ConvertConfig(Section):
     """Stage 01. The intensity window is fixed by the contract and no option."""
 
-    flip_hfs: bool = Field(False, description="rotate by PatientPosition FFS/HFP too (off: orientation tags decide)")
+    flip_hfs: bool = Field(
+        False, description="rotate by PatientPosition FFS/HFP too (off: orientation tags decide)"
+    )
     timeout_s: float = Field(60.0, gt=0, description="time limit of one file in a decoder")
-    max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are quarantined undecoded")
+    max_pixels: int = Field(
+        4096 * 4096, ge=1, description="larger images are quarantined undecoded"
+    )
 
 
 class VolumeConfig(Section):
@@ -50,7 +64,9 @@ class VolumeConfig(Section):
     height: int = Field(256, ge=16)
     width: int = Field(256, ge=16)
     aspect: Literal["letterbox", "stretch"] = "letterbox"
-    margin_mm: float = Field(2.0, ge=0, description="kept around the body; what lies outside is black")
+    margin_mm: float = Field(
+        2.0, ge=0, description="kept around the body; what lies outside is black"
+    )
 
 
 class FoldConfig(Section):
@@ -63,7 +79,12 @@ class ModelConfig(Section):
     """The 2D backbone that stages 04, 05 and 07 share: any timm model."""
 
     backbone: str = "efficientnet_b0"
-    weights: str | None = Field(None, description="file for init=imagenet: timm's weights, or a backbone.safetensors (none: timm's hub)")
+    weights: str | None = Field(
+        None,
+        description=(
+            "file for init=imagenet: timm's weights, or a backbone.safetensors (none: timm's hub)"
+        ),
+    )
 
 
 class VocoConfig(Section):
@@ -82,7 +103,9 @@ class VocoConfig(Section):
     inter: float = Field(1.0, ge=0)
     regularisation: float = Field(1.0, ge=0)
     ema_momentum: float = Field(0.9, ge=0, lt=1)
-    ema_final: float | None = Field(None, ge=0, le=1, description="cosine momentum schedule to this value (none: constant)")
+    ema_final: float | None = Field(
+        None, ge=0, le=1, description="cosine momentum schedule to this value (none: constant)"
+    )
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     amsgrad: bool = True
@@ -90,19 +113,46 @@ class VocoConfig(Section):
     clip: float = Field(1.0, gt=0, description="gradient norm")
     init: Literal["scratch", "imagenet"] = "imagenet"
     augment: bool = Field(True, description="augmentation: jitter, turn and intensity")
-    jitter: bool = Field(True, description="evenly spread slices start at a random one, so that all slices are seen in time")
-    turn: float = Field(0.2, ge=0, le=1, description="probability that a crop is mirrored or turned by right angles within its box")
-    intensity: float = Field(0.5, ge=0, le=1, description="probability of a change of brightness, contrast and gamma")
-    unlabelled: float = Field(1.0, ge=0, le=1, description="share of the unlabelled volumes that is used")
-    labelled: bool = Field(True, description="use the competition's own series (their labels are never read)")
+    jitter: bool = Field(
+        True,
+        description=(
+            "evenly spread slices start at a random one, so that all slices are seen in time"
+        ),
+    )
+    turn: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="probability that a crop is mirrored or turned by right angles within its box",
+    )
+    intensity: float = Field(
+        0.5, ge=0, le=1, description="probability of a change of brightness, contrast and gamma"
+    )
+    unlabelled: float = Field(
+        1.0, ge=0, le=1, description="share of the unlabelled volumes that is used"
+    )
+    labelled: bool = Field(
+        True, description="use the competition's own series (their labels are never read)"
+    )
     holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
     eval_every: int = Field(1000, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep: int = Field(3, ge=1, description="last checkpoints kept")
     log_every: int = Field(1, ge=1)
-    collapse_std: float = Field(0.02, ge=0, description="embedding standard deviation (1: spread out) below which they have collapsed")
+    collapse_std: float = Field(
+        0.02,
+        ge=0,
+        description="embedding standard deviation (1: spread out) below which they have collapsed",
+    )
     collapse_patience: int = Field(500, ge=1, description="steps of collapse before the run stops")
-    settle: int = Field(32, ge=0, description="batches of whole slices that the exported batch-norm statistics are taken from, 0: of crops")
+    settle: int = Field(
+        32,
+        ge=0,
+        description=(
+            "batches of whole slices that the exported batch-norm statistics are taken from, 0: of"
+            " crops"
+        ),
+    )
     workers: int = Field(2, ge=0)
     amp: bool = True
     compile: bool = False
@@ -130,10 +180,20 @@ class TrainConfig(Section):
 
     targets: tuple[str, ...] = TARGET_NAMES
     init: Init = "voco2d"
-    label_fraction: float = Field(1.0, gt=0, le=1, description="share of a fold's training patients that is used, stratified and nested")
+    label_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a fold's training patients that is used, stratified and nested",
+    )
     slices: int = Field(48, ge=1)
     image_size: int = Field(192, ge=16)
-    crop: float = Field(0.0, ge=0, lt=0.5, description="share cut from each border of the stored plane before resizing")
+    crop: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share cut from each border of the stored plane before resizing",
+    )
     sequence: Literal["lstm", "gru", "transformer", "none"] = "lstm"
     pool: Literal["max", "mean", "attention"] = "max"
     hidden: int = Field(256, ge=4)
@@ -148,7 +208,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-2, ge=0)
     warmup: float = Field(0.1, ge=0, le=1, description="share of all steps")
     clip: float = Field(1.0, gt=0)
-    slice_loss: float = Field(0.0, ge=0, description="weight of the slice-level loss (needs image_level_labels.csv)")
+    slice_loss: float = Field(
+        0.0, ge=0, description="weight of the slice-level loss (needs image_level_labels.csv)"
+    )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, 0: off")
     patience: int = Field(0, ge=0, description="epochs without improvement before stopping, 0: off")
     amp: bool = True
@@ -182,9 +244,11 @@ class PredictConfig(Section):
 
 
 class AblationConfig(Section):
-    """Stage 09: `variants` are names with the keys of `model`, `pretrain` and `train` that they change.
+    """Stage 09: `variants` are names with the keys of `model`, `pretrain` and `train` that they
+    change.
 
-    The first of each of `pairs` is compared with the second, every variant that is first in none of them with `reference`.
+    The first of each of `pairs` is compared with the second, every variant that is first in none of
+    them with `reference`.
     """
 
     variants: dict[str, dict[str, Any]] = {}
@@ -196,19 +260,45 @@ class AblationConfig(Section):
 
     @model_validator(mode="after")
     def _known_names(self) -> "AblationConfig":
-        named = [self.reference, *(name for pair in self.pairs for name in pair)] if self.variants else []
+        named = (
+            [self.reference, *(name for pair in self.pairs for name in pair)]
+            if self.variants
+            else []
+        )
         unknown = [name for name in named if name not in self.variants]
         if unknown:
             raise ValueError(f"'{unknown[0]}' is none of the variants {', '.join(self.variants)}")
-        bad = [name for name in self.variants if not name.replace("_", "").isalnum() or name == "pretrained"]
+        bad = [
+            name
+            for name in self.variants
+            if not name.replace("_", "").isalnum() or name == "pretrained"
+        ]
         if bad:
-            raise ValueError(f"'{bad[0]}' is no name for a variant: letters, digits and _, and not 'pretrained'")
-        fixed = [key for keys in self.variants.values() for key in keys if key.partition(".")[0] not in ("model", "pretrain", "train")]
+            raise ValueError(
+                f"'{bad[0]}' is no name for a variant: letters, digits and _, and not 'pretrained'"
+            )
+        fixed = [
+            key
+            for keys in self.variants.values()
+            for key in keys
+            if key.partition(".")[0] not in ("model", "pretrain", "train")
+        ]
         if fixed:
-            raise ValueError(f"'{fixed[0]}' is the same for all variants: they may change keys of model, pretrain and train")
-        whole = [key for keys in self.variants.values() for key, value in keys.items() if "." not in key or isinstance(value, dict)]
+            raise ValueError(
+                f"'{fixed[0]}' is the same for all variants: they may change keys of model,"
+                " pretrain and train"
+            )
+        whole = [
+            key
+            for keys in self.variants.values()
+            for key, value in keys.items()
+            if "." not in key or isinstance(value, dict)
+        ]
         if whole:
-            raise ValueError(f"'{whole[0]}' would set all keys of a section: name single ones, such as train.init")
+            raise ValueError(
+                f"'{whole[0]}' would set all keys of a section: name single ones, such as"
+                " train.init"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must be distinct")
         return self
@@ -217,7 +307,9 @@ class AblationConfig(Section):
 class Config(Section):
     """A whole run. `phantom: null` means that `--data` must name the real data set."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="also of the output folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="also of the output folder"
+    )
     seed: int = Field(0, ge=0)
     phantom: PhantomConfig | None = None
     convert: ConvertConfig = ConvertConfig()
@@ -233,14 +325,24 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         if self.pretrain.slices > self.volume.depth:
-            raise ValueError(f"pretrain.slices={self.pretrain.slices} is more than volume.depth={self.volume.depth}")
+            raise ValueError(
+                f"pretrain.slices={self.pretrain.slices} is more than"
+                f" volume.depth={self.volume.depth}"
+            )
         if self.train.slices > self.volume.depth:
-            raise ValueError(f"train.slices={self.train.slices} is more than volume.depth={self.volume.depth}")
+            raise ValueError(
+                f"train.slices={self.train.slices} is more than volume.depth={self.volume.depth}"
+            )
         for name, side in (("height", self.volume.height), ("width", self.volume.width)):
             if side - 2 * round(side * self.train.crop) < 1:
-                raise ValueError(f"train.crop={self.train.crop} leaves nothing of volume.{name}={side}")
+                raise ValueError(
+                    f"train.crop={self.train.crop} leaves nothing of volume.{name}={side}"
+                )
         if self.pretrain.image_size % self.pretrain.grid:
-            raise ValueError(f"pretrain.image_size={self.pretrain.image_size} is no multiple of pretrain.grid={self.pretrain.grid}")
+            raise ValueError(
+                f"pretrain.image_size={self.pretrain.image_size} is no multiple of"
+                f" pretrain.grid={self.pretrain.grid}"
+            )
         if self.phantom and self.phantom.slices_min > self.phantom.slices_max:
             raise ValueError("phantom.slices_min is more than phantom.slices_max")
         return self
@@ -254,6 +356,12 @@ def resolved(section: BaseModel | dict[str, Any] | None) -> Any:
 
 
 def decisive(name: str, section: BaseModel | dict[str, Any] | None) -> Any:
-    """Section `name` as plain values without the keys that say how the work is done and not what comes out: for fingerprints."""
+    """Section `name` as plain values without the keys that say how the work is done and not what
+    comes out: for fingerprints.
+    """
     values = resolved(section)
-    return {key: value for key, value in values.items() if key not in LABOUR[name]} if name in LABOUR else values
+    return (
+        {key: value for key, value in values.items() if key not in LABOUR[name]}
+        if name in LABOUR
+        else values
+    )

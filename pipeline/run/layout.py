@@ -1,6 +1,5 @@
 """Names of the stage folders of a run, of the files in them, and of the scripts that make them."""
 
-
 MAKERS = {
     "data/phantom": "00_make_phantom",
     "01_slices": "01_convert_dicom",

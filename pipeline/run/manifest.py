@@ -18,8 +18,17 @@ SCHEMA = 1
 
 
 PACKAGES = (
-    "torch", "timm", "numpy", "polars", "dicomsdl", "imagecodecs", "pydicom", "opencv-python-headless", "albumentations", "scikit-learn",
-)  # fmt: skip
+    "torch",
+    "timm",
+    "numpy",
+    "polars",
+    "dicomsdl",
+    "imagecodecs",
+    "pydicom",
+    "opencv-python-headless",
+    "albumentations",
+    "scikit-learn",
+)
 
 
 def digest(value: Any) -> str:
@@ -35,7 +44,9 @@ def digest(value: Any) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished stage folder, or None where the stage did not finish or wrote another schema."""
+    """The manifest of a finished stage folder, or None where the stage did not finish or wrote
+    another schema.
+    """
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -47,15 +58,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         log(f"{path} was written by another version: the stage runs again")
         return None
-    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(manifest.get("outputs"), dict):
+    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(
+        manifest.get("outputs"), dict
+    ):
         log(f"{path} is damaged: the stage runs again")
         return None
     return manifest
 
 
 def broken_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Names of the manifest's outputs that are missing or have another size; contents are `pipeline.run.verify`'s to check."""
-    return [name for name, entry in manifest["outputs"].items() if not _same_size(folder / name, entry)]
+    """Names of the manifest's outputs that are missing or have another size; contents are
+    `pipeline.run.verify`'s to check.
+    """
+    return [
+        name for name, entry in manifest["outputs"].items() if not _same_size(folder / name, entry)
+    ]
 
 
 def _same_size(path: Path, entry: dict[str, Any]) -> bool:
@@ -76,13 +93,22 @@ def versions() -> dict[str, str | None]:
 def git_commit() -> str | None:
     """Commit of the code, `None` outside a git checkout."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
 def trained_files(trained: Path, name: str) -> list[Path]:
-    """File `name` of every fold of the finished stage 05 in `trained`: what its manifest lists, whatever else lies there."""
+    """File `name` of every fold of the finished stage 05 in `trained`: what its manifest lists,
+    whatever else lies there.
+    """
     listed = (read_manifest(trained) or {"outputs": {}})["outputs"]
     return [trained / file for file in listed if file.partition("/")[2] == name]

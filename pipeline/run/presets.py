@@ -1,4 +1,6 @@
-"""From a YAML preset and `key=value` overrides to a checked config; what is wrong is named, with the nearest key."""
+"""From a YAML preset and `key=value` overrides to a checked config; what is wrong is named, with
+the nearest key.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -12,20 +14,25 @@ from ..system.errors import InputError
 from .config import Config, resolved
 
 PRESETS = Path(__file__).parents[1] / "configs"
-YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # the last two: dates and numbers that are none, brackets without end
+# the last two: dates and numbers that are none, brackets without end
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML preset (a path, or the bare name of one in `pipeline/configs`) and apply `key=value` overrides.
+    """Read a YAML preset (a path, or the bare name of one in `pipeline/configs`) and apply
+    `key=value` overrides.
 
     Raises:
-        InputError: no such file, bad YAML, unknown key (the nearest one is named), or a value out of range.
+        InputError: no such file, bad YAML, unknown key (the nearest one is named), or a value out
+        of range.
     """
     path = resolve_preset(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as fault:
-        raise InputError(f"the config cannot be read ({fault.strerror})", str(path), "mend its permissions") from fault
+        raise InputError(
+            f"the config cannot be read ({fault.strerror})", str(path), "mend its permissions"
+        ) from fault
     except YAML_ERRORS as fault:
         raise InputError("not readable as YAML", f"{path}: {fault}", "mend the file") from fault
     if not isinstance(tree, dict):
@@ -37,7 +44,9 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def derive(config: Config, changes: Mapping[str, Any], where: str) -> Config:
-    """`config` with other values of dotted keys; InputError naming `where` as `load_config` does."""
+    """`config` with other values of dotted keys; InputError naming `where` as `load_config`
+    does.
+    """
     tree = resolved(config)
     for key, value in changes.items():
         _set(tree, key, value)
@@ -53,7 +62,8 @@ def _validated(tree: dict[str, Any], where: str) -> Config:
 
 def resolve_preset(path: Path | str) -> Path:
     """A config file: the path itself, or `pipeline/configs/<name>.yaml`."""
-    named = [PRESETS / Path(path).name] if Path(path).parent == Path("pipeline", "configs") else []  # from any working directory
+    # from any working directory
+    named = [PRESETS / Path(path).name] if Path(path).parent == Path("pipeline", "configs") else []
     for candidate in (Path(path), PRESETS / f"{path}.yaml", *named):
         if candidate.is_file():
             return candidate
@@ -64,11 +74,17 @@ def resolve_preset(path: Path | str) -> Path:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key:
-        raise InputError("not an option or a key=value override", f"'{override}'", "write for example pretrain.steps=200")
+        raise InputError(
+            "not an option or a key=value override",
+            f"'{override}'",
+            "write for example pretrain.steps=200",
+        )
     try:
         _set(tree, key, yaml.safe_load(text))
     except YAML_ERRORS as fault:
-        raise InputError("the value is not readable as YAML", f"'{override}'", "quote it") from fault
+        raise InputError(
+            "the value is not readable as YAML", f"'{override}'", "quote it"
+        ) from fault
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -86,7 +102,11 @@ def _explain(fault: ValidationError, where: str) -> InputError:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.0)
         return InputError(f"unknown config key '{key}'", where, f"did you mean '{near[0]}'?")
-    return InputError(error["msg"].removeprefix("Value error, "), f"key '{key}' of {where}" if key else where, "correct the value")
+    return InputError(
+        error["msg"].removeprefix("Value error, "),
+        f"key '{key}' of {where}" if key else where,
+        "correct the value",
+    )
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:

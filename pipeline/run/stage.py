@@ -24,16 +24,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-
-
-
-
-
-
 class Stage:
     """One run of one stage: resolved options, its folder under `--out`, and its manifest.
 
-    A stage script asks `current(...)` first, imports what is heavy only after that, works, and calls `finish(...)`.
+    A stage script asks `current(...)` first, imports what is heavy only after that, works, and
+    calls `finish(...)`.
     """
 
     def __init__(self, name: str, config: "Config", options: argparse.Namespace) -> None:
@@ -46,8 +41,10 @@ class Stage:
         self.writer = self.rank == 0
         self.started = time.monotonic()
         self._state: dict[str, Any] = {}
-        self._checked: set[tuple[str, bool]] = set()  # names, and whether all of their files were looked at
-        self.reading = contextlib.ExitStack()  # the locks that keep other runs from changing what this one reads
+        # names, and whether all of their files were looked at
+        self._checked: set[tuple[str, bool]] = set()
+        # the locks that keep other runs from changing what this one reads
+        self.reading = contextlib.ExitStack()
 
     @property
     def fingerprint(self) -> str:
@@ -69,33 +66,50 @@ class Stage:
         """The data folder in the competition's layout."""
         if not self.real_data:
             if not self.config.phantom:
-                raise InputError("no data", f"config '{self.config.name}' has no phantom", "give --data /path/to/rsna")
+                raise InputError(
+                    "no data",
+                    f"config '{self.config.name}' has no phantom",
+                    "give --data /path/to/rsna",
+                )
             return self.upstream("data/phantom", lambda file: "/" not in file)
         folder = Path(self.options.data).resolve()
         if not folder.is_dir():
-            raise InputError("no such data folder", str(folder), "give --data the folder that holds train.csv")
+            raise InputError(
+                "no such data folder", str(folder), "give --data the folder that holds train.csv"
+            )
         return folder
 
     @property
     def image_data(self) -> Path:
-        """`data` for a stage that reads its images too: of the phantom none may be missing, real ones are listed series by series."""
-        return self.data if self.real_data or not self.config.phantom else self.upstream("data/phantom", lambda file: True)
+        """`data` for a stage that reads its images too: of the phantom none may be missing, real
+        ones are listed series by series.
+        """
+        return (
+            self.data
+            if self.real_data or not self.config.phantom
+            else self.upstream("data/phantom", lambda file: True)
+        )
 
     def part(self, name: str) -> "Stage":
-        """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one fold."""
+        """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one
+        fold.
+        """
         part = Stage(f"{self.name}/{name}", self.config, self.options)
         part.writer, part._checked, part.reading = True, self._checked, self.reading
         return part
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The part of `items` that this rank of `torchrun` works on; all of them in a single process."""
+        """The part of `items` that this rank of `torchrun` works on; all of them in a single
+        process.
+        """
         return items[self.rank :: world_size()]
 
     def upstream(self, name: str, needed: Callable[[str], bool] = lambda file: True) -> Path:
         """Folder of an earlier stage, held until this one ends.
 
         Raises:
-            InputError: naming the script that makes it, when it is not finished or one of its `needed` files is not whole.
+            InputError: naming the script that makes it, when it is not finished or one of its
+            `needed` files is not whole.
         """
         models = None if name.startswith("data/") else getattr(self.options, "models", None)
         folder = Path(models or self.out) / name
@@ -103,31 +117,47 @@ class Stage:
             return folder
         if folder.is_relative_to(self.out):
             self.reading.enter_context(self._held(self._lock_file(name), fcntl.LOCK_SH))
-        manifest, maker = read_manifest(folder), MAKERS[name if name in MAKERS else name.split("/")[0]]
+        manifest, maker = (
+            read_manifest(folder),
+            MAKERS[name if name in MAKERS else name.split("/")[0]],
+        )
         if manifest is None:
-            raise InputError(f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first")
+            raise InputError(
+                f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first"
+            )
         if broken := list(filter(needed, broken_outputs(folder, manifest))):
-            raise InputError(f"a file of {name} is missing or has another size", str(folder / broken[0]), f"run stages/{maker}.py again")
+            raise InputError(
+                f"a file of {name} is missing or has another size",
+                str(folder / broken[0]),
+                f"run stages/{maker}.py again",
+            )
         self._checked.add((name, needed("/")))
         return folder
 
     def inputs(self, *stages: str, files: Iterable[Path] = ()) -> dict[str, Any]:
-        """Fingerprint of what this stage reads: outputs of earlier stages, and files by content (absent ones as None)."""
-        found: dict[str, Any] = {name: digest((read_manifest(self.upstream(name)) or {})["outputs"]) for name in stages}
+        """Fingerprint of what this stage reads: outputs of earlier stages, and files by content
+        (absent ones as None).
+        """
+        found: dict[str, Any] = {
+            name: digest((read_manifest(self.upstream(name)) or {})["outputs"]) for name in stages
+        }
         for path in files:
             found[path.name] = digest(path) if path.is_file() else None
         return found
 
     def fingerprint_of(self, inputs: dict[str, Any], sections: Iterable[str]) -> str:
         """Digest of all that this stage's result depends on."""
-        from .config import decisive  # late: stage scripts answer a Ctrl-C in one line from the first moment on
+        # late: stage scripts answer a Ctrl-C in one line from the first moment on
+        from .config import decisive
 
         tree = self.config.model_dump(mode="json")
         config = {name: decisive(name, tree[name]) for name in sections}
         return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
 
     def made_from(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:
-        """True when the folder is whole and was made from exactly these inputs and config sections."""
+        """True when the folder is whole and was made from exactly these inputs and config
+        sections.
+        """
         return self._found(self.fingerprint_of(inputs, sections))[0]
 
     @property
@@ -136,20 +166,30 @@ class Stage:
         return self._found(self.fingerprint)[0]
 
     def _found(self, fingerprint: str) -> tuple[bool, list[str]]:
-        """Whether the folder is whole and has this fingerprint; its outputs that are missing or have another size."""
+        """Whether the folder is whole and has this fingerprint; its outputs that are missing or
+        have another size.
+        """
         manifest = read_manifest(self.folder)
         broken = broken_outputs(self.folder, manifest) if manifest else []
-        return manifest is not None and not broken and manifest["fingerprint"] == fingerprint, broken
+        return (
+            manifest is not None and not broken and manifest["fingerprint"] == fingerprint,
+            broken,
+        )
 
     def current(self, inputs: dict[str, Any], sections: Iterable[str], whole: bool = True) -> bool:
-        """True (and says so) when the folder was made from exactly these inputs and config sections and is whole.
+        """True (and says so) when the folder was made from exactly these inputs and config sections
+        and is whole.
 
-        `whole` is what the caller knows of files that the manifest does not list. Otherwise the stage is about to run: the old
-        manifest, outputs of a wrong size and what a killed run left go, so that nothing looks finished until `finish`.
+        `whole` is what the caller knows of files that the manifest does not list. Otherwise the
+        stage is about to run: the old manifest, outputs of a wrong size and what a killed run left
+        go, so that nothing looks finished until `finish`.
         """
         tree = self.config.model_dump(mode="json")
-        self._state = {"config": {name: tree[name] for name in sections}, "inputs": inputs,
-                       "fingerprint": (fingerprint := self.fingerprint_of(inputs, sections))}  # fmt: skip
+        self._state = {
+            "config": {name: tree[name] for name in sections},
+            "inputs": inputs,
+            "fingerprint": (fingerprint := self.fingerprint_of(inputs, sections)),
+        }
         made, broken = self._found(fingerprint)
         if broken:
             log(f"{self.name}: {broken[0]} is missing or has another size, made again")
@@ -164,7 +204,8 @@ class Stage:
         return False
 
     def finish(self, counts: dict[str, Any], outputs: Iterable[str] | Mapping[str, str]) -> None:
-        """Write the manifest, the last act of a stage: `outputs` are the files (relative) that later stages depend on.
+        """Write the manifest, the last act of a stage: `outputs` are the files (relative) that
+        later stages depend on.
 
         A mapping gives the digests of those that need not be read again.
         """
@@ -172,17 +213,36 @@ class Stage:
             return
         known = outputs if isinstance(outputs, Mapping) else {}
         paths = {name: self.folder / name for name in outputs}
-        files = {name: {"bytes": path.stat().st_size, "digest": known.get(name) or digest(path)} for name, path in paths.items()}
+        files = {
+            name: {"bytes": path.stat().st_size, "digest": known.get(name) or digest(path)}
+            for name, path in paths.items()
+        }
         seconds = round(time.monotonic() - self.started, 2)
-        manifest = {"schema": SCHEMA, "stage": self.name, **self._state, "outputs": files, "counts": counts,
-                    "seconds": seconds, "peak_mb": peak_mb(), "device": device_used(), "jobs": self.jobs, "versions": versions(),
-                    "git": git_commit()}  # fmt: skip
+        manifest = {
+            "schema": SCHEMA,
+            "stage": self.name,
+            **self._state,
+            "outputs": files,
+            "counts": counts,
+            "seconds": seconds,
+            "peak_mb": peak_mb(),
+            "device": device_used(),
+            "jobs": self.jobs,
+            "versions": versions(),
+            "git": git_commit(),
+        }
         write_json(self.folder / "manifest.json", manifest)
         log(f"{self.name}: done in {seconds:.1f} s")
 
     def lock(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
-        """Hold the stage's folder for this process; InputError naming the holder when another run makes or reads it for `patience_s`."""
-        return self._held(self._lock_file(self.name), fcntl.LOCK_EX, patience_s) if self.writer else contextlib.nullcontext()
+        """Hold the stage's folder for this process; InputError naming the holder when another run
+        makes or reads it for `patience_s`.
+        """
+        return (
+            self._held(self._lock_file(self.name), fcntl.LOCK_EX, patience_s)
+            if self.writer
+            else contextlib.nullcontext()
+        )
 
     def _lock_file(self, name: str) -> Path:
         return self.out / f".lock-{name.replace('/', '-')}"
@@ -196,7 +256,10 @@ class Stage:
             deadline = time.monotonic() + patience_s
             while not _flock(handle, kind):
                 if time.monotonic() > deadline:
-                    what, where = f"another run holds {path.name.removeprefix('.lock-')}", f"{path}: {_holders(handle)}"
+                    what, where = (
+                        f"another run holds {path.name.removeprefix('.lock-')}",
+                        f"{path}: {_holders(handle)}",
+                    )
                     raise InputError(what, where, "wait for it or choose another --out")
                 time.sleep(0.1)
             if kind == fcntl.LOCK_EX:
@@ -204,15 +267,3 @@ class Stage:
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
             yield
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,7 +1,9 @@
-"""Is an output tree what its manifests say? Sizes and checksums of every file that a stage lists, and the pixels of every slice.
+"""Is an output tree what its manifests say? Sizes and checksums of every file that a stage lists,
+and the pixels of every slice.
 
-`./run_all.sh --verify [--config FILE] [--out DIR]` or `python -m pipeline.run.verify`: prints one line for each thing that differs.
-Exit code 0 whole, 1 something differs, 2 wrong input. Nothing is changed; run the stages again to mend what is named.
+`./run_all.sh --verify [--config FILE] [--out DIR]` or `python -m pipeline.run.verify`: prints one
+line for each thing that differs. Exit code 0 whole, 1 something differs, 2 wrong input. Nothing is
+changed; run the stages again to mend what is named.
 """
 
 import os
@@ -20,7 +22,12 @@ from .manifest import ROOT, SCHEMA, digest, read_manifest
 from .presets import load_config
 
 PART = 4096  # slices whose answers are waited for at a time
-PATTERNS = ("data/*/manifest.json", "0*/manifest.json", "0*/*/manifest.json", "0*/*/*/manifest.json")
+PATTERNS = (
+    "data/*/manifest.json",
+    "0*/manifest.json",
+    "0*/*/manifest.json",
+    "0*/*/*/manifest.json",
+)
 
 
 def difference(path: Path, entry: dict[str, object]) -> str | None:
@@ -47,46 +54,77 @@ def slice_difference(path: Path, crc32: int) -> str | None:
 
 
 def _slices(folder: Path, threads: ThreadPoolExecutor) -> Iterator[str]:
-    """One line for each PNG of the slice index that differs; a part at a time, since there may be millions."""
+    """One line for each PNG of the slice index that differs; a part at a time, since there may be
+    millions.
+    """
     import polars as pl
 
     index = pl.read_parquet(folder / "index.parquet", columns=["png", "crc32"])
 
     def answers() -> Iterator[str | None]:
         for part in index.iter_slices(PART):
-            yield from threads.map(slice_difference, [folder / png for png in part["png"]], part["crc32"])
+            yield from threads.map(
+                slice_difference, [folder / png for png in part["png"]], part["crc32"]
+            )
 
     yield from filter(None, progress(answers(), len(index), "slices", "slices"))
 
 
 def _chain(out: Path, manifests: dict[str, dict[str, Any] | None]) -> Iterator[str]:
     """Stages that are not finished, and those made from something else than what now lies there."""
-    yield from (f"{out / name}: unfinished" for name in MAKERS if (out / name).is_dir() and name not in manifests)
+    yield from (
+        f"{out / name}: unfinished"
+        for name in MAKERS
+        if (out / name).is_dir() and name not in manifests
+    )
     for name, manifest in manifests.items():
         for source in MAKERS.keys() & (manifest or {}).get("inputs", {}).keys():
             made = manifests.get(source)
             if made and digest(made["outputs"]) != manifest["inputs"][source]:
                 yield f"{out / name}: made from another {source} than this one"
-            elif source not in manifests and not (out / source).is_dir() and name != "07_submission":  # it may have its --models elsewhere
+            # it may have its --models elsewhere
+            elif (
+                source not in manifests and not (out / source).is_dir() and name != "07_submission"
+            ):
                 yield f"{out / source}: missing, {name} was made from it"
 
 
 def differences(out: Path) -> Iterator[str]:
-    """One line for each file below the output folder `out` that is missing or differs, and each manifest that is not usable.
+    """One line for each file below the output folder `out` that is missing or differs, and each
+    manifest that is not usable.
 
     Raises:
         InputError: there is no manifest at all.
     """
     found = sorted({path for pattern in PATTERNS for path in out.glob(pattern)})
     if not found:
-        raise InputError("no stage has finished here", str(out), "give --out the output folder of a run")
+        raise InputError(
+            "no stage has finished here", str(out), "give --out the output folder of a run"
+        )
     manifests = {path.parent: read_manifest(path.parent) for path in found}
-    yield from (f"{path}/manifest.json: damaged, or not of version {SCHEMA}" for path, manifest in manifests.items() if not manifest)
-    yield from _chain(out, {str(path.relative_to(out)): manifest for path, manifest in manifests.items()})
-    files = [(folder / name, entry) for folder, m in manifests.items() if m for name, entry in m["outputs"].items()]
+    yield from (
+        f"{path}/manifest.json: damaged, or not of version {SCHEMA}"
+        for path, manifest in manifests.items()
+        if not manifest
+    )
+    yield from _chain(
+        out, {str(path.relative_to(out)): manifest for path, manifest in manifests.items()}
+    )
+    files = [
+        (folder / name, entry)
+        for folder, m in manifests.items()
+        if m
+        for name, entry in m["outputs"].items()
+    ]
     with ThreadPoolExecutor(cpu_count()) as threads:
         answers = threads.map(difference, *zip(*files, strict=True)) if files else []
-        wrong = {path: line for (path, _), line in zip(files, progress(answers, len(files), "files", "files"), strict=True) if line}
+        wrong = {
+            path: line
+            for (path, _), line in zip(
+                files, progress(answers, len(files), "files", "files"), strict=True
+            )
+            if line
+        }
         yield from wrong.values()
         index = out / "01_slices" / "index.parquet"
         if manifests.get(index.parent) and index not in wrong:
@@ -109,7 +147,11 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
-    print(f"{wrong} differences: remove those files and run the same run_all.sh command again" if wrong else f"{out}: whole")
+    print(
+        f"{wrong} differences: remove those files and run the same run_all.sh command again"
+        if wrong
+        else f"{out}: whole"
+    )
     return 1 if wrong else 0
 
 

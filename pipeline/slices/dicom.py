@@ -1,12 +1,13 @@
-"""One DICOM file to an 8-bit picture: the decoders and the fixed window, after the gate of `dicom_header`. Who decodes what:
+"""One DICOM file to an 8-bit picture: the decoders and the fixed window, after the gate of
+`dicom_header`. Who decodes what:
 
 | pixel data | decoder | why |
 |---|---|---|
 | uncompressed, deflated | numpy | a view of bytes whose number was checked |
-| RLE Lossless | imagecodecs | checks its bounds; dicomsdl writes out of bounds, and no check short of decoding bounds it |
-| lossless JPEG, JPEG-LS, JPEG 2000 | dicomsdl, then pydicom | C libraries: only called in a process that may die |
+| RLE Lossless | imagecodecs | checks its bounds, where dicomsdl writes out of them |
+| lossless JPEG, JPEG-LS, JPEG 2000 | dicomsdl, then pydicom | called in a process that may die |
 | lossy JPEG, JPEG-LS, JPEG 2000 | pydicom | its rounding is the reference |
-| streams of 8 bits at most in files of 16 | pydicom | dicomsdl fills the 16-bit picture byte by byte |
+| streams of 8 bits at most in files of 16 | pydicom | dicomsdl fills it byte by byte |
 """
 
 import io
@@ -40,7 +41,9 @@ SIZE_DIFFERS = "segment decodes to another size than the picture's"
 
 
 def _frame(header: Header) -> memoryview:
-    """The compressed picture: all fragments behind the offset table, each checked to lie inside the file; one alone is not copied."""
+    """The compressed picture: all fragments behind the offset table, each checked to lie inside the
+    file; one alone is not copied.
+    """
     parts, at, data = [], header.start, memoryview(header.data)
     while at + 8 <= len(data):
         tag, _, at, length = element(data, at, False, "<")
@@ -54,14 +57,20 @@ def _frame(header: Header) -> memoryview:
 
 
 def _padding(segment: memoryview) -> int:
-    """Bytes that zeros behind the data of an RLE segment may decode to: a pair of zeros is a run of one zero."""
+    """Bytes that zeros behind the data of an RLE segment may decode to: a pair of zeros is a run of
+    one zero.
+    """
     return (len(segment) - len(bytes(segment).rstrip(b"\0"))) // 2
 
 
 def _segment(segment: memoryview, size: int) -> np.ndarray:
-    """One PackBits plane (size,): what decodes to more than padding explains has runs too many somewhere, and its pixels may be shifted."""
+    """One PackBits plane (size,): what decodes to more than padding explains has runs too many
+    somewhere, and its pixels may be shifted.
+    """
     try:
-        plane = imagecodecs.packbits_decode(segment, out=np.empty(size + len(segment) // 2, np.uint8))
+        plane = imagecodecs.packbits_decode(
+            segment, out=np.empty(size + len(segment) // 2, np.uint8)
+        )
     except imagecodecs.PackbitsError as fault:
         cut = "CORRUPT" in str(fault)
         raise Unreadable(f"damaged RLE: a {'run is cut off' if cut else SIZE_DIFFERS}") from None
@@ -71,24 +80,37 @@ def _segment(segment: memoryview, size: int) -> np.ndarray:
 
 
 def _decode_rle(header: Header, frame: memoryview) -> np.ndarray:
-    """PackBits planes, most significant byte first; every segment must lie in the frame and decode to one plane.
+    """PackBits planes, most significant byte first; every segment must lie in the frame and decode
+    to one plane.
 
     Some encoders pad segments with zeros, which are cut off as pydicom does.
     """
     size, planes = header.rows * header.cols, header.bits_allocated // 8
     count, *starts = struct.unpack_from(f"<{planes + 1}I", bytes(frame[:64]).ljust(64, b"\0"))
     bounds = [*starts, len(frame)]
-    if count != planes or starts[0] < 64 or any(not 0 < b - a <= 2 * size + 64 for a, b in zip(bounds, bounds[1:], strict=False)):
+    if (
+        count != planes
+        or starts[0] < 64
+        or any(not 0 < b - a <= 2 * size + 64 for a, b in zip(bounds, bounds[1:], strict=False))
+    ):
         raise Unreadable("damaged RLE: implausible segment header")
-    decoded = [_segment(frame[a:b], size).reshape(header.rows, header.cols) for a, b in zip(bounds, bounds[1:], strict=False)]
+    decoded = [
+        _segment(frame[a:b], size).reshape(header.rows, header.cols)
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
     return decoded[0] if planes == 1 else cv2.merge(decoded[::-1]).view("<u2")[..., 0]
 
 
 def _codestream(frame: bytes, syntax: str) -> tuple[int, int, int, int]:
-    """Rows, columns, components and bits a sample that a JPEG, JPEG-LS or JPEG 2000 stream declares; ValueError where it does not."""
+    """Rows, columns, components and bits a sample that a JPEG, JPEG-LS or JPEG 2000 stream
+    declares; ValueError where it does not.
+    """
     if syntax in JPEG_2000:
         at = frame.index(b"\xff\x4f\xff\x51")
-        (x1, y1, x0, y0), (components, depth) = struct.unpack_from(">4I", frame, at + 8), struct.unpack_from(">HB", frame, at + 40)
+        (x1, y1, x0, y0), (components, depth) = (
+            struct.unpack_from(">4I", frame, at + 8),
+            struct.unpack_from(">HB", frame, at + 40),
+        )
         return y1 - y0, x1 - x0, components, (depth & 0x7F) + 1
     at = 2
     while at + 4 < len(frame) and frame[at] == 0xFF:
@@ -110,23 +132,31 @@ def _decode_pydicom(header: Header) -> np.ndarray:
         pixels = dataset.pixel_array
     except MemoryError:
         raise
-    except Exception as fault:  # pydicom's plug-ins raise what they like, and the text may hold values of tags
+    # pydicom's plug-ins raise what they like, and the text may hold values of tags
+    except Exception as fault:
         raise Unreadable(f"undecodable: pydicom raises {type(fault).__name__}") from None
-    if pixels.shape != (header.rows, header.cols) or pixels.dtype.itemsize * 8 != header.bits_allocated:
+    if (
+        pixels.shape != (header.rows, header.cols)
+        or pixels.dtype.itemsize * 8 != header.bits_allocated
+    ):
         raise Unreadable("undecodable: the decoded picture has another shape than the header says")
     return pixels.view(f"u{pixels.dtype.itemsize}")
 
 
 def decode(header: Header, careful: bool) -> tuple[np.ndarray, int, str]:
-    """Stored bit patterns (rows, cols) as uint8 or uint16, how many low bits of them count, and the decoder's name.
+    """Stored bit patterns (rows, cols) as uint8 or uint16, how many low bits of them count, and the
+    decoder's name.
 
-    With `careful` (a process died or failed over this file) dicomsdl is not asked. An exception other than Unreadable is
-    dicomsdl's: the process must be given up, for its heap can't be trusted any more.
+    With `careful` (a process died or failed over this file) dicomsdl is not asked. An exception
+    other than Unreadable is dicomsdl's: the process must be given up, for its heap can't be trusted
+    any more.
     """
     shape, kind = (header.rows, header.cols), f"u{header.bits_allocated // 8}"
     if header.transfer_syntax in NATIVE:
         order = ">" if header.transfer_syntax == BIG_ENDIAN else "<"
-        stored = np.frombuffer(header.data, order + kind, shape[0] * shape[1], header.start).reshape(shape)
+        stored = np.frombuffer(
+            header.data, order + kind, shape[0] * shape[1], header.start
+        ).reshape(shape)
         return stored.astype(kind, copy=False), header.bits_stored, "numpy"
     frame = _frame(header)
     if header.transfer_syntax == RLE:
@@ -145,23 +175,12 @@ def decode(header: Header, careful: bool) -> tuple[np.ndarray, int, str]:
     return stored, header.bits_stored if header.transfer_syntax in JPEG else depth, "dicomsdl"
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def picture(data: bytes, max_pixels: int, careful: bool = False) -> tuple[np.ndarray, Header, str]:
-    """The windowed picture of one file: uint8 (rows, cols) as stored, its header, and the name of its decoder.
+    """The windowed picture of one file: uint8 (rows, cols) as stored, its header, and the name of
+    its decoder.
 
-    HU = stored x slope + intercept of this file. MONOCHROME1 is inverted after the window: 255 minus the value. WindowCenter and
-    WindowWidth are never read.
+    HU = stored x slope + intercept of this file. MONOCHROME1 is inverted after the window: 255
+    minus the value. WindowCenter and WindowWidth are never read.
 
     Raises:
         Unreadable: with the reason for the quarantine.
@@ -169,4 +188,8 @@ def picture(data: bytes, max_pixels: int, careful: bool = False) -> tuple[np.nda
     header = check(read_header(data, 4 * max_pixels + SPARE_BYTES), max_pixels)
     stored, bits, decoder = decode(header, careful)
     inverted = header.photometric == "MONOCHROME1"
-    return windowed(stored, bits, header.signed == 1, header.slope, header.intercept, inverted), header, decoder
+    return (
+        windowed(stored, bits, header.signed == 1, header.slope, header.intercept, inverted),
+        header,
+        decoder,
+    )

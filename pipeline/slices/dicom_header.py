@@ -1,4 +1,5 @@
-"""The header of one DICOM file by a bounds-checked reader, and the gate: nothing is decoded that did not pass both.
+"""The header of one DICOM file by a bounds-checked reader, and the gate: nothing is decoded that
+did not pass both.
 
 Only the tags in `FIELDS` are read, so no identifying value can reach an artifact.
 """
@@ -10,29 +11,54 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 SPARE_BYTES = 64 << 20  # header and offset tables: allowed on top of the pixels
-IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN = (f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".1.99", ".2"))
+IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN = (
+    f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".1.99", ".2")
+)
 NATIVE, RLE = (IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN), "1.2.840.10008.1.2.5"
-JPEG, JPEG_LS, JPEG_2000 = (tuple(f"1.2.840.10008.1.2.4.{n}" for n in numbers) for numbers in ((57, 70, 50, 51), (80, 81), (90, 91)))
+JPEG, JPEG_LS, JPEG_2000 = (
+    tuple(f"1.2.840.10008.1.2.4.{n}" for n in numbers)
+    for numbers in ((57, 70, 50, 51), (80, 81), (90, 91))
+)
 LOSSLESS = (*JPEG[:2], JPEG_LS[0], JPEG_2000[0])
 FIELDS = {
-    0x00280010: ("rows", "US"), 0x00280011: ("cols", "US"), 0x00280100: ("bits_allocated", "US"), 0x00280101: ("bits_stored", "US"),
-    0x00280103: ("signed", "US"), 0x00280002: ("samples", "US"), 0x00280004: ("photometric", "CS"), 0x00280008: ("frames", "IS"),
-    0x00281053: ("slope", "DS"), 0x00281052: ("intercept", "DS"), 0x00280030: ("spacing", "DS2"), 0x00200032: ("position", "DS3"),
-    0x00200037: ("orientation", "DS6"), 0x00185100: ("patient_position", "CS"), 0x00200013: ("instance", "IS"),
-}  # fmt: skip
+    0x00280010: ("rows", "US"),
+    0x00280011: ("cols", "US"),
+    0x00280100: ("bits_allocated", "US"),
+    0x00280101: ("bits_stored", "US"),
+    0x00280103: ("signed", "US"),
+    0x00280002: ("samples", "US"),
+    0x00280004: ("photometric", "CS"),
+    0x00280008: ("frames", "IS"),
+    0x00281053: ("slope", "DS"),
+    0x00281052: ("intercept", "DS"),
+    0x00280030: ("spacing", "DS2"),
+    0x00200032: ("position", "DS3"),
+    0x00200037: ("orientation", "DS6"),
+    0x00185100: ("patient_position", "CS"),
+    0x00200013: ("instance", "IS"),
+}
 PIXEL_DATA, TRANSFER_SYNTAX = 0x7FE00010, 0x00020010
 ITEM, ITEM_END, SEQUENCE_END, UNDEFINED = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD, 0xFFFFFFFF
-LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
-_HEAD, _WORD, _SHORT = ({order: struct.Struct(order + form).unpack_from for order in "<>"} for form in ("HH2sH", "I", "H"))
+LONG_VRS = frozenset(
+    (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+)
+_HEAD, _WORD, _SHORT = (
+    {order: struct.Struct(order + form).unpack_from for order in "<>"}
+    for form in ("HH2sH", "I", "H")
+)
 
 
 class Unreadable(Exception):
-    """This file becomes no picture. The text is `KIND: DETAIL`, never a value of an identifying tag."""
+    """This file becomes no picture. The text is `KIND: DETAIL`, never a value of an identifying
+    tag.
+    """
 
 
 @dataclass(frozen=True)
 class Header:
-    """What section 5 needs of one file. PixelData's value is `data[start:start + length]` (length UNDEFINED: fragments)."""
+    """What section 5 needs of one file. PixelData's value is `data[start:start + length]` (length
+    UNDEFINED: fragments).
+    """
 
     transfer_syntax: str
     data: bytes
@@ -56,7 +82,9 @@ class Header:
 
 
 def element(data: bytes, at: int, explicit: bool, order: str) -> tuple[int, bytes, int, int]:
-    """Tag, VR, offset and length of the value of the element at `at`; what has no VR is read as implicit, as pydicom does."""
+    """Tag, VR, offset and length of the value of the element at `at`; what has no VR is read as
+    implicit, as pydicom does.
+    """
     group, element, vr, length = _HEAD[order](data, at)
     if explicit and group != 0xFFFE:
         if vr in LONG_VRS:
@@ -66,8 +94,12 @@ def element(data: bytes, at: int, explicit: bool, order: str) -> tuple[int, byte
     return group << 16 | element, b"", at + 8, _WORD[order](data, at + 4)[0]
 
 
-def _after(data: bytes, vr: bytes, at: int, length: int, explicit: bool, order: str, depth: int = 0) -> int:
-    """Offset of what follows the value at `at`; a value of undefined length is a sequence of items."""
+def _after(
+    data: bytes, vr: bytes, at: int, length: int, explicit: bool, order: str, depth: int = 0
+) -> int:
+    """Offset of what follows the value at `at`; a value of undefined length is a sequence of
+    items.
+    """
     if length != UNDEFINED:
         if at + length > len(data):
             raise Unreadable("cut off: a header element runs past the end of the file")
@@ -90,7 +122,9 @@ def _after(data: bytes, vr: bytes, at: int, length: int, explicit: bool, order: 
 
 
 def _value(raw: bytes, kind: str, order: str) -> Any:
-    """The value of a wanted element, None where it is empty; ValueError where it is not what its kind says."""
+    """The value of a wanted element, None where it is empty; ValueError where it is not what its
+    kind says.
+    """
     if kind == "US":
         return _SHORT[order](raw)[0] if len(raw) >= 2 else None
     text = raw.decode("ascii", "replace").strip(" \0")
@@ -99,13 +133,16 @@ def _value(raw: bytes, kind: str, order: str) -> Any:
     numbers = tuple(float(part) for part in text.split("\\"))
     if len(numbers) != int(kind[2:] or 1) or not all(map(math.isfinite, numbers)):
         raise ValueError(kind)
-    if kind == "IS" and not -(2**31) <= numbers[0] < 2**31:  # the standard's range; more fits no column of the index
+    # the standard's range; more fits no column of the index
+    if kind == "IS" and not -(2**31) <= numbers[0] < 2**31:
         raise ValueError(kind)
     return int(numbers[0]) if kind == "IS" else numbers if kind[2:] else numbers[0]
 
 
 def _start(data: bytes) -> tuple[str, int]:
-    """Transfer syntax and offset of the data set. Prefix and syntax may be missing: then the first element must be a likely one."""
+    """Transfer syntax and offset of the data set. Prefix and syntax may be missing: then the first
+    element must be a likely one.
+    """
     if data[128:132] != b"DICM" and data[:2] not in (b"\x02\x00", b"\x08\x00"):
         raise Unreadable("not DICOM: neither prefix nor a likely first element")
     at, syntax = 132 if data[128:132] == b"DICM" else 0, ""
@@ -118,7 +155,8 @@ def _start(data: bytes) -> tuple[str, int]:
 
 
 def read_header(data: bytes, max_bytes: int) -> Header:
-    """Read the header of a whole file held in memory: explicit, implicit, big endian or deflated (to at most `max_bytes`).
+    """Read the header of a whole file held in memory: explicit, implicit, big endian or deflated
+    (to at most `max_bytes`).
 
     Raises:
         Unreadable: not DICOM, cut off, damaged, or without pixel data.
@@ -143,7 +181,9 @@ def read_header(data: bytes, max_bytes: int) -> Header:
                     value = _value(data[start:at], kind, order)
                 except ValueError:
                     if name in ("slope", "intercept"):
-                        raise Unreadable(f"damaged header: the rescale {name} is no number") from None
+                        raise Unreadable(
+                            f"damaged header: the rescale {name} is no number"
+                        ) from None
                     value = None
                 if value is not None:
                     found[name] = value
@@ -155,18 +195,38 @@ def read_header(data: bytes, max_bytes: int) -> Header:
 
 
 def check(header: Header, max_pixels: int) -> Header:
-    """The header with `BitsStored` made good; Unreadable for what is not one plausible grey picture of 8 or 16 bits."""
+    """The header with `BitsStored` made good; Unreadable for what is not one plausible grey picture
+    of 8 or 16 bits.
+    """
     h, size = header, header.rows * header.cols
     needed, there = size * h.bits_allocated // 8, min(h.length, len(h.data) - h.start)
     native = h.transfer_syntax in NATIVE
     for wrong, reason in (
         (size == 0, "damaged header: no Rows or Columns"),
-        (size > max_pixels, f"too large: {h.rows} x {h.cols} pixels are more than convert.max_pixels"),
-        (h.samples != 1 or h.photometric not in ("MONOCHROME1", "MONOCHROME2"), "colour: not one grey sample a pixel"),
+        (
+            size > max_pixels,
+            f"too large: {h.rows} x {h.cols} pixels are more than convert.max_pixels",
+        ),
+        (
+            h.samples != 1 or h.photometric not in ("MONOCHROME1", "MONOCHROME2"),
+            "colour: not one grey sample a pixel",
+        ),
         (h.frames != 1, f"multi-frame: {h.frames} frames"),
-        (h.bits_allocated not in (8, 16), f"{h.bits_allocated}-bit: only 8 and 16 bits a pixel are converted"),
-        (not native and h.transfer_syntax not in (RLE, *JPEG, *JPEG_LS, *JPEG_2000), "unknown transfer syntax"),
-        (native == (h.length == UNDEFINED), "damaged header: pixel data are in fragments where they must not, or not where they must"),
+        (
+            h.bits_allocated not in (8, 16),
+            f"{h.bits_allocated}-bit: only 8 and 16 bits a pixel are converted",
+        ),
+        (
+            not native and h.transfer_syntax not in (RLE, *JPEG, *JPEG_LS, *JPEG_2000),
+            "unknown transfer syntax",
+        ),
+        (
+            native == (h.length == UNDEFINED),
+            (
+                "damaged header: pixel data are in fragments where they must not, or not where they"
+                " must"
+            ),
+        ),
         (native and there < needed, f"pixel data too short: {there} of {needed} bytes"),
     ):
         if wrong:

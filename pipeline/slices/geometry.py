@@ -1,10 +1,11 @@
 """Order, orientation and flags of one series, from headers and arrays alone.
 
-Patient coordinates are DICOM's: x to the patient's left, y to the back, z to the head, in millimetres. The flags, all of them here:
+Patient coordinates are DICOM's: x to the patient's left, y to the back, z to the head, in
+millimetres. The flags, all of them here:
 
 | flag | meaning |
 |---|---|
-| `partial` | image columns are black from one column on, within the body: the reconstruction is incomplete |
+| `partial` | columns are black from one on, within the body: an incomplete reconstruction |
 | `duplicate` | an earlier slice lies at the same position |
 | `tilted` | more than 45 degrees from axial, as a scout view is |
 
@@ -21,12 +22,15 @@ import numpy as np
 PARTIAL, DUPLICATE, TILTED = "partial", "duplicate", "tilted"
 SAME_POSITION_MM = 0.01
 FARTHEST_MM = 1e5  # no scanner's coordinates reach this far
-LONE_MM, LONE_GAPS, LONE_END_MM = 100.0, 30.0, 500.0  # how far a slice must lie from its neighbours to count as misplaced: see `_lone`
+# how far a slice must lie from its neighbours to count as misplaced: see `_lone`
+LONE_MM, LONE_GAPS, LONE_END_MM = 100.0, 30.0, 500.0
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 class Placement(NamedTuple):
-    """What ordering needs of one slice: its number, the tags' position and orientation, and `is_cut` of its picture."""
+    """What ordering needs of one slice: its number, the tags' position and orientation, and
+    `is_cut` of its picture.
+    """
 
     instance: int
     position: Sequence[float] | None
@@ -36,7 +40,9 @@ class Placement(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a slice belongs: `order` counts from the most superior, `z_mm` grows towards the head (None: the series has no positions)."""
+    """Where a slice belongs: `order` counts from the most superior, `z_mm` grows towards the head
+    (None: the series has no positions).
+    """
 
     order: int
     z_mm: float | None
@@ -44,24 +50,40 @@ class Place(NamedTuple):
 
 
 def _half_turns(patient_position: str, flip_hfs: bool) -> tuple[bool, bool, bool]:
-    """Extra flips in x, y and z by PatientPosition where that is asked for: half turns about y (feet first) and about z (prone)."""
-    feet, prone = flip_hfs and patient_position.startswith("FF"), flip_hfs and patient_position.endswith("P")
+    """Extra flips in x, y and z by PatientPosition where that is asked for: half turns about y
+    (feet first) and about z (prone).
+    """
+    feet, prone = (
+        flip_hfs and patient_position.startswith("FF"),
+        flip_hfs and patient_position.endswith("P"),
+    )
     return feet != prone, prone, feet
 
 
 def _directions(orientation: Sequence[float] | None) -> Sequence[float]:
-    """Directions of rows and columns: axial where there is no orientation, or one of zeros, which is none."""
+    """Directions of rows and columns: axial where there is no orientation, or one of zeros, which
+    is none.
+    """
     return orientation if orientation and any(orientation) else AXIAL
 
 
 def is_transposed(orientation: Sequence[float] | None) -> bool:
-    """True where image rows run along the patient's back-to-front axis, so that `orient` swaps rows and columns."""
+    """True where image rows run along the patient's back-to-front axis, so that `orient` swaps rows
+    and columns.
+    """
     o = _directions(orientation)
     return abs(o[0]) < abs(o[1]) and abs(o[4]) < abs(o[3])
 
 
-def orient(image: np.ndarray, orientation: Sequence[float] | None, patient_position: str = "", flip_hfs: bool = False) -> np.ndarray:
-    """Picture (rows, cols) turned so that the patient's right is at image left and anterior at top."""
+def orient(
+    image: np.ndarray,
+    orientation: Sequence[float] | None,
+    patient_position: str = "",
+    flip_hfs: bool = False,
+) -> np.ndarray:
+    """Picture (rows, cols) turned so that the patient's right is at image left and anterior at
+    top.
+    """
     o, swap = _directions(orientation), is_transposed(orientation)
     turn_x, turn_y, _ = _half_turns(patient_position, flip_hfs)
     flip_x, flip_y = (o[3 if swap else 0] < 0) != turn_x, (o[1 if swap else 4] < 0) != turn_y
@@ -70,7 +92,8 @@ def orient(image: np.ndarray, orientation: Sequence[float] | None, patient_posit
 
 
 def is_cut(image: np.ndarray) -> bool:
-    """True where columns of a windowed picture (rows, cols) are suddenly black next to a column through the body.
+    """True where columns of a windowed picture (rows, cols) are suddenly black next to a column
+    through the body.
 
     A body tapers towards its sides; a cut leaves a column about as full as the one two further in.
     """
@@ -93,20 +116,34 @@ def _normal(orientation: Sequence[float] | None) -> tuple[float, float, float]:
     return b * f - c * e, c * d - a * f, a * e - b * d
 
 
-def _heights(slices: Sequence[Placement], normals: Sequence[tuple[float, ...]], flip_hfs: bool) -> np.ndarray:
-    """Positions along the commonest normal, turned to the head, NaN where a slice has none that can be."""
-    common = Counter(tuple(round(part, 3) for part in normal) for normal in normals).most_common(1)[0][0]
+def _heights(
+    slices: Sequence[Placement], normals: Sequence[tuple[float, ...]], flip_hfs: bool
+) -> np.ndarray:
+    """Positions along the commonest normal, turned to the head, NaN where a slice has none that can
+    be.
+    """
+    common = Counter(tuple(round(part, 3) for part in normal) for normal in normals).most_common(1)[
+        0
+    ][0]
     up = -1 if max(common, key=abs) < 0 else 1
     up = -up if _half_turns(slices[0].patient_position, flip_hfs)[2] else up
-    z = np.array([np.nan if item.position is None else up * np.dot(item.position, common) for item in slices], np.float64)
+    z = np.array(
+        [
+            np.nan if item.position is None else up * np.dot(item.position, common)
+            for item in slices
+        ],
+        np.float64,
+    )
     return np.where(np.abs(z) < FARTHEST_MM, z, np.nan)
 
 
 def _lone(z: np.ndarray) -> np.ndarray:
-    """True where a position cannot be meant: heights (N,) by instance number, `LONE_MM` and `LONE_GAPS` median gaps from both neighbours.
+    """True where a position cannot be meant: heights (N,) by instance number, `LONE_MM` and
+    `LONE_GAPS` median gaps from both neighbours.
 
-    Slices beyond a real gap have a neighbour on their side of it. The first and the last slice have one neighbour only and may lie
-    apart on purpose: these must be `LONE_END_MM` away, and farther than the others are from each other. Too few slices tell nothing.
+    Slices beyond a real gap have a neighbour on their side of it. The first and the last slice have
+    one neighbour only and may lie apart on purpose: these must be `LONE_END_MM` away, and farther
+    than the others are from each other. Too few slices tell nothing.
     """
     gaps, lone = np.abs(np.diff(z)), np.zeros(len(z), bool)
     if len(z) < 5 or not gaps.any():
@@ -120,7 +157,9 @@ def _lone(z: np.ndarray) -> np.ndarray:
 
 
 def _between(at: np.ndarray, instances: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Heights at the numbers `at`, from those known (N,) at rising `instances`: interpolated, and beyond them by the median step."""
+    """Heights at the numbers `at`, from those known (N,) at rising `instances`: interpolated, and
+    beyond them by the median step.
+    """
     steps = np.diff(instances)
     step = np.median(np.diff(z)[steps > 0] / steps[steps > 0]) if steps.any() else 0.0
     ends = np.clip(at, instances[0], instances[-1])
@@ -128,11 +167,13 @@ def _between(at: np.ndarray, instances: np.ndarray, z: np.ndarray) -> np.ndarray
 
 
 def arrange(slices: Sequence[Placement], flip_hfs: bool = False) -> list[Place]:
-    """Order a series superior first: by position along the slice normal, by instance number where no slice has a position.
+    """Order a series superior first: by position along the slice normal, by instance number where
+    no slice has a position.
 
-    Single positions that are missing, or cannot be meant, are interpolated by instance number, beyond the ends extrapolated; positions
-    that are all the same count as missing. Slices at one position keep the order of their numbers.
-    Cuts in most slices of a series are its field of view and no flag.
+    Single positions that are missing, or cannot be meant, are interpolated by instance number,
+    beyond the ends extrapolated; positions that are all the same count as missing. Slices at one
+    position keep the order of their numbers. Cuts in most slices of a series are its field of view
+    and no flag.
     """
     if not slices:
         return []
@@ -141,7 +182,8 @@ def arrange(slices: Sequence[Placement], flip_hfs: bool = False) -> list[Place]:
     instances = np.array([item.instance for item in slices], np.float64)
     tilted = np.array([abs(normal[2]) < 0.5**0.5 for normal in normals])
     by_number = np.argsort(instances, kind="stable")
-    axial = by_number[np.isfinite(z[by_number]) & ~tilted[by_number]]  # a scout view may lie anywhere
+    # a scout view may lie anywhere
+    axial = by_number[np.isfinite(z[by_number]) & ~tilted[by_number]]
     z[axial[_lone(z[axial])]] = np.nan
     if len(axial) > 2 and np.nanmax(z[axial]) - np.nanmin(z[axial]) < SAME_POSITION_MM:
         z[:] = np.nan  # one place for all, as some de-identification leaves it, is no place
@@ -156,6 +198,10 @@ def arrange(slices: Sequence[Placement], flip_hfs: bool = False) -> list[Place]:
     for order, k in enumerate(np.lexsort((instances, -np.nan_to_num(z)))):
         double = bool(known[k] and abs(z[k] - above) < SAME_POSITION_MM)
         marks = ((PARTIAL, cuts[k] and not field_of_view), (DUPLICATE, double), (TILTED, tilted[k]))
-        places[k] = Place(order, round(float(z[k]), 4) if known.any() else None, ",".join(name for name, there in marks if there))
+        places[k] = Place(
+            order,
+            round(float(z[k]), 4) if known.any() else None,
+            ",".join(name for name, there in marks if there),
+        )
         above = z[k] if known[k] and not tilted[k] and not double else above
     return places

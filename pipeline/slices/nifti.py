@@ -1,4 +1,6 @@
-"""Unlabelled NIfTI volumes (FLARE 2023 style) as the same oriented 8-bit slices that DICOM series become."""
+"""Unlabelled NIfTI volumes (FLARE 2023 style) as the same oriented 8-bit slices that DICOM series
+become.
+"""
 
 import functools
 from pathlib import Path
@@ -13,28 +15,53 @@ from .dicom_header import SPARE_BYTES, Unreadable
 from .window import window
 
 MAX_BYTES = 4 << 30
-TO_LPS = np.array([-1.0, -1.0, 1.0])  # NIfTI counts x to the right and y to the front, DICOM to the left and to the back
+# NIfTI counts x to the right and y to the front, DICOM to the left and to the back
+TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 
 def _refusal(fault: Exception) -> Unreadable:
-    """What a library's error means: the machine's trouble (system calls fail with a number) or the file's. Its text may hold values."""
-    machine = isinstance(fault, (FileNotFoundError, MemoryError)) or getattr(fault, "errno", None) is not None
-    return Unreadable(f"not readable: {type(fault).__name__}" if machine else f"NIfTI: not readable ({type(fault).__name__})")
+    """What a library's error means: the machine's trouble (system calls fail with a number) or the
+    file's. Its text may hold values.
+    """
+    machine = (
+        isinstance(fault, (FileNotFoundError, MemoryError))
+        or getattr(fault, "errno", None) is not None
+    )
+    return Unreadable(
+        f"not readable: {type(fault).__name__}"
+        if machine
+        else f"NIfTI: not readable ({type(fault).__name__})"
+    )
 
 
 def _open(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
-    """The image, nothing but its header read, and the turn of its axes to left, back and down (nibabel's orientation array)."""
+    """The image, nothing but its header read, and the turn of its axes to left, back and down
+    (nibabel's orientation array).
+    """
     try:
         image = nib.load(path, mmap=False)
-        if len(image.shape) < 3 or max(image.shape[3:], default=1) != 1 or image.get_data_dtype().kind not in "iuf":
+        if (
+            len(image.shape) < 3
+            or max(image.shape[3:], default=1) != 1
+            or image.get_data_dtype().kind not in "iuf"
+        ):
             raise Unreadable("NIfTI: not one scalar volume")
-        turn = orientations.ornt_transform(orientations.io_orientation(image.affine), orientations.axcodes2ornt("LPI"))
+        turn = orientations.ornt_transform(
+            orientations.io_orientation(image.affine), orientations.axcodes2ornt("LPI")
+        )
     except Unreadable:
         raise
     except Exception as fault:  # nibabel raises many kinds
         raise _refusal(fault) from None
-    pixels = np.prod([image.shape[int(axis)] for axis in np.argsort(turn[:, 0])[:2]], dtype=np.int64)
-    if not 0 < pixels <= max_pixels or not 0 < np.prod(image.shape, dtype=np.float64) * image.get_data_dtype().itemsize <= MAX_BYTES:
+    pixels = np.prod(
+        [image.shape[int(axis)] for axis in np.argsort(turn[:, 0])[:2]], dtype=np.int64
+    )
+    if (
+        not 0 < pixels <= max_pixels
+        or not 0
+        < np.prod(image.shape, dtype=np.float64) * image.get_data_dtype().itemsize
+        <= MAX_BYTES
+    ):
         raise Unreadable("too large: NIfTI dimensions are implausible")
     return image, turn
 
@@ -43,7 +70,8 @@ def count_slices(path: Path, max_pixels: int) -> int:
     """Number of axial slices of a NIfTI file, from its header.
 
     Raises:
-        Unreadable: no NIfTI, not one scalar volume, absurd size, or an affine that is no orientation.
+        Unreadable: no NIfTI, not one scalar volume, absurd size, or an affine that is no
+        orientation.
     """
     image, turn = _open(path, max_pixels)
     return int(image.shape[int(np.argsort(turn[:, 0])[2])])
@@ -61,15 +89,19 @@ def _verify(path: Path) -> None:
 
 @functools.lru_cache(1)
 def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.ndarray] | Unreadable:
-    """Stored values (x to the left, y to the back, z down), slope, intercept, and the affine of these axes to LPS millimetres.
+    """Stored values (x to the left, y to the back, z down), slope, intercept, and the affine of
+    these axes to LPS millimetres.
 
-    What is wrong with a damaged file is returned, not raised, and so found once, not for each slice.
+    What is wrong with a damaged file is returned, not raised, and so found once, not for each
+    slice.
     """
     try:
         image, turn = _open(path, max_pixels)
         if path.name.endswith(".gz"):
             _verify(path)
-        stored = orientations.apply_orientation(image.dataobj.get_unscaled().reshape(image.shape[:3], order="F"), turn)
+        stored = orientations.apply_orientation(
+            image.dataobj.get_unscaled().reshape(image.shape[:3], order="F"), turn
+        )
     except Unreadable as fault:
         return fault
     except Exception as fault:  # nibabel and the decompressor raise many kinds
@@ -79,8 +111,11 @@ def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.nda
     return stored, float(image.dataobj.slope), float(image.dataobj.inter), affine
 
 
-def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, list[float], list[float], tuple[float, float]]:
-    """Slice `k`, counted from the most superior: windowed uint8 (rows, cols); position, orientation and spacing as DICOM has them.
+def nifti_slice(
+    path: Path, k: int, max_pixels: int
+) -> tuple[np.ndarray, list[float], list[float], tuple[float, float]]:
+    """Slice `k`, counted from the most superior: windowed uint8 (rows, cols); position, orientation
+    and spacing as DICOM has them.
 
     Raises:
         Unreadable: damaged data, or values that are not finite.
@@ -95,4 +130,9 @@ def nifti_slice(path: Path, k: int, max_pixels: int) -> tuple[np.ndarray, list[f
     steps = np.linalg.norm(affine[:3, :2], axis=0)
     orientation = (affine[:3, :2] / steps).T.ravel()
     position = affine[:3] @ [0.0, 0.0, float(k), 1.0]
-    return np.ascontiguousarray(window(hu)), position.tolist(), orientation.tolist(), (float(steps[1]), float(steps[0]))
+    return (
+        np.ascontiguousarray(window(hu)),
+        position.tolist(),
+        orientation.tolist(),
+        (float(steps[1]), float(steps[0])),
+    )

@@ -1,4 +1,6 @@
-"""Stage 01's files: one folder of PNG slices a series with a sidecar, their index, and the list of files that became no slice."""
+"""Stage 01's files: one folder of PNG slices a series with a sidecar, their index, and the list of
+files that became no slice.
+"""
 
 import csv
 import io
@@ -30,12 +32,23 @@ from .sources import SIDECAR, VERSION, SeriesTask, list_files, printable, series
 INDEX, QUARANTINE = "index.parquet", "quarantine.csv"
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
 COLUMNS = {
-    "instance_number": pl.Int64, "order": pl.Int32, "z_mm": pl.Float64, "rows": pl.Int32, "cols": pl.Int32, "spacing_y_mm": pl.Float64,
-    "spacing_x_mm": pl.Float64, "flags": pl.String, "decoder": pl.String, "transfer_syntax": pl.String, "crc32": pl.Int64,
+    "instance_number": pl.Int64,
+    "order": pl.Int32,
+    "z_mm": pl.Float64,
+    "rows": pl.Int32,
+    "cols": pl.Int32,
+    "spacing_y_mm": pl.Float64,
+    "spacing_x_mm": pl.Float64,
+    "flags": pl.String,
+    "decoder": pl.String,
+    "transfer_syntax": pl.String,
+    "crc32": pl.Int64,
     "png": pl.String,
-}  # fmt: skip
+}
 SUB = 1  # PNG filter: difference to the pixel on the left
-LOOK_AHEAD = 512  # zeros behind the compressor's input, should it look there: the same picture is to give the same bytes
+# zeros behind the compressor's input, should it look there: the same picture is to give the same
+# bytes
+LOOK_AHEAD = 512
 # reasons of the machine (network, load, memory), not the file
 PASSING = ("not readable:", "took longer than", "brought down by SIGKILL", KILLED)
 
@@ -43,7 +56,8 @@ PASSING = ("not readable:", "took longer than", "brought down by SIGKILL", KILLE
 def encode_png(image: np.ndarray) -> bytes:
     """A grey picture, uint8 (rows, cols), as PNG: SUB filter and igzip level 1.
 
-    Measured by tests/benchmarks/convert.py: a quarter of the time of OpenCV's default encoder for about the same size.
+    Measured by tests/benchmarks/convert.py: a quarter of the time of OpenCV's default encoder for
+    about the same size.
     """
     rows, cols = image.shape
     size = rows * (1 + cols)
@@ -52,17 +66,26 @@ def encode_png(image: np.ndarray) -> bytes:
     lines = buffer[:size].reshape(rows, 1 + cols)
     lines[:, 0], lines[:, 1] = SUB, image[:, 0]
     np.subtract(image[:, 1:], image[:, :-1], out=lines[:, 2:])
-    packer = isal_zlib.compressobj(1)  # an object of zeroed memory: the one-shot function was seen to give other bytes now and then
+    # an object of zeroed memory: the one-shot function was seen to give other bytes now and then
+    packer = isal_zlib.compressobj(1)
     body = packer.compress(lines) + packer.flush()
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", cols, rows, 8, 0, 0, 0, 0)), (b"IDAT", body), (b"IEND", b""))
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", cols, rows, 8, 0, 0, 0, 0)),
+        (b"IDAT", body),
+        (b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(kind)))
+        struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(kind)))
         for kind, data in chunks
     )
 
 
 def _write_png(folder: Path, k: int, image: np.ndarray) -> None:
-    with open(folder / f"{k}.part", "wb") as handle:  # buffered: writes on where a full disk took only a part, and so meets its error
+    # buffered: writes on where a full disk took only a part, and so meets its error
+    with open(folder / f"{k}.part", "wb") as handle:
         handle.write(encode_png(image))
 
 
@@ -80,20 +103,27 @@ def _fingerprint(files: str, config: ConvertConfig) -> str:
     return digest({"files": files, "version": VERSION, **resolved(config), "timeout_s": None})
 
 
-def convert_series(task: SeriesTask, data: Path, target: Path, config: ConvertConfig) -> dict[str, Any]:
+def convert_series(
+    task: SeriesTask, data: Path, target: Path, config: ConvertConfig
+) -> dict[str, Any]:
     """Convert one series into `<target>/<patient>/<series>/` and return its sidecar.
 
-    That is: fingerprint, bytes read, causes of lost children, rows of the index, bytes of each picture, and quarantine.
+    That is: fingerprint, bytes read, causes of lost children, rows of the index, bytes of each
+    picture, and quarantine.
     """
     for folder in (data, target):
         if not folder.is_dir():
             raise InputError(
-                "no such folder", f"{folder} on {socket.gethostname()}", "give a folder that all machines share under one path"
+                "no such folder",
+                f"{folder} on {socket.gethostname()}",
+                "give a folder that all machines share under one path",
             )
     listing, deaths = list_files(task.path, data), []
     with atomic_folder(target / task.name) as folder:
         found, failed = [], [*listing.refused]
-        for k, (file, picture) in enumerate(pictures(listing, config, partial(_write_png, folder), deaths)):
+        for k, (file, picture) in enumerate(
+            pictures(listing, config, partial(_write_png, folder), deaths)
+        ):
             if isinstance(picture, Failure):
                 failed.append((file, picture.reason))
                 (folder / f"{k}.part").unlink(missing_ok=True)
@@ -103,18 +133,39 @@ def convert_series(task: SeriesTask, data: Path, target: Path, config: ConvertCo
         names = list(_names(slices))
         for item, name in zip(slices, names, strict=True):
             os.rename(folder / item.file, folder / name)
-        rows = {column: [getattr(item, column) for item in slices] for column in COLUMNS if column != "png"}
-        sidecar = {"fingerprint": _fingerprint(listing.fingerprint, config), "bytes": listing.bytes, "deaths": deaths,
-                   "rows": {**rows, "png": [f"{task.name}/{name}" for name in names]}, "pictures": _picture_bytes(folder),
-                   "quarantine": sorted({(os.path.relpath(file, data), reason) for file, reason in failed})}  # fmt: skip
+        rows = {
+            column: [getattr(item, column) for item in slices]
+            for column in COLUMNS
+            if column != "png"
+        }
+        sidecar = {
+            "fingerprint": _fingerprint(listing.fingerprint, config),
+            "bytes": listing.bytes,
+            "deaths": deaths,
+            "rows": {**rows, "png": [f"{task.name}/{name}" for name in names]},
+            "pictures": _picture_bytes(folder),
+            "quarantine": sorted(
+                {(os.path.relpath(file, data), reason) for file, reason in failed}
+            ),
+        }
         (folder / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return sidecar
 
 
-def _lost(task: SeriesTask, files: str, data: Path, target: Path, config: ConvertConfig, reason: str) -> dict[str, Any]:
-    """The sidecar, written too, of a series that killed every process: no slice, all of it in quarantine."""
-    sidecar = {"fingerprint": _fingerprint(files, config), "bytes": 0, "deaths": [], "rows": {column: [] for column in COLUMNS},
-               "pictures": {}, "quarantine": [(os.path.relpath(task.path, data), reason)]}  # fmt: skip
+def _lost(
+    task: SeriesTask, files: str, data: Path, target: Path, config: ConvertConfig, reason: str
+) -> dict[str, Any]:
+    """The sidecar, written too, of a series that killed every process: no slice, all of it in
+    quarantine.
+    """
+    sidecar = {
+        "fingerprint": _fingerprint(files, config),
+        "bytes": 0,
+        "deaths": [],
+        "rows": {column: [] for column in COLUMNS},
+        "pictures": {},
+        "quarantine": [(os.path.relpath(task.path, data), reason)],
+    }
     with atomic_folder(target / task.name) as folder:
         (folder / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return sidecar
@@ -123,29 +174,50 @@ def _lost(task: SeriesTask, files: str, data: Path, target: Path, config: Conver
 def _picture_bytes(folder: Path) -> dict[str, int]:
     """Sizes of the PNGs of a series by name."""
     with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in sorted(entries, key=lambda entry: entry.name) if entry.name.endswith(".png")}
+        return {
+            entry.name: entry.stat().st_size
+            for entry in sorted(entries, key=lambda entry: entry.name)
+            if entry.name.endswith(".png")
+        }
 
 
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The sidecar of a series that is done, with all its pictures, and whose files and settings are the same as then.
+    """The sidecar of a series that is done, with all its pictures, and whose files and settings are
+    the same as then.
 
-    A series that lost slices for a `PASSING` reason is not done: whenever the stage works at all, it is tried again. A stage that is up
-    to date does not work, lest it wait for the same hopeless files at every start; a raised convert.timeout_s, other data or --force
-    make it work.
+    A series that lost slices for a `PASSING` reason is not done: whenever the stage works at all,
+    it is tried again. A stage that is up to date does not work, lest it wait for the same hopeless
+    files at every start; a raised convert.timeout_s, other data or --force make it work.
     """
     try:
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         pictures = _picture_bytes(folder)
     except (OSError, ValueError):
         return None
-    if not isinstance(sidecar, dict) or sidecar.get("fingerprint") != fingerprint or sidecar["pictures"] != pictures:
+    if (
+        not isinstance(sidecar, dict)
+        or sidecar.get("fingerprint") != fingerprint
+        or sidecar["pictures"] != pictures
+    ):
         return None
-    return None if any(reason.startswith(PASSING) for _, reason in sidecar["quarantine"]) else sidecar
+    return (
+        None if any(reason.startswith(PASSING) for _, reason in sidecar["quarantine"]) else sidecar
+    )
 
 
-def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, target: Path, config: ConvertConfig, jobs: int = 1,
-                scheduler: str | None = None, force: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Convert the series that are new or changed, remove those that are gone, write index and quarantine; returns the counts."""
+def convert_all(
+    tasks: Sequence[SeriesTask],
+    prints: Sequence[str],
+    data: Path,
+    target: Path,
+    config: ConvertConfig,
+    jobs: int = 1,
+    scheduler: str | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Convert the series that are new or changed, remove those that are gone, write index and
+    quarantine; returns the counts.
+    """
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target, depth=1)
     names = {task.name for task in tasks}
@@ -160,7 +232,11 @@ def convert_all(tasks: Sequence[SeriesTask], prints: Sequence[str], data: Path, 
 
     with ThreadPoolExecutor(16) as threads:  # a shared file system answers slowly
         if force:  # now, lest a stopped run goes on with old ones
-            list(threads.map(lambda task: (target / task.name / SIDECAR).unlink(missing_ok=True), tasks))
+            list(
+                threads.map(
+                    lambda task: (target / task.name / SIDECAR).unlink(missing_ok=True), tasks
+                )
+            )
         done: list[Any] = list(threads.map(known, tasks, prints))
     missing = [k for k, sidecar in enumerate(done) if sidecar is None]
     work = partial(convert_series, data=data, target=target, config=config)
@@ -193,7 +269,12 @@ def _with_frame(task: SeriesTask, sidecar: dict[str, Any]) -> dict[str, Any]:
     return {**sidecar, "rows": pl.DataFrame({**ids, **sidecar["rows"]}, {**IDS, **COLUMNS})}
 
 
-def _summary(index: pl.DataFrame, quarantine: Sequence[tuple[str, ...]], made: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _summary(
+    index: pl.DataFrame,
+    quarantine: Sequence[tuple[str, ...]],
+    made: Sequence[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
     """The counts of the manifest, also logged. Rates are of what this run converted."""
 
     def count(values: Iterable[str]) -> dict[str, int]:
@@ -201,13 +282,26 @@ def _summary(index: pl.DataFrame, quarantine: Sequence[tuple[str, ...]], made: S
 
     slices, size = sum(len(one["rows"]) for one in made), sum(one["bytes"] for one in made)
     counts = {
-        "series": index.select("patient_id", "series_id").n_unique(), "slices": len(index), "by_source": count(index["source"]),
-        "by_decoder": count(index["decoder"]), "by_transfer_syntax": count(index["transfer_syntax"]),
+        "series": index.select("patient_id", "series_id").n_unique(),
+        "slices": len(index),
+        "by_source": count(index["source"]),
+        "by_decoder": count(index["decoder"]),
+        "by_transfer_syntax": count(index["transfer_syntax"]),
         "by_flags": count(index["flags"].replace("", "none")),
-        "quarantined": len(quarantine), "by_reason": count([reason.partition(":")[0] for _, reason in quarantine]),
-        "worker_deaths": count([cause for one in made for cause in one["deaths"]]), "converted_now": slices,
-        "slices_per_s": round(slices / max(seconds, 1e-9), 1), "mb_per_s": round(size / max(seconds, 1e-9) / 1e6, 1),
-    }  # fmt: skip
+        "quarantined": len(quarantine),
+        "by_reason": count([reason.partition(":")[0] for _, reason in quarantine]),
+        "worker_deaths": count([cause for one in made for cause in one["deaths"]]),
+        "converted_now": slices,
+        "slices_per_s": round(slices / max(seconds, 1e-9), 1),
+        "mb_per_s": round(size / max(seconds, 1e-9) / 1e6, 1),
+    }
     for name, value in counts.items():
-        log(f"{name}: " + (", ".join(f"{key} {number}" for key, number in value.items()) if isinstance(value, dict) else str(value)))
+        log(
+            f"{name}: "
+            + (
+                ", ".join(f"{key} {number}" for key, number in value.items())
+                if isinstance(value, dict)
+                else str(value)
+            )
+        )
     return counts

@@ -10,12 +10,18 @@ LOW_HU, HIGH_HU = -150.0, 250.0
 
 def window(hu: np.ndarray) -> np.ndarray:
     """HU to 0..255: `clip(rint((HU + 150) * 255 / 400), 0, 255)` in float64, halves to even."""
-    return np.clip(np.rint((np.asarray(hu, np.float64) - LOW_HU) * 255 / (HIGH_HU - LOW_HU)), 0, 255).astype(np.uint8)
+    return np.clip(
+        np.rint((np.asarray(hu, np.float64) - LOW_HU) * 255 / (HIGH_HU - LOW_HU)), 0, 255
+    ).astype(np.uint8)
 
 
 @functools.lru_cache(64)
-def lookup(size: int, bits: int, signed: bool, slope: float, intercept: float, inverted: bool) -> np.ndarray:
-    """Window values of all `size` (256 or 65536) bit patterns: only the low `bits` count, sign-extended where `signed`."""
+def lookup(
+    size: int, bits: int, signed: bool, slope: float, intercept: float, inverted: bool
+) -> np.ndarray:
+    """Window values of all `size` (256 or 65536) bit patterns: only the low `bits` count,
+    sign-extended where `signed`.
+    """
     values = np.arange(size) & ((1 << bits) - 1)
     if signed:
         values -= (values >> (bits - 1)) << bits
@@ -24,34 +30,53 @@ def lookup(size: int, bits: int, signed: bool, slope: float, intercept: float, i
 
 
 def _scaled(words: np.ndarray, low: int, scale: float) -> np.ndarray:
-    """uint16 to `(words - low) x scale` as uint8, saturated at both ends: two passes of vector instructions."""
+    """uint16 to `(words - low) x scale` as uint8, saturated at both ends: two passes of vector
+    instructions.
+    """
     return cv2.convertScaleAbs(cv2.subtract(words, low), alpha=scale)
 
 
 @functools.lru_cache(64)
 def _scaling(bits: int, shift: int, slope: float, intercept: float) -> tuple[int, float] | None:
-    """`low` and `scale` by which `_scaled` is the window of words that are values of `bits` plus `shift`; None where one would differ."""
+    """`low` and `scale` by which `_scaled` is the window of words that are values of `bits` plus
+    `shift`; None where one would differ.
+    """
     if not slope > 0:
         return None
     low, scale = round((LOW_HU - intercept) / slope) + shift, 255 * slope / (HIGH_HU - LOW_HU)
     words = np.arange(1 << bits, dtype=np.uint16)
     exact = window((words.astype(np.float64) - shift) * slope + intercept)
-    return (low, scale) if 0 <= low < 1 << 16 and np.array_equal(_scaled(words[None], low, scale)[0], exact) else None
+    return (
+        (low, scale)
+        if 0 <= low < 1 << 16 and np.array_equal(_scaled(words[None], low, scale)[0], exact)
+        else None
+    )
 
 
 @functools.cache
 def _wide_lut() -> bool:
     """True where this OpenCV looks up 16-bit values, twice as fast as numpy does."""
     try:
-        return cv2.LUT(np.full((1, 1), 65535, np.uint16), np.arange(65536).astype(np.uint8))[0, 0] == 255
+        return (
+            cv2.LUT(np.full((1, 1), 65535, np.uint16), np.arange(65536).astype(np.uint8))[0, 0]
+            == 255
+        )
     except cv2.error:
         return False
 
 
-def windowed(stored: np.ndarray, bits: int, signed: bool, slope: float, intercept: float, inverted: bool) -> np.ndarray:
-    """`lookup` of a picture of bit patterns; by plain arithmetic, in half the time, where that is known to give the same."""
+def windowed(
+    stored: np.ndarray, bits: int, signed: bool, slope: float, intercept: float, inverted: bool
+) -> np.ndarray:
+    """`lookup` of a picture of bit patterns; by plain arithmetic, in half the time, where that is
+    known to give the same.
+    """
     shift = 1 << bits >> 1 if signed else 0
-    if stored.itemsize == 2 and not inverted and (scaling := _scaling(bits, shift, slope, intercept)):
+    if (
+        stored.itemsize == 2
+        and not inverted
+        and (scaling := _scaling(bits, shift, slope, intercept))
+    ):
         words = stored + np.uint16(shift) if signed else stored
         if bits == 16 or words.max() < 1 << bits:  # bits that do not count are a sign or nothing
             return _scaled(words, *scaling)

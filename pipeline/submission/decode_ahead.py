@@ -1,4 +1,6 @@
-"""Test series from DICOM to volumes in memory, decoded by worker processes ahead of the model. No torch: the workers start light."""
+"""Test series from DICOM to volumes in memory, decoded by worker processes ahead of the model. No
+torch: the workers start light.
+"""
 
 import contextlib
 import queue
@@ -12,7 +14,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import polars as pl
-from joblib.externals.loky import get_reusable_executor  # here, not when two threads may import it at once
+
+# here, not when two threads may import it at once
+from joblib.externals.loky import get_reusable_executor
 
 from ..run.config import Config, ConvertConfig, VolumeConfig
 from ..slices.convert import SliceImage, read_series
@@ -35,17 +39,38 @@ class Decoded(NamedTuple):
 
 def slice_table(slices: Sequence[SliceImage]) -> pl.DataFrame:
     """Rows of the slice index for slices in memory; `row` is the position in `slices`."""
-    fields = ("instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm", "flags")
-    table = pl.DataFrame({name: [getattr(item, name) for item in slices] for name in fields}, strict=False)
+    fields = (
+        "instance_number",
+        "order",
+        "z_mm",
+        "rows",
+        "cols",
+        "spacing_y_mm",
+        "spacing_x_mm",
+        "flags",
+    )
+    table = pl.DataFrame(
+        {name: [getattr(item, name) for item in slices] for name in fields}, strict=False
+    )
     return table.with_row_index("row")
 
 
-def decode_series(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
-    """Read one series from DICOM and build its volume: the very functions of stages 01 and 02. What fails is this series' alone."""
+def decode_series(
+    task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig
+) -> Decoded:
+    """Read one series from DICOM and build its volume: the very functions of stages 01 and 02. What
+    fails is this series' alone.
+    """
     try:
         return _decode(task, data, convert, volume)
-    except Exception as fault:  # of whatever kind: the submission must not end with it, and the report names it
-        return Decoded(task.patient_id, task.series_id, None, " ".join(f"{type(fault).__name__}: {fault}".split()))
+    # of whatever kind: the submission must not end with it, and the report names it
+    except Exception as fault:
+        return Decoded(
+            task.patient_id,
+            task.series_id,
+            None,
+            " ".join(f"{type(fault).__name__}: {fault}".split()),
+        )
 
 
 def _decode(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
@@ -60,12 +85,17 @@ def _decode(task: SeriesTask, data: Path, convert: ConvertConfig, volume: Volume
 
 
 class Ahead:
-    """Iterator over decoded series: a thread feeds worker processes window by window, so that little waits and nothing piles up."""
+    """Iterator over decoded series: a thread feeds worker processes window by window, so that
+    little waits and nothing piles up.
+    """
 
     def __init__(self, tasks: Sequence[SeriesTask], data: Path, config: Config, jobs: int) -> None:
         self._work = partial(decode_series, data=data, convert=config.convert, volume=config.volume)
-        self._tasks, self._jobs = tasks, max(2, jobs)  # two, so that a child never forks from this process with its model threads
-        self._ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(maxsize=WINDOW * self._jobs)
+        # two, so that a child never forks from this process with its model threads
+        self._tasks, self._jobs = tasks, max(2, jobs)
+        self._ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(
+            maxsize=WINDOW * self._jobs
+        )
         self._stop = threading.Event()
         threading.Thread(target=self._produce, daemon=True).start()
 
@@ -76,7 +106,11 @@ class Ahead:
                 window = self._tasks[start : start + size]
                 for k, answer in spread(self._work, window, self._jobs):
                     failed = isinstance(answer, Failure)
-                    self._put(Decoded(window[k].patient_id, window[k].series_id, None, answer.reason) if failed else answer)
+                    self._put(
+                        Decoded(window[k].patient_id, window[k].series_id, None, answer.reason)
+                        if failed
+                        else answer
+                    )
                     if self._stop.is_set():
                         return
             self._put(None)
@@ -90,7 +124,9 @@ class Ahead:
                 return
 
     def until(self, deadline: float) -> Iterator[Decoded]:
-        """Yield series as they are ready; ends when all are done or `time.monotonic()` passes `deadline`."""
+        """Yield series as they are ready; ends when all are done or `time.monotonic()` passes
+        `deadline`.
+        """
         try:
             while (left := deadline - time.monotonic()) > 0:
                 try:
@@ -107,5 +143,6 @@ class Ahead:
 
     def _close(self) -> None:
         self._stop.set()
-        # the one that works, whatever joblib gave it: to make another would wait for the series under way
+        # the one that works, whatever joblib gave it: to make another would wait for the series
+        # under way
         get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)

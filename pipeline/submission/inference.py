@@ -1,4 +1,6 @@
-"""Stage 07: test series from DICOM to probabilities in memory, decoded ahead in processes, under a time budget."""
+"""Stage 07: test series from DICOM to probabilities in memory, decoded ahead in processes, under a
+time budget.
+"""
 
 import time
 from collections import Counter, defaultdict
@@ -32,7 +34,9 @@ from .writer import SubmissionWriter
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The fold models with the options they were trained with, the calibration of their out-of-fold predictions, threads to run them."""
+    """The fold models with the options they were trained with, the calibration of their out-of-fold
+    predictions, threads to run them.
+    """
 
     models: Sequence[CnnLstm]
     options: TrainConfig
@@ -42,13 +46,19 @@ class Ensemble:
 
     def series(self, volume: np.ndarray, flips: Sequence[str]) -> np.ndarray:
         """Probabilities (13,) of one volume: mean over the fold models and flips."""
-        slices = take_slices(volume, slice_positions(len(volume), self.options.slices), self.options)
+        slices = take_slices(
+            volume, slice_positions(len(volume), self.options.slices), self.options
+        )
         batch = torch.from_numpy(slices)[None].to(self.device)
-        answers = self.threads.map(lambda model: predict(model, batch, self.options.amp, flips)[0], self.models)
+        answers = self.threads.map(
+            lambda model: predict(model, batch, self.options.amp, flips)[0], self.models
+        )
         return torch.stack(list(answers)).mean(0).numpy()
 
     def patient(self, patient_id: str, series: dict[str, np.ndarray]) -> np.ndarray:
-        """Calibrated probabilities (13,) of a patient from those of each series id, summed in the order of ids whatever came first."""
+        """Calibrated probabilities (13,) of a patient from those of each series id, summed in the
+        order of ids whatever came first.
+        """
         names = sorted(series)
         ids = pl.DataFrame({"patient_id": [patient_id] * len(names), "series_id": names})
         table = ids.hstack(value_frame(np.stack([series[name] for name in names])))
@@ -58,22 +68,35 @@ class Ensemble:
 def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
     """All fold models of stage 05, trained alike and on volumes like those of this config.
 
-    On a CPU models run side by side in threads of their own: threads within a model would wait for each other wherever the decoding
-    processes hold one of them up.
+    On a CPU models run side by side in threads of their own: threads within a model would wait for
+    each other wherever the decoding processes hold one of them up.
     """
     device = pick_device(stage.device_name)
     paths = trained_files(stage.upstream("05_folds"), "model.safetensors")
     models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
     for path, config in zip(paths, configs, strict=True):
         if decisive("train", config.train) != decisive("train", configs[0].train):
-            raise InputError("the fold models were trained with different options", f"{paths[0]} and {path}", "train all folds alike")
+            raise InputError(
+                "the fold models were trained with different options",
+                f"{paths[0]} and {path}",
+                "train all folds alike",
+            )
         if config.volume != stage.config.volume:
-            raise InputError("the models were trained on volumes made otherwise", f"volume.* of the config and of {path}",
-                             f"give {' '.join(f'volume.{key}={value}' for key, value in resolved(config.volume).items())}")  # fmt: skip
+            keys = " ".join(
+                f"volume.{key}={value}" for key, value in resolved(config.volume).items()
+            )
+            raise InputError(
+                "the models were trained on volumes made otherwise",
+                f"volume.* of the config and of {path}",
+                f"give {keys}",
+            )
         if config.convert.flip_hfs != stage.config.convert.flip_hfs:
             flip = str(config.convert.flip_hfs).lower()
-            raise InputError("the models were trained on slices turned otherwise", f"convert.flip_hfs of the config and of {path}",
-                             f"give convert.flip_hfs={flip}")  # fmt: skip
+            raise InputError(
+                "the models were trained on slices turned otherwise",
+                f"convert.flip_hfs of the config and of {path}",
+                f"give convert.flip_hfs={flip}",
+            )
     threads = min(stage.jobs, len(models)) if device.type == "cpu" else 1
     if device.type == "cpu":
         torch.set_num_threads(max(1, stage.jobs // threads))
@@ -81,22 +104,35 @@ def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
 
 
 class Filling:
-    """A submission being filled in series by series, and the (patient, series, reason) of whatever fell back, no patient left out."""
+    """A submission being filled in series by series, and the (patient, series, reason) of whatever
+    fell back, no patient left out.
+    """
 
-    def __init__(self, tasks: Sequence[SeriesTask], writer: SubmissionWriter, ensemble: Ensemble, flips: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[SeriesTask],
+        writer: SubmissionWriter,
+        ensemble: Ensemble,
+        flips: Sequence[str],
+    ) -> None:
         self.writer, self.ensemble, self.flips = writer, ensemble, flips
         self.missing = Counter(task.patient_id for task in tasks)
         self.found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         self.problems: list[tuple[str, str, str]] = []
-        self.answered = self.failed = 0  # series that the model did and did not give probabilities for
+        # series that the model did and did not give probabilities for
+        self.answered = self.failed = 0
         self.late = 0  # patients with series that were not reached
 
     def note_tables(self, tasks: Sequence[SeriesTask]) -> None:
         """Report patients that only one of the two test tables names."""
         strangers = sorted({task.patient_id for task in tasks} - self.writer.rows.keys())
-        self.problems += [(patient, "", "not in sample_submission.csv: not predicted") for patient in strangers]
+        self.problems += [
+            (patient, "", "not in sample_submission.csv: not predicted") for patient in strangers
+        ]
         absent = [patient for patient in self.writer.rows if patient not in self.missing]
-        self.problems += [(patient, "", "no series in test_series_meta.csv: prior") for patient in absent]
+        self.problems += [
+            (patient, "", "no series in test_series_meta.csv: prior") for patient in absent
+        ]
 
     def take(self, item: Decoded) -> bool:
         """Predict a series; at its patient's last one fill the patient in, and return True."""
@@ -113,14 +149,17 @@ class Filling:
         return True
 
     def _answer(self, item: Decoded) -> tuple[np.ndarray | None, str]:
-        """Probabilities (13,) of a series, or None and the reason; what fails in the model is this series' alone."""
+        """Probabilities (13,) of a series, or None and the reason; what fails in the model is this
+        series' alone.
+        """
         if item.volume is None:
             return None, item.problem
         try:
             values, problem = self.ensemble.series(item.volume, self.flips), "not finite"
         except InputError:
             raise
-        except Exception as fault:  # of whatever kind, a full GPU too: the other series count, and the report names it
+        # of whatever kind, a full GPU too: the other series count, and the report names it
+        except Exception as fault:
             values, problem = np.full(len(COLUMNS), np.nan), type(fault).__name__
         if np.isfinite(values).all():
             self.answered += 1
@@ -133,41 +172,74 @@ class Filling:
         return bool(series) and self.writer.update(patient, self.ensemble.patient(patient, series))
 
     def close(self, over: str) -> None:
-        """Fill in patients of whom some series were reached, and report them and those who keep the prior; `over` says what ended it."""
+        """Fill in patients of whom some series were reached, and report them and those who keep the
+        prior; `over` says what ended it.
+        """
         late = [patient for patient in self.writer.rows if self.missing[patient]]
         self.late = len(late)
         for patient in late:
             filled = self._fill_in(patient)
-            self.problems.append((patient, "", f"{over}: {'some series only' if filled else 'prior'}"))
+            self.problems.append(
+                (patient, "", f"{over}: {'some series only' if filled else 'prior'}")
+            )
 
 
-def predict_test(tasks: Sequence[SeriesTask], data: Path, writer: SubmissionWriter, ensemble: Ensemble, config: Config, path: Path,
-                 jobs: int, started: float) -> dict[str, Any]:  # fmt: skip
-    """Fill in the submission at `path`, valid at every moment, and write `fallbacks.csv` beside it; returns the manifest's counts.
+def predict_test(
+    tasks: Sequence[SeriesTask],
+    data: Path,
+    writer: SubmissionWriter,
+    ensemble: Ensemble,
+    config: Config,
+    path: Path,
+    jobs: int,
+    started: float,
+) -> dict[str, Any]:
+    """Fill in the submission at `path`, valid at every moment, and write `fallbacks.csv` beside it;
+    returns the manifest's counts.
 
-    `started` is the `time.monotonic()` from which `predict.time_budget_h` counts. Both files are written whatever ends the run.
+    `started` is the `time.monotonic()` from which `predict.time_budget_h` counts. Both files are
+    written whatever ends the run.
     """
     options, ready = config.predict, time.monotonic()
     listed = [task for task in tasks if task.patient_id in writer.rows]
     filling, over = Filling(listed, writer, ensemble, options.flips), "stopped early"
     filling.note_tables(tasks)
     try:
-        _run(filling, Ahead(listed, data, config, jobs), _deadline(options, started), path, options.flush_every)
+        _run(
+            filling,
+            Ahead(listed, data, config, jobs),
+            _deadline(options, started),
+            path,
+            options.flush_every,
+        )
         over = "time budget spent"
     finally:
         filling.close(over)
         writer.write(path)
-        table = pl.DataFrame(filling.problems, schema=["patient_id", "series_id", "reason"], orient="row")
+        table = pl.DataFrame(
+            filling.problems, schema=["patient_id", "series_id", "reason"], orient="row"
+        )
         write_text(path.with_name("fallbacks.csv"), table.write_csv())
     for patient, series, reason in filling.problems[:20]:
         log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
     if filling.failed and not filling.answered:
-        log(f"warning: the model failed on every one of the {filling.failed} series it was given: the submission is the prior alone")
+        log(
+            f"warning: the model failed on every one of the {filling.failed} series it was given:"
+            " the submission is the prior alone"
+        )
     seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
-    return {"patients": len(writer.rows), "series": len(listed), "predicted": predicted, "prior": len(writer.rows) - predicted,
-            "fallbacks": len(filling.problems), "model_failures": filling.failed, "late": filling.late,
-            "start_s": round(ready - started, 1), "patients_per_hour": round(3600 * predicted / seconds, 1)}  # fmt: skip
+    return {
+        "patients": len(writer.rows),
+        "series": len(listed),
+        "predicted": predicted,
+        "prior": len(writer.rows) - predicted,
+        "fallbacks": len(filling.problems),
+        "model_failures": filling.failed,
+        "late": filling.late,
+        "start_s": round(ready - started, 1),
+        "patients_per_hour": round(3600 * predicted / seconds, 1),
+    }
 
 
 def _deadline(options: PredictConfig, started: float) -> float:
@@ -179,7 +251,9 @@ def _deadline(options: PredictConfig, started: float) -> float:
 
 
 def _run(filling: Filling, ahead: Ahead, deadline: float, path: Path, flush_every: int) -> None:
-    """Predict what comes decoded until all is done or the deadline passes; the file is written every `flush_every` patients."""
+    """Predict what comes decoded until all is done or the deadline passes; the file is written
+    every `flush_every` patients.
+    """
     start, shown, done, patients = time.monotonic(), time.monotonic(), 0, len(filling.missing)
     for item in ahead.until(deadline):
         if not filling.take(item):
@@ -190,4 +264,7 @@ def _run(filling: Filling, ahead: Ahead, deadline: float, path: Path, flush_ever
         if time.monotonic() - shown > 15:
             shown = time.monotonic()
             rate = done / (shown - start)
-            log(f"predict: {done}/{patients} patients, {3600 * rate:.0f} patients/h, ETA {(patients - done) / rate:.0f} s")
+            log(
+                f"predict: {done}/{patients} patients, {3600 * rate:.0f} patients/h, ETA"
+                f" {(patients - done) / rate:.0f} s"
+            )

@@ -1,4 +1,6 @@
-"""A submission that is valid at every moment: the sample's columns, order and patients, all at the prior until predicted."""
+"""A submission that is valid at every moment: the sample's columns, order and patients, all at the
+prior until predicted.
+"""
 
 from pathlib import Path
 
@@ -18,7 +20,9 @@ TOLERANCE = 1e-6
 
 
 class SubmissionWriter:
-    """Holds one row for every patient of `sample_submission.csv`; `update` fills in, `write` may be called at any time."""
+    """Holds one row for every patient of `sample_submission.csv`; `update` fills in, `write` may be
+    called at any time.
+    """
 
     def __init__(self, sample: pl.DataFrame, prior: np.ndarray) -> None:
         self.columns = sample.columns
@@ -34,8 +38,8 @@ class SubmissionWriter:
     def update(self, patient_id: str, probabilities: np.ndarray) -> bool:
         """Fill in a patient's 13 probabilities (groups are normalised).
 
-        Returns False, and leaves what was there, for values no submission may have (not finite, negative, a group of
-        zeros) and for patients that the sample does not list.
+        Returns False, and leaves what was there, for values no submission may have (not finite,
+        negative, a group of zeros) and for patients that the sample does not list.
         """
         values = np.asarray(probabilities, dtype=np.float64).reshape(1, len(COLUMNS))
         if patient_id not in self.rows or (values < 0).any():
@@ -50,7 +54,11 @@ class SubmissionWriter:
 
     def table(self) -> pl.DataFrame:
         """The submission as a frame with the sample's columns, order and patients."""
-        return value_frame(self.values).with_columns(pl.Series(KEY, list(self.rows), dtype=pl.String)).select(self.columns)
+        return (
+            value_frame(self.values)
+            .with_columns(pl.Series(KEY, list(self.rows), dtype=pl.String))
+            .select(self.columns)
+        )
 
     def write(self, path: Path) -> None:
         """Write the CSV atomically: a reader finds the last file or this one, whole."""
@@ -59,24 +67,44 @@ class SubmissionWriter:
 
 
 def is_settled(folder: Path) -> bool:
-    """False where the last run's model failed on series, as on a full GPU: the next one tries again. Says whom a spent budget left."""
+    """False where the last run's model failed on series, as on a full GPU: the next one tries
+    again. Says whom a spent budget left.
+    """
     counts = (read_manifest(folder) or {}).get("counts", {})
     if late := counts.get("late"):
-        log(f"{folder}: the time budget left {late} patients not or not wholly predicted; raise predict.time_budget_h, or give --force")
+        log(
+            f"{folder}: the time budget left {late} patients not or not wholly predicted; raise"
+            " predict.time_budget_h, or give --force"
+        )
     return not counts.get("model_failures")
 
 
 def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:
-    """The submission at `path` as a frame; InputError unless it has the sample's columns and patients in order and probabilities."""
+    """The submission at `path` as a frame; InputError unless it has the sample's columns and
+    patients in order and probabilities.
+    """
     table = strict_table.load_table(path, [KEY, *COLUMNS])
     header = strict_table.header(path)
     if header != sample.columns:
-        raise InputError("columns or their order are not the sample's", f"{path} row 1", f"write {','.join(sample.columns)}")
+        raise InputError(
+            "columns or their order are not the sample's",
+            f"{path} row 1",
+            f"write {','.join(sample.columns)}",
+        )
     frame = tables.check_predictions(table)
     if frame[KEY].to_list() != sample[KEY].to_list():
-        raise InputError("patients or their order are not the sample's", f"{path} column {KEY}", "write the sample's patients in its order")
+        raise InputError(
+            "patients or their order are not the sample's",
+            f"{path} column {KEY}",
+            "write the sample's patients in its order",
+        )
     for target in TARGETS:
         off = (pl.sum_horizontal(target.columns) - 1).abs() > TOLERANCE
-        rule = (off, target.columns[0], f"the {target.name} columns do not sum to 1", "normalise the group")
+        rule = (
+            off,
+            target.columns[0],
+            f"the {target.name} columns do not sum to 1",
+            "normalise the group",
+        )
         strict_table.Table(str(path), frame).refuse(rule)
     return frame.drop(ROW).select(sample.columns)

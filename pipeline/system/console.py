@@ -12,8 +12,12 @@ def log(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[T], total: int, name: str, unit: str = "it", every_s: float = 15.0) -> Iterator[T]:
-    """Yield `items` with a bar (terminal) or a plain line every `every_s` seconds, both with rate and ETA."""
+def progress(
+    items: Iterable[T], total: int, name: str, unit: str = "it", every_s: float = 15.0
+) -> Iterator[T]:
+    """Yield `items` with a bar (terminal) or a plain line every `every_s` seconds, both with rate
+    and ETA.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -25,7 +29,10 @@ def progress(items: Iterable[T], total: int, name: str, unit: str = "it", every_
         now = time.monotonic()
         if now - shown >= every_s:
             shown, rate = now, done / (now - start)
-            log(f"{name}: {done}/{total} {unit}, {rate:.1f} {unit}/s, ETA {(total - done) / rate:.0f} s")
+            log(
+                f"{name}: {done}/{total} {unit}, {rate:.1f} {unit}/s, ETA"
+                f" {(total - done) / rate:.0f} s"
+            )
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:

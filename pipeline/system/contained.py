@@ -26,7 +26,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
-WAIT_S = 0.02  # a child answers no more often: waking the parent costs as much as a tenth of a slice
+# a child answers no more often: waking the parent costs as much as a tenth of a slice
+WAIT_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,35 @@ class Failure:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MB: else every picture's buffers go back and are paged in anew, a third of its time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # other C libraries have none, and no such habit
+    """Let glibc keep freed blocks of up to 32 MB: else every picture's buffers go back and are
+    paged in anew, a third of its time.
+    """
+    # other C libraries have none, and no such habit
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
     for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
         mallopt(option, 32 << 20)
 
 
 def _die_with(parent: int) -> None:
-    """Let Linux kill this process when `parent` ends: in the midst of C code, which holds the interpreter, no thread could."""
+    """Let Linux kill this process when `parent` ends: in the midst of C code, which holds the
+    interpreter, no thread could.
+    """
     getattr(ctypes.CDLL(None), "prctl", lambda *options: 0)(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool, limit_s: float, wait_s: float, pipe: Connection) -> None:
-    """Body of the child: answer at least every `wait_s`; SIGALRM kills it when one item takes longer than `limit_s`, be it in C code."""
+def _serve(
+    work: Callable[[Any, bool], Any],
+    items: Sequence[Any],
+    careful: bool,
+    limit_s: float,
+    wait_s: float,
+    pipe: Connection,
+) -> None:
+    """Body of the child: answer at least every `wait_s`; SIGALRM kills it when one item takes
+    longer than `limit_s`, be it in C code.
+    """
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     faulthandler.disable()
@@ -77,9 +92,12 @@ def _serve(work: Callable[[Any, bool], Any], items: Sequence[Any], careful: bool
 
 
 def _fork(*work: Any) -> tuple[int, Connection]:
-    """Start a child that runs `_serve(*work, pipe)`: its process id and the pipe that its answers come through."""
+    """Start a child that runs `_serve(*work, pipe)`: its process id and the pipe that its answers
+    come through.
+    """
     if cv2 := sys.modules.get("cv2"):
-        cv2.setNumThreads(1)  # its threads do not outlive a fork: a child that changes their number would wait for them
+        # its threads do not outlive a fork: a child that changes their number would wait for them
+        cv2.setNumThreads(1)
     reader, writer = multiprocessing.Pipe(duplex=False)
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
@@ -108,13 +126,20 @@ def _answers(pipe: Connection) -> Iterator[Any]:
             yield answer
 
 
-def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: float, deaths: list[str] | None = None,
-              linked: bool = False) -> Iterator[Any]:  # fmt: skip
-    """Yield work(item, careful) for each of `items` in order, from forked children that may crash, hang, be killed or raise.
+def contained(
+    work: Callable[[Any, bool], Any],
+    items: Sequence[Any],
+    limit_s: float,
+    deaths: list[str] | None = None,
+    linked: bool = False,
+) -> Iterator[Any]:
+    """Yield work(item, careful) for each of `items` in order, from forked children that may crash,
+    hang, be killed or raise.
 
-    An item over which a child was lost is tried alone: once more as before when a signal killed the child (SIGALRM: the item took
-    more than `limit_s`), then, or at once after an exception, with `careful` true; after that its answer is a `Failure`, and with
-    `linked` that of all items behind it too, because they need the same. The causes of lost children are appended to `deaths`. An
+    An item over which a child was lost is tried alone: once more as before when a signal killed the
+    child (SIGALRM: the item took more than `limit_s`), then, or at once after an exception, with
+    `careful` true; after that its answer is a `Failure`, and with `linked` that of all items behind
+    it too, because they need the same. The causes of lost children are appended to `deaths`. An
     OSError that `work` lets pass is raised here.
     """
     at, strikes, wait_s = 0, 0, WAIT_S
@@ -133,7 +158,13 @@ def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: f
             status = os.waitpid(pid, 0)[1]
         if at == end:
             continue
-        name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exception" if status else "an exit"
+        name = (
+            signal.Signals(os.WTERMSIG(status)).name
+            if os.WIFSIGNALED(status)
+            else "an exception"
+            if status
+            else "an exit"
+        )
         if deaths is not None:
             deaths.append(name)
         if wait_s:  # answers may be lost: the culprit is only known when each is sent at once
@@ -141,7 +172,11 @@ def contained(work: Callable[[Any, bool], Any], items: Sequence[Any], limit_s: f
             continue
         strikes = strikes + 1 if os.WIFSIGNALED(status) else max(strikes + 1, CAREFUL)
         if strikes >= LOST:
-            failure = Failure(f"took longer than {limit_s:g} s" if name == "SIGALRM" else f"brought down by {name}: the worker process")
+            failure = Failure(
+                f"took longer than {limit_s:g} s"
+                if name == "SIGALRM"
+                else f"brought down by {name}: the worker process"
+            )
             lost = len(items) - at if linked else 1
             at, strikes = at + lost, 0
             yield from [failure] * lost

@@ -1,4 +1,6 @@
-"""Files that are whole or not there: atomic writes, clear errors of the disk, what killed runs left."""
+"""Files that are whole or not there: atomic writes, clear errors of the disk, what killed runs
+left.
+"""
 
 import contextlib
 import errno
@@ -42,20 +44,30 @@ PROBE_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def disk_errors(where: Path | str) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into one clear InputError naming `where`, else the file of the error."""
+    """Turn a full, read-only or forbidden disk into one clear InputError naming `where`, else the
+    file of the error.
+    """
     try:
         yield
     except OSError as fault:
         if fault.errno not in _DISK_ERRORS:
             raise
         where = fault.filename or where
-        remedy = "mend its permissions" if fault.errno in (errno.EACCES, errno.EPERM) else "make room"
-        raise InputError(_DISK_ERRORS[fault.errno], str(where), f"{remedy} or choose another --out, then run again") from fault
+        remedy = (
+            "mend its permissions" if fault.errno in (errno.EACCES, errno.EPERM) else "make room"
+        )
+        raise InputError(
+            _DISK_ERRORS[fault.errno],
+            str(where),
+            f"{remedy} or choose another --out, then run again",
+        ) from fault
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it."""
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else
+    remove it.
+    """
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +79,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except Exception as fault:
-            if not isinstance(fault, (InputError, TrainingStopped)) and not getattr(fault, "errno", None):
+            if not isinstance(fault, (InputError, TrainingStopped)) and not getattr(
+                fault, "errno", None
+            ):
                 _probe(temporary)
             raise
         finally:
@@ -75,7 +89,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def _probe(path: Path) -> None:
-    """Raise the OSError of a disk that takes no more: writers in C and Rust (torch, polars) report a failed write without its number."""
+    """Raise the OSError of a disk that takes no more: writers in C and Rust (torch, polars) report
+    a failed write without its number.
+    """
     with open(path, "ab", buffering=0) as handle:
         handle.write(bytes(PROBE_BYTES))
         handle.write(bytes(PROBE_BYTES))  # the first may end short of the limit without an error
@@ -83,7 +99,9 @@ def _probe(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it replaces `path` whole, else it is removed."""
+    """Yield a temporary folder beside `path`; on success it replaces `path` whole, else it is
+    removed.
+    """
     path = Path(path)
     with disk_errors(path):
         temporary = path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
@@ -99,7 +117,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, if it is there, under a temporary name: a run killed meanwhile leaves nothing that looks whole."""
+    """Remove a folder, if it is there, under a temporary name: a run killed meanwhile leaves
+    nothing that looks whole.
+    """
     grave = path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}-old")
     shutil.rmtree(grave, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
@@ -119,7 +139,9 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def remove_temporaries(folder: Path, depth: int = 0, of: str = "") -> None:
-    """Remove what killed runs left in `folder` (and `depth` folder levels below it) under temporary names, of the file `of` if given."""
+    """Remove what killed runs left in `folder` (and `depth` folder levels below it) under temporary
+    names, of the file `of` if given.
+    """
     for entry in os.scandir(folder) if folder.is_dir() else ():
         if entry.name.startswith(f".{of}{TEMPORARY}" if of else ".") and TEMPORARY in entry.name:
             path = Path(entry.path)

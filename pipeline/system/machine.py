@@ -1,4 +1,6 @@
-"""What every stage needs from the machine: errors for the user, log, progress, seeds, devices and atomic writes."""
+"""What every stage needs from the machine: errors for the user, log, progress, seeds, devices and
+atomic writes.
+"""
 
 import contextlib
 import os
@@ -10,24 +12,6 @@ from typing import Any, TypeVar
 from .errors import InputError
 
 T = TypeVar("T")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def seed_everything(*seeds: int) -> None:
@@ -52,7 +36,9 @@ def pick_device(name: str, rank: int = 0) -> Any:
     if name != "cpu" and torch.cuda.is_available():
         if rank >= torch.cuda.device_count():
             what = f"process {rank} has no GPU of its own, there are {torch.cuda.device_count()}"
-            raise InputError(what, "torchrun --nproc-per-node", "start as many processes as there are GPUs")
+            raise InputError(
+                what, "torchrun --nproc-per-node", "start as many processes as there are GPUs"
+            )
         torch.cuda.set_device(rank)
         return torch.device("cuda", rank)
     return torch.device("cpu")
@@ -69,13 +55,17 @@ def world_size() -> int:
 
 
 def device_used() -> str:
-    """The GPU's name where this process computes on one, else `cpu`; torch is not imported for it."""
+    """The GPU's name where this process computes on one, else `cpu`; torch is not imported for
+    it.
+    """
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else "cpu"
 
 
 def peak_mb() -> int:
-    """Peak resident memory in MB: this process's own plus that of its largest child (pages that they share count twice)."""
+    """Peak resident memory in MB: this process's own plus that of its largest child (pages that
+    they share count twice).
+    """
     ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     living: list[str] = []
     for path in Path("/proc/self/task").glob("*/children"):
@@ -91,26 +81,6 @@ def _high_water(pid: str) -> int:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
-    return int(next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), 0))
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+    return int(
+        next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    )

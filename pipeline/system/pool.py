@@ -1,8 +1,10 @@
-"""Work in processes that may die: contained children for risky code, and joblib (one machine or a Dask cluster) for many tasks.
+"""Work in processes that may die: contained children for risky code, and joblib (one machine or a
+Dask cluster) for many tasks.
 
-`contained` runs a function over items in a forked child. When the child dies, the next one answers item by item, so the culprit is
-the first item without an answer: nothing else is lost, and the items behind it go on in a new child. `spread` runs tasks in joblib's worker
-processes; each of them may use `contained`, here as on a cluster, so results do not depend on where they were made.
+`contained` runs a function over items in a forked child. When the child dies, the next one answers
+item by item, so the culprit is the first item without an answer: nothing else is lost, and the
+items behind it go on in a new child. `spread` runs tasks in joblib's worker processes; each of them
+may use `contained`, here as on a cluster, so results do not depend on where they were made.
 """
 
 import contextlib
@@ -24,26 +26,15 @@ ROUNDS, CONNECT_S = 3, 30
 KILLED = "the worker process was killed (out of memory?)"  # reason of a task that `spread` gave up
 
 
+def spread(
+    work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, scheduler: str | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yield (k, work(tasks[k])) as they finish, from `jobs` processes or the Dask cluster at
+    `scheduler` (`tcp://host:port`).
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, scheduler: str | None = None) -> Iterator[tuple[int, Any]]:
-    """Yield (k, work(tasks[k])) as they finish, from `jobs` processes or the Dask cluster at `scheduler` (`tcp://host:port`).
-
-    Tasks that were being worked on when a process was killed are done again behind all others; those to which it happens for the
-    third time are done alone, and one whose process is killed even then is answered with a `Failure`. `work` and tasks must be
-    picklable.
+    Tasks that were being worked on when a process was killed are done again behind all others;
+    those to which it happens for the third time are done alone, and one whose process is killed
+    even then is answered with a `Failure`. `work` and tasks must be picklable.
 
     Raises:
         InputError: no cluster answers, or `work` raised it.
@@ -57,7 +48,9 @@ def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, schedule
         for k, answer in _round(work, open_tasks, jobs, scheduler, begun):
             del open_tasks[k]
             yield k, answer
-        struck = {k: open_tasks.pop(k) for k in sorted(begun & open_tasks.keys() or open_tasks.keys())}
+        struck = {
+            k: open_tasks.pop(k) for k in sorted(begun & open_tasks.keys() or open_tasks.keys())
+        }
         if struck:
             log(f"warning: a worker process was killed; {len(struck)} tasks are done again")
         for k, task in struck.items():
@@ -70,7 +63,9 @@ def spread(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, schedule
 
 
 def _start_trackers() -> None:
-    """Start the processes that tidy up after dead ones: silent ones, and now, because their start ends the blocking of signals."""
+    """Start the processes that tidy up after dead ones: silent ones, and now, because their start
+    ends the blocking of signals.
+    """
     from joblib.externals.loky.backend import resource_tracker
 
     before = os.environ.get("PYTHONWARNINGS")
@@ -84,7 +79,9 @@ def _start_trackers() -> None:
             os.environ["PYTHONWARNINGS"] = before
 
 
-def _call(work: Callable[[Any], Any], k: int, task: Any, parent: int | None) -> tuple[int | None, Any]:
+def _call(
+    work: Callable[[Any], Any], k: int, task: Any, parent: int | None
+) -> tuple[int | None, Any]:
     if parent is not None:
         end_with(parent)
     try:
@@ -93,9 +90,16 @@ def _call(work: Callable[[Any], Any], k: int, task: Any, parent: int | None) -> 
         return None, str(fault)
 
 
-def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, scheduler: str | None,
-           begun: set[int]) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """One pass over `tasks`, ending early when a worker process is killed; `begun` takes the keys of those that were handed out."""
+def _round(
+    work: Callable[[Any], Any],
+    tasks: dict[int, Any],
+    jobs: int,
+    scheduler: str | None,
+    begun: set[int],
+) -> Iterator[tuple[int, Any]]:
+    """One pass over `tasks`, ending early when a worker process is killed; `begun` takes the keys
+    of those that were handed out.
+    """
     import joblib
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
@@ -107,7 +111,8 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
             begun.add(k)
             yield joblib.delayed(_call)(work, k, task, parent)
 
-    warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # by whoever stops early, on purpose
+    # by whoever stops early, on purpose
+    warnings.filterwarnings("ignore", message=".*tasks which were still being processed")
     with contextlib.ExitStack() as stack:
         lost: tuple[type[Exception], ...] = (BrokenProcessPool,)
         if scheduler:
@@ -116,7 +121,13 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
             lost = (KilledWorker,)
             stack.enter_context(_cluster(scheduler))
             stack.enter_context(joblib.parallel_config("dask"))
-        pool = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="3*n_jobs", max_nbytes=None)
+        pool = joblib.Parallel(
+            n_jobs=jobs,
+            return_as="generator_unordered",
+            batch_size=1,
+            pre_dispatch="3*n_jobs",
+            max_nbytes=None,
+        )
         try:
             _start_trackers()
             with deaf():
@@ -131,23 +142,36 @@ def _round(work: Callable[[Any], Any], tasks: dict[int, Any], jobs: int, schedul
 
 @functools.cache
 def _silence_pool() -> None:
-    """Print nothing where joblib's own thread stumbles over tasks that are gone: whoever stops a pool early, on purpose, causes that."""
+    """Print nothing where joblib's own thread stumbles over tasks that are gone: whoever stops a
+    pool early, on purpose, causes that.
+    """
     before = threading.excepthook
 
     def hook(fault: Any) -> None:
-        if fault.exc_type is not KeyError or getattr(fault.thread, "name", "") != "ExecutorManagerThread":
+        if (
+            fault.exc_type is not KeyError
+            or getattr(fault.thread, "name", "") != "ExecutorManagerThread"
+        ):
             before(fault)
 
     threading.excepthook = hook
 
 
 def _cluster(scheduler: str) -> Any:
-    """A client of the Dask cluster, to be closed; InputError where none answers or dask is not installed."""
+    """A client of the Dask cluster, to be closed; InputError where none answers or dask is not
+    installed.
+    """
     try:
         from distributed import Client
     except ImportError:
-        raise InputError("dask is not installed", f"--scheduler {scheduler}", "pip install 'dask[distributed]'") from None
+        raise InputError(
+            "dask is not installed", f"--scheduler {scheduler}", "pip install 'dask[distributed]'"
+        ) from None
     try:
         return Client(scheduler, timeout=CONNECT_S)
     except (OSError, ValueError) as fault:
-        raise InputError("no Dask scheduler answers", f"--scheduler {scheduler}", "give the address it printed, tcp://host:port") from fault
+        raise InputError(
+            "no Dask scheduler answers",
+            f"--scheduler {scheduler}",
+            "give the address it printed, tcp://host:port",
+        ) from fault

@@ -11,23 +11,30 @@ from collections.abc import Iterator
 WATCH_S = 0.5
 
 
-PART = "VOCO2D_PART"  # in the environment of processes that work on a part of a stage, see `part_of`
+# in the environment of processes that work on a part of a stage, see `part_of`
+PART = "VOCO2D_PART"
 
 
 def part_environment(pipe: int) -> dict[str, str]:
-    """Environment of a process that is to work on a part of this one's stage, and to send its last line through `pipe`."""
+    """Environment of a process that is to work on a part of this one's stage, and to send its last
+    line through `pipe`.
+    """
     return {**os.environ, PART: f"{os.getpid()}:{pipe}"}
 
 
 def part_of() -> tuple[int, int] | None:
-    """Where a stage started this process to work on a part of it: the stage's process id, and the pipe for the part's last line."""
+    """Where a stage started this process to work on a part of it: the stage's process id, and the
+    pipe for the part's last line.
+    """
     parent, _, pipe = os.environ.get(PART, "").partition(":")
     return (int(parent), int(pipe)) if pipe else None
 
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """Processes started inside are deaf to Ctrl-C, which a terminal sends to all: this one hands a stop on."""
+    """Processes started inside are deaf to Ctrl-C, which a terminal sends to all: this one hands a
+    stop on.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -39,7 +46,8 @@ def deaf() -> Iterator[None]:
 def end_with(parent: int) -> None:
     """Kill this process soon after `parent` has ended.
 
-    A worker that hands over a large answer, say, would wait for ever, since it holds the other end of the pipe itself.
+    A worker that hands over a large answer, say, would wait for ever, since it holds the other end
+    of the pipe itself.
     """
 
     def watch() -> None:

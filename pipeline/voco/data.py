@@ -1,4 +1,6 @@
-"""Pretraining batches by memory map: what a step reads is a pure function of (seed, step, rank), so nothing is to be restored."""
+"""Pretraining batches by memory map: what a step reads is a pure function of (seed, step, rank), so
+nothing is to be restored.
+"""
 
 import os
 import signal
@@ -20,8 +22,11 @@ EVALUATION = 1 << 30  # the "step" of the fixed evaluation crops, which no train
 Batch = dict[str, Any]
 
 
-def choose_volumes(index: pl.DataFrame, config: VocoConfig, seed: int) -> tuple[list[str], list[str]]:
-    """Relative paths of training and of held-out volumes, by patient, from all sources that `config` wants.
+def choose_volumes(
+    index: pl.DataFrame, config: VocoConfig, seed: int
+) -> tuple[list[str], list[str]]:
+    """Relative paths of training and of held-out volumes, by patient, from all sources that
+    `config` wants.
 
     At most a quarter of the volumes is held out.
 
@@ -30,9 +35,16 @@ def choose_volumes(index: pl.DataFrame, config: VocoConfig, seed: int) -> tuple[
     """
     rng = np.random.default_rng([seed, EVALUATION])
     patients = index.select("patient_id", "source").unique().sort("patient_id", "source")
-    labelled = patients.filter(pl.col("source") != "unlabelled") if config.labelled else patients.clear()
+    labelled = (
+        patients.filter(pl.col("source") != "unlabelled") if config.labelled else patients.clear()
+    )
     unlabelled = patients.filter(pl.col("source") == "unlabelled")
-    chosen = [*labelled["patient_id"], *rng.permutation(unlabelled["patient_id"].to_list())[: round(config.unlabelled * len(unlabelled))]]
+    chosen = [
+        *labelled["patient_id"],
+        *rng.permutation(unlabelled["patient_id"].to_list())[
+            : round(config.unlabelled * len(unlabelled))
+        ],
+    ]
     table = index.filter(pl.col("patient_id").is_in(chosen)).sort("patient_id", "series_id")
     limit, held = min(config.holdout, len(table) // 4), []
     for patient in rng.permutation(sorted(set(table["patient_id"]))):
@@ -40,15 +52,27 @@ def choose_volumes(index: pl.DataFrame, config: VocoConfig, seed: int) -> tuple[
         held += paths if len(held) + len(paths) <= limit else []
     training = [path for path in table["path"] if path not in set(held)]
     if len(training) < config.batch or not held:
-        raise InputError(f"{len(table)} volumes are too few for pretrain.batch={config.batch} and a held-out quarter", "02_volumes",
-                         "add data or lower pretrain.batch")  # fmt: skip
+        raise InputError(
+            f"{len(table)} volumes are too few for pretrain.batch={config.batch} and a held-out"
+            " quarter",
+            "02_volumes",
+            "add data or lower pretrain.batch",
+        )
     return training, held
 
 
 class VocoSamples(Dataset):
     """Item `step`: this rank's part of the global batch of that step."""
 
-    def __init__(self, folder: Path, paths: Sequence[str], config: VocoConfig, seed: int, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        paths: Sequence[str],
+        config: VocoConfig,
+        seed: int,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
         self.folder, self.paths, self.config, self.seed = folder, list(paths), config, seed
         self.slots = range(rank * config.batch // size, (rank + 1) * config.batch // size)
         self.base = base_boxes(config.image_size, config.grid)
@@ -56,44 +80,74 @@ class VocoSamples(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self.order(step)
-        return collate([self.sample(int(chosen[slot]), [self.seed, step, slot]) for slot in self.slots])
+        return collate(
+            [self.sample(int(chosen[slot]), [self.seed, step, slot]) for slot in self.slots]
+        )
 
     def order(self, step: int) -> np.ndarray:
-        """Indices of the whole batch of `step`: all sources shuffled together, each volume at most once an epoch."""
+        """Indices of the whole batch of `step`: all sources shuffled together, each volume at most
+        once an epoch.
+        """
         per_epoch = len(self.paths) // self.config.batch
         order = np.random.default_rng([self.seed, step // per_epoch]).permutation(len(self.paths))
         start = step % per_epoch * self.config.batch
         return order[start : start + self.config.batch]
 
-    def sample(self, index: int, seeds: list[int], random_crops: int | None = None, augment: bool | None = None) -> Batch:
+    def sample(
+        self,
+        index: int,
+        seeds: list[int],
+        random_crops: int | None = None,
+        augment: bool | None = None,
+    ) -> Batch:
         """Crops (P, S, h, h) uint8, random ones first, and labels (R, K) float32 of one volume."""
         rng, config = np.random.default_rng(seeds), self.config
         augment = config.augment if augment is None else augment
-        boxes = random_boxes(config.image_size, config.grid, random_crops or config.random_crops, rng)
+        boxes = random_boxes(
+            config.image_size, config.grid, random_crops or config.random_crops, rng
+        )
         phase = rng.random() if augment and config.jitter else 0.5
         crops = cut(self.planes(index, phase), np.concatenate([boxes, self.base]))
         if augment:
             crops = self._augment(crops, len(boxes), rng)
-        return {"crops": crops, "overlap": overlap_labels(boxes, self.base).astype(np.float32), "ids": self.paths[index]}
+        return {
+            "crops": crops,
+            "overlap": overlap_labels(boxes, self.base).astype(np.float32),
+            "ids": self.paths[index],
+        }
 
     def planes(self, index: int, phase: float = 0.5) -> np.ndarray:
-        """(S, size, size) uint8 of one volume: base crops tile the plane, so the bytes of S planes are read and no more."""
+        """(S, size, size) uint8 of one volume: base crops tile the plane, so the bytes of S planes
+        are read and no more.
+        """
         volume = np.load(self.folder / self.paths[index], mmap_mode="r")
-        return resize_planes(np.asarray(volume[spread(len(volume), self.config.slices, phase)]), self.config.image_size)
+        return resize_planes(
+            np.asarray(volume[spread(len(volume), self.config.slices, phase)]),
+            self.config.image_size,
+        )
 
     def whole_slices(self, count: int) -> Iterator[torch.Tensor]:
-        """`count` batches (batch * S, 1, size, size) uint8 of uncut planes of the whole batch's volumes, none augmented."""
+        """`count` batches (batch * S, 1, size, size) uint8 of uncut planes of the whole batch's
+        volumes, none augmented.
+        """
         for step in range(count):
             planes = [self.planes(int(index), (step + 0.5) / count) for index in self.order(step)]
             yield torch.from_numpy(np.concatenate(planes))[:, None]
 
-    def _augment(self, crops: np.ndarray, random_crops: int, rng: np.random.Generator) -> np.ndarray:
-        """Turn crops, and change the intensity by one draw for each random crop and one for all base crops."""
+    def _augment(
+        self, crops: np.ndarray, random_crops: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Turn crops, and change the intensity by one draw for each random crop and one for all
+        base crops.
+        """
         turned = rng.random(len(crops)) < self.config.turn
         crops = turn(crops, turned * rng.integers(1, 8, len(crops)))
         views = [*range(random_crops), slice(random_crops, None)]
         for view, change, seed in zip(
-            views, rng.random(len(views)) < self.config.intensity, rng.integers(0, 1 << 31, len(views)), strict=True
+            views,
+            rng.random(len(views)) < self.config.intensity,
+            rng.integers(0, 1 << 31, len(views)),
+            strict=True,
         ):
             if change:
                 crops[view] = self._intensity_of(crops[view], int(seed))
@@ -101,30 +155,44 @@ class VocoSamples(Dataset):
 
     def _intensity_of(self, crops: np.ndarray, seed: int) -> np.ndarray:
         if self._intensity is None:
-            os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import looks for a newer release on the network
+            # its import looks for a newer release on the network
+            os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
             import albumentations as A
 
-            self._intensity = A.Compose([A.RandomBrightnessContrast(0.1, 0.2, p=1.0), A.RandomGamma((80, 125), p=0.5)])
+            self._intensity = A.Compose(
+                [A.RandomBrightnessContrast(0.1, 0.2, p=1.0), A.RandomGamma((80, 125), p=0.5)]
+            )
         self._intensity.set_random_seed(seed)
-        return self._intensity(image=crops.reshape(-1, crops.shape[-1]))["image"].reshape(crops.shape)
+        return self._intensity(image=crops.reshape(-1, crops.shape[-1]))["image"].reshape(
+            crops.shape
+        )
 
 
 def collate(samples: list[Batch]) -> Batch:
     """Crops (B, P, S, h, h) uint8, overlap (B, R, K) float32, ids (B,)."""
-    crops, overlap = (torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in ("crops", "overlap"))
+    crops, overlap = (
+        torch.from_numpy(np.stack([sample[key] for sample in samples]))
+        for key in ("crops", "overlap")
+    )
     return {"crops": crops, "overlap": overlap, "ids": [sample["ids"] for sample in samples]}
 
 
 def evaluation_batches(samples: VocoSamples, random_crops: int) -> Iterator[Batch]:
-    """The same crops at every call: `random_crops` of each volume, not augmented, one batch a volume."""
+    """The same crops at every call: `random_crops` of each volume, not augmented, one batch a
+    volume.
+    """
     for index in range(len(samples.paths)):
-        yield collate([samples.sample(index, [samples.seed, EVALUATION, index], random_crops, augment=False)])
+        yield collate(
+            [samples.sample(index, [samples.seed, EVALUATION, index], random_crops, augment=False)]
+        )
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, and no death by the signal that stops the whole process group: the loop needs its data to end its step.
+    """One thread, and no death by the signal that stops the whole process group: the loop needs its
+    data to end its step.
 
-    A second SIGTERM takes its ordinary course: the parent's way to end a worker that does not end by itself.
+    A second SIGTERM takes its ordinary course: the parent's way to end a worker that does not end
+    by itself.
     """
     import cv2
 
@@ -134,7 +202,16 @@ def _start_worker(worker: int) -> None:
 
 
 def batches(samples: VocoSamples, start: int, steps: int, pinned: bool) -> Iterator[Batch]:
-    """Batches of steps start..steps-1, made ahead by `workers` processes in pinned memory (0: made when asked for)."""
+    """Batches of steps start..steps-1, made ahead by `workers` processes in pinned memory (0: made
+    when asked for).
+    """
     workers = samples.config.workers
     options = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
-    yield from DataLoader(samples, batch_size=None, sampler=range(start, steps), num_workers=workers, pin_memory=pinned, **options)
+    yield from DataLoader(
+        samples,
+        batch_size=None,
+        sampler=range(start, steps),
+        num_workers=workers,
+        pin_memory=pinned,
+        **options,
+    )

@@ -25,7 +25,9 @@ WINDOWS = 9  # positions an axis of the similarity maps
 
 def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) -> list[str]:
     """Write crops.png and similarity.png into `folder`; returns their names."""
-    _, held = choose_volumes(pl.read_parquet(volumes / "index.parquet"), config.pretrain, config.seed)
+    _, held = choose_volumes(
+        pl.read_parquet(volumes / "index.parquet"), config.pretrain, config.seed
+    )
     planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
     options = config.pretrain
     rng = np.random.default_rng([config.seed, EVALUATION])
@@ -41,20 +43,27 @@ def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) 
 
 
 @torch.no_grad()
-def similarity_maps(net: VocoNet, planes: np.ndarray, boxes: np.ndarray, device: torch.device) -> np.ndarray:
-    """Similarity of each box's crop to crops at `WINDOWS` x `WINDOWS` places of the same volume: (R, WINDOWS, WINDOWS)."""
+def similarity_maps(
+    net: VocoNet, planes: np.ndarray, boxes: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Similarity of each box's crop to crops at `WINDOWS` x `WINDOWS` places of the same volume:
+    (R, WINDOWS, WINDOWS).
+    """
     side, size = boxes[0, 2] - boxes[0, 0], planes.shape[-1]
     starts = np.linspace(0, size - side, WINDOWS).round().astype(int)
     corners = np.stack(np.meshgrid(starts, starts, indexing="ij"), -1).reshape(-1, 2)
     windows = np.concatenate([boxes, np.concatenate([corners, corners + side], 1)])
     crops = torch.from_numpy(cut(planes, windows)).to(device)
-    embeddings = torch.cat([net.eval()(part[None]) for part in crops.split(16)], 2)[0]  # (G, R + windows, E)
+    # (G, R + windows, E)
+    embeddings = torch.cat([net.eval()(part[None]) for part in crops.split(16)], 2)[0]
     found = similarity(embeddings[:, : len(boxes)], embeddings[:, len(boxes) :]).mean(0)
     return found.cpu().numpy().reshape(-1, WINDOWS, WINDOWS)
 
 
 def draw_crops(planes: np.ndarray, boxes: np.ndarray, base: np.ndarray, path: Path) -> None:
-    """The middle slice with its grid and random boxes; each base crop says how much of each random one lies in it."""
+    """The middle slice with its grid and random boxes; each base crop says how much of each random
+    one lies in it.
+    """
     figure, axis = _figure(1, 1, 4.5)
     axis = axis[0][0]
     _show(axis, planes, "base crops, random crops and their labels")
@@ -64,24 +73,44 @@ def draw_crops(planes: np.ndarray, boxes: np.ndarray, base: np.ndarray, path: Pa
         for r in range(len(boxes)):
             if labels[r, k]:
                 y = y0 + (r + 1) * (y1 - y0) * 0.18
-                axis.text(x0 + 2, y, f"{labels[r, k]:.2f}", color=COLOURS[r % len(COLOURS)], fontsize=9, weight="bold")
+                axis.text(
+                    x0 + 2,
+                    y,
+                    f"{labels[r, k]:.2f}",
+                    color=COLOURS[r % len(COLOURS)],
+                    fontsize=9,
+                    weight="bold",
+                )
     for r, box in enumerate(boxes):
         axis.add_patch(_rectangle(*box, COLOURS[r % len(COLOURS)], 2.0))
     _save(figure, path)
 
 
-def draw_similarity(planes: np.ndarray, boxes: np.ndarray, maps: Sequence[np.ndarray], path: Path) -> None:
-    """One row a random crop: where it lies, and its similarity to crops all over the plane before and after training."""
+def draw_similarity(
+    planes: np.ndarray, boxes: np.ndarray, maps: Sequence[np.ndarray], path: Path
+) -> None:
+    """One row a random crop: where it lies, and its similarity to crops all over the plane before
+    and after training.
+    """
     figure, axes = _figure(len(boxes), 1 + len(maps), 2.6)
     side, size = boxes[0, 2] - boxes[0, 0], planes.shape[-1]
-    edge = (side - (size - side) / (WINDOWS - 1)) / 2  # of a map whose pixels have their centres where the windows have theirs
+    # of a map whose pixels have their centres where the windows have theirs
+    edge = (side - (size - side) / (WINDOWS - 1)) / 2
     extent = (edge, size - edge, size - edge, edge)
     for r, box in enumerate(boxes):
         _show(axes[r][0], planes, "crop")
         axes[r][0].add_patch(_rectangle(*box, COLOURS[r % len(COLOURS)], 2.0))
         for column, (title, found) in enumerate(zip(("before", "after"), maps, strict=True), 1):
             _show(axes[r][column], planes, f"similarity {title}")
-            axes[r][column].imshow(found[r], extent=extent, vmin=0, vmax=1, cmap="inferno", alpha=0.75, interpolation="bilinear")
+            axes[r][column].imshow(
+                found[r],
+                extent=extent,
+                vmin=0,
+                vmax=1,
+                cmap="inferno",
+                alpha=0.75,
+                interpolation="bilinear",
+            )
             axes[r][column].set(xlim=(0, size), ylim=(size, 0))
     _save(figure, path)
 
@@ -94,7 +123,13 @@ def _figure(rows: int, columns: int, size: float) -> tuple[Any, Any]:
 
 
 def _show(axis: Any, planes: np.ndarray, title: str) -> None:
-    axis.imshow(planes[len(planes) // 2], cmap="gray", vmin=0, vmax=255, extent=(0, planes.shape[2], planes.shape[1], 0))
+    axis.imshow(
+        planes[len(planes) // 2],
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+        extent=(0, planes.shape[2], planes.shape[1], 0),
+    )
     axis.set_title(title, fontsize=9)
     axis.axis("off")
 

@@ -24,26 +24,34 @@ class VocoNet(nn.Module):
         self.projector = nn.Sequential(*layers)
 
     def forward(self, crops: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 (B, P, S, h, w) -> float32 (B, G, P, E): G = 1 embedding of the clip, or G = S of its slices.
+        """uint8 (B, P, S, h, w) -> float32 (B, G, P, E): G = 1 embedding of the clip, or G = S of
+        its slices.
 
         `keep` (B, G, P, F), if given, multiplies the features: the dropout mask.
         """
         B, P, S, h, w = crops.shape
-        images = normalise(crops).reshape(B * P * S, 1, h, w).contiguous(memory_format=torch.channels_last)
+        images = (
+            normalise(crops)
+            .reshape(B * P * S, 1, h, w)
+            .contiguous(memory_format=torch.channels_last)
+        )
         features = self.backbone(images).flatten(1).view(B, P, S, self.features)  # (B, P, S, F)
         features = features.mean(2, keepdim=True) if self.pool == "clip" else features
         features = features.transpose(1, 2)  # (B, G, P, F)
         features = features * keep if keep is not None else features
         return (
-            self.projector(features.reshape(-1, self.features)).float().view(*features.shape[:3], -1)
+            self.projector(features.reshape(-1, self.features))
+            .float()
+            .view(*features.shape[:3], -1)
         )  # rows are crops: BN is per feature
 
 
 def make_teacher(student: VocoNet) -> VocoNet:
     """A copy that no gradient reaches.
 
-    Its batch norms normalise by the batch as the student's do (averaged statistics lag behind weights that move fast, which
-    slows learning several times), but never move their own running statistics: those are averages of the student's.
+    Its batch norms normalise by the batch as the student's do (averaged statistics lag behind
+    weights that move fast, which slows learning several times), but never move their own running
+    statistics: those are averages of the student's.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for layer in teacher.modules():
@@ -52,9 +60,15 @@ def make_teacher(student: VocoNet) -> VocoNet:
     return teacher.train()
 
 
-def dropout_mask(shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device) -> torch.Tensor:
-    """Inverted dropout as a pure function of `seed` and `step`, for the whole batch over all ranks."""
-    generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+def dropout_mask(
+    shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device
+) -> torch.Tensor:
+    """Inverted dropout as a pure function of `seed` and `step`, for the whole batch over all
+    ranks.
+    """
+    generator = torch.Generator(device).manual_seed(
+        int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    )
     return torch.rand(shape, generator=generator, device=device).ge_(rate).div_(1 - rate)
 
 
@@ -71,11 +85,17 @@ class Embeddings:
         return cls(embeddings[:, :, :random_crops], embeddings[:, :, random_crops:])
 
 
-def voco_terms(student: Embeddings, teacher: Embeddings, overlap: torch.Tensor, next_student: torch.Tensor,
-               next_teacher: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
+def voco_terms(
+    student: Embeddings,
+    teacher: Embeddings,
+    overlap: torch.Tensor,
+    next_student: torch.Tensor,
+    next_teacher: torch.Tensor,
+) -> dict[str, torch.Tensor]:
     """The terms intra, inter and reg (scalars) and the intra-volume similarity (B, G, R, K).
 
-    overlap (B, R, K); next_*: base embeddings of the volume after each one, (B, G, K, E), modulo the whole batch.
+    overlap (B, R, K); next_*: base embeddings of the volume after each one, (B, G, K, E), modulo
+    the whole batch.
     """
     own = similarity(student.random, teacher.base)
     with torch.no_grad():
@@ -89,13 +109,17 @@ def voco_terms(student: Embeddings, teacher: Embeddings, overlap: torch.Tensor, 
 
 
 def spread_of(embeddings: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of unit embeddings over crops, times sqrt(E): about 1 where they fill the sphere, 0 where they collapse."""
+    """Standard deviation of unit embeddings over crops, times sqrt(E): about 1 where they fill the
+    sphere, 0 where they collapse.
+    """
     unit = nn.functional.normalize(embeddings.detach().flatten(0, -2), dim=-1)
     return unit.std(0, correction=0).mean() * unit.shape[-1] ** 0.5
 
 
 def correlation(similarity: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
-    """Pearson correlation of similarity (B, G, R, K) and label (B, R, K), 0 where one of them is constant."""
+    """Pearson correlation of similarity (B, G, R, K) and label (B, R, K), 0 where one of them is
+    constant.
+    """
     s, y = similarity.float().flatten(), overlap[:, None].expand_as(similarity).flatten()
     s, y = s - s.mean(), y - y.mean()
     return (s * y).sum() / (s.norm() * y.norm()).clamp_min(1e-12)

@@ -1,4 +1,6 @@
-"""The 2D-VoCo training loop: every step is a pure function of (state, step), so that a resumed run repeats an unbroken one."""
+"""The 2D-VoCo training loop: every step is a pure function of (state, step), so that a resumed run
+repeats an unbroken one.
+"""
 
 import contextlib
 import shutil
@@ -25,14 +27,6 @@ from .step import Run, position_accuracy, start, train_step
 EARLIER = "earlier"  # folder of checkpoints that a run with other settings left
 
 
-
-
-
-
-
-
-
-
 def resume(run: Run, folder: Path) -> None:
     """Go on from the newest whole checkpoint of this run; another run's is named and not used."""
     state = newest_checkpoint(folder / "last.ckpt", run.config.pretrain.keep)
@@ -40,8 +34,15 @@ def resume(run: Run, folder: Path) -> None:
         return
     changed = [name for name, value in run.identity.items() if state["identity"].get(name) != value]
     if changed or state["step"] > run.config.pretrain.steps:
-        why = f"of another run ({changed[0]} differs)" if changed else f"at step {state['step']}, past pretrain.steps"
-        log(f"last.ckpt is {why}: training starts afresh, and the checkpoints are kept in {folder / EARLIER}")
+        why = (
+            f"of another run ({changed[0]} differs)"
+            if changed
+            else f"at step {state['step']}, past pretrain.steps"
+        )
+        log(
+            f"last.ckpt is {why}: training starts afresh, and the checkpoints are kept in"
+            f" {folder / EARLIER}"
+        )
         return
     run.restore(state)
     if not usable_best(run, folder):
@@ -50,7 +51,9 @@ def resume(run: Run, folder: Path) -> None:
 
 
 def _set_aside(folder: Path, keep: bool) -> None:
-    """Move the checkpoints of another run out of the way: a stop before the first one of this run must not bring them back."""
+    """Move the checkpoints of another run out of the way: a stop before the first one of this run
+    must not bring them back.
+    """
     found = list(folder.glob("*.ckpt"))
     if found and keep:
         shutil.rmtree(folder / EARLIER, ignore_errors=True)
@@ -60,21 +63,21 @@ def _set_aside(folder: Path, keep: bool) -> None:
 
 
 def usable_best(run: Run, folder: Path) -> dict[str, Any] | None:
-    """The best checkpoint of this very run, None where there is none, a damaged one or another run's."""
+    """The best checkpoint of this very run, None where there is none, a damaged one or another
+    run's.
+    """
     state = load_checkpoint(folder / "best.ckpt")
     return state if state and state["identity"] == run.identity else None
 
 
+def pretrain(
+    config: Config, volumes: Path, folder: Path, world: World, fresh: bool = False
+) -> dict[str, Any]:
+    """Train to `config.pretrain.steps` and leave backbone.safetensors, last.ckpt, best.ckpt and
+    log.jsonl in `folder`.
 
-
-
-
-
-
-def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: bool = False) -> dict[str, Any]:
-    """Train to `config.pretrain.steps` and leave backbone.safetensors, last.ckpt, best.ckpt and log.jsonl in `folder`.
-
-    A stopped run goes on from its last checkpoint unless `fresh`. Returns the counts for the manifest.
+    A stopped run goes on from its last checkpoint unless `fresh`. Returns the counts for the
+    manifest.
 
     Raises:
         InputError: too few volumes, a batch that the ranks cannot share, weights that do not fit.
@@ -82,7 +85,9 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
     """
     options = config.pretrain
     world.check_divides(options.batch, "pretrain.batch")
-    training, held = choose_volumes(pl.read_parquet(volumes / "index.parquet"), options, config.seed)
+    training, held = choose_volumes(
+        pl.read_parquet(volumes / "index.parquet"), options, config.seed
+    )
     run = start(config, world, volumes)
     if not fresh:
         resume(run, folder)
@@ -100,29 +105,52 @@ def pretrain(config: Config, volumes: Path, folder: Path, world: World, fresh: b
             batch = next(stream)
             waited = time.perf_counter() - began
             record, stopping = train_step(run, batch, stop.signum > 0)
-            stopping = stopping or (world.size == 1 and stop.signum > 0)  # several ranks agree one step later
+            # several ranks agree one step later
+            stopping = stopping or (world.size == 1 and stop.signum > 0)
             seconds = time.perf_counter() - began
-            record |= {"samples_per_s": round(options.batch / seconds, 3), "waiting": round(waited / seconds, 4)}
+            record |= {
+                "samples_per_s": round(options.batch / seconds, 3),
+                "waiting": round(waited / seconds, 4),
+            }
             _finish_step(run, record, samples, evaluation, folder, write, stopping)
             if stopping:
-                world.barrier()  # torchrun ends the others as soon as one has ended: not while the checkpoint is being written
+                # torchrun ends the others as soon as one has ended: not while the checkpoint is
+                # being written
+                world.barrier()
                 if world.main:
-                    log(f"stopped at step {run.step}, checkpoint written: run the same command again to go on")
+                    log(
+                        f"stopped at step {run.step}, checkpoint written: run the same command"
+                        " again to go on"
+                    )
                 stop.leave()
     if world.main:
         run.restore(usable_best(run, folder) or run.state())
         export(run, samples, folder / "backbone.safetensors")
-    return {"volumes": len(training), "held_out": len(held), "steps": options.steps, "position_accuracy": round(run.best, 4)}
+    return {
+        "volumes": len(training),
+        "held_out": len(held),
+        "steps": options.steps,
+        "position_accuracy": round(run.best, 4),
+    }
 
 
-def _finish_step(run: Run, record: dict[str, Any], samples: VocoSamples, evaluation: VocoSamples, folder: Path,
-                 write: Callable[[dict[str, Any]], None], stopping: bool) -> None:  # fmt: skip
+def _finish_step(
+    run: Run,
+    record: dict[str, Any],
+    samples: VocoSamples,
+    evaluation: VocoSamples,
+    folder: Path,
+    write: Callable[[dict[str, Any]], None],
+    stopping: bool,
+) -> None:
     options, last = run.config.pretrain, run.step == run.config.pretrain.steps
     _watch_collapse(run, record["std"], last)
     if not run.world.main:
         return
     if run.step % options.eval_every == 0 or last:
-        record["position_accuracy"] = round(position_accuracy(run.teacher, evaluation, run.world.device, options.amp), 4)
+        record["position_accuracy"] = round(
+            position_accuracy(run.teacher, evaluation, run.world.device, options.amp), 4
+        )
         if record["position_accuracy"] > run.best and not run.flat:
             run.best = record["position_accuracy"]
             save_checkpoint(folder / "best.ckpt", run.state())
@@ -137,42 +165,61 @@ def _watch_collapse(run: Run, std: float, last: bool) -> None:
     options = run.config.pretrain
     run.flat = run.flat + 1 if std < options.collapse_std else 0
     if run.flat == 1:
-        log(f"warning: embeddings have collapsed at step {run.step} (standard deviation {std:.3g}); no checkpoint is written meanwhile")
+        log(
+            f"warning: embeddings have collapsed at step {run.step} (standard deviation {std:.3g});"
+            " no checkpoint is written meanwhile"
+        )
     if run.flat >= (1 if last else options.collapse_patience):
-        raise optimise.Collapse(f"embeddings collapsed for {run.flat} steps until step {run.step} (standard deviation {std:.3g}); "
-                       "the last good checkpoint is kept; lower pretrain.lr or raise pretrain.regularisation")  # fmt: skip
+        raise optimise.Collapse(
+            f"embeddings collapsed for {run.flat} steps until step {run.step} (standard deviation"
+            f" {std:.3g}); the last good checkpoint is kept; lower pretrain.lr or raise"
+            " pretrain.regularisation"
+        )
 
 
 @torch.no_grad()
 def export(run: Run, samples: VocoSamples, path: Path) -> None:
-    """Write the teacher's backbone, its batch-norm statistics taken anew from whole slices: a crop's border is most of a small map.
+    """Write the teacher's backbone, its batch-norm statistics taken anew from whole slices: a
+    crop's border is most of a small map.
 
-    A plain copy is written: the run's own layers may wait for other ranks, and its statistics stay as they are.
+    A plain copy is written: the run's own layers may wait for other ranks, and its statistics stay
+    as they are.
     """
     config, device = run.config, run.world.device
     seed_everything(config.seed)
     backbone = create_backbone(config.model.backbone).to(device, memory_format=torch.channels_last)
     backbone.load_state_dict(run.teacher.backbone.state_dict())
-    slices = (normalise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle))
+    slices = (
+        normalise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle)
+    )
     if config.pretrain.settle:
         with optimise.autocast(device, config.pretrain.amp):
             torch.optim.swa_utils.update_bn(slices, backbone)
-    metadata = {"kind": "voco2d", "backbone": config.model.backbone, "step": str(run.step), "position_accuracy": f"{run.best:.4f}",
-                "statistics": "whole slices" if config.pretrain.settle else "crops"}  # fmt: skip
+    metadata = {
+        "kind": "voco2d",
+        "backbone": config.model.backbone,
+        "step": str(run.step),
+        "position_accuracy": f"{run.best:.4f}",
+        "statistics": "whole slices" if config.pretrain.settle else "crops",
+    }
     save_backbone(backbone, path, metadata)
 
 
 @contextlib.contextmanager
 def _logs(folder: Path, run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """One writer for log.jsonl and TensorBoard; both keep what came before the step that this sitting starts from."""
+    """One writer for log.jsonl and TensorBoard; both keep what came before the step that this
+    sitting starts from.
+    """
     if not run.world.main:
         yield lambda record: None
         return
     from torch.utils.tensorboard import SummaryWriter
 
     start = run.step
-    with json_log(folder / "log.jsonl", lambda record: record["step"] <= start) as write, \
-            SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) as board:  # fmt: skip
+    with (
+        json_log(folder / "log.jsonl", lambda record: record["step"] <= start) as write,
+        SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) as board,
+    ):
 
         def both(record: dict[str, Any]) -> None:
             write(record)

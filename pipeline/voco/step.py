@@ -17,10 +17,29 @@ from ..system.errors import InputError
 from ..system.machine import seed_everything
 from .data import Batch, VocoSamples, evaluation_batches
 from .losses import similarity
-from .model import Embeddings, VocoNet, correlation, dropout_mask, make_teacher, spread_of, voco_terms
+from .model import (
+    Embeddings,
+    VocoNet,
+    correlation,
+    dropout_mask,
+    make_teacher,
+    spread_of,
+    voco_terms,
+)
 
-FREE = {"steps", "eval_every", "checkpoint_every", "keep", "log_every", "collapse_std", "collapse_patience", "settle", "workers", "compile",
-        "activation_checkpointing"}  # keys that may change between two sittings of one run  # fmt: skip
+FREE = {
+    "steps",
+    "eval_every",
+    "checkpoint_every",
+    "keep",
+    "log_every",
+    "collapse_std",
+    "collapse_patience",
+    "settle",
+    "workers",
+    "compile",
+    "activation_checkpointing",
+}  # keys that may change between two sittings of one run
 
 
 STATS = ("loss", "intra", "inter", "reg", "std", "correlation")
@@ -45,10 +64,19 @@ class Run:
     flat: int = 0  # steps for which the embeddings have been collapsed
 
     def state(self) -> dict[str, Any]:
-        """Everything that a checkpoint holds; random numbers and data order follow from `step` and the seed."""
-        return {"identity": self.identity, "step": self.step, "best": self.best, "flat": self.flat,
-                "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
-                "optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}  # fmt: skip
+        """Everything that a checkpoint holds; random numbers and data order follow from `step` and
+        the seed.
+        """
+        return {
+            "identity": self.identity,
+            "step": self.step,
+            "best": self.best,
+            "flat": self.flat,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint."""
@@ -61,9 +89,18 @@ class Run:
 def identity(config: Config, volumes: Path | None) -> dict[str, Any]:
     """What two sittings must share to be one run: settings and volumes."""
     section = {name: value for name, value in resolved(config.pretrain).items() if name not in FREE}
-    weights = digest(Path(config.model.weights)) if config.model.weights and config.pretrain.init == "imagenet" else None
-    return {"seed": config.seed, **resolved(config.model), "start": weights, **section,
-            "volumes": volumes and digest(volumes / "index.parquet")}  # fmt: skip
+    weights = (
+        digest(Path(config.model.weights))
+        if config.model.weights and config.pretrain.init == "imagenet"
+        else None
+    )
+    return {
+        "seed": config.seed,
+        **resolved(config.model),
+        "start": weights,
+        **section,
+        "volumes": volumes and digest(volumes / "index.parquet"),
+    }
 
 
 def start(config: Config, world: World, volumes: Path | None = None) -> Run:
@@ -82,14 +119,25 @@ def start(config: Config, world: World, volumes: Path | None = None) -> Run:
         student.backbone.compile()
         teacher.backbone.compile()
     optimiser = optimise.adamw(student, options.lr, options.weight_decay, options.amsgrad)
-    return Run(config, identity(config, volumes), world, student, teacher, optimiser, optimise.grad_scaler(world.device, options.amp))
+    return Run(
+        config,
+        identity(config, volumes),
+        world,
+        student,
+        teacher,
+        optimiser,
+        optimise.grad_scaler(world.device, options.amp),
+    )
 
 
 def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
     try:
         backbone.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as fault:
-        what, remedy = f"{name} cannot recompute its activations", "set it to false or choose another model.backbone"
+        what, remedy = (
+            f"{name} cannot recompute its activations",
+            "set it to false or choose another model.backbone",
+        )
         raise InputError(what, "pretrain.activation_checkpointing=true", remedy) from fault
 
 
@@ -102,23 +150,40 @@ def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     keep = None
     if options.dropout:
         groups = 1 if options.pool == "clip" else S
-        keep = dropout_mask((options.batch, groups, P, run.student.features), options.dropout, run.config.seed, run.step, world.device)
+        keep = dropout_mask(
+            (options.batch, groups, P, run.student.features),
+            options.dropout,
+            run.config.seed,
+            run.step,
+            world.device,
+        )
         keep = keep[world.rank * B : (world.rank + 1) * B]
     with optimise.autocast(world.device, options.amp):
         student = Embeddings.split(run.student(crops, keep), options.random_crops)
         with torch.no_grad():
             teacher = Embeddings.split(run.teacher(crops), options.random_crops)
-    following = torch.arange(world.rank * B + 1, (world.rank + 1) * B + 1, device=world.device) % options.batch
+    following = (
+        torch.arange(world.rank * B + 1, (world.rank + 1) * B + 1, device=world.device)
+        % options.batch
+    )
     everyone = world.gather(student.base)
-    terms = voco_terms(student, teacher, overlap, everyone[following], world.gather(teacher.base)[following])
-    loss = options.intra * terms["intra"] + options.inter * terms["inter"] + options.regularisation * terms["reg"]
+    terms = voco_terms(
+        student, teacher, overlap, everyone[following], world.gather(teacher.base)[following]
+    )
+    loss = (
+        options.intra * terms["intra"]
+        + options.inter * terms["inter"]
+        + options.regularisation * terms["reg"]
+    )
     correlated = correlation(world.gather(terms["similarity"]), world.gather(overlap))
     stats = [loss, terms["intra"], terms["inter"], terms["reg"], spread_of(everyone), correlated]
     return loss, torch.stack([value.detach() for value in stats])
 
 
 def train_step(run: Run, batch: Batch, stopping: bool = False) -> tuple[dict[str, float], bool]:
-    """One optimiser step and one teacher update; returns the stats over all ranks, and whether any rank wants to stop."""
+    """One optimiser step and one teacher update; returns the stats over all ranks, and whether any
+    rank wants to stop.
+    """
     options = run.config.pretrain
     seed_everything(run.config.seed, run.step, run.world.rank)
     rate = options.lr * optimise.warmup_cosine(run.step, options.warmup, options.steps)
@@ -126,18 +191,28 @@ def train_step(run: Run, batch: Batch, stopping: bool = False) -> tuple[dict[str
         group["lr"] = rate
     run.optimiser.zero_grad(set_to_none=True)
     loss, stats = forward(run, batch)
-    with optimise.fixed_statistics(run.student) if options.activation_checkpointing else contextlib.nullcontext():
+    with (
+        optimise.fixed_statistics(run.student)
+        if options.activation_checkpointing
+        else contextlib.nullcontext()
+    ):
         run.scaler.scale(loss).backward()
     run.world.average_gradients(run.student.parameters())
     run.scaler.unscale_(run.optimiser)
     norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), options.clip)
     shared = run.world.mean(torch.cat([stats, stats.new_tensor([float(stopping)])])).tolist()
     values = dict(zip(STATS, shared, strict=False))
-    optimise.check_finite(run.step + 1, values if run.scaler.is_enabled() else {**values, "gradient": float(norm)}, batch["ids"])
+    optimise.check_finite(
+        run.step + 1,
+        values if run.scaler.is_enabled() else {**values, "gradient": float(norm)},
+        batch["ids"],
+    )
     run.scaler.step(run.optimiser)
     run.scaler.update()
     optimise.check_scale(run.scaler, run.step + 1, batch["ids"])
-    momentum = optimise.momentum_at(run.step, options.steps, options.ema_momentum, options.ema_final)
+    momentum = optimise.momentum_at(
+        run.step, options.steps, options.ema_momentum, options.ema_final
+    )
     optimise.ema_update(run.teacher, run.student, momentum)
     run.step += 1
     return {"step": run.step, **values, "lr": rate, "momentum": momentum}, shared[-1] > 0
@@ -145,7 +220,9 @@ def train_step(run: Run, batch: Batch, stopping: bool = False) -> tuple[dict[str
 
 @torch.no_grad()
 def position_accuracy(net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool) -> float:
-    """Share of held-out random crops whose most similar base crop overlaps them within 0.1 of the largest overlap."""
+    """Share of held-out random crops whose most similar base crop overlaps them within 0.1 of the
+    largest overlap.
+    """
     right = []
     net.eval()
     for batch in evaluation_batches(samples, EVALUATION_CROPS):

@@ -1,6 +1,8 @@
-"""Ordered slices to one D x H x W volume: body box, area resampling in millimetres, aspect kept by letterbox.
+"""Ordered slices to one D x H x W volume: body box, area resampling in millimetres, aspect kept by
+letterbox.
 
-Arrays in, arrays out. Slices stream through once: memory is one D x rows x cols accumulator, whatever their number.
+Arrays in, arrays out. Slices stream through once: memory is one D x rows x cols accumulator,
+whatever their number.
 """
 
 from collections import Counter
@@ -14,7 +16,8 @@ from ..run.config import VolumeConfig
 
 AIR_LEVEL = 16  # grey level of -125 HU: under it lies air, above it fat and everything denser
 COARSE_MM = 2.5  # pixel of the masks that the body box is found on
-SOLID = 0.9  # share of a coarse pixel that must be filled: keeps the slit of air between arm and trunk open
+# share of a coarse pixel that must be filled: keeps the slit of air between arm and trunk open
+SOLID = 0.9
 OPENING_MM = 25.0  # table tops and the skin bridge between arm and body are thinner than this
 MIN_PRESENCE = 0.15  # share of the slices in which a pixel of the box must be body
 
@@ -23,8 +26,9 @@ MIN_PRESENCE = 0.15  # share of the slices in which a pixel of the box must be b
 class Volume:
     """A resampled series.
 
-    `array` is (D, H, W) uint8, superior first; `box` is (y0, y1, x0, x1) in pixels of the common slice size; `spacing_mm` is
-    (z, y, x) of the array; `plane_sources` gives for each of the D planes the position of its nearest slice in the input.
+    `array` is (D, H, W) uint8, superior first; `box` is (y0, y1, x0, x1) in pixels of the common
+    slice size; `spacing_mm` is (z, y, x) of the array; `plane_sources` gives for each of the D
+    planes the position of its nearest slice in the input.
     """
 
     array: np.ndarray
@@ -51,7 +55,9 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     shrinks = height <= image.shape[0] and width <= image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(
+        image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
 
 
 def _paste(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -62,28 +68,43 @@ def _paste(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def plane_weights(z_mm: np.ndarray, depth: int) -> np.ndarray:
-    """Area weights (N, depth) that resample N ordered slices to `depth` planes, uniform in millimetres; columns sum to 1.
+    """Area weights (N, depth) that resample N ordered slices to `depth` planes, uniform in
+    millimetres; columns sum to 1.
 
-    Each slice owns the interval between the midpoints to its neighbours. Where positions are missing or do not run
-    one way, the slices are taken as equidistant.
+    Each slice owns the interval between the midpoints to its neighbours. Where positions are
+    missing or do not run one way, the slices are taken as equidistant.
     """
     count = len(z_mm)
     steps = np.abs(np.diff(z_mm))
-    one_way = count > 1 and np.isfinite(z_mm).all() and (np.all(np.diff(z_mm) <= 0) or np.all(np.diff(z_mm) >= 0)) and steps.sum() > 0
+    one_way = (
+        count > 1
+        and np.isfinite(z_mm).all()
+        and (np.all(np.diff(z_mm) <= 0) or np.all(np.diff(z_mm) >= 0))
+        and steps.sum() > 0
+    )
     place = np.concatenate([[0.0], np.cumsum(steps)]) if one_way else np.arange(count, dtype=float)
     middle = (place[1:] + place[:-1]) / 2
     first, last = (place[1] - place[0], place[-1] - place[-2]) if count > 1 else (1.0, 1.0)
-    edges = np.concatenate([[place[0] - max(first, 1e-3) / 2], middle, [place[-1] + max(last, 1e-3) / 2]])
+    edges = np.concatenate(
+        [[place[0] - max(first, 1e-3) / 2], middle, [place[-1] + max(last, 1e-3) / 2]]
+    )
     planes = np.linspace(edges[0], edges[-1], depth + 1)
-    overlap = np.minimum(edges[1:, None], planes[None, 1:]) - np.maximum(edges[:-1, None], planes[None, :-1])
+    overlap = np.minimum(edges[1:, None], planes[None, 1:]) - np.maximum(
+        edges[:-1, None], planes[None, :-1]
+    )
     overlap = np.clip(overlap, 0, None)
     return overlap / overlap.sum(0)
 
 
 def body_mask(image: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """Coarse mask (pixels of about `COARSE_MM`) of the trunk in one slice (rows, cols) uint8: filled, opened, largest component."""
+    """Coarse mask (pixels of about `COARSE_MM`) of the trunk in one slice (rows, cols) uint8:
+    filled, opened, largest component.
+    """
     filled = _fill((image > AIR_LEVEL).astype(np.uint8))
-    rows, cols = (max(8, round(size * mm / COARSE_MM)) for size, mm in zip(image.shape, spacing_mm, strict=True))
+    rows, cols = (
+        max(8, round(size * mm / COARSE_MM))
+        for size, mm in zip(image.shape, spacing_mm, strict=True)
+    )
     coarse = np.pad((_resize(filled * np.float32(1), rows, cols) > SOLID).astype(np.uint8), 8)
     radius = max(1, round(OPENING_MM / COARSE_MM / 2))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
@@ -104,8 +125,11 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     return (labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])).astype(np.uint8)
 
 
-def body_outline(presence: np.ndarray, size: tuple[int, int], spacing_mm: tuple[float, float], margin_mm: float) -> np.ndarray:
-    """Mask (rows, cols) bool of `size` pixels: the body seen along z, with a margin; all True where nothing looks like a body.
+def body_outline(
+    presence: np.ndarray, size: tuple[int, int], spacing_mm: tuple[float, float], margin_mm: float
+) -> np.ndarray:
+    """Mask (rows, cols) bool of `size` pixels: the body seen along z, with a margin; all True where
+    nothing looks like a body.
 
     `presence` is the share of slices (coarse rows, cols) in which each pixel is body.
     """
@@ -124,15 +148,22 @@ def body_box(outline: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def fit_plane(box_mm: tuple[float, float], config: VolumeConfig) -> tuple[int, int]:
-    """Height and width in pixels that a box of `box_mm` (height, width) takes within the stored plane."""
+    """Height and width in pixels that a box of `box_mm` (height, width) takes within the stored
+    plane.
+    """
     if config.aspect == "stretch":
         return config.height, config.width
     scale = min(config.height / box_mm[0], config.width / box_mm[1])
     return max(1, round(box_mm[0] * scale)), max(1, round(box_mm[1] * scale))
 
 
-def build_volume(images: Iterable[np.ndarray], sizes: Sequence[tuple[int, int]], z_mm: np.ndarray,
-                 spacing_mm: tuple[float, float], config: VolumeConfig) -> Volume:  # fmt: skip
+def build_volume(
+    images: Iterable[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+    z_mm: np.ndarray,
+    spacing_mm: tuple[float, float],
+    config: VolumeConfig,
+) -> Volume:
     """Resample the usable slices of one series, given in superior-to-inferior order.
 
     Args:
@@ -160,9 +191,23 @@ def build_volume(images: Iterable[np.ndarray], sizes: Sequence[tuple[int, int]],
     planes *= outline
     y0, y1, x0, x1 = box = body_box(outline)
     inner = fit_plane(((y1 - y0) * spacing_mm[0], (x1 - x0) * spacing_mm[1]), config)
-    array = np.stack([_paste(_resize(plane[y0:y1, x0:x1], *inner), config.height, config.width) for plane in planes])
-    spacing = (_extent(z_mm) / config.depth, (y1 - y0) * spacing_mm[0] / inner[0], (x1 - x0) * spacing_mm[1] / inner[1])
-    return Volume(np.clip(np.rint(array), 0, 255).astype(np.uint8), box, spacing, tuple(int(i) for i in weights.argmax(0)))
+    array = np.stack(
+        [
+            _paste(_resize(plane[y0:y1, x0:x1], *inner), config.height, config.width)
+            for plane in planes
+        ]
+    )
+    spacing = (
+        _extent(z_mm) / config.depth,
+        (y1 - y0) * spacing_mm[0] / inner[0],
+        (x1 - x0) * spacing_mm[1] / inner[1],
+    )
+    return Volume(
+        np.clip(np.rint(array), 0, 255).astype(np.uint8),
+        box,
+        spacing,
+        tuple(int(i) for i in weights.argmax(0)),
+    )
 
 
 def _extent(z_mm: np.ndarray) -> float:

@@ -7,31 +7,41 @@ from ..run.config import TrainConfig
 
 
 def _bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and last plane (count,) of each of `count` bins, at most `depth`: plane p lies in bin p * count // depth."""
+    """First and last plane (count,) of each of `count` bins, at most `depth`: plane p lies in bin p
+    * count // depth.
+    """
     edges = -(-np.arange(count + 1) * depth // count)
     return edges[:-1], edges[1:] - 1
 
 
 def slice_positions(depth: int, count: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a random plane in it."""
+    """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a
+    random plane in it.
+    """
     first, last = _bins(depth, count)
     middle = (2 * np.arange(count) + 1) * depth // (2 * count)
     return np.clip(middle, first, last) if rng is None else rng.integers(first, last, endpoint=True)
 
 
 def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, resized by area."""
+    """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, resized
+    by area.
+    """
     _, height, width = volume.shape
     top, left = round(height * config.crop), round(width * config.crop)
     planes = volume[positions, top : height - top, left : width - left]
     size = config.image_size
     if planes.shape[1:] == (size, size):
         return np.ascontiguousarray(planes)
-    return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes])
+    return np.stack(
+        [cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes]
+    )
 
 
 def spread(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
-    """(count,) indices spread evenly over `depth` slices: at `phase` (0 to 1) of each of `count` equal parts, the middle if not told."""
+    """(count,) indices spread evenly over `depth` slices: at `phase` (0 to 1) of each of `count`
+    equal parts, the middle if not told.
+    """
     return ((np.arange(count) + phase) * depth / count).astype(int)
 
 
@@ -39,4 +49,6 @@ def resize_planes(planes: np.ndarray, size: int) -> np.ndarray:
     """(S, H, W) to (S, size, size) by area interpolation; as it is where it has that size."""
     if planes.shape[1:] == (size, size):
         return np.ascontiguousarray(planes)
-    return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes])
+    return np.stack(
+        [cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes]
+    )

@@ -1,4 +1,6 @@
-"""Stage 02's files: slices on disk to `<patient>_<series>.npy` with a sidecar each, series by series, and their index."""
+"""Stage 02's files: slices on disk to `<patient>_<series>.npy` with a sidecar each, series by
+series, and their index.
+"""
 
 import contextlib
 import json
@@ -23,8 +25,21 @@ from .build import Volume, build_volume, common_size
 
 INDEX = "index.parquet"
 PIXEL_MM = (0.05, 10.0)  # spacings outside are damage
-SLICE_COLUMNS = ("patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
-                 "flags", "png", "crc32")  # fmt: skip
+SLICE_COLUMNS = (
+    "patient_id",
+    "series_id",
+    "source",
+    "instance_number",
+    "order",
+    "z_mm",
+    "rows",
+    "cols",
+    "spacing_y_mm",
+    "spacing_x_mm",
+    "flags",
+    "png",
+    "crc32",
+)
 
 
 def usable(slices: pl.DataFrame) -> pl.DataFrame:
@@ -33,7 +48,9 @@ def usable(slices: pl.DataFrame) -> pl.DataFrame:
 
 
 def volume_of(images: Iterator[np.ndarray], slices: pl.DataFrame, config: VolumeConfig) -> Volume:
-    """`build_volume` for the usable `slices` of one series (rows of the slice index) and their images in the same order."""
+    """`build_volume` for the usable `slices` of one series (rows of the slice index) and their
+    images in the same order.
+    """
     sizes = list(zip(slices["rows"].to_list(), slices["cols"].to_list(), strict=True))
     rows, cols = common_size(sizes)
     common = slices.filter(rows=rows, cols=cols)
@@ -43,7 +60,9 @@ def volume_of(images: Iterator[np.ndarray], slices: pl.DataFrame, config: Volume
 
 
 def _typical_mm(spacings: pl.Series) -> float:
-    """Median of the plausible pixel spacings, so that no single damaged file rules the series; 1 where there is none."""
+    """Median of the plausible pixel spacings, so that no single damaged file rules the series; 1
+    where there is none.
+    """
     spacings = spacings.cast(pl.Float64)
     return spacings.filter(spacings.is_between(*PIXEL_MM)).median() or 1.0
 
@@ -52,18 +71,25 @@ def read_slice(path: Path) -> np.ndarray:
     """One grey PNG (rows, cols) uint8."""
     image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if image is None:
-        raise InputError("slice missing or damaged", str(path), "run stages/01_convert_dicom.py again")
+        raise InputError(
+            "slice missing or damaged", str(path), "run stages/01_convert_dicom.py again"
+        )
     return image
 
 
-def build_series(slices: pl.DataFrame, source: Path, target: Path, config: VolumeConfig) -> dict[str, Any] | None:
-    """Build, store and describe the volume of one series; reuse it where slices and config are the same as last time.
+def build_series(
+    slices: pl.DataFrame, source: Path, target: Path, config: VolumeConfig
+) -> dict[str, Any] | None:
+    """Build, store and describe the volume of one series; reuse it where slices and config are the
+    same as last time.
 
     Returns the row of the volume index, or None where no slice is usable.
     """
     patient, series = slices["patient_id"][0], slices["series_id"][0]
     path = target / f"{patient}_{series}.npy"
-    fingerprint = digest({"version": VOLUME_VERSION, "slices": slices.write_csv(), "config": resolved(config)})
+    fingerprint = digest(
+        {"version": VOLUME_VERSION, "slices": slices.write_csv(), "config": resolved(config)}
+    )
     sidecar = path.with_suffix(".json")
     known = _known(path, fingerprint)
     if known is not None:
@@ -71,13 +97,15 @@ def build_series(slices: pl.DataFrame, source: Path, target: Path, config: Volum
     used = usable(slices)
     if used.is_empty():
         return None
-    sidecar.unlink(missing_ok=True)  # it must not vouch for another volume if this run is killed between the two
+    # it must not vouch for another volume if this run is killed between the two
+    sidecar.unlink(missing_ok=True)
     cv2.setNumThreads(1)
     try:
         volume = volume_of((read_slice(source / png) for png in used["png"]), used, config)
     except InputError:
         with contextlib.suppress(OSError):  # of a read-only folder
-            (source / patient / series / SIDECAR).unlink()  # so that stage 01 makes this series again
+            # so that stage 01 makes this series again
+            (source / patient / series / SIDECAR).unlink()
         raise
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         np.save(handle, volume.array)
@@ -87,35 +115,56 @@ def build_series(slices: pl.DataFrame, source: Path, target: Path, config: Volum
 
 
 def _known(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The index row of a volume that is there whole, made from the same slices and config; None where it is to be built."""
+    """The index row of a volume that is there whole, made from the same slices and config; None
+    where it is to be built.
+    """
     try:
         known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         size = path.stat().st_size
     except (FileNotFoundError, ValueError):
         return None
-    same = isinstance(known, dict) and known.get("fingerprint") == fingerprint and known.get("bytes") == size
+    same = (
+        isinstance(known, dict)
+        and known.get("fingerprint") == fingerprint
+        and known.get("bytes") == size
+    )
     return known["row"] if same else None
 
 
 def _describe(volume: Volume, used: pl.DataFrame, left_out: int, path: Path) -> dict[str, Any]:
     depth, height, width = volume.array.shape
-    instances, sizes = used["instance_number"].to_list(), list(used.select("rows", "cols").iter_rows())
+    instances, sizes = (
+        used["instance_number"].to_list(),
+        list(used.select("rows", "cols").iter_rows()),
+    )
     common = common_size(sizes)
     z_mm, y_mm, x_mm = (round(mm, 4) if np.isfinite(mm) else None for mm in volume.spacing_mm)
     return {
         **{name: used[name][0] for name in ("patient_id", "series_id", "source")},
-        "path": path.name, "depth": depth, "height": height, "width": width,
-        "slices_used": len(used), "slices_left_out": left_out,
+        "path": path.name,
+        "depth": depth,
+        "height": height,
+        "width": width,
+        "slices_used": len(used),
+        "slices_left_out": left_out,
         "slices_resized": sum(size != common for size in sizes),
         **dict(zip(("box_y0", "box_y1", "box_x0", "box_x1"), volume.box, strict=True)),
-        "spacing_z_mm": z_mm, "spacing_y_mm": y_mm, "spacing_x_mm": x_mm,
+        "spacing_z_mm": z_mm,
+        "spacing_y_mm": y_mm,
+        "spacing_x_mm": x_mm,
         "plane_instances": [instances[i] for i in volume.plane_sources],
         "digest": digest(path),
-    }  # fmt: skip
+    }
 
 
-def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, scheduler: str | None = None,
-              force: bool = False) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+def build_all(
+    source: Path,
+    target: Path,
+    config: VolumeConfig,
+    jobs: int,
+    scheduler: str | None = None,
+    force: bool = False,
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Build every series of `source`'s slice index into `target`, here or on a Dask cluster.
 
     Returns the manifest's counts and the digest of every volume by file name.
@@ -123,7 +172,8 @@ def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, sched
     slices = pl.read_parquet(source / INDEX, columns=list(SLICE_COLUMNS))
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target)
-    for sidecar in target.glob("*.json") if force else ():  # now, lest a stopped run goes on with old ones
+    # now, lest a stopped run goes on with old ones
+    for sidecar in target.glob("*.json") if force else ():
         sidecar.unlink()
     groups = slices.partition_by("patient_id", "series_id", maintain_order=True)
     work = partial(build_series, source=source, target=target, config=config)
@@ -132,14 +182,22 @@ def build_all(source: Path, target: Path, config: VolumeConfig, jobs: int, sched
         rows[k] = None if isinstance(row, Failure) else row
         if rows[k] is None:
             reason = row.reason if isinstance(row, Failure) else "no usable slice"
-            log(f"warning: no volume of series {groups[k]['patient_id'][0]}/{groups[k]['series_id'][0]}: {reason}")
+            log(
+                "warning: no volume of series"
+                f" {groups[k]['patient_id'][0]}/{groups[k]['series_id'][0]}: {reason}"
+            )
     remove_temporaries(target)  # of workers that were killed
     table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
     with atomic_path(target / INDEX) as temporary:
         table.write_parquet(temporary)
     _remove_orphans(target, set(table["path"]))
-    counts = {"series": len(groups), "volumes": len(table), "slices_used": int(table["slices_used"].sum()),
-            "slices_left_out": int(table["slices_left_out"].sum()), "bytes": sum(_size(row) for row in rows if row)}  # fmt: skip
+    counts = {
+        "series": len(groups),
+        "volumes": len(table),
+        "slices_used": int(table["slices_used"].sum()),
+        "slices_left_out": int(table["slices_left_out"].sum()),
+        "bytes": sum(_size(row) for row in rows if row),
+    }
     return counts, dict(table.select("path", "digest").iter_rows())
 
 
@@ -155,10 +213,23 @@ def _remove_orphans(target: Path, kept: set[str]) -> None:
 
 
 INDEX_SCHEMA = {
-    "patient_id": pl.String, "series_id": pl.String, "source": pl.String, "path": pl.String,
-    "depth": pl.Int32, "height": pl.Int32, "width": pl.Int32,
-    "slices_used": pl.Int32, "slices_left_out": pl.Int32, "slices_resized": pl.Int32,
-    "box_y0": pl.Int32, "box_y1": pl.Int32, "box_x0": pl.Int32, "box_x1": pl.Int32,
-    "spacing_z_mm": pl.Float64, "spacing_y_mm": pl.Float64, "spacing_x_mm": pl.Float64,
-    "plane_instances": pl.List(pl.Int64), "digest": pl.String,
-}  # fmt: skip
+    "patient_id": pl.String,
+    "series_id": pl.String,
+    "source": pl.String,
+    "path": pl.String,
+    "depth": pl.Int32,
+    "height": pl.Int32,
+    "width": pl.Int32,
+    "slices_used": pl.Int32,
+    "slices_left_out": pl.Int32,
+    "slices_resized": pl.Int32,
+    "box_y0": pl.Int32,
+    "box_y1": pl.Int32,
+    "box_x0": pl.Int32,
+    "box_x1": pl.Int32,
+    "spacing_z_mm": pl.Float64,
+    "spacing_y_mm": pl.Float64,
+    "spacing_x_mm": pl.Float64,
+    "plane_instances": pl.List(pl.Int64),
+    "digest": pl.String,
+}

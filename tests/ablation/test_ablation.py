@@ -1,4 +1,6 @@
-"""Stage 09: statistics against naive loops, nested label subsets, cells that resume, probes, and the stage as a user calls it."""
+"""Stage 09: statistics against naive loops, nested label subsets, cells that resume, probes, and
+the stage as a user calls it.
+"""
 
 import json
 import shutil
@@ -12,7 +14,17 @@ from helpers_scores import label_frame, naive_score, one_hot, predicted
 from helpers_stages import run_stage
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
-from pipeline.ablation.statistics import FIGURES, Draws, cell_draws, compare, long_rows, markdown, over_seeds, sentence, verdict
+from pipeline.ablation.statistics import (
+    FIGURES,
+    Draws,
+    cell_draws,
+    compare,
+    long_rows,
+    markdown,
+    over_seeds,
+    sentence,
+    verdict,
+)
 from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
 from pipeline.evaluation.metrics import resamples
 from pipeline.folds import label_subset
@@ -55,30 +67,43 @@ def test_figures_of_resampled_patients_are_those_of_a_table_with_these_patients(
 
 def test_precision_is_zero_where_nothing_is_called_positive():
     labels = one_hot(40)
-    values = np.concatenate([np.r_[0.9, np.full(len(target.classes) - 1, 0.1 / (len(target.classes) - 1))] for target in TARGETS])
+    values = np.concatenate(
+        [
+            np.r_[0.9, np.full(len(target.classes) - 1, 0.1 / (len(target.classes) - 1))]
+            for target in TARGETS
+        ]
+    )
     found = cell_draws(labels, np.repeat(values[None], 40, 0), 0, 0)
     assert found.precision.tolist() == [[0.0] * 5]
     assert found.recall.tolist() == [[0.0] * 5]
 
 
 def test_seeds_give_the_mean_the_spread_of_students_t():
-    """Without any noise of patients the interval is the textbook's: mean plus or minus t times the standard error."""
+    """Without any noise of patients the interval is the textbook's: mean plus or minus t times the
+    standard error.
+    """
     values = np.repeat(np.array([[1.0, -2.0], [2.0, -2.0], [6.0, -2.0]])[:, None], 2001, axis=1)
     found = over_seeds(values, 0)
     assert found[0].tolist() == [3.0, -2.0]
     error = 4.302653 * np.std([1, 2, 6], ddof=1) / 3**0.5
-    assert np.percentile(found[1:, 0], [2.5, 97.5]) == pytest.approx([3 - error, 3 + error], rel=0.01)
+    assert np.percentile(found[1:, 0], [2.5, 97.5]) == pytest.approx(
+        [3 - error, 3 + error], rel=0.01
+    )
     assert (found[:, 1] == -2).all()
     assert over_seeds(values[:1], 0).tolist() == values[0].tolist(), "one seed has no spread"
 
 
 @pytest.mark.parametrize(("seeds", "ratio"), [(2, 0.3), (3, 0.0), (3, 1.0), (5, 0.3)])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds, ratio):
-    """Normal noise of seeds, and `ratio` times as much of patients; resampling alone held it in 49 to 88 of 100."""
+    """Normal noise of seeds, and `ratio` times as much of patients; resampling alone held it in 49
+    to 88 of 100.
+    """
     rng, held = np.random.default_rng(5), 0
     for rep in range(400):
         patients = ratio * rng.normal()
-        rows = rng.normal(size=(seeds, 1)) + patients + ratio * np.insert(rng.normal(size=400), 0, 0)
+        rows = (
+            rng.normal(size=(seeds, 1)) + patients + ratio * np.insert(rng.normal(size=400), 0, 0)
+        )
         low, high = np.percentile(over_seeds(rows[..., None], rep)[1:, 0], [2.5, 97.5])
         held += low <= 0 <= high
     assert 0.92 <= held / 400 <= 1
@@ -86,7 +111,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds, ratio):
 
 def test_intervals_stay_within_what_a_figure_can_be():
     labels = one_hot(60)
-    cells = [cell_draws(labels, predicted(labels, strength, seed=k), 200, 1) for k, strength in enumerate((0.0, 9.0))]
+    cells = [
+        cell_draws(labels, predicted(labels, strength, seed=k), 200, 1)
+        for k, strength in enumerate((0.0, 9.0))
+    ]
     figures = compare({"a": cells}, ALL, [("a", "a")], 0)[0]["figures"]
     assert all(figures[name]["own"]["low"] >= 0 for name in FIGURES)
     assert all(figures[name]["own"]["high"] <= 1 for name in FIGURES if name != "score")
@@ -94,7 +122,9 @@ def test_intervals_stay_within_what_a_figure_can_be():
 
 
 def test_one_seed_shows_no_difference():
-    row = compare({name: cells[:1] for name, cells in cells_of(0.5)[1].items()}, ALL, [("b", "a")], 0)[0]
+    row = compare(
+        {name: cells[:1] for name, cells in cells_of(0.5)[1].items()}, ALL, [("b", "a")], 0
+    )[0]
     assert row["figures"]["score"]["difference"]["high"] < 0
     assert "of one seed each" in sentence(row)
     assert next(long_rows({"compared": [row], "patients": 150}))["verdict"] == "no difference shown"
@@ -104,38 +134,78 @@ def test_intervals_of_equal_variants_hold_zero_even_where_seeds_differ_much():
     rng, missed = np.random.default_rng(0), 0
     for rep in range(20):
         labels = one_hot(80, seed=rep)
-        draws = {name: [cell_draws(labels, predicted(labels, 1 + 0.3 * rng.normal(), seed=100 * rep + 10 * (name == "b") + k), 200, 1)
-                        for k in range(3)] for name in "ab"}  # fmt: skip
-        missed += verdict(compare(draws, ALL, [("b", "a")], 0)[0]["figures"]["score"]["difference"], True, 3) != "no difference shown"
+        draws = {
+            name: [
+                cell_draws(
+                    labels,
+                    predicted(
+                        labels, 1 + 0.3 * rng.normal(), seed=100 * rep + 10 * (name == "b") + k
+                    ),
+                    200,
+                    1,
+                )
+                for k in range(3)
+            ]
+            for name in "ab"
+        }
+        missed += (
+            verdict(
+                compare(draws, ALL, [("b", "a")], 0)[0]["figures"]["score"]["difference"], True, 3
+            )
+            != "no difference shown"
+        )
     assert missed <= 3, "5 percent of 20 is one"
 
 
-def cells_of(shift: float, seeds: int = 3, patients: int = 150) -> tuple[np.ndarray, dict[str, list[Draws]]]:
-    """Variant b sees the labels as well as a does plus `shift`; the seeds of both have noise of their own."""
+def cells_of(
+    shift: float, seeds: int = 3, patients: int = 150
+) -> tuple[np.ndarray, dict[str, list[Draws]]]:
+    """Variant b sees the labels as well as a does plus `shift`; the seeds of both have noise of
+    their own.
+    """
     labels = one_hot(patients)
     signal = {"a": 1.0, "b": 1.0 + shift}
-    return labels, {name: [cell_draws(labels, predicted(labels, strength, seed=k + 10 * (name == "b")), 300, 1) for k in range(seeds)]
-                    for name, strength in signal.items()}  # fmt: skip
+    return labels, {
+        name: [
+            cell_draws(labels, predicted(labels, strength, seed=k + 10 * (name == "b")), 300, 1)
+            for k in range(seeds)
+        ]
+        for name, strength in signal.items()
+    }
 
 
 def test_planted_difference_is_found_and_none_is_not():
     for shift, outcome in ((0.5, "better"), (-0.5, "worse"), (0.0, "no difference shown")):
         row = compare(cells_of(shift)[1], ALL, [("b", "a")], 0)[0]
         for figure in ("score", "mAP"):
-            assert verdict(row["figures"][figure]["difference"], FIGURES[figure], 3) == outcome, (shift, figure)
+            assert verdict(row["figures"][figure]["difference"], FIGURES[figure], 3) == outcome, (
+                shift,
+                figure,
+            )
         assert ("no difference" if shift == 0 else outcome) in sentence(row)
 
 
 def test_difference_is_paired_over_patients():
-    """The same predictions with a small constant handicap: the difference is certain though both scores are not."""
+    """The same predictions with a small constant handicap: the difference is certain though both
+    scores are not.
+    """
     labels = one_hot(150)
     values = predicted(labels, 1.5)
     worse = 0.98 * values + 0.02 / 3
-    row = compare({"a": [cell_draws(labels, values, 300, 1)], "b": [cell_draws(labels, worse, 300, 1)]}, ALL, [("b", "a")], 0)[0]["figures"]
+    row = compare(
+        {"a": [cell_draws(labels, values, 300, 1)], "b": [cell_draws(labels, worse, 300, 1)]},
+        ALL,
+        [("b", "a")],
+        0,
+    )[0]["figures"]
     widths = {name: part["high"] - part["low"] for name, part in row["score"].items()}
     assert widths["difference"] < 0.2 * min(widths["own"], widths["other"])
-    assert row["score"]["difference"]["value"] == pytest.approx(row["score"]["own"]["value"] - row["score"]["other"]["value"])
-    same = compare({"a": [cell_draws(labels, values, 300, 1)]}, ALL, [("a", "a")], 0)[0]["figures"]["mAP"]["difference"]
+    assert row["score"]["difference"]["value"] == pytest.approx(
+        row["score"]["own"]["value"] - row["score"]["other"]["value"]
+    )
+    same = compare({"a": [cell_draws(labels, values, 300, 1)]}, ALL, [("a", "a")], 0)[0]["figures"][
+        "mAP"
+    ]["difference"]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
@@ -147,9 +217,17 @@ def test_single_target_variant_is_compared_on_its_target_only():
     assert row["figures"]["score"]["other"]["value"] == pytest.approx(liver)
 
 
-@pytest.mark.parametrize(("low", "high", "less", "word"), [(-2, -1, True, "better"), (1, 2, True, "worse"), (1, 2, False, "better"),
-                                                           (-1, 1, True, "no difference shown"), (0, 1, False, "no difference shown"),
-                                                           (None, None, True, "no difference shown")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high", "less", "word"),
+    [
+        (-2, -1, True, "better"),
+        (1, 2, True, "worse"),
+        (1, 2, False, "better"),
+        (-1, 1, True, "no difference shown"),
+        (0, 1, False, "no difference shown"),
+        (None, None, True, "no difference shown"),
+    ],
+)
 def test_verdict_needs_an_interval_without_zero(low, high, less, word):
     assert verdict({"value": 0.0, "low": low, "high": high}, less, 3) == word
 
@@ -157,12 +235,20 @@ def test_verdict_needs_an_interval_without_zero(low, high, less, word):
 def test_tables_hold_every_comparison():
     draws = cells_of(0.3)[1]
     pair = compare(draws, ALL, [("b", "a")], 0)
-    result = {"patients": 150, "seeds": [1, 2, 3], "variants": compare(draws, ALL, [("a", "a"), ("b", "b")], 0), "compared": pair,
-              "costs": [{"variant": name, "training_s": 10.0, "pretraining_s": 5.0} for name in "ab"],
-              "sentences": [sentence(pair[0])]}  # fmt: skip
+    result = {
+        "patients": 150,
+        "seeds": [1, 2, 3],
+        "variants": compare(draws, ALL, [("a", "a"), ("b", "b")], 0),
+        "compared": pair,
+        "costs": [{"variant": name, "training_s": 10.0, "pretraining_s": 5.0} for name in "ab"],
+        "sentences": [sentence(pair[0])],
+    }
     rows = list(long_rows(result))
     assert [row["figure"] for row in rows] == list(FIGURES)
-    assert all(row["own_value"] - row["other_value"] == pytest.approx(row["difference_value"]) for row in rows)
+    assert all(
+        row["own_value"] - row["other_value"] == pytest.approx(row["difference_value"])
+        for row in rows
+    )
     text = markdown(result)
     assert text.count("| b − a |") == 1
     assert f"{pair[0]['figures']['score']['own']['value']:.3f} (" in text
@@ -177,7 +263,9 @@ def test_label_subsets_are_nested_stratified_and_whatever_the_order(seed):
     assert [len(one) for one in subsets] == [20, 60, 100, 200]
     assert all(small < large for small, large in zip(subsets, subsets[1:], strict=False))
     chosen = np.array([name in subsets[1] for name in names])
-    assert np.abs(labels[chosen].sum(0) - 0.3 * labels.sum(0)).max() < 1.5, "every class has its share"
+    assert np.abs(labels[chosen].sum(0) - 0.3 * labels.sum(0)).max() < 1.5, (
+        "every class has its share"
+    )
     turned = label_subset(names[::-1], labels[::-1], 0.3, seed)
     assert turned == subsets[1]
     assert subsets[0] != label_subset(names, labels, 0.1, seed + 1)
@@ -190,7 +278,15 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
         load_config("smoke", ["ablation.variants={a: {volume.depth: 3}}", "ablation.reference=a"])
     with pytest.raises(InputError, match="no name for a variant"):
         load_config("smoke", ["ablation.variants={../a: {}}", "ablation.reference=../a"])
-    done = run_stage("09", "--config", "smoke", "--out", str(tmp_path), "ablation.variants={a: {train.epoch: 3}}", "ablation.reference=a")
+    done = run_stage(
+        "09",
+        "--config",
+        "smoke",
+        "--out",
+        str(tmp_path),
+        "ablation.variants={a: {train.epoch: 3}}",
+        "ablation.reference=a",
+    )
     assert done.returncode == 2
     assert "did you mean 'train.epochs'" in done.stderr
     assert "ablation.variants.a" in done.stderr
@@ -210,16 +306,32 @@ def test_presets_declare_valid_grids():
         assert len({cell.name for cell in cells}) == len(cells)
 
 
-GRID = ("ablation.variants={scratch: {train.init: scratch}, voco2d: {train.init: voco2d, train.label_fraction: 0.5}}",
-        "ablation.reference=scratch", "ablation.seeds=[1]", "ablation.bootstrap=50", "train.slice_loss=0", "train.epochs=1",
-        "train.slices=3", "pretrain.steps=2")  # fmt: skip
+GRID = (
+    (
+        "ablation.variants={scratch: {train.init: scratch}, voco2d: {train.init: voco2d,"
+        " train.label_fraction: 0.5}}"
+    ),
+    "ablation.reference=scratch",
+    "ablation.seeds=[1]",
+    "ablation.bootstrap=50",
+    "train.slice_loss=0",
+    "train.epochs=1",
+    "train.slices=3",
+    "pretrain.steps=2",
+)
 
 
 @pytest.fixture(scope="module")
 def ablated(smoke, tmp_path_factory) -> Iterator[Path]:
     """A copy of the smoke run with a finished ablation of two variants."""
     out = tmp_path_factory.mktemp("ablation") / "run"
-    shutil.copytree(smoke, out, ignore=shutil.ignore_patterns("01_slices", "train_images", "test_images", "unlabelled", "0[4-8]_*"))
+    shutil.copytree(
+        smoke,
+        out,
+        ignore=shutil.ignore_patterns(
+            "01_slices", "train_images", "test_images", "unlabelled", "0[4-8]_*"
+        ),
+    )
     shutil.copytree(smoke / "01_slices", out / "01_slices", ignore=shutil.ignore_patterns("*.png"))
     done = run_stage("09", "--config", "smoke", "--out", str(out), *GRID)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -228,13 +340,27 @@ def ablated(smoke, tmp_path_factory) -> Iterator[Path]:
 
 
 def test_every_cell_keeps_its_out_of_fold_rows_and_nothing_heavy(ablated):
-    index = pl.read_parquet(ablated / "02_volumes" / "index.parquet").filter(pl.col("source") == "train")
+    index = pl.read_parquet(ablated / "02_volumes" / "index.parquet").filter(
+        pl.col("source") == "train"
+    )
     for variant in ("scratch", "voco2d"):
         folder = ablated / "09_ablation" / variant / "seed1"
-        assert {path.name for path in folder.iterdir()} == {"manifest.json", "oof.parquet", "log.jsonl", "identity.txt"}
-        assert sorted(pl.read_parquet(folder / "oof.parquet")["series_id"]) == sorted(index["series_id"]), "held-out patients are all there"
-    counts = {name: read_manifest(ablated / "09_ablation" / name / "seed1")["counts"] for name in ("scratch", "voco2d")}
-    assert counts["voco2d"]["train_series"] < 0.7 * counts["scratch"]["train_series"], "half of the training patients"
+        assert {path.name for path in folder.iterdir()} == {
+            "manifest.json",
+            "oof.parquet",
+            "log.jsonl",
+            "identity.txt",
+        }
+        assert sorted(pl.read_parquet(folder / "oof.parquet")["series_id"]) == sorted(
+            index["series_id"]
+        ), "held-out patients are all there"
+    counts = {
+        name: read_manifest(ablated / "09_ablation" / name / "seed1")["counts"]
+        for name in ("scratch", "voco2d")
+    }
+    assert counts["voco2d"]["train_series"] < 0.7 * counts["scratch"]["train_series"], (
+        "half of the training patients"
+    )
     assert not list((ablated / "09_ablation").rglob("*.ckpt"))
 
 
@@ -248,7 +374,10 @@ def test_tables_agree_with_the_cells(ablated):
     assert table["difference_low"] <= table["difference_value"] <= table["difference_high"]
     assert (cells["training_s"] > 0).all()
     assert (cells.filter(pl.col("variant") == "voco2d")["pretraining_s"] > 0).all()
-    assert table["patients"] == pl.read_parquet(folder / "scratch" / "seed1" / "oof.parquet")["patient_id"].n_unique()
+    assert (
+        table["patients"]
+        == pl.read_parquet(folder / "scratch" / "seed1" / "oof.parquet")["patient_id"].n_unique()
+    )
     assert len(json.loads((folder / "table.json").read_text())["sentences"]) == 1
 
 
@@ -269,7 +398,9 @@ def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
     done = run_stage("09", "--config", "smoke", "--out", str(ablated), *GRID)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "09_ablation/voco2d/seed1: up to date" in done.stderr
-    assert [path for path, time in before.items() if path.stat().st_mtime_ns != time] == [cell / "oof.parquet"]
+    assert [path for path, time in before.items() if path.stat().st_mtime_ns != time] == [
+        cell / "oof.parquet"
+    ]
     assert pl.read_parquet(cell / "oof.parquet").equals(rows), "the same cell again"
 
 
@@ -304,16 +435,28 @@ def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, mo
     from pipeline.ablation import cells as ablation
     from pipeline.system.files import write_json
 
-    part = Stage("09_ablation/a/seed1", load_config("smoke"), parser("09", "").parse_args(["--out", str(tmp_path)]))
+    part = Stage(
+        "09_ablation/a/seed1",
+        load_config("smoke"),
+        parser("09", "").parse_args(["--out", str(tmp_path)]),
+    )
     naps = []
 
     def finish_after_two(seconds):
         naps.append(seconds)
-        assert read_manifest(part.folder)["fingerprint"] == "of another config", "a rank that waits removes nothing"
+        assert read_manifest(part.folder)["fingerprint"] == "of another config", (
+            "a rank that waits removes nothing"
+        )
         if len(naps) == 2:
-            write_json(part.folder / "manifest.json", {"schema": 1, "fingerprint": part.fingerprint, "outputs": {}})
+            write_json(
+                part.folder / "manifest.json",
+                {"schema": 1, "fingerprint": part.fingerprint, "outputs": {}},
+            )
 
-    write_json(part.folder / "manifest.json", {"schema": 1, "fingerprint": "of another config", "outputs": {}})
+    write_json(
+        part.folder / "manifest.json",
+        {"schema": 1, "fingerprint": "of another config", "outputs": {}},
+    )
     monkeypatch.setattr(ablation.time, "sleep", finish_after_two)
     ablation.wait_for(part, lambda one: one.current({}, ["seed"]))
     assert len(naps) == 2
@@ -324,10 +467,19 @@ def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
     from pipeline.ablation import cells as ablation
     from pipeline.system.files import write_json
 
-    part = Stage("09_ablation/a/seed1", load_config("smoke"), parser("09", "").parse_args(["--out", str(tmp_path)]))
+    part = Stage(
+        "09_ablation/a/seed1",
+        load_config("smoke"),
+        parser("09", "").parse_args(["--out", str(tmp_path)]),
+    )
     fingerprint = part.fingerprint_of({}, ["seed"])
-    write_json(part.folder / "manifest.json", {"schema": 1, "fingerprint": fingerprint, "outputs": {"oof.parquet": {"bytes": 1}}})
-    monkeypatch.setattr(ablation.time, "sleep", lambda seconds: (part.folder / "oof.parquet").write_text("x"))
+    write_json(
+        part.folder / "manifest.json",
+        {"schema": 1, "fingerprint": fingerprint, "outputs": {"oof.parquet": {"bytes": 1}}},
+    )
+    monkeypatch.setattr(
+        ablation.time, "sleep", lambda seconds: (part.folder / "oof.parquet").write_text("x")
+    )
     ablation.wait_for(part, lambda one: one.current({}, ["seed"]))
     assert (part.folder / "oof.parquet").exists()
 
@@ -335,11 +487,22 @@ def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
 def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
     from pipeline.ablation import cells as ablation
 
-    grid = ("ablation.variants={scratch: {}, one: {train.init: imagenet}}", "ablation.reference=scratch", "train.init=scratch")
-    stage = Stage("09_ablation", load_config("smoke", grid), parser("09", "").parse_args(["--out", str(tmp_path)]))
+    grid = (
+        "ablation.variants={scratch: {}, one: {train.init: imagenet}}",
+        "ablation.reference=scratch",
+        "train.init=scratch",
+    )
+    stage = Stage(
+        "09_ablation",
+        load_config("smoke", grid),
+        parser("09", "").parse_args(["--out", str(tmp_path)]),
+    )
     cells = grid.declared_cells(stage.config)
     asked = []
-    monkeypatch.setattr("pipeline.learning.distributed.of_rank_0", lambda value: asked.append(value) or {"one": "no network"})
+    monkeypatch.setattr(
+        "pipeline.learning.distributed.of_rank_0",
+        lambda value: asked.append(value) or {"one": "no network"},
+    )
     stage.rank = 1
     assert {cell.variant for cell in ablation.startable(stage, cells)} == {"scratch"}
     assert asked == [{}], "another rank does not look itself"
@@ -351,10 +514,17 @@ def test_a_grid_without_pretraining_is_probed_as_it_starts():
     from pipeline.ablation.grid import declared_cells
     from pipeline.ablation.probes import backbones
 
-    grid = ("ablation.variants={a: {}, b: {train.sequence: none}}", "ablation.reference=a", "train.init=scratch", "pretrain.init=imagenet")
+    grid = (
+        "ablation.variants={a: {}, b: {train.sequence: none}}",
+        "ablation.reference=a",
+        "train.init=scratch",
+        "pretrain.init=imagenet",
+    )
     config = load_config("smoke", grid)
     found = list(backbones(None, declared_cells(config)))
-    assert [(name, path) for name, _, _, path in found] == [("start_scratch", None)] * len(config.ablation.seeds)
+    assert [(name, path) for name, _, _, path in found] == [("start_scratch", None)] * len(
+        config.ablation.seeds
+    )
 
 
 def test_several_ranks_refuse_to_force(tmp_path, monkeypatch):
@@ -378,7 +548,14 @@ def test_settled_statistics_are_plain_averages_over_whole_slices():
     settle(net, images, torch.device("cpu"))
     from pipeline.learning.backbone import normalise
 
-    values = layer(normalise(torch.from_numpy(images))[:, None]).detach().double().transpose(0, 1).flatten(1).numpy()
+    values = (
+        layer(normalise(torch.from_numpy(images))[:, None])
+        .detach()
+        .double()
+        .transpose(0, 1)
+        .flatten(1)
+        .numpy()
+    )
     assert net[1].running_mean.numpy() == pytest.approx(values.mean(1), abs=1e-5)
     assert net[1].running_var.numpy() == pytest.approx(values.var(1, ddof=1), rel=1e-4)
     assert not net[1].training
@@ -394,7 +571,12 @@ def test_probes_find_what_is_planted_and_nothing_in_noise():
     features[:, 0] += 3 * truth
     features[:, 1] = 6 * height
     everyone = np.ones(300, bool)
-    slices = Slices(np.zeros((300, 4, 4), np.uint8), height, folds, {"liver": (truth, everyone), "bowel": (noise, everyone)})
+    slices = Slices(
+        np.zeros((300, 4, 4), np.uint8),
+        height,
+        folds,
+        {"liver": (truth, everyone), "bowel": (noise, everyone)},
+    )
     found = {(row["question"], row["probe"]): row["value"] for row in judge(features, slices, 15)}
     assert found["liver", "linear"] > 0.95 > 0.7 > abs(found["bowel", "linear"] - 0.5) + 0.5
     assert found["liver", "neighbours"] > 0.9
@@ -409,4 +591,6 @@ def test_organs_of_the_phantom_lie_where_they_belong(smoke):
     joined = table.join(slices, on=["patient_id", "series_id", "instance_number"])
     middle = dict(joined.group_by("organ").agg(pl.col("order").mean()).iter_rows())
     assert set(middle) == {"liver", "spleen", "left kidney", "right kidney"}
-    assert min(middle["left kidney"], middle["right kidney"]) > max(middle["liver"], middle["spleen"]), "kidneys lie lower"
+    assert min(middle["left kidney"], middle["right kidney"]) > max(
+        middle["liver"], middle["spleen"]
+    ), "kidneys lie lower"

@@ -1,14 +1,17 @@
-"""How fast stage 01 is, measured side by side in one run: `python tests/benchmarks/convert.py MODE`.
+"""How fast stage 01 is, measured side by side in one run: `python tests/benchmarks/convert.py
+MODE`.
 
-speed      one core, RLE 512 x 512: series conversion against the usual converter (pydicom, numpy window, cv2.imwrite) and against
+speed      one core, RLE 512 x 512: series conversion against the usual converter (pydicom, numpy
+window, cv2.imwrite) and against
            decoding and encoding alone, alternating; the figures are ratios of medians
-processes  slices/s of two processes against one
-png        bytes and time of PNG strategies, filters and levels on the same windowed slices
-memory     peak memory of converting 100 and 2,000 slices
-damage     1,000 damaged files (RLE and JPEG 2000) among 200 good ones: wall time, worker deaths, quarantine; good slices must be the same
-index      restart over 4,711 finished series of 1.5 million slices (sidecars without pictures): seconds and peak memory of the index
+processes  slices/s of two processes against one png        bytes and time of PNG strategies,
+filters and levels on the same windowed slices memory     peak memory of converting 100 and 2,000
+slices damage     1,000 damaged files (RLE and JPEG 2000) among 200 good ones: wall time, worker
+deaths, quarantine; good slices must be the same index      restart over 4,711 finished series of
+1.5 million slices (sidecars without pictures): seconds and peak memory of the index
 
---slices N makes every mode smaller (or larger): N slices a series, N damaged files, N slices in each of the 4,711 series.
+--slices N makes every mode smaller (or larger): N slices a series, N damaged files, N slices in
+each of the 4,711 series.
 """
 
 import argparse
@@ -48,7 +51,9 @@ SIZE, CONFIG = 512, ConvertConfig()
 
 
 def hounsfield(seed: int) -> np.ndarray:
-    """A body-like ellipse of soft tissue, fat and bone with correlated noise of 15 HU, air around: (512, 512) in HU."""
+    """A body-like ellipse of soft tissue, fat and bone with correlated noise of 15 HU, air around:
+    (512, 512) in HU.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
     tissue = 50 + 800 * ndimage.gaussian_filter(rng.normal(size=(SIZE, SIZE)), 12)
@@ -62,19 +67,43 @@ def write_dicom(path: Path, seed: int, syntax: str = RLELossless) -> None:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.InstanceNumber = CTImageStorage, f"2.25.{seed + 1}", seed + 1
-    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
-    ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing = [-200, -200, -seed], [1, 0, 0, 0, 1, 0], [0.8, 0.8]
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.InstanceNumber = (
+        CTImageStorage,
+        f"2.25.{seed + 1}",
+        seed + 1,
+    )
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = (
+        ds.SOPClassUID,
+        ds.SOPInstanceUID,
+    )
+    ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing = (
+        [-200, -200, -seed],
+        [1, 0, 0, 0, 1, 0],
+        [0.8, 0.8],
+    )
     ds.Rows = ds.Columns = SIZE
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.RescaleSlope, ds.RescaleIntercept = 1, "MONOCHROME2", 1, -1024
-    ds.WindowCenter, ds.WindowWidth, ds.PatientPosition, ds.Modality, ds.KVP = [50, 400], [400, 1500], "HFS", "CT", 120
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.RescaleSlope, ds.RescaleIntercept = (
+        1,
+        "MONOCHROME2",
+        1,
+        -1024,
+    )
+    ds.WindowCenter, ds.WindowWidth, ds.PatientPosition, ds.Modality, ds.KVP = (
+        [50, 400],
+        [400, 1500],
+        "HFS",
+        "CT",
+        120,
+    )
     ds.PixelData = (hounsfield(seed) + 1024).astype("<u2").tobytes()
     ds.compress(syntax, generate_instance_uid=False)
     ds.save_as(path, enforce_file_format=True)
 
 
-def make_series(data: Path, name: str, slices: int, different: int = 16, syntax: str = RLELossless) -> SeriesTask:
+def make_series(
+    data: Path, name: str, slices: int, different: int = 16, syntax: str = RLELossless
+) -> SeriesTask:
     """A series of `slices` files, `different` of them made and the others copies."""
     folder = data / "train_images" / "1" / name
     folder.mkdir(parents=True)
@@ -87,7 +116,9 @@ def make_series(data: Path, name: str, slices: int, different: int = 16, syntax:
 
 
 def usual(files: list[Path], target: Path, plugin: str) -> None:
-    """What participants write, with pydicom's own RLE decoder ("pydicom", all that a plain installation has) or "pylibjpeg"."""
+    """What participants write, with pydicom's own RLE decoder ("pydicom", all that a plain
+    installation has) or "pylibjpeg".
+    """
     for file in files:
         ds = pydicom.dcmread(file)
         ds.pixel_array_options(decoding_plugin=plugin)
@@ -97,7 +128,9 @@ def usual(files: list[Path], target: Path, plugin: str) -> None:
 
 
 def alone(files: list[Path], pictures: list[np.ndarray], target: Path) -> None:
-    """Decoding with dicomsdl and encoding with our encoder, file to file: no header, no checks, no window, no index."""
+    """Decoding with dicomsdl and encoding with our encoder, file to file: no header, no checks, no
+    window, no index.
+    """
     for file, picture in zip(files, pictures, strict=True):
         dicomsdl.open_file(str(file)).pixelData(storedvalue=True)
         (target / f"{file.stem}.png").write_bytes(slice_store.encode_png(picture))
@@ -135,11 +168,20 @@ def speed(data: Path, rounds: int, slices: int = 320) -> None:
         "usual converter with pylibjpeg": lambda: usual(files, new_folder(), "pylibjpeg"),
         "decoding and encoding alone": lambda: alone(files, pictures, new_folder()),
     }
-    medians = {name: 1e3 * statistics.median(values) / len(files) for name, values in alternate(works, rounds).items()}
+    medians = {
+        name: 1e3 * statistics.median(values) / len(files)
+        for name, values in alternate(works, rounds).items()
+    }
     for k, picture in enumerate(pictures):
-        assert np.array_equal(cv2.imread(str(data / "out0" / "1" / "1" / f"{k + 1}.png"), cv2.IMREAD_UNCHANGED), picture)
+        assert np.array_equal(
+            cv2.imread(str(data / "out0" / "1" / "1" / f"{k + 1}.png"), cv2.IMREAD_UNCHANGED),
+            picture,
+        )
     for name, value in medians.items():
-        print(f"{name}: {value:.2f} ms a slice, {value / medians['stage 01']:.2f} x stage 01's time", flush=True)
+        print(
+            f"{name}: {value:.2f} ms a slice, {value / medians['stage 01']:.2f} x stage 01's time",
+            flush=True,
+        )
 
 
 def _convert(task: SeriesTask, data: Path) -> None:
@@ -151,11 +193,17 @@ def processes(data: Path, rounds: int, slices: int = 96) -> None:
     tasks = [make_series(data, str(k), slices, 8) for k in range(12)]
     (data / "out").mkdir()
 
-    works = {jobs: (lambda jobs=jobs: list(spread(partial(_convert, data=data), tasks, jobs))) for jobs in (1, 2)}
+    works = {
+        jobs: lambda jobs=jobs: list(spread(partial(_convert, data=data), tasks, jobs))
+        for jobs in (1, 2)
+    }
     works[2]()
     seconds = alternate({str(jobs): work for jobs, work in works.items()}, rounds)
     one, two = (statistics.median(seconds[jobs]) for jobs in "12")
-    print(f"one process {12 * slices / one:.0f} slices/s, two {12 * slices / two:.0f} slices/s, ratio {one / two:.2f}")
+    print(
+        f"one process {12 * slices / one:.0f} slices/s, two {12 * slices / two:.0f} slices/s, ratio"
+        f" {one / two:.2f}"
+    )
 
 
 def png(data: Path, rounds: int, slices: int = 8) -> None:
@@ -164,27 +212,46 @@ def png(data: Path, rounds: int, slices: int = 8) -> None:
     settings: dict[str, list[int]] = {"OpenCV, its default": []}
     for strategy in ("DEFAULT", "FILTERED", "HUFFMAN_ONLY", "RLE", "FIXED"):
         for name in ("FILTER_SUB", "FILTER_UP", "FILTER_AVG", "FILTER_PAETH", "ALL_FILTERS"):
-            for level in (1, 6) if strategy != "RLE" else (1,):  # the level goes first: it resets the strategy
+            # the level goes first: it resets the strategy
+            for level in (1, 6) if strategy != "RLE" else (1,):
                 settings[f"OpenCV {strategy} {name} level {level}"] = [
-                    cv2.IMWRITE_PNG_COMPRESSION, level, cv2.IMWRITE_PNG_STRATEGY, getattr(cv2, f"IMWRITE_PNG_STRATEGY_{strategy}"),
-                    cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_{name}")]  # fmt: skip
-    encoders = {key: (lambda picture, s=s: cv2.imencode(".png", picture, s)[1]) for key, s in settings.items()}
+                    cv2.IMWRITE_PNG_COMPRESSION,
+                    level,
+                    cv2.IMWRITE_PNG_STRATEGY,
+                    getattr(cv2, f"IMWRITE_PNG_STRATEGY_{strategy}"),
+                    cv2.IMWRITE_PNG_FILTER,
+                    getattr(cv2, f"IMWRITE_PNG_{name}"),
+                ]
+    encoders = {
+        key: lambda picture, s=s: cv2.imencode(".png", picture, s)[1] for key, s in settings.items()
+    }
     encoders["ours (isal)"] = slice_store.encode_png
-    seconds = alternate({key: (lambda e=e: [e(picture) for picture in pictures]) for key, e in encoders.items()}, rounds)
+    seconds = alternate(
+        {key: lambda e=e: [e(picture) for picture in pictures] for key, e in encoders.items()},
+        rounds,
+    )
     for key in sorted(encoders, key=lambda key: statistics.median(seconds[key])):
         size = sum(len(encoders[key](picture)) for picture in pictures) / len(pictures)
-        print(f"{key:46s} {size / 1e3:7.1f} kB {1e3 * statistics.median(seconds[key]) / len(pictures):6.2f} ms")
+        print(
+            f"{key:46s} {size / 1e3:7.1f} kB"
+            f" {1e3 * statistics.median(seconds[key]) / len(pictures):6.2f} ms"
+        )
 
 
 def memory(data: Path, rounds: int, slices: int = 2000) -> None:
-    """Peak resident memory of the converting process and of its children, each number of slices in a process of its own."""
+    """Peak resident memory of the converting process and of its children, each number of slices in
+    a process of its own.
+    """
     (data / "out").mkdir()
     for count in (slices // 20, slices):
         task = make_series(data, str(count), count)
         pid = os.fork()
         if pid == 0:
             slice_store.convert_series(task, data, data / "out", CONFIG)
-            own, child = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            own, child = (
+                resource.getrusage(who).ru_maxrss / 1024
+                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            )
             print(f"{count} slices: {own:.0f} MiB, decoding child {child:.0f} MiB", flush=True)
             os._exit(0)
         os.waitpid(pid, 0)
@@ -192,56 +259,98 @@ def memory(data: Path, rounds: int, slices: int = 2000) -> None:
 
 def damage(data: Path, rounds: int, slices: int = 1000) -> None:
     """Convert good series with two processes, without and with damaged files among them."""
-    tasks = [make_series(data, str(k), 50, 10, RLELossless if k % 2 else JPEG2000Lossless) for k in range(4)]
+    tasks = [
+        make_series(data, str(k), 50, 10, RLELossless if k % 2 else JPEG2000Lossless)
+        for k in range(4)
+    ]
     started = time.perf_counter()
     clean = convert_all(tasks, fingerprints(tasks, data), data, data / "clean", CONFIG, 2)
     middle = time.perf_counter()
     rng = np.random.default_rng(0)
     for k in range(slices):
         folder = Path(tasks[k % 4].path)
-        (folder / f"{1000 + k}.dcm").write_bytes(damaged((folder / f"{k % 50 + 1}.dcm").read_bytes(), rng))
+        (folder / f"{1000 + k}.dcm").write_bytes(
+            damaged((folder / f"{k % 50 + 1}.dcm").read_bytes(), rng)
+        )
     prints, begun = fingerprints(tasks, data), time.perf_counter()
     mixed = convert_all(tasks, prints, data, data / "mixed", CONFIG, 2)
-    seconds, index = time.perf_counter() - begun, pl.read_parquet(data / "mixed" / slice_store.INDEX)
+    seconds, index = (
+        time.perf_counter() - begun,
+        pl.read_parquet(data / "mixed" / slice_store.INDEX),
+    )
     for png in pl.read_parquet(data / "clean" / slice_store.INDEX)["png"]:
         assert (data / "clean" / png).read_bytes() == (data / "mixed" / png).read_bytes(), png
     assert len(index) + mixed["quarantined"] == clean["slices"] + slices
-    print(f"{clean['slices']} good files: {middle - started:.1f} s; with {slices} damaged ones among them: {seconds:.1f} s")
-    print(f"quarantined {mixed['quarantined']}, decoded all the same {len(index) - clean['slices']}, good slices identical")
+    print(
+        f"{clean['slices']} good files: {middle - started:.1f} s; with {slices} damaged ones among"
+        f" them: {seconds:.1f} s"
+    )
+    print(
+        f"quarantined {mixed['quarantined']}, decoded all the same {len(index) - clean['slices']},"
+        " good slices identical"
+    )
     print(f"by reason: {mixed['by_reason']}; worker deaths: {mixed['worker_deaths'] or 'none'}")
 
 
 def index(data: Path, rounds: int, slices: int = 319) -> None:
-    """Restart over as many finished series as the competition has: every sidecar is read, index and quarantine are written."""
+    """Restart over as many finished series as the competition has: every sidecar is read, index and
+    quarantine are written.
+    """
     tasks = [SeriesTask(str(10000 + k), str(k), "train", str(data / str(k))) for k in range(4711)]
-    rows = {"instance_number": list(range(slices)), "order": list(range(slices)), "z_mm": [-0.8 * k for k in range(slices)],
-            "rows": [SIZE] * slices, "cols": [SIZE] * slices, "spacing_y_mm": [0.78125] * slices, "spacing_x_mm": [0.78125] * slices,
-            "flags": [""] * slices, "decoder": ["imagecodecs"] * slices, "transfer_syntax": [str(RLELossless)] * slices,
-            "crc32": [3_000_000_000 + k for k in range(slices)]}  # fmt: skip
+    rows = {
+        "instance_number": list(range(slices)),
+        "order": list(range(slices)),
+        "z_mm": [-0.8 * k for k in range(slices)],
+        "rows": [SIZE] * slices,
+        "cols": [SIZE] * slices,
+        "spacing_y_mm": [0.78125] * slices,
+        "spacing_x_mm": [0.78125] * slices,
+        "flags": [""] * slices,
+        "decoder": ["imagecodecs"] * slices,
+        "transfer_syntax": [str(RLELossless)] * slices,
+        "crc32": [3_000_000_000 + k for k in range(slices)],
+    }
     for task in tasks:
         folder = data / "out" / task.name
         folder.mkdir(parents=True)
         names = [f"{task.name}/{k}.png" for k in range(slices)]
-        sidecar = {"fingerprint": slice_store._fingerprint(task.series_id, CONFIG), "bytes": 1, "deaths": [], "quarantine": [],
-                   "pictures": {}}  # fmt: skip
-        (folder / slice_store.SIDECAR).write_text(json.dumps({**sidecar, "rows": {**rows, "png": names}}))
+        sidecar = {
+            "fingerprint": slice_store._fingerprint(task.series_id, CONFIG),
+            "bytes": 1,
+            "deaths": [],
+            "quarantine": [],
+            "pictures": {},
+        }
+        (folder / slice_store.SIDECAR).write_text(
+            json.dumps({**sidecar, "rows": {**rows, "png": names}})
+        )
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()
     counts = convert_all(tasks, [task.series_id for task in tasks], data, data / "out", CONFIG)
-    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds, peak = (
+        time.perf_counter() - started,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
     size = (data / "out" / slice_store.INDEX).stat().st_size / 1e6
-    print(f"{counts['series']} series, {counts['slices']} rows: {seconds:.1f} s, peak {peak:.0f} MiB ({before:.0f} before), {size:.1f} MB")
+    print(
+        f"{counts['series']} series, {counts['slices']} rows: {seconds:.1f} s, peak {peak:.0f} MiB"
+        f" ({before:.0f} before), {size:.1f} MB"
+    )
 
 
 def main() -> None:
     """Run one mode in a temporary folder."""
     modes = {mode.__name__: mode for mode in (speed, processes, png, memory, damage, index)}
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("mode", choices=modes)
     flags.add_argument("--rounds", type=int, default=7)
     flags.add_argument("--slices", type=int)
     options = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        modes[options.mode](Path(folder), options.rounds, **({"slices": options.slices} if options.slices else {}))
+        modes[options.mode](
+            Path(folder), options.rounds, **({"slices": options.slices} if options.slices else {})
+        )
 
 
 if __name__ == "__main__":

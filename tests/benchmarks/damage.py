@@ -4,7 +4,9 @@ import numpy as np
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """A copy of an explicit VR file with one damage: bytes flipped in pixels or header, a cut, a run deleted, repeated or zeroed."""
+    """A copy of an explicit VR file with one damage: bytes flipped in pixels or header, a cut, a
+    run deleted, repeated or zeroed.
+    """
     data, kind = bytearray(data), rng.integers(6)
     pixels = data.rindex(b"\xe0\x7f\x10\x00")
     at, length = int(rng.integers(pixels, len(data))), int(rng.integers(1, 200))

@@ -1,9 +1,11 @@
 """What stage 07 needs, as a user calls it: `python tests/benchmarks/predict.py speed|memory`.
 
-speed   patients an hour at the competition's sizes: one or two RLE series of 300 slices of 512 x 512 a patient, drawn and written by
-        the phantom's code, models of the paper preset (untrained: they take the same time), without and with a flip. The start of the
-        stage, which is paid once, is not counted but printed
-memory  peak memory of the stage's processes together (shared pages counted once) for more and more patients of a small phantom
+speed   patients an hour at the competition's sizes: one or two RLE series of 300 slices of 512 x
+512 a patient, drawn and written by
+        the phantom's code, models of the paper preset (untrained: they take the same time), without
+        and with a flip. The start of the stage, which is paid once, is not counted but printed
+memory  peak memory of the stage's processes together (shared pages counted once) for more and more
+patients of a small phantom
 """
 
 import argparse
@@ -46,11 +48,17 @@ def write_data(data: Path, scan: Scan, patients: int) -> None:
     for patient, names in ids.items():
         for name in names:
             plan = SeriesPlan(name, "portal", "rle", "u12", "plain", "none")
-            write_series(data / "test_images" / patient / name, scan, plan, np.random.default_rng(int(name)))
+            write_series(
+                data / "test_images" / patient / name, scan, plan, np.random.default_rng(int(name))
+            )
     rows = [f"{patient},{name},200" for patient, names in ids.items() for name in names]
-    (data / "test_series_meta.csv").write_text("\n".join(["patient_id,series_id,aortic_hu", *rows, ""]))
+    (data / "test_series_meta.csv").write_text(
+        "\n".join(["patient_id,series_id,aortic_hu", *rows, ""])
+    )
     rows = [",".join([patient, *["0.5"] * len(COLUMNS)]) for patient in ids]
-    (data / "sample_submission.csv").write_text("\n".join([",".join(["patient_id", *COLUMNS]), *rows, ""]))
+    (data / "sample_submission.csv").write_text(
+        "\n".join([",".join(["patient_id", *COLUMNS]), *rows, ""])
+    )
 
 
 def write_models(out: Path, config: Config) -> None:
@@ -62,7 +70,9 @@ def write_models(out: Path, config: Config) -> None:
     for k, name in enumerate(names):
         seed_everything(k)
         save_weights(folds.folder / name, build_model(config), describe(config))
-    even = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), np.full(13, 0.5))
+    even = Calibration(
+        ("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), np.full(13, 0.5)
+    )
     write_json(scores.folder / "calibration.json", even.to_json())
     folds.finish({}, names)
     scores.current(scores.inputs("05_folds"), [])
@@ -71,8 +81,23 @@ def write_models(out: Path, config: Config) -> None:
 
 def predict(data: Path, out: Path, config: str, *overrides: str) -> tuple[dict[str, float], int]:
     """Run stage 07; returns its counts and the peak memory (bytes) of its processes."""
-    command = [sys.executable, ROOT / "stages" / "07_predict_test.py", "--config", config, "--data", data, "--out", out, "--force"]
-    child = subprocess.Popen([*command, *overrides], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        ROOT / "stages" / "07_predict_test.py",
+        "--config",
+        config,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--force",
+    ]
+    child = subprocess.Popen(
+        [*command, *overrides],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     peak = 0
     while child.poll() is None:
         peak = max(peak, proportional_memory(psutil.Process(child.pid)))
@@ -97,11 +122,17 @@ def speed(folder: Path, patients: int) -> None:
     """One Markdown table."""
     write_data(folder, draw(512, 300), patients)
     write_models(folder / "out", load_config("paper"))
-    print(f"{patients} patients\n\n| flips | start, s | patients an hour | {COMPETITION} patients, h (of {HOURS}) |\n|---|---|---|---|")
+    print(
+        f"{patients} patients\n\n| flips | start, s | patients an hour | {COMPETITION} patients, h"
+        f" (of {HOURS}) |\n|---|---|---|---|"
+    )
     for flips in ("[]", "[y]"):
         counts, _ = predict(folder, folder / "out", "paper", f"predict.flips={flips}")
         rate = counts["patients_per_hour"]
-        print(f"| {flips} | {counts['start_s']:.0f} | {rate:.0f} | {COMPETITION / rate:.1f} |", flush=True)
+        print(
+            f"| {flips} | {counts['start_s']:.0f} | {rate:.0f} | {COMPETITION / rate:.1f} |",
+            flush=True,
+        )
 
 
 def memory(folder: Path, steps: list[int]) -> None:
@@ -117,9 +148,16 @@ def memory(folder: Path, steps: list[int]) -> None:
 
 def main() -> None:
     """Parse and run."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("what", choices=("speed", "memory"))
-    flags.add_argument("--patients", type=int, nargs="+", help="speed: how many (default 2); memory: each step (default 20 80 320)")
+    flags.add_argument(
+        "--patients",
+        type=int,
+        nargs="+",
+        help="speed: how many (default 2); memory: each step (default 20 80 320)",
+    )
     options = flags.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if options.what == "speed":

@@ -1,10 +1,13 @@
-"""2D-VoCo against 3D VoCo on one volume: time of a step, peak memory, inference latency: `python tests/benchmarks/voco_2d_3d.py`.
+"""2D-VoCo against 3D VoCo on one volume: time of a step, peak memory, inference latency: `python
+tests/benchmarks/voco_2d_3d.py`.
 
-3D, the published setting of arXiv 2402.17300: MONAI's SwinUNETR encoder (feature size 48, with its convolution blocks), 16 base and
-4 random crops resized to 64^3, activation checkpointing as published, student and teacher, each level pooled, projector 2048.
-2D, the published setting of arXiv 2601.14593 (preset `paper`): 9 base and 2 random crops of 32 slices of 64 x 64. Latency is
-the encoder over one whole volume: 16 tiles of 64^3 (3D), 48 slices of 192 x 192 (2D). On a CPU the 3D step is measured with 4
-crops and 2 tiles and its times are scaled to 20 and 16; its memory is not scaled. Needs monai (the extra `bench`).
+3D, the published setting of arXiv 2402.17300: MONAI's SwinUNETR encoder (feature size 48, with its
+convolution blocks), 16 base and 4 random crops resized to 64^3, activation checkpointing as
+published, student and teacher, each level pooled, projector 2048. 2D, the published setting of
+arXiv 2601.14593 (preset `paper`): 9 base and 2 random crops of 32 slices of 64 x 64. Latency is the
+encoder over one whole volume: 16 tiles of 64^3 (3D), 48 slices of 192 x 192 (2D). On a CPU the 3D
+step is measured with 4 crops and 2 tiles and its times are scaled to 20 and 16; its memory is not
+scaled. Needs monai (the extra `bench`).
 """
 
 import argparse
@@ -39,13 +42,24 @@ class Encoder3D(nn.Module):
         from monai.networks.nets import SwinUNETR
 
         super().__init__()
-        net = SwinUNETR(in_channels=1, out_channels=2, feature_size=48, use_checkpoint=True, use_v2=True)
-        self.swin, self.blocks = net.swinViT, nn.ModuleList([net.encoder1, net.encoder2, net.encoder3, net.encoder4, net.encoder10])
+        net = SwinUNETR(
+            in_channels=1, out_channels=2, feature_size=48, use_checkpoint=True, use_v2=True
+        )
+        self.swin, self.blocks = (
+            net.swinViT,
+            nn.ModuleList([net.encoder1, net.encoder2, net.encoder3, net.encoder4, net.encoder10]),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         levels = self.swin(x)
         inputs = [x, levels[0], levels[1], levels[2], levels[4]]
-        return torch.cat([block(level).mean((2, 3, 4)) for block, level in zip(self.blocks, inputs, strict=True)], 1)
+        return torch.cat(
+            [
+                block(level).mean((2, 3, 4))
+                for block, level in zip(self.blocks, inputs, strict=True)
+            ],
+            1,
+        )
 
 
 def step_3d(device: torch.device, base: int, random: int) -> Callable[[], object]:
@@ -55,7 +69,10 @@ def step_3d(device: torch.device, base: int, random: int) -> Callable[[], object
         layers += [nn.BatchNorm1d(2048), nn.ReLU(inplace=True), nn.Linear(2048, 2048)]
     student = nn.Sequential(*layers).to(device)
     teacher, optimiser = copy.deepcopy(student).requires_grad_(False), adamw(student, 1e-4, 1e-2)
-    crops, overlap = torch.rand(base + random, 1, 64, 64, 64, device=device), torch.rand(random, base, device=device)
+    crops, overlap = (
+        torch.rand(base + random, 1, 64, 64, 64, device=device),
+        torch.rand(random, base, device=device),
+    )
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -63,7 +80,10 @@ def step_3d(device: torch.device, base: int, random: int) -> Callable[[], object
             own = student(crops).float()
             with torch.no_grad():
                 other = teacher(crops).float()
-        (position_loss(similarity(own[:random], other[random:]), overlap) + base_regularisation(own[random:])).backward()
+        (
+            position_loss(similarity(own[:random], other[random:]), overlap)
+            + base_regularisation(own[random:])
+        ).backward()
         optimiser.step()
         ema_update(teacher, student, 0.9)
 
@@ -92,9 +112,15 @@ def latency(kind: str, device: torch.device, tiles: int) -> Callable[[], object]
     return embed
 
 
-def measure(kind: str, device: torch.device, rounds: int, crops: int, tiles: int) -> dict[str, float]:
+def measure(
+    kind: str, device: torch.device, rounds: int, crops: int, tiles: int
+) -> dict[str, float]:
     """Seconds a volume of a step, peak memory in GiB after the steps, seconds of the latency."""
-    step, volumes = (step_3d(device, crops - crops // 4, crops // 4), crops / CROPS) if kind == "3D" else (step_2d(device), 2)
+    step, volumes = (
+        (step_3d(device, crops - crops // 4, crops // 4), crops / CROPS)
+        if kind == "3D"
+        else (step_2d(device), 2)
+    )
 
     def clock(work: Callable[[], object]) -> float:
         def finished() -> None:
@@ -106,32 +132,68 @@ def measure(kind: str, device: torch.device, rounds: int, crops: int, tiles: int
 
     seconds = clock(step) / volumes
     cuda = device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"step": seconds, "memory": memory, "latency": clock(latency(kind, device, tiles)) * (TILES / tiles if kind == "3D" else 1)}
+    memory = (
+        torch.cuda.max_memory_allocated() / 2**30
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )
+    return {
+        "step": seconds,
+        "memory": memory,
+        "latency": clock(latency(kind, device, tiles)) * (TILES / tiles if kind == "3D" else 1),
+    }
 
 
 def main() -> None:
     """Print one Markdown table; each method runs in a process of its own."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--rounds", type=int, default=1)
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    flags.add_argument("--crops", type=int, help=f"3D crops, of {CROPS} (default: all on a GPU, 4 on a CPU)")
-    flags.add_argument("--tiles", type=int, help=f"3D tiles of the latency, of {TILES} (default: all on a GPU, 2 on a CPU)")
+    flags.add_argument(
+        "--crops", type=int, help=f"3D crops, of {CROPS} (default: all on a GPU, 4 on a CPU)"
+    )
+    flags.add_argument(
+        "--tiles",
+        type=int,
+        help=f"3D tiles of the latency, of {TILES} (default: all on a GPU, 2 on a CPU)",
+    )
     flags.add_argument("--only", choices=("2D", "3D"), help="internal: measure one method")
     options = flags.parse_args()
     cuda = options.device == "cuda"
     crops, tiles = options.crops or (CROPS if cuda else 4), options.tiles or (TILES if cuda else 2)
     if options.only:
-        print(json.dumps(measure(options.only, torch.device(options.device), options.rounds, crops, tiles)))
+        print(
+            json.dumps(
+                measure(options.only, torch.device(options.device), options.rounds, crops, tiles)
+            )
+        )
         return
-    print(f"{options.device}, {torch.get_num_threads()} threads, 3D from {crops} of {CROPS} crops and {tiles} of {TILES} tiles\n")
-    print("| method | step, s a volume | peak memory of a step (GiB) | latency, s a volume |\n|---|---|---|---|")
+    print(
+        f"{options.device}, {torch.get_num_threads()} threads, 3D from {crops} of {CROPS} crops and"
+        f" {tiles} of {TILES} tiles\n"
+    )
+    print(
+        "| method | step, s a volume | peak memory of a step (GiB) | latency, s a volume"
+        " |\n|---|---|---|---|"
+    )
     found = {}
     for kind in ("3D", "2D"):
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", kind], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--only", kind],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         found[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(f"| {kind} | {found[kind]['step']:.2f} | {found[kind]['memory']:.2f} | {found[kind]['latency']:.2f} |")
-    ratios = " | ".join(f"{found['3D'][name] / found['2D'][name]:.1f} x" for name in ("step", "memory", "latency"))
+        print(
+            f"| {kind} | {found[kind]['step']:.2f} | {found[kind]['memory']:.2f} |"
+            f" {found[kind]['latency']:.2f} |"
+        )
+    ratios = " | ".join(
+        f"{found['3D'][name] / found['2D'][name]:.1f} x" for name in ("step", "memory", "latency")
+    )
     print(f"| 3D over 2D | {ratios} |")
 
 

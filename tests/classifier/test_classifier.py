@@ -1,4 +1,6 @@
-"""The CNN-LSTM: shapes, heads, losses against float64, what the sequence model can see, samples and augmentation."""
+"""The CNN-LSTM: shapes, heads, losses against float64, what the sequence model can see, samples and
+augmentation.
+"""
 
 import math
 
@@ -20,7 +22,9 @@ TINY = TrainConfig(init="scratch", slices=4, image_size=32, hidden=8, slice_loss
 
 
 def one_hot(rng, count):
-    return np.concatenate([np.eye(len(t.classes))[rng.integers(len(t.classes), size=count)] for t in TARGETS], 1).astype(np.float32)
+    return np.concatenate(
+        [np.eye(len(t.classes))[rng.integers(len(t.classes), size=count)] for t in TARGETS], 1
+    ).astype(np.float32)
 
 
 def make(config):
@@ -34,10 +38,14 @@ def make(config):
 def test_every_variant_gives_all_heads_and_gradients(sequence, pool):
     model = make(TINY.model_copy(update={"sequence": sequence, "pool": pool}))
     logits, slices = model(torch.randn(2, 4, 32, 32))
-    assert {name: tuple(value.shape) for name, value in logits.items()} == {t.name: (2, 1 if t.binary else 3) for t in TARGETS}
+    assert {name: tuple(value.shape) for name, value in logits.items()} == {
+        t.name: (2, 1 if t.binary else 3) for t in TARGETS
+    }
     assert slices.shape == (2, 4, 2)
     labels = torch.from_numpy(one_hot(np.random.default_rng(0), 2))
-    terms = InjuryLoss(TINY, labels.numpy())((logits, slices), labels, torch.zeros(2, 4, 2), torch.ones(2, 2), 2)
+    terms = InjuryLoss(TINY, labels.numpy())(
+        (logits, slices), labels, torch.zeros(2, 4, 2), torch.ones(2, 2), 2
+    )
     assert set(terms) == {*(t.name for t in TARGETS), "slices"}
     sum(terms.values()).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
@@ -68,7 +76,9 @@ def test_single_target_model_has_that_head_and_loss_only():
     assert list(logits) == ["liver"]
     assert slices is None
     labels = torch.from_numpy(one_hot(np.random.default_rng(0), 2))
-    assert list(InjuryLoss(config, labels.numpy())((logits, None), labels, None, None, 2)) == ["liver"]
+    assert list(InjuryLoss(config, labels.numpy())((logits, None), labels, None, None, 2)) == [
+        "liver"
+    ]
     table = probabilities(logits)
     assert table.shape == (2, 13)
     assert torch.equal(table[:, :2], torch.full((2, 2), 0.5, dtype=torch.float64))
@@ -77,7 +87,10 @@ def test_single_target_model_has_that_head_and_loss_only():
 def test_loss_equals_float64_loops():
     rng = np.random.default_rng(1)
     labels, train = one_hot(rng, 6), one_hot(rng, 50)
-    logits = {t.name: torch.from_numpy(rng.normal(size=(6, 1 if t.binary else 3)).astype(np.float32)) for t in TARGETS}
+    logits = {
+        t.name: torch.from_numpy(rng.normal(size=(6, 1 if t.binary else 3)).astype(np.float32))
+        for t in TARGETS
+    }
     config = TINY.model_copy(update={"slice_loss": 0.0})
     terms = InjuryLoss(config, train)((logits, None), torch.from_numpy(labels), None, None, 6)
     columns = group_slices()
@@ -92,7 +105,9 @@ def test_loss_equals_float64_loops():
             else:
                 p = math.exp(values[true]) / sum(math.exp(v) for v in values)
             total += target.weights[true] * -math.log(p)
-        mean_weight = sum(target.weights[int(row[columns[target.name]].argmax())] for row in train) / len(train)
+        mean_weight = sum(
+            target.weights[int(row[columns[target.name]].argmax())] for row in train
+        ) / len(train)
         assert float(terms[target.name]) == pytest.approx(total / (6 * mean_weight), rel=1e-5)
 
 
@@ -100,13 +115,16 @@ def test_micro_batches_sum_to_the_large_batch():
     rng = np.random.default_rng(2)
     labels, known = torch.from_numpy(one_hot(rng, 8)), torch.ones(8, 2)
     planes = torch.from_numpy(rng.integers(0, 2, (8, 4, 2)).astype(np.float32))
-    model, loss = make(TINY).eval(), InjuryLoss(TINY, labels.numpy())  # eval: batch norm is the one part that sees the batch
+    # eval: batch norm is the one part that sees the batch
+    model, loss = make(TINY).eval(), InjuryLoss(TINY, labels.numpy())
     images = torch.randn(8, 4, 32, 32)
 
     def gradients(parts):
         model.zero_grad()
         for part in parts:
-            sum(loss(model(images[part]), labels[part], planes[part], known[part], 8).values()).backward()
+            sum(
+                loss(model(images[part]), labels[part], planes[part], known[part], 8).values()
+            ).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     large, small = gradients([slice(0, 8)]), gradients([slice(0, 3), slice(3, 6), slice(6, 8)])
@@ -114,28 +132,38 @@ def test_micro_batches_sum_to_the_large_batch():
 
 
 def order_task(rng, count, slices=6):
-    """Bright slice above the dark one (1) or below it (0); the same slices either way, so only the order tells."""
+    """Bright slice above the dark one (1) or below it (0); the same slices either way, so only the
+    order tells.
+    """
     x = np.full((count, slices, 32, 32), 100.0, np.float32)
     y = rng.integers(0, 2, count)
     for i in range(count):
         first, second = sorted(rng.choice(slices, 2, replace=False))
         bright, dark = (first, second) if y[i] else (second, first)
         x[i, bright, 8:24, 8:24], x[i, dark, 8:24, 8:24] = 250, 0
-    return torch.from_numpy((x + rng.normal(0, 2, x.shape)).astype(np.float32) / 100 - 1), torch.from_numpy(y)
+    return torch.from_numpy(
+        (x + rng.normal(0, 2, x.shape)).astype(np.float32) / 100 - 1
+    ), torch.from_numpy(y)
 
 
 @pytest.mark.parametrize(("sequence", "learns"), [("lstm", True), ("none", False)])
 def test_only_a_sequence_model_sees_the_order_along_z(sequence, learns):
     rng = np.random.default_rng(3)
-    config = TINY.model_copy(update={"sequence": sequence, "targets": ("bowel",), "slice_loss": 0.0, "hidden": 16})
+    config = TINY.model_copy(
+        update={"sequence": sequence, "targets": ("bowel",), "slice_loss": 0.0, "hidden": 16}
+    )
     torch.manual_seed(0)
-    model = CnnLstm(torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Conv2d(1, 8, 1)), 8, config)
+    model = CnnLstm(
+        torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Conv2d(1, 8, 1)), 8, config
+    )
     model.norm = torch.nn.Identity()
     optimiser = torch.optim.Adam(model.parameters(), 0.01)
     x, y = order_task(rng, 256, 6)
     for _ in range(60):
         logits, _ = model(x)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits["bowel"][:, 0], y.float())
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits["bowel"][:, 0], y.float()
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -154,11 +182,21 @@ def test_slice_positions_are_even_and_jitter_stays_in_its_bin():
 
 @pytest.mark.parametrize(("depth", "count"), [(32, 12), (96, 40), (96, 64), (7, 1), (5, 5)])
 def test_jittered_slices_carry_their_own_labels(depth, count):
-    """Every plane is drawn in exactly one bin, the one whose label it gives, also where bins are not whole planes wide."""
+    """Every plane is drawn in exactly one bin, the one whose label it gives, also where bins are
+    not whole planes wide.
+    """
     where = np.zeros((depth, count), bool)
     for seed in range(400):
         where[slice_positions(depth, count, np.random.default_rng(seed)), np.arange(count)] = True
-    labels = np.stack([bin_labels(np.eye(depth, 2, -plane, np.float32), count)[:, 0] for plane in range(depth)]) > 0
+    labels = (
+        np.stack(
+            [
+                bin_labels(np.eye(depth, 2, -plane, np.float32), count)[:, 0]
+                for plane in range(depth)
+            ]
+        )
+        > 0
+    )
     assert where.any(1).all()
     assert np.array_equal(where, labels)
     assert labels[slice_positions(depth, count), np.arange(count)].all()
@@ -173,7 +211,9 @@ def test_slice_labels_reach_their_bin():
 def test_take_slices_crops_and_resizes():
     volume = np.zeros((6, 40, 40), np.uint8)
     volume[:, 4:36, 4:36] = 200
-    out = take_slices(volume, np.array([0, 5]), TINY.model_copy(update={"crop": 0.1, "image_size": 16}))
+    out = take_slices(
+        volume, np.array([0, 5]), TINY.model_copy(update={"crop": 0.1, "image_size": 16})
+    )
     assert out.shape == (2, 16, 16)
     assert (out == 200).all()
 
@@ -182,7 +222,9 @@ def test_augmentation_is_one_draw_for_all_slices_and_repeats_by_seed():
     image = np.zeros((32, 32), np.uint8)
     image[6:20, 9:15] = 180
     stack = np.stack([image] * 5)
-    augment = VolumeAugment(AugmentConfig(probability=1.0, rotate_deg=20, cutout=1.0, flip_x=True, flip_y=True))
+    augment = VolumeAugment(
+        AugmentConfig(probability=1.0, rotate_deg=20, cutout=1.0, flip_x=True, flip_y=True)
+    )
     first = augment(stack, NO_LABELS, 11)[0]
     assert all(np.array_equal(first[0], other) for other in first[1:]), "every slice moved alike"
     assert np.array_equal(first, augment(stack, NO_LABELS, 11)[0])
@@ -191,15 +233,34 @@ def test_augmentation_is_one_draw_for_all_slices_and_repeats_by_seed():
 
 
 def test_flip_in_z_turns_the_slice_labels_with_the_slices(tmp_path):
-    """The one bright slice is the one labelled slice before and after, and both halves of a flip's coin come up."""
+    """The one bright slice is the one labelled slice before and after, and both halves of a flip's
+    coin come up.
+    """
     volume = np.full((8, 32, 32), 40, np.uint8)
     volume[1] = 200
     np.save(tmp_path / "volume.npy", volume)
     planes = np.zeros((8, 2), np.float32)
     planes[1, 0] = 1
-    series = Series("1", "1", tmp_path / "volume.npy", one_hot(np.random.default_rng(0), 1)[0], planes, np.ones(2, np.float32))
-    still = {"rotate_deg": 0, "scale": 0, "shift": 0, "brightness": 0, "contrast": 0, "flip_z": True, "z_jitter": False}
-    dataset = SeriesDataset([series], TINY.model_copy(update={"augment": AugmentConfig(**still)}), augment=True)
+    series = Series(
+        "1",
+        "1",
+        tmp_path / "volume.npy",
+        one_hot(np.random.default_rng(0), 1)[0],
+        planes,
+        np.ones(2, np.float32),
+    )
+    still = {
+        "rotate_deg": 0,
+        "scale": 0,
+        "shift": 0,
+        "brightness": 0,
+        "contrast": 0,
+        "flip_z": True,
+        "z_jitter": False,
+    }
+    dataset = SeriesDataset(
+        [series], TINY.model_copy(update={"augment": AugmentConfig(**still)}), augment=True
+    )
     places = set()
     for epoch in range(20):
         sample = dataset[epoch, 0]

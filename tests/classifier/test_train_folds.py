@@ -1,4 +1,6 @@
-"""Stage 05 over ranks, runs and configs: every fold trained once, whoever ends last writes the manifest, and it lists what is there."""
+"""Stage 05 over ranks, runs and configs: every fold trained once, whoever ends last writes the
+manifest, and it lists what is there.
+"""
 
 import contextlib
 import json
@@ -37,22 +39,31 @@ SCRIPT, CPU = ROOT / "stages" / "05_train_folds.py", torch.device("cpu")
 @pytest.fixture
 def out(smoke, tmp_path) -> Path:
     """What stage 05 reads of the smoke run."""
-    return copy(smoke, tmp_path / "run", "01_slices", "05_folds", "06_oof", "07_submission", "08_report")
+    return copy(
+        smoke, tmp_path / "run", "01_slices", "05_folds", "06_oof", "07_submission", "08_report"
+    )
 
 
 @pytest.fixture
 def stage_05(out, monkeypatch):
-    """Calls stage 05 as one rank, in this process and with a training that only writes files, other ones each time.
+    """Calls stage 05 as one rank, in this process and with a training that only writes files, other
+    ones each time.
 
-    `stage_05.trained` lists the folds that were trained, `stage_05.meanwhile` is called within every training.
+    `stage_05.trained` lists the folds that were trained, `stage_05.meanwhile` is called within
+    every training.
     """
 
     def call(*arguments: str, rank: int = 0, world: int = 1) -> int:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        monkeypatch.setattr("sys.argv", [str(SCRIPT), "--config", "smoke", "--out", str(out), "--jobs", "1", *arguments])
+        monkeypatch.setattr(
+            "sys.argv",
+            [str(SCRIPT), "--config", "smoke", "--out", str(out), "--jobs", "1", *arguments],
+        )
         script = runpy.run_path(str(SCRIPT))
-        return script["main"](str(SCRIPT), "05_folds", "", script["run"], script["add_flags"], exclusive=False)
+        return script["main"](
+            str(SCRIPT), "05_folds", "", script["run"], script["add_flags"], exclusive=False
+        )
 
     def train(part: Stage, fold: int) -> dict[str, int]:
         call.trained.append(fold)
@@ -103,7 +114,9 @@ def test_no_manifest_vouches_for_a_fold_that_another_rank_is_changing(out, stage
 
 
 def test_forced_training_that_is_stopped_leaves_no_old_fold(out, stage_05):
-    """Else the same command without --force, which the line says to run, would vouch for new folds and old ones together."""
+    """Else the same command without --force, which the line says to run, would vouch for new folds
+    and old ones together.
+    """
     stage_05()
 
     def stop() -> None:
@@ -136,31 +149,54 @@ def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_05, monkeypa
 
 
 def test_torchrun_spreads_the_folds(out):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), "--config", "smoke", "--out", str(out),
-               "--device", "cpu", "--jobs", "1", "train.init=scratch", "train.epochs=1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(SCRIPT),
+        "--config",
+        "smoke",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--jobs",
+        "1",
+        "train.init=scratch",
+        "train.epochs=1",
+    ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_whole(out)
-    assert set(pl.concat(pl.read_parquet(out / "05_folds" / f"fold{k}" / OOF) for k in (0, 1))["fold"]) == {0, 1}
+    assert set(
+        pl.concat(pl.read_parquet(out / "05_folds" / f"fold{k}" / OOF) for k in (0, 1))["fold"]
+    ) == {0, 1}
 
 
 def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
     """The smoke run trained them side by side; one thread for each is what `--jobs 1` gives."""
     for fold in "10":
-        done = run_stage("05", "--config", "smoke", "--out", str(out), "--jobs", "1", "--fold", fold)
+        done = run_stage(
+            "05", "--config", "smoke", "--out", str(out), "--jobs", "1", "--fold", fold
+        )
         assert done.returncode == 0, done.stderr
     assert products(out / "05_folds") == products(smoke / "05_folds")
 
 
 def processes_of(run, folds: str) -> list[psutil.Process]:
-    """The processes of a running stage's folds, in their order, once all have become the stage's script."""
+    """The processes of a running stage's folds, in their order, once all have become the stage's
+    script.
+    """
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and run.poll() is None:
         found = {}
         for child in psutil.Process(run.pid).children():
             with contextlib.suppress(psutil.Error):  # it may be gone by now
                 command = child.cmdline()
-                if "--fold" in command:  # a process that has only been forked still has its parent's command
+                # a process that has only been forked still has its parent's command
+                if "--fold" in command:
                     found[command[command.index("--fold") + 1]] = child
         if sorted(found) == sorted(folds):
             return [found[fold] for fold in folds]
@@ -175,7 +211,9 @@ def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(
     killed.kill()
     code, text = end(run)
     assert code == 1, text
-    assert plain_lines(text) == ["error: fold 0 was brought down by SIGKILL (out of memory?), run the same command again"]
+    assert plain_lines(text) == [
+        "error: fold 0 was brought down by SIGKILL (out of memory?), run the same command again"
+    ]
     assert not other.is_running()
     assert (out / "05_folds" / "fold1" / "last.ckpt").exists()
     assert not (out / "05_folds" / "manifest.json").exists()
@@ -190,7 +228,8 @@ def test_folds_end_with_their_stage(out, number):
     processes_of(run, "01")
     for fold in "01":
         wait_for(out / "05_folds" / f"fold{fold}" / "log.jsonl", run)
-    os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)  # a terminal sends Ctrl-C to all
+    # a terminal sends Ctrl-C to all
+    os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)
     if not (gone := none_alive(run.pid)):
         os.killpg(run.pid, signal.SIGKILL)
     code, text = end(run)
@@ -205,7 +244,12 @@ def test_folds_end_with_their_stage(out, number):
 
 def test_fewer_folds_leave_none_of_the_others_behind(out, stage_05):
     for count in (3, 2):
-        assert run_stage("03", "--config", "smoke", "--out", str(out), f"folds.count={count}").returncode == 0
+        assert (
+            run_stage(
+                "03", "--config", "smoke", "--out", str(out), f"folds.count={count}"
+            ).returncode
+            == 0
+        )
         assert stage_05(f"folds.count={count}") == 0
         assert_whole(out, count)
     assert not (out / "05_folds" / "fold2").exists()
@@ -247,17 +291,23 @@ def test_a_fold_that_is_made_again_is_listed_anew(out, stage_05):
 
 
 def stage_of(out: Path, name: str = "05_folds", *arguments: str) -> Stage:
-    return Stage(name, load_config("smoke"), parser(name, "").parse_args(["--out", str(out), *arguments]))
+    return Stage(
+        name, load_config("smoke"), parser(name, "").parse_args(["--out", str(out), *arguments])
+    )
 
 
 def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
     stage, seen = stage_of(out), []
-    index = pl.read_parquet(out / "02_volumes" / "index.parquet").filter(pl.col("source") == "train")
+    index = pl.read_parquet(out / "02_volumes" / "index.parquet").filter(
+        pl.col("source") == "train"
+    )
     drawn = dict(read_folds(out / "03_folds" / "folds.csv").iter_rows())
     with stage.reading:
         for fold in (0, 1):
             found = gather_fold(stage.part(f"fold{fold}"), fold)
-            train, held_out = ({one.patient_id for one in side} for side in (found.train, found.held_out))
+            train, held_out = (
+                {one.patient_id for one in side} for side in (found.train, found.held_out)
+            )
             assert not train & held_out
             assert {drawn[patient] for patient in held_out} == {fold}
             both = [(one.patient_id, one.series_id) for one in (*found.train, *found.held_out)]
@@ -266,15 +316,22 @@ def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
     assert sorted(seen) == sorted(set(index["patient_id"]))
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("", "patient '[0-9]+' is in no fold, .*folds.csv, .* run stage 03 again"),
-    ("{patient},0\n{patient},1\n", "patient '[0-9]+' is in two folds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "patient '[0-9]+' is in no fold, .*folds.csv, .* run stage 03 again"),
+        ("{patient},0\n{patient},1\n", "patient '[0-9]+' is in two folds"),
+    ],
+)
 def test_a_patient_in_no_fold_or_in_two_is_refused(out, line, message):
     """One who joined train.csv after stage 03, say."""
     path, stage = out / "03_folds" / "folds.csv", stage_of(out)
     patient = read_labels(out / "data" / "phantom")["patient_id"][3]
-    kept = [row for row in path.read_text().splitlines(keepends=True) if not row.startswith(f"{patient},")]
+    kept = [
+        row
+        for row in path.read_text().splitlines(keepends=True)
+        if not row.startswith(f"{patient},")
+    ]
     path.write_text("".join(kept) + line.format(patient=patient))
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["outputs"]["folds.csv"]["bytes"] = path.stat().st_size
@@ -284,7 +341,9 @@ def test_a_patient_in_no_fold_or_in_two_is_refused(out, line, message):
 
 
 def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
-    """Not a fold of an earlier run that lies beside it; models that differ only in who fed them are alike."""
+    """Not a fold of an earlier run that lies beside it; models that differ only in who fed them are
+    alike.
+    """
     shutil.copytree(smoke / "05_folds", tmp_path / "05_folds")
     shutil.copytree(tmp_path / "05_folds" / "fold1", tmp_path / "05_folds" / "fold2")
     model, config = load_classifier(path := tmp_path / "05_folds" / "fold1" / MODEL, CPU)

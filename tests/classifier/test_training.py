@@ -1,4 +1,6 @@
-"""Stage 05's loop: resuming equals not stopping, early stopping, averaged weights, non-finite losses, weights that do not fit."""
+"""Stage 05's loop: resuming equals not stopping, early stopping, averaged weights, non-finite
+losses, weights that do not fit.
+"""
 
 import multiprocessing
 import os
@@ -31,13 +33,21 @@ def data(tmp_path_factory):
     for k in range(9):
         path = folder / f"{k}.npy"
         np.save(path, rng.integers(0, 256, (12, 48, 48), dtype=np.uint8))
-        labels = np.concatenate([np.eye(len(t.classes), dtype=np.float32)[k % len(t.classes)] for t in TARGETS])
-        series.append(Series(str(k), f"s{k}", path, labels, np.zeros((12, 2), np.float32), np.ones(2, np.float32)))
+        labels = np.concatenate(
+            [np.eye(len(t.classes), dtype=np.float32)[k % len(t.classes)] for t in TARGETS]
+        )
+        series.append(
+            Series(
+                str(k), f"s{k}", path, labels, np.zeros((12, 2), np.float32), np.ones(2, np.float32)
+            )
+        )
     return FoldData(0, series[:6], series[6:])
 
 
 def config(*overrides):
-    return load_config("smoke", ["train.init=scratch", "train.image_size=32", "train.epochs=3", *overrides])
+    return load_config(
+        "smoke", ["train.init=scratch", "train.image_size=32", "train.epochs=3", *overrides]
+    )
 
 
 def trainer(data, folder, *overrides):
@@ -45,11 +55,17 @@ def trainer(data, folder, *overrides):
     return FoldTrainer(config(*overrides), data, folder, CPU, None)
 
 
-@pytest.mark.parametrize(("overrides", "other"), [
-    ((), ()), (("train.ema=0.5", "train.accumulate=2", "train.batch=2"), ("train.workers=1",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "other"),
+    [
+        ((), ()),
+        (("train.ema=0.5", "train.accumulate=2", "train.batch=2"), ("train.workers=1",)),
+    ],
+)
 def test_resuming_equals_not_stopping(data, tmp_path, overrides, other):
-    """Also with `other` workers than before: fewer of them is what a killed loader's message advises."""
+    """Also with `other` workers than before: fewer of them is what a killed loader's message
+    advises.
+    """
     whole = trainer(data, tmp_path / "whole", *overrides)
     whole.run()
     first = trainer(data, tmp_path / "cut", *overrides)
@@ -69,27 +85,44 @@ def test_resuming_equals_not_stopping(data, tmp_path, overrides, other):
 
 
 def test_workers_change_nothing(data, tmp_path):
-    """Nor does accumulation over the end of an epoch: 6 series in batches of 2 by fours are a step of 8 and one of 2."""
+    """Nor does accumulation over the end of an epoch: 6 series in batches of 2 by fours are a step
+    of 8 and one of 2.
+    """
     overrides = ("train.accumulate=2", "train.batch=2", "train.epochs=2")
-    alone, helped = (trainer(data, tmp_path / f"{workers}", *overrides, f"train.workers={workers}") for workers in (0, 2))
+    alone, helped = (
+        trainer(data, tmp_path / f"{workers}", *overrides, f"train.workers={workers}")
+        for workers in (0, 2)
+    )
     alone.run()
     helped.run()
     assert [row["terms"] for row in helped.history] == [row["terms"] for row in alone.history]
-    assert all(torch.equal(tensor, helped.model.state_dict()[name]) for name, tensor in alone.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, helped.model.state_dict()[name])
+        for name, tensor in alone.model.state_dict().items()
+    )
 
 
 def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
-    """Batches of 4 against 2 + 2, and a last step of 2: the trainer's own loop, batch norm and dropout fixed (they see the batch).
+    """Batches of 4 against 2 + 2, and a last step of 2: the trainer's own loop, batch norm and
+    dropout fixed (they see the batch).
 
     In float32: where the processor has bfloat16, its rounding would be all that there is to see.
     """
-    common = ("train.epochs=2", "train.dropout=0", "train.freeze_backbone=true", "train.warmup=0", "train.amp=false")
+    common = (
+        "train.epochs=2",
+        "train.dropout=0",
+        "train.freeze_backbone=true",
+        "train.warmup=0",
+        "train.amp=false",
+    )
     large = trainer(data, tmp_path / "large", *common, "train.batch=4")
     small = trainer(data, tmp_path / "small", *common, "train.batch=2", "train.accumulate=2")
     before = {name: tensor.clone() for name, tensor in large.model.named_parameters()}
     large.run()
     small.run()
-    assert [row["loss"] for row in small.history] == pytest.approx([row["loss"] for row in large.history], rel=1e-5)
+    assert [row["loss"] for row in small.history] == pytest.approx(
+        [row["loss"] for row in large.history], rel=1e-5
+    )
     for name, tensor in large.model.named_parameters():
         assert torch.allclose(tensor, small.model.get_parameter(name), rtol=1e-3, atol=1e-5), name
         assert tensor.requires_grad != torch.equal(tensor, before[name]), name
@@ -97,11 +130,21 @@ def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
 
 def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
     made, original = [], training.make_loader
-    monkeypatch.setattr(training, "make_loader", lambda *given: made.append(given[0]) or original(*given))
-    run, before = trainer(data, tmp_path / "fold", "train.workers=1"), multiprocessing.active_children()  # other tests' pools may be up
+    monkeypatch.setattr(
+        training, "make_loader", lambda *given: made.append(given[0]) or original(*given)
+    )
+    # other tests' pools may be up
+    run, before = (
+        trainer(data, tmp_path / "fold", "train.workers=1"),
+        multiprocessing.active_children(),
+    )
     run.run()
     assert [dataset is run.dataset for dataset in made].count(True) == 1
-    left = [child for child in multiprocessing.active_children() if child not in before and child.is_alive()]
+    left = [
+        child
+        for child in multiprocessing.active_children()
+        if child not in before and child.is_alive()
+    ]
     assert not left, "they end with the training"
 
 
@@ -122,7 +165,9 @@ def test_checkpoint_of_another_config_is_not_taken_up(data, tmp_path):
 
 
 def test_checkpoint_of_other_inputs_is_not_taken_up(data, tmp_path):
-    """Same config, but for example another pretrained backbone: the finished run of the old one must not pass for it."""
+    """Same config, but for example another pretrained backbone: the finished run of the old one
+    must not pass for it.
+    """
     trainer(replace(data, fingerprint="a"), tmp_path / "fold", "train.epochs=1").run()
     other = trainer(replace(data, fingerprint="b"), tmp_path / "fold", "train.epochs=1")
     other.resume()
@@ -141,7 +186,9 @@ def test_fold_writes_a_model_that_predicts_its_own_out_of_fold_rows(data, tmp_pa
     rows = pl.read_parquet(tmp_path / OOF)
     held_out = SeriesDataset(data.held_out, options)
     samples = torch.from_numpy(np.stack([held_out[0, k]["slices"] for k in range(3)]))
-    assert predict(model, samples, options.amp).numpy() == pytest.approx(rows.select(COLUMNS).to_numpy(), abs=1e-6)
+    assert predict(model, samples, options.amp).numpy() == pytest.approx(
+        rows.select(COLUMNS).to_numpy(), abs=1e-6
+    )
 
 
 def test_patience_stops_and_keeps_the_best_weights(data, tmp_path, monkeypatch, capfd):
@@ -158,8 +205,14 @@ def test_patience_stops_and_keeps_the_best_weights(data, tmp_path, monkeypatch, 
     run.run()
     assert run.epoch == 4
     assert (run.kept["epoch"], run.kept["score"]) == (2, 0.5), "what the manifest says of the fold"
-    assert "train.patience kept epoch 2 of 4 by its score on the held-out patients" in capfd.readouterr().err
-    assert all(torch.equal(tensor, kept[0.5][name]) for name, tensor in run.final_model.state_dict().items())
+    assert (
+        "train.patience kept epoch 2 of 4 by its score on the held-out patients"
+        in capfd.readouterr().err
+    )
+    assert all(
+        torch.equal(tensor, kept[0.5][name])
+        for name, tensor in run.final_model.state_dict().items()
+    )
 
 
 def test_non_finite_loss_stops_with_step_terms_and_ids(data, tmp_path, monkeypatch):
@@ -180,7 +233,9 @@ def test_predictions_that_are_no_numbers_stop_with_the_series(data, tmp_path, mo
         return values
 
     monkeypatch.setattr(training, "predict", broken)
-    with pytest.raises(NonFiniteLoss, match="non-finite predictions of held-out series s7 of fold 0 after 0 epochs"):
+    with pytest.raises(
+        NonFiniteLoss, match="non-finite predictions of held-out series s7 of fold 0 after 0 epochs"
+    ):
         run.predict_held_out()
 
 
@@ -202,7 +257,9 @@ def test_float16_gradients_that_never_become_finite_stop_training(data, tmp_path
 
 
 def test_a_checkpoint_of_another_type_of_number_is_taken_up(data, tmp_path):
-    """Of a GPU that computes in bfloat16 by one that needs float16: the scaler, which left no state, starts anew."""
+    """Of a GPU that computes in bfloat16 by one that needs float16: the scaler, which left no
+    state, starts anew.
+    """
     trainer(data, tmp_path / "fold", "train.epochs=1").run()
     other = trainer(data, tmp_path / "fold", "train.epochs=1")
     other.scaler = torch.amp.GradScaler("cpu")
@@ -211,8 +268,12 @@ def test_a_checkpoint_of_another_type_of_number_is_taken_up(data, tmp_path):
     assert other.scaler.get_scale() == 2**16
 
 
-def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(data, tmp_path, monkeypatch):
-    """The out-of-fold rows come after the last epoch, whose validation predicts the same patients."""
+def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(
+    data, tmp_path, monkeypatch
+):
+    """The out-of-fold rows come after the last epoch, whose validation predicts the same
+    patients.
+    """
     calls, original = [], FoldTrainer.predict_held_out
 
     def killed_at_last(self):
@@ -228,11 +289,21 @@ def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(data,
 
 
 def test_series_keep_the_order_of_the_index(tmp_path):
-    """Whatever the order of the labels: the order of epochs, and with it a resumed run, hangs on it."""
+    """Whatever the order of the labels: the order of epochs, and with it a resumed run, hangs on
+    it.
+    """
     count, rng = 3000, np.random.default_rng(0)
     ids = [str(k) for k in rng.permutation(count)]
-    index = {"patient_id": ids, "series_id": ids, "path": ids, "source": ["train"] * count, "depth": [2] * count}
-    pl.DataFrame(index).with_columns(plane_instances=pl.lit([1, 2])).write_parquet(tmp_path / "index.parquet")
+    index = {
+        "patient_id": ids,
+        "series_id": ids,
+        "path": ids,
+        "source": ["train"] * count,
+        "depth": [2] * count,
+    }
+    pl.DataFrame(index).with_columns(plane_instances=pl.lit([1, 2])).write_parquet(
+        tmp_path / "index.parquet"
+    )
     values = {column: [0] * count for column in COLUMNS}
     labels = pl.DataFrame({"patient_id": [str(k) for k in rng.permutation(count)], **values})
     assert [one.series_id for one in labelled_series(tmp_path, labels, None)] == ids
@@ -241,7 +312,9 @@ def test_series_keep_the_order_of_the_index(tmp_path):
 def test_wrong_backbone_file_names_the_tensors(data, tmp_path):
     from pipeline.learning.backbone import create_backbone, save_backbone
 
-    save_backbone(create_backbone("lcnet_035"), tmp_path / "other.safetensors", {"backbone": "lcnet_035"})
+    save_backbone(
+        create_backbone("lcnet_035"), tmp_path / "other.safetensors", {"backbone": "lcnet_035"}
+    )
     with pytest.raises(InputError, match="missing.*unexpected"):
         FoldTrainer(config(), data, tmp_path, CPU, tmp_path / "other.safetensors")
 
@@ -250,14 +323,25 @@ def test_frozen_backbone_stays_as_it_was(data, tmp_path):
     run = trainer(data, tmp_path / "fold", "train.freeze_backbone=true", "train.epochs=1")
     before = {name: tensor.clone() for name, tensor in run.model.backbone.state_dict().items()}
     run.run()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.backbone.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in run.model.backbone.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize(("overrides", "at"), [((), 2), (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4), ((), "held-out")])
+@pytest.mark.parametrize(
+    ("overrides", "at"),
+    [((), 2), (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4), ((), "held-out")],
+)
 def test_a_stop_within_an_epoch_loses_nothing(data, tmp_path, monkeypatch, overrides, at):
-    """SIGTERM in a step or in the validation: the checkpoint holds the place in the epoch, and the rest repeats bit for bit."""
+    """SIGTERM in a step or in the validation: the checkpoint holds the place in the epoch, and the
+    rest repeats bit for bit.
+    """
     options = ("train.batch=2", "train.epochs=2", *overrides)
-    whole, cut = trainer(data, tmp_path / "whole", *options), trainer(data, tmp_path / "cut", *options)
+    whole, cut = (
+        trainer(data, tmp_path / "whole", *options),
+        trainer(data, tmp_path / "cut", *options),
+    )
     whole.run()
     step, predict_held_out = cut.step, cut.predict_held_out
 
@@ -278,8 +362,17 @@ def test_a_stop_within_an_epoch_loses_nothing(data, tmp_path, monkeypatch, overr
     assert stop.value.code == 128 + signal.SIGTERM
     second = trainer(data, tmp_path / "cut", *options)
     steps = []
-    monkeypatch.setattr(second, "step", lambda number, micro, step=second.step: (steps.append(number), step(number, micro))[1])
+    monkeypatch.setattr(
+        second,
+        "step",
+        lambda number, micro, step=second.step: (steps.append(number), step(number, micro))[1],
+    )
     second.run()
-    assert steps == list(range(2 * second.steps_per_epoch))[second.steps_per_epoch if at == "held-out" else at + 1 :]
+    assert (
+        steps
+        == list(range(2 * second.steps_per_epoch))[
+            second.steps_per_epoch if at == "held-out" else at + 1 :
+        ]
+    )
     assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
     assert second.predict_held_out().equals(whole.predict_held_out())

@@ -1,4 +1,6 @@
-"""The official score against hand-computed cases and plain loops; its errors; the extra metrics against scikit-learn."""
+"""The official score against hand-computed cases and plain loops; its errors; the extra metrics
+against scikit-learn.
+"""
 
 import json
 import math
@@ -27,7 +29,9 @@ HEALTHY_ROW = [1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]
 
 def frame(rows, ids=None):
     ids = ids or [str(i) for i in range(len(rows))]
-    return pl.DataFrame({"patient_id": ids, **{name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}})
+    return pl.DataFrame(
+        {"patient_id": ids, **{name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}}
+    )
 
 
 def test_hand_computed_scores():
@@ -35,7 +39,9 @@ def test_hand_computed_scores():
     table = score(frame([HEALTHY_ROW]), frame(uniform))
     assert table["bowel"] == pytest.approx(math.log(2))
     assert table["liver"] == pytest.approx(math.log(3))
-    assert table["any_injury"] == pytest.approx(math.log(3)), "the largest 1 - healthy is 2/3, the patient is healthy"
+    assert table["any_injury"] == pytest.approx(math.log(3)), (
+        "the largest 1 - healthy is 2/3, the patient is healthy"
+    )
     assert table["score"] == pytest.approx((2 * math.log(2) + 4 * math.log(3)) / 6)
     # two patients: high-grade spleen (weight 4, any_injury 6) and a healthy one (weight 1)
     injured = [1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1]
@@ -45,7 +51,9 @@ def test_hand_computed_scores():
     ]
     table = score(frame([injured, HEALTHY_ROW]), frame(rows))
     assert table["spleen"] == pytest.approx(-(4 * math.log(0.5) + math.log(0.7)) / 5)
-    assert table["kidney"] == pytest.approx(-(math.log(0.8) + math.log(0.5)) / 2), "groups are divided by their sum"
+    assert table["kidney"] == pytest.approx(-(math.log(0.8) + math.log(0.5)) / 2), (
+        "groups are divided by their sum"
+    )
     assert table["any_injury"] == pytest.approx(-(6 * math.log(0.8) + math.log(0.5)) / 7)
     assert tuple(table) == SCORE_KEYS
 
@@ -79,14 +87,35 @@ def test_equals_plain_loops_on_1000_submissions_in_any_row_order():
             lambda f: pl.concat([f, f[:1].with_columns(patient_id=pl.lit("9"))]),
             "patient '9' is not expected, submission row 5 column patient_id",
         ),
-        (lambda f: pl.concat([f, f[:1]]), "patient '0' is there twice, submission row 5 column patient_id"),
+        (
+            lambda f: pl.concat([f, f[:1]]),
+            "patient '0' is there twice, submission row 5 column patient_id",
+        ),
         (lambda f: f.drop("liver_low"), "column 'liver_low' is missing, submission row 1"),
-        (lambda f: f.with_columns(liver_low=pl.Series(["0.1", "x", "0.1"])), "'x' is not a number, submission row 3 column liver_low"),
-        (lambda f: f.with_columns(liver_low=pl.Series([0.1, 0.1, math.inf])), "'inf' is not finite, submission row 4 column liver_low"),
-        (lambda f: f.with_columns(liver_low=pl.Series([0.1, None, 0.1])), "the cell is empty, submission row 3 column liver_low"),
-        (lambda f: f.with_columns(liver_low=pl.Series([0.1, -0.1, 0.1])), "'-0.1' is negative, submission row 3 column liver_low"),
-        (lambda f: f.with_columns(bowel_healthy=0.0, bowel_injury=0.0), "bowel columns sum to 0, submission row 2 column bowel_healthy"),
-        (lambda f: f.with_columns(bowel_healthy=1e308, bowel_injury=1e308), "no finite sum, submission row 2 column bowel_healthy"),
+        (
+            lambda f: f.with_columns(liver_low=pl.Series(["0.1", "x", "0.1"])),
+            "'x' is not a number, submission row 3 column liver_low",
+        ),
+        (
+            lambda f: f.with_columns(liver_low=pl.Series([0.1, 0.1, math.inf])),
+            "'inf' is not finite, submission row 4 column liver_low",
+        ),
+        (
+            lambda f: f.with_columns(liver_low=pl.Series([0.1, None, 0.1])),
+            "the cell is empty, submission row 3 column liver_low",
+        ),
+        (
+            lambda f: f.with_columns(liver_low=pl.Series([0.1, -0.1, 0.1])),
+            "'-0.1' is negative, submission row 3 column liver_low",
+        ),
+        (
+            lambda f: f.with_columns(bowel_healthy=0.0, bowel_injury=0.0),
+            "bowel columns sum to 0, submission row 2 column bowel_healthy",
+        ),
+        (
+            lambda f: f.with_columns(bowel_healthy=1e308, bowel_injury=1e308),
+            "no finite sum, submission row 2 column bowel_healthy",
+        ),
     ],
 )
 def test_errors_name_row_and_column(change, message):
@@ -97,21 +126,33 @@ def test_errors_name_row_and_column(change, message):
 
 def test_wrong_solutions_are_refused_too():
     solution = frame([HEALTHY_ROW] * 3)
-    with pytest.raises(InputError, match="patient '0' is there twice, solution row 5 column patient_id"):
+    with pytest.raises(
+        InputError, match="patient '0' is there twice, solution row 5 column patient_id"
+    ):
         score(pl.concat([solution, solution[:1]]), solution)
-    with pytest.raises(InputError, match="two classes of bowel are set, solution row 2 column bowel_healthy"):
+    with pytest.raises(
+        InputError, match="two classes of bowel are set, solution row 2 column bowel_healthy"
+    ):
         score(solution.with_columns(bowel_injury=1), solution)
 
 
 def test_command_prints_the_table_and_refuses_in_one_line(tmp_path):
     labels = one_hot(12)
     label_frame(labels).write_csv(tmp_path / "train.csv")
-    guess = label_frame(labels).with_columns(pl.DataFrame(predicted(labels, 1.0), schema=list(COLUMNS), orient="row"))
+    guess = label_frame(labels).with_columns(
+        pl.DataFrame(predicted(labels, 1.0), schema=list(COLUMNS), orient="row")
+    )
     guess.sample(fraction=1, shuffle=True, seed=1).write_csv(tmp_path / "guess.csv")
     command = [sys.executable, "-m", "pipeline.metric", "train.csv", "guess.csv"]
 
     def run(*more):
-        return subprocess.run([*command, *more], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        return subprocess.run(
+            [*command, *more],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
 
     found = json.loads(run("--json").stdout)
     assert found == pytest.approx(score_arrays(labels, guess.select(COLUMNS).to_numpy()))
@@ -119,7 +160,10 @@ def test_command_prints_the_table_and_refuses_in_one_line(tmp_path):
     guess[1:].write_csv(tmp_path / "guess.csv")
     refused = run()
     assert refused.returncode == 2
-    assert refused.stderr == "error: patient '10000' is missing, guess.csv column patient_id, predict every patient\n"
+    assert (
+        refused.stderr
+        == "error: patient '10000' is missing, guess.csv column patient_id, predict every patient\n"
+    )
 
 
 def test_floors_are_constant_predictions():
@@ -138,17 +182,27 @@ def test_floors_are_constant_predictions():
     )
 
 
-@pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
+@pytest.mark.skipif(
+    "VOCO2D_RSNA_META" not in os.environ,
+    reason="VOCO2D_RSNA_META names no folder with the real tables",
+)
 def test_floors_of_the_real_table():
-    labels = read_labels(Path(os.environ["VOCO2D_RSNA_META"])).select(COLUMNS).to_numpy().astype(float)
+    labels = (
+        read_labels(Path(os.environ["VOCO2D_RSNA_META"])).select(COLUMNS).to_numpy().astype(float)
+    )
     found = {name: round(table["score"], 4) for name, table in floors(labels).items()}
     assert found == {"uniform": 0.8836, "class_means": 0.7861, "weighted_means": 0.6091}
     constant = labels.mean(axis=0) * metric.WEIGHTS
     constant[COLUMNS.index("extravasation_injury")] *= 2.35
-    assert round(score_arrays(labels, np.repeat(constant[None], len(labels), axis=0))["score"], 4) == 0.5794
+    assert (
+        round(score_arrays(labels, np.repeat(constant[None], len(labels), axis=0))["score"], 4)
+        == 0.5794
+    )
 
 
-@pytest.mark.parametrize(("how", "expected"), [("mean", (0.75 + 0.25) / 2), ("max", 0.75 / (0.75 + 0.75))])
+@pytest.mark.parametrize(
+    ("how", "expected"), [("mean", (0.75 + 0.25) / 2), ("max", 0.75 / (0.75 + 0.75))]
+)
 def test_aggregation_normalises_series_then_patients(how, expected):
     rows = [[0.25, 0.75] + [1.0] * 11, [3.0, 1.0] + [1.0] * 11, [3.0, 1.0] + [2.0] * 11]
     table = frame(rows, ["b", "a", "b"])
@@ -161,7 +215,9 @@ def test_aggregation_normalises_series_then_patients(how, expected):
 
 def test_thirteen_rows_of_thirteen_columns_are_not_transposed():
     table = frame((one_hot(13) + 0.5).tolist())
-    assert aggregate(table, "mean").select(COLUMNS).to_numpy() == pytest.approx(metric.normalise(table.select(COLUMNS).to_numpy()))
+    assert aggregate(table, "mean").select(COLUMNS).to_numpy() == pytest.approx(
+        metric.normalise(table.select(COLUMNS).to_numpy())
+    )
 
 
 def test_extra_metrics_equal_scikit_learn_with_ties():
@@ -170,12 +226,19 @@ def test_extra_metrics_equal_scikit_learn_with_ties():
     found = metric_extra.extra_metrics(labels, probabilities, 0, 0)
     for name, truth, probability, _ in metric_extra.binary_problems(labels, probabilities):
         assert found[name]["auc"]["value"] == pytest.approx(roc_auc_score(truth, probability))
-        assert found[name]["average_precision"]["value"] == pytest.approx(average_precision_score(truth, probability))
+        assert found[name]["average_precision"]["value"] == pytest.approx(
+            average_precision_score(truth, probability)
+        )
         assert found[name]["auc"]["low"] is None
         called = probability >= 0.5
         assert found[name]["recall"]["value"] == pytest.approx((called & truth).sum() / truth.sum())
-        assert found[name]["specificity"]["value"] == pytest.approx((~called & ~truth).sum() / (~truth).sum())
-    aps = [found[name]["average_precision"]["value"] for name in ("bowel", "extravasation", "kidney", "liver", "spleen")]
+        assert found[name]["specificity"]["value"] == pytest.approx(
+            (~called & ~truth).sum() / (~truth).sum()
+        )
+    aps = [
+        found[name]["average_precision"]["value"]
+        for name in ("bowel", "extravasation", "kidney", "liver", "spleen")
+    ]
     assert found["mean"]["average_precision"]["value"] == pytest.approx(np.mean(aps))
 
 
@@ -191,15 +254,21 @@ def test_bootstrap_counts_equal_resampled_tables():
     assert auc[0] == pytest.approx(roc_auc_score(truth[rows], probability[rows]))
     assert ap[0] == pytest.approx(average_precision_score(truth[rows], probability[rows]))
     interval = metric_extra.score_intervals(labels, probabilities, 1, 3)["score"]
-    assert interval["low"] == pytest.approx(score_arrays(labels[rows], probabilities[rows])["score"])
+    assert interval["low"] == pytest.approx(
+        score_arrays(labels[rows], probabilities[rows])["score"]
+    )
 
 
 def test_interval_covers_as_often_as_it_says():
     hits = 0
-    truth = score_arrays(labels := one_hot(20_000, seed=99), predicted(labels, 1.0, seed=99))["score"]
+    truth = score_arrays(labels := one_hot(20_000, seed=99), predicted(labels, 1.0, seed=99))[
+        "score"
+    ]
     for seed in range(60):
         rows = np.random.default_rng(seed).integers(0, 20_000, 150)
-        found = metric_extra.score_intervals(labels[rows], predicted(labels, 1.0, seed=99)[rows], 300, seed)["score"]
+        found = metric_extra.score_intervals(
+            labels[rows], predicted(labels, 1.0, seed=99)[rows], 300, seed
+        )["score"]
         hits += found["low"] <= truth <= found["high"]
     assert 50 <= hits <= 60
 
@@ -207,9 +276,16 @@ def test_interval_covers_as_often_as_it_says():
 def test_calibration_error_sees_the_weights():
     truth, weight = np.array([True, False, False, False]), np.array([3.0, 1.0, 1.0, 1.0])
     exact = np.full(4, 0.5)
-    assert metric_extra.calibration_error(np.ones((1, 4)), truth, exact, weight)[0] == pytest.approx(0)
-    assert metric_extra.calibration_error(np.ones((1, 4)), truth, np.full(4, 0.25), weight)[0] == pytest.approx(0.25)
-    assert metric_extra.reliability(truth, exact, weight) == (pytest.approx([0.5]), pytest.approx([0.5]))
+    assert metric_extra.calibration_error(np.ones((1, 4)), truth, exact, weight)[
+        0
+    ] == pytest.approx(0)
+    assert metric_extra.calibration_error(np.ones((1, 4)), truth, np.full(4, 0.25), weight)[
+        0
+    ] == pytest.approx(0.25)
+    assert metric_extra.reliability(truth, exact, weight) == (
+        pytest.approx([0.5]),
+        pytest.approx([0.5]),
+    )
 
 
 def test_a_target_without_injuries_is_undefined_not_wrong():

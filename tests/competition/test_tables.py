@@ -19,8 +19,17 @@ HEALTHY = "1,0,1,0,1,0,0,1,0,0,1,0,0,0"
 INJURED = "1,0,0,1,0,1,0,1,0,0,0,0,1,1"
 ROWS = [HEADER, f"10004,{INJURED}", f"10005,{HEALTHY}", f"10007,{HEALTHY}", f"10009,{INJURED}"]
 COLUMN_NAMES = HEADER.split(",")
-SERIES = ["patient_id,series_id,aortic_hu,incomplete_organ", "10004,21057,146.0,0", "10004,51033,,1", "10005,18667,-1024.0,0"]
-SLICES = ["patient_id,series_id,instance_number,injury_name", "10004,21057,362,Active_Extravasation", "10004,21057,363,Bowel"]
+SERIES = [
+    "patient_id,series_id,aortic_hu,incomplete_organ",
+    "10004,21057,146.0,0",
+    "10004,51033,,1",
+    "10005,18667,-1024.0,0",
+]
+SLICES = [
+    "patient_id,series_id,instance_number,injury_name",
+    "10004,21057,362,Active_Extravasation",
+    "10004,21057,363,Bowel",
+]
 
 
 def write(folder: Path, name: str, rows: list[str] | bytes) -> Path:
@@ -52,7 +61,8 @@ def test_reads_labels_with_string_ids(tmp_path):
     "rows",
     [
         [row.rsplit(",", 1)[0] for row in ROWS],  # no any_injury
-        [f"{row},{'note' if i == 0 else 'x'}" for i, row in enumerate(ROWS)],  # a column of one's own
+        # a column of one's own
+        [f"{row},{'note' if i == 0 else 'x'}" for i, row in enumerate(ROWS)],
         [*ROWS[:2], "", *ROWS[2:], "", ""],
         [row.replace(",1", ",1.0") for row in ROWS],
     ],
@@ -77,11 +87,26 @@ def test_accepts_byte_order_mark_and_windows_line_ends(tmp_path):
         (("\n".join(ROWS) + "\n10010,").encode() + b"\xe9\n", ["not UTF-8", "row 6"]),
         ([*ROWS, f"10010,{HEALTHY},1"], ["more cells than the header's 15", "row 6"]),
         ([*ROWS, "10010,1,0"], ["the cell is empty", "row 6", "column extravasation_healthy"]),
-        ([ROWS[0].replace("liver_low", "liver_lo"), *ROWS[1:]], ["column 'liver_low' is missing", "row 1", "rename 'liver_lo'"]),
-        ([ROWS[0].replace("liver_low", "liver_high"), *ROWS[1:]], ["column 'liver_low' is missing"]),
-        ([ROWS[0].replace("any_injury", "liver_low"), *ROWS[1:]], ["column 'liver_low' is there twice"]),
-        ([row.replace(",", ";") for row in ROWS], ["column 'patient_id' is missing", "separated by commas"]),
-        ([*ROWS[:3], "", *ROWS[3:], ROWS[1]], ["patient '10004' is there twice", "row 7", "column patient_id"]),
+        (
+            [ROWS[0].replace("liver_low", "liver_lo"), *ROWS[1:]],
+            ["column 'liver_low' is missing", "row 1", "rename 'liver_lo'"],
+        ),
+        (
+            [ROWS[0].replace("liver_low", "liver_high"), *ROWS[1:]],
+            ["column 'liver_low' is missing"],
+        ),
+        (
+            [ROWS[0].replace("any_injury", "liver_low"), *ROWS[1:]],
+            ["column 'liver_low' is there twice"],
+        ),
+        (
+            [row.replace(",", ";") for row in ROWS],
+            ["column 'patient_id' is missing", "separated by commas"],
+        ),
+        (
+            [*ROWS[:3], "", *ROWS[3:], ROWS[1]],
+            ["patient '10004' is there twice", "row 7", "column patient_id"],
+        ),
         ([*ROWS, f"10010,{HEALTHY[:-1]}1"], ["'1' contradicts", "row 6", "column any_injury"]),
     ],
 )
@@ -91,17 +116,45 @@ def test_refuses_broken_tables(tmp_path, rows, parts):
 
 
 def test_missing_files_say_what_to_do(tmp_path):
-    refused(lambda: tables.read_labels(tmp_path), "train.csv is missing", str(tmp_path), "give the folder")
+    refused(
+        lambda: tables.read_labels(tmp_path),
+        "train.csv is missing",
+        str(tmp_path),
+        "give the folder",
+    )
     refused(lambda: tables.read_series(tmp_path, "test"), "test_series_meta.csv is missing")
     assert tables.read_slice_labels(tmp_path) is None
     assert not tables.has_test(tmp_path)
 
 
-bad_cells = st.sampled_from(["x", "", "2", "-1", "nan", "inf", "0.5", "1,5", "one", "1e400", "--", "0x1", "\u0661"])
-bad_ids = st.sampled_from(
-    ["../x", "a/b", "a\\b", "..", ".hidden", "", " ", "a\tb", "x" * 65, "\x00", "\x7f", "a\u2028b", " 5", "5 ", "/etc"]
+bad_cells = st.sampled_from(
+    ["x", "", "2", "-1", "nan", "inf", "0.5", "1,5", "one", "1e400", "--", "0x1", "\u0661"]
 )
-tidy = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+bad_ids = st.sampled_from(
+    [
+        "../x",
+        "a/b",
+        "a\\b",
+        "..",
+        ".hidden",
+        "",
+        " ",
+        "a\tb",
+        "x" * 65,
+        "\x00",
+        "\x7f",
+        "a\u2028b",
+        " 5",
+        "5 ",
+        "/etc",
+    ]
+)
+tidy = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @tidy
@@ -119,23 +172,39 @@ def test_any_hostile_id_is_named(tmp_path, row, cell):
     rows = list(ROWS)
     rows[row] = f'"{cell}"' + rows[row][5:]
     path = write(tmp_path, "train.csv", rows)
-    message = refused(lambda: tables.read_labels(tmp_path), "the id", f"{path} row {row + 1} column patient_id")
+    message = refused(
+        lambda: tables.read_labels(tmp_path), "the id", f"{path} row {row + 1} column patient_id"
+    )
     assert message.isprintable(), "nothing of the id may reach a terminal as it is"
 
 
 @tidy
-@given(row=st.integers(1, 4), target=st.sampled_from(TARGETS), chosen=st.lists(st.booleans(), min_size=3, max_size=3))
+@given(
+    row=st.integers(1, 4),
+    target=st.sampled_from(TARGETS),
+    chosen=st.lists(st.booleans(), min_size=3, max_size=3),
+)
 def test_not_exactly_one_class_is_named(tmp_path, row, target, chosen):
     cells = [int(value) for value in chosen[: len(target.classes)]]
     rows = [line.split(",") for line in ROWS]
-    rows[row][COLUMN_NAMES.index(target.columns[0]) : COLUMN_NAMES.index(target.columns[-1]) + 1] = map(str, cells)
+    rows[row][
+        COLUMN_NAMES.index(target.columns[0]) : COLUMN_NAMES.index(target.columns[-1]) + 1
+    ] = map(str, cells)
     rows = [",".join(line[:-1]) for line in rows]  # without any_injury, which would contradict
     path = write(tmp_path, "train.csv", rows)
     if sum(cells) == 1:
         assert tables.read_labels(tmp_path).height == 4
     else:
-        what = f"two classes of {target.name} are set" if sum(cells) else f"no class of {target.name} is set"
-        refused(lambda: tables.read_labels(tmp_path), what, f"{path} row {row + 1} column {target.columns[0]}")
+        what = (
+            f"two classes of {target.name} are set"
+            if sum(cells)
+            else f"no class of {target.name} is set"
+        )
+        refused(
+            lambda: tables.read_labels(tmp_path),
+            what,
+            f"{path} row {row + 1} column {target.columns[0]}",
+        )
 
 
 @tidy
@@ -149,7 +218,11 @@ def test_series_are_read_and_checked(tmp_path):
     write(tmp_path, "train.csv", ROWS)
     write(tmp_path, "train_series_meta.csv", SERIES)
     found = tables.read_series(tmp_path, "train")
-    assert found.rows() == [("10004", "21057", 146.0, 0.0), ("10004", "51033", None, 1.0), ("10005", "18667", -1024.0, 0.0)]
+    assert found.rows() == [
+        ("10004", "21057", 146.0, 0.0),
+        ("10004", "51033", None, 1.0),
+        ("10005", "18667", -1024.0, 0.0),
+    ]
     for line, parts in (
         ("10004,21057,1,0", ["series '21057' is there twice", "row 5 column series_id"]),
         ("77,1,1,0", ["unknown patient '77'", "row 5 column patient_id"]),
@@ -174,14 +247,23 @@ def test_slice_labels_are_read_and_checked(tmp_path, capfd):
     write(tmp_path, "train_series_meta.csv", SERIES)
     write(tmp_path, "image_level_labels.csv", [*SLICES, SLICES[1], "10005,999,3,Bowel"])
     found = tables.read_slice_labels(tmp_path)
-    assert found.rows() == [("10004", "21057", 362, "Active_Extravasation"), ("10004", "21057", 363, "Bowel")]
-    assert "1 slice labels of series that train_series_meta.csv does not list are left out" in capfd.readouterr().err
+    assert found.rows() == [
+        ("10004", "21057", 362, "Active_Extravasation"),
+        ("10004", "21057", 363, "Bowel"),
+    ]
+    assert (
+        "1 slice labels of series that train_series_meta.csv does not list are left out"
+        in capfd.readouterr().err
+    )
     for line, parts in (
         ("77,21057,1,Bowel", ["unknown patient '77'", "row 4 column patient_id"]),
         ("10004,21057,1.5,Bowel", ["'1.5' is no instance number", "row 4 column instance_number"]),
         ("10004,21057,-1,Bowel", ["'-1' is no instance number", "row 4 column instance_number"]),
         ("10004,21057,,Bowel", ["the cell is empty", "row 4 column instance_number"]),
-        ("10004,21057,1,Bowl", ["'Bowl' is no injury name", "row 4 column injury_name", "Active_Extravasation, Bowel"]),
+        (
+            "10004,21057,1,Bowl",
+            ["'Bowl' is no injury name", "row 4 column injury_name", "Active_Extravasation, Bowel"],
+        ),
         ("10004,21057,1", ["'' is no injury name", "row 4 column injury_name"]),
     ):
         path = write(tmp_path, "image_level_labels.csv", [*SLICES, line])
@@ -190,11 +272,19 @@ def test_slice_labels_are_read_and_checked(tmp_path, capfd):
 
 def test_sample_submission_keeps_its_order(tmp_path):
     columns = ["patient_id", *reversed(COLUMNS)]
-    write(tmp_path, "sample_submission.csv", [",".join(columns), "9," + ",".join(["0.5"] * 13), "3," + ",".join([""] * 13)])
+    write(
+        tmp_path,
+        "sample_submission.csv",
+        [",".join(columns), "9," + ",".join(["0.5"] * 13), "3," + ",".join([""] * 13)],
+    )
     found = tables.read_sample_submission(tmp_path)
     assert found.columns == columns
     assert found["patient_id"].to_list() == ["9", "3"]
-    write(tmp_path, "sample_submission.csv", [",".join([*columns, "extra"]), "9," + ",".join(["0.5"] * 14)])
+    write(
+        tmp_path,
+        "sample_submission.csv",
+        [",".join([*columns, "extra"]), "9," + ",".join(["0.5"] * 14)],
+    )
     refused(lambda: tables.read_sample_submission(tmp_path), "unknown column 'extra'", "row 1")
 
 
@@ -202,19 +292,40 @@ def test_predictions_of_both_kinds_and_formats(tmp_path):
     labels = one_hot(9)
     frame = series_frame(label_frame(labels), predicted(labels, 1.0), per_patient=2)
     frame.write_csv(tmp_path / "oof.csv")
-    frame.with_columns(pl.col("patient_id", "series_id").cast(pl.Int64), fold=pl.lit(1)).write_parquet(tmp_path / "oof.parquet")
+    frame.with_columns(
+        pl.col("patient_id", "series_id").cast(pl.Int64), fold=pl.lit(1)
+    ).write_parquet(tmp_path / "oof.parquet")
     read = tables.read_predictions(tmp_path / "oof.csv", series=True)
     assert read.equals(frame)
-    assert tables.read_predictions(tmp_path / "oof.parquet", series=True).equals(frame.with_columns(fold=pl.lit(1, dtype=pl.Int64)))
-    refused(lambda: tables.read_predictions(tmp_path / "oof.csv", series=False), "patient '10000' is there twice", "row 11")
-    frame.with_columns(pl.col("patient_id").cast(pl.Float64)).write_parquet(tmp_path / "float.parquet")
-    refused(lambda: tables.read_predictions(tmp_path / "float.parquet", series=True), "ids are of type Float64", "column patient_id")
+    assert tables.read_predictions(tmp_path / "oof.parquet", series=True).equals(
+        frame.with_columns(fold=pl.lit(1, dtype=pl.Int64))
+    )
+    refused(
+        lambda: tables.read_predictions(tmp_path / "oof.csv", series=False),
+        "patient '10000' is there twice",
+        "row 11",
+    )
+    frame.with_columns(pl.col("patient_id").cast(pl.Float64)).write_parquet(
+        tmp_path / "float.parquet"
+    )
+    refused(
+        lambda: tables.read_predictions(tmp_path / "float.parquet", series=True),
+        "ids are of type Float64",
+        "column patient_id",
+    )
     write(tmp_path, "bad.parquet", b"PAR1 no parquet")
-    refused(lambda: tables.read_predictions(tmp_path / "bad.parquet", series=True), "not readable as a table", "bad.parquet")
+    refused(
+        lambda: tables.read_predictions(tmp_path / "bad.parquet", series=True),
+        "not readable as a table",
+        "bad.parquet",
+    )
 
 
 def test_rows_are_counted_past_cells_with_line_breaks(tmp_path):
-    rows = [f"{row},{'note' if i == 0 else chr(34) + 'two' + chr(10) + 'lines' + chr(34)}" for i, row in enumerate(ROWS)]
+    rows = [
+        f"{row},{'note' if i == 0 else chr(34) + 'two' + chr(10) + 'lines' + chr(34)}"
+        for i, row in enumerate(ROWS)
+    ]
     write(tmp_path, "train.csv", [*rows, f"x/y,{HEALTHY},"])
     refused(lambda: tables.read_labels(tmp_path), "row 10 column patient_id")
     assert (tmp_path / "train.csv").read_text().split("\n")[9].startswith("x/y")
@@ -226,7 +337,9 @@ def test_rows_are_not_walked_in_python(tmp_path):
 
     number = 20_000
     ids = np.arange(number) % 4
-    frame = pl.DataFrame({"patient_id": [ROWS[1 + i][:5] for i in ids], "series_id": np.arange(number) // 4})
+    frame = pl.DataFrame(
+        {"patient_id": [ROWS[1 + i][:5] for i in ids], "series_id": np.arange(number) // 4}
+    )
     write(tmp_path, "train.csv", ROWS)
     frame.write_csv(tmp_path / "train_series_meta.csv")
     calls = 0
@@ -243,7 +356,10 @@ def test_rows_are_not_walked_in_python(tmp_path):
     assert calls < number
 
 
-@pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
+@pytest.mark.skipif(
+    "VOCO2D_RSNA_META" not in os.environ,
+    reason="VOCO2D_RSNA_META names no folder with the real tables",
+)
 def test_the_real_tables_pass():
     data = Path(os.environ["VOCO2D_RSNA_META"])
     assert tables.read_labels(data).height == 3147

@@ -1,4 +1,6 @@
-"""Calibration and blending: exact gradients, honest nesting, the order of the steps; stage 06 as a user runs it."""
+"""Calibration and blending: exact gradients, honest nesting, the order of the steps; stage 06 as a
+user runs it.
+"""
 
 import json
 import os
@@ -29,7 +31,9 @@ def folds_of(labels: pl.DataFrame, count: int = 3) -> pl.DataFrame:
 
 
 def stack(models: int, patients: int = 120) -> np.ndarray:
-    return np.stack([predicted(LABELS[:patients], 0.5 + model, seed=model) for model in range(models)])
+    return np.stack(
+        [predicted(LABELS[:patients], 0.5 + model, seed=model) for model in range(models)]
+    )
 
 
 @pytest.mark.parametrize("models", [1, 3])
@@ -45,18 +49,26 @@ def test_gradient_equals_finite_differences(models, joint):
 def test_objective_is_the_official_score(monkeypatch):
     monkeypatch.setattr(calibration, "STRENGTH", 0.0)
     outputs = stack(1)
-    assert objective(np.zeros(18), outputs, LABELS)[0] == pytest.approx(score_arrays(LABELS, outputs[0])["score"], rel=1e-12)
+    assert objective(np.zeros(18), outputs, LABELS)[0] == pytest.approx(
+        score_arrays(LABELS, outputs[0])["score"], rel=1e-12
+    )
     only_targets = objective(np.zeros(18), outputs, LABELS, joint=False)[0]
-    assert only_targets == pytest.approx(sum(score_arrays(LABELS, outputs[0])[target.name] for target in TARGETS) / 6)
+    assert only_targets == pytest.approx(
+        sum(score_arrays(LABELS, outputs[0])[target.name] for target in TARGETS) / 6
+    )
 
 
 def test_the_joint_fit_serves_any_injury():
-    """The maximum over targets of calibrated risks is too bold: the joint fit trades a little of each target for it."""
+    """The maximum over targets of calibrated risks is too bold: the joint fit trades a little of
+    each target for it.
+    """
     outputs = predicted(LABELS, 0.5)
     table = series_frame(label_frame(LABELS), outputs)
     both = fit({"a": table}, label_frame(LABELS), "mean").apply(outputs)
     alone = calibration._unpack(minimum(outputs[None], joint=False), 1)
-    separate = Calibration(("a",), "mean", alone[0], 1 / alone[1], alone[2], LABELS.mean(axis=0)).apply(outputs)
+    separate = Calibration(
+        ("a",), "mean", alone[0], 1 / alone[1], alone[2], LABELS.mean(axis=0)
+    ).apply(outputs)
     joint, apart = score_arrays(LABELS, both), score_arrays(LABELS, separate)
     assert joint["score"] < apart["score"]
     assert joint["any_injury"] < apart["any_injury"]
@@ -81,13 +93,26 @@ def test_prior_is_the_best_constant():
         assert prior[where].sum() == pytest.approx(1)
 
 
-@pytest.mark.skipif("VOCO2D_RSNA_META" not in os.environ, reason="VOCO2D_RSNA_META names no folder with the real tables")
+@pytest.mark.skipif(
+    "VOCO2D_RSNA_META" not in os.environ,
+    reason="VOCO2D_RSNA_META names no folder with the real tables",
+)
 def test_prior_of_the_real_table():
-    """Runs only where VOCO2D_RSNA_META names a folder with the competition's own train.csv, which is not ours to hand out."""
+    """Runs only where VOCO2D_RSNA_META names a folder with the competition's own train.csv, which
+    is not ours to hand out.
+    """
     from pipeline.competition.tables import read_labels
 
-    labels = read_labels(Path(os.environ["VOCO2D_RSNA_META"])).select(COLUMNS).to_numpy().astype(float)
-    assert round(score_arrays(labels, np.repeat(fit_prior(labels)[None], len(labels), axis=0))["score"], 4) == 0.5794
+    labels = (
+        read_labels(Path(os.environ["VOCO2D_RSNA_META"])).select(COLUMNS).to_numpy().astype(float)
+    )
+    assert (
+        round(
+            score_arrays(labels, np.repeat(fit_prior(labels)[None], len(labels), axis=0))["score"],
+            4,
+        )
+        == 0.5794
+    )
 
 
 def test_few_cases_and_certain_outputs_leave_the_parameters_finite():
@@ -103,11 +128,15 @@ def test_few_cases_and_certain_outputs_leave_the_parameters_finite():
 
 
 def test_calibrated_outputs_are_left_nearly_alone():
-    """The ridge: exact posteriors of the weighted classes can only lose by a change, and from few cases they lose little."""
+    """The ridge: exact posteriors of the weighted classes can only lose by a change, and from few
+    cases they lose little.
+    """
     labels = one_hot(4000, seed=0)
     exact = normalise(predicted(labels, 1.0) * WEIGHTS)
     few, rest = slice(0, 24), slice(24, None)
-    found = fit({"a": series_frame(label_frame(labels[few]), exact[few])}, label_frame(labels[few]), "mean")
+    found = fit(
+        {"a": series_frame(label_frame(labels[few]), exact[few])}, label_frame(labels[few]), "mean"
+    )
     after = score_arrays(labels[rest], found.apply(exact[rest]))["score"]
     assert after < score_arrays(labels[rest], exact[rest])["score"] + 0.15
 
@@ -120,22 +149,33 @@ def test_blend_then_aggregate_then_calibrate(how):
     for model in range(3):
         values = np.random.default_rng(model).random((24, 13)) + 0.01
         tables[f"m{model}"] = pl.concat(
-            [series_frame(labels, values[:12]), series_frame(labels, values[12:]).with_columns(series_id=pl.col("series_id") + "b")]
+            [
+                series_frame(labels, values[:12]),
+                series_frame(labels, values[12:]).with_columns(series_id=pl.col("series_id") + "b"),
+            ]
         )
     found = fit(tables, labels, how)
     result = {row[0]: row[1:] for row in found.predict(list(tables.values())).iter_rows()}
     for patient in labels["patient_id"]:
-        for number, (target, where) in enumerate(zip(TARGETS, group_slices().values(), strict=True)):
+        for number, (target, where) in enumerate(
+            zip(TARGETS, group_slices().values(), strict=True)
+        ):
             blended = []
             for series_id in tables["m0"].filter(patient_id=patient)["series_id"]:
                 mixed = [0.0] * len(target.classes)
                 for model, table in enumerate(tables.values()):
                     row = table.filter(series_id=series_id).select(target.columns).row(0)
-                    mixed = [m + found.weights[number, model] * p / sum(row) for m, p in zip(mixed, row, strict=True)]
+                    mixed = [
+                        m + found.weights[number, model] * p / sum(row)
+                        for m, p in zip(mixed, row, strict=True)
+                    ]
                 blended.append(mixed)
-            joined = [max(c) if how == "max" else sum(c) / len(c) for c in zip(*blended, strict=True)]
+            joined = [
+                max(c) if how == "max" else sum(c) / len(c) for c in zip(*blended, strict=True)
+            ]
             raised = [
-                (p / sum(joined)) ** (1 / found.temperature[number]) * np.exp(b) for p, b in zip(joined, found.bias[where], strict=True)
+                (p / sum(joined)) ** (1 / found.temperature[number]) * np.exp(b)
+                for p, b in zip(joined, found.bias[where], strict=True)
             ]
             assert result[patient][where] == pytest.approx([p / sum(raised) for p in raised])
     assert found.weights.sum(axis=1) == pytest.approx(np.ones(5))
@@ -151,13 +191,17 @@ def test_blend_weights_find_who_is_good_at_what():
     liver = group_slices()["liver"]
     one, two = good.copy(), normalise(noise)
     one[:, liver], two[:, liver] = two[:, liver], good[:, liver].copy()
-    weights = fit({"one": series_frame(labels, one), "two": series_frame(labels, two)}, labels, "mean").weights
+    weights = fit(
+        {"one": series_frame(labels, one), "two": series_frame(labels, two)}, labels, "mean"
+    ).weights
     for target, row in zip(TARGETS, weights, strict=True):
         assert row[1 if target.name == "liver" else 0] > 0.7
 
 
 def test_parameters_survive_json():
-    found = fit({"a": series_frame(label_frame(LABELS), predicted(LABELS, 1.0))}, label_frame(LABELS), "max")
+    found = fit(
+        {"a": series_frame(label_frame(LABELS), predicted(LABELS, 1.0))}, label_frame(LABELS), "max"
+    )
     again = Calibration.from_json(json.loads(json.dumps(found.to_json())))
     values = predicted(LABELS, 0.7, seed=8)
     assert np.array_equal(found.apply(values), again.apply(values))
@@ -173,12 +217,19 @@ def test_parameters_survive_json():
 def test_without_calibration_nothing_changes():
     table = series_frame(label_frame(LABELS), values := predicted(LABELS, 1.0))
     found = fit({"a": table, "b": table}, label_frame(LABELS), "mean", calibrate=False)
-    np.testing.assert_allclose(found.predict([table, table]).select(COLUMNS).to_numpy(), values, rtol=1e-12)
+    np.testing.assert_allclose(
+        found.predict([table, table]).select(COLUMNS).to_numpy(), values, rtol=1e-12
+    )
 
 
-def miscalibrated(models: int = 1, patients: int = 120) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
+def miscalibrated(
+    models: int = 1, patients: int = 120
+) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
     labels = label_frame(LABELS[:patients])
-    tables = {f"m{m}": series_frame(labels, predicted(LABELS[:patients], 1.2, seed=m, sharpness=3.0), 2) for m in range(models)}
+    tables = {
+        f"m{m}": series_frame(labels, predicted(LABELS[:patients], 1.2, seed=m, sharpness=3.0), 2)
+        for m in range(models)
+    }
     return tables, labels
 
 
@@ -191,7 +242,9 @@ def test_nested_calibration_improves_the_held_out_score():
 
 @pytest.mark.parametrize("how", ["mean", "max"])
 def test_what_scores_a_patient_never_saw_the_patient(how):
-    """Other labels for the patients of a fold change every prediction but those of that very fold."""
+    """Other labels for the patients of a fold change every prediction but those of that very
+    fold.
+    """
     tables, labels = miscalibrated(models=3)
     folds = folds_of(labels)
     options = CONFIG.score.model_copy(update={"aggregate": how})
@@ -201,7 +254,9 @@ def test_what_scores_a_patient_never_saw_the_patient(how):
     other[inside] = one_hot(120, seed=77)[inside]
     after = scoring.nested(tables, label_frame(other), folds, options)
     for name in ("nested", "raw"):
-        same = np.array([a == b for a, b in zip(before[name].iter_rows(), after[name].iter_rows(), strict=True)])
+        same = np.array(
+            [a == b for a, b in zip(before[name].iter_rows(), after[name].iter_rows(), strict=True)]
+        )
         assert same[inside].all(), name
         assert not same[~inside].any(), name
     ids = labels.filter(pl.Series(inside))["patient_id"].implode()
@@ -215,7 +270,9 @@ def test_fits_see_the_other_folds_only(monkeypatch):
     original = calibration.fit
 
     def spy(series, known, how, calibrate=True):
-        assert all(set(table["patient_id"]) == set(known["patient_id"]) for table in series.values())
+        assert all(
+            set(table["patient_id"]) == set(known["patient_id"]) for table in series.values()
+        )
         seen.append(set(known["patient_id"]))
         return original(series, known, how, calibrate)
 
@@ -226,10 +283,17 @@ def test_fits_see_the_other_folds_only(monkeypatch):
 
 
 def test_noise_gains_in_sample_and_not_nested():
-    """Six models of pure noise around the best constant: fitting them to their own labels looks like progress."""
+    """Six models of pure noise around the best constant: fitting them to their own labels looks
+    like progress.
+    """
     labels = label_frame(LABELS)
     prior, random = fit_prior(LABELS), np.random.default_rng(1)
-    tables = {f"m{m}": series_frame(labels, normalise(prior * np.exp(0.5 * random.normal(size=LABELS.shape)))) for m in range(6)}
+    tables = {
+        f"m{m}": series_frame(
+            labels, normalise(prior * np.exp(0.5 * random.normal(size=LABELS.shape)))
+        )
+        for m in range(6)
+    }
     scores = scoring.score_oof(tables, labels, folds_of(labels), CONFIG).scores
     constant = score_arrays(LABELS, np.repeat(prior[None], 120, axis=0))["score"]
     assert scores["in_sample"]["score"] < constant < scores["nested"]["score"]
@@ -247,7 +311,9 @@ def test_patients_without_series_get_the_prior_of_the_others():
     assert outcome.patients.height == 120
 
 
-def write_oof(folder: Path, models: int = 2, change=lambda frame: frame) -> tuple[list[Path], pl.DataFrame]:
+def write_oof(
+    folder: Path, models: int = 2, change=lambda frame: frame
+) -> tuple[list[Path], pl.DataFrame]:
     tables, labels = miscalibrated(models, patients=40)
     labels.write_csv(folder / "train.csv")
     paths = []
@@ -261,10 +327,22 @@ def write_oof(folder: Path, models: int = 2, change=lambda frame: frame) -> tupl
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.filter(pl.col("patient_id") != "10003"), "patient '10003' is missing, .*m1.csv"),
-        (lambda f: pl.concat([f, f[:1].with_columns(patient_id=pl.lit("7"))]), "patient '7' is not expected, .*m1.csv row 82"),
-        (lambda f: f.filter(pl.col("series_id") != "100031"), "series '100031' of patient '10003' is missing, .*m1.csv"),
-        (lambda f: pl.concat([f, f[:1].with_columns(series_id=pl.lit("9"))]), "series '9' is not in m0.csv, .*m1.csv row 82"),
+        (
+            lambda f: f.filter(pl.col("patient_id") != "10003"),
+            "patient '10003' is missing, .*m1.csv",
+        ),
+        (
+            lambda f: pl.concat([f, f[:1].with_columns(patient_id=pl.lit("7"))]),
+            "patient '7' is not expected, .*m1.csv row 82",
+        ),
+        (
+            lambda f: f.filter(pl.col("series_id") != "100031"),
+            "series '100031' of patient '10003' is missing, .*m1.csv",
+        ),
+        (
+            lambda f: pl.concat([f, f[:1].with_columns(series_id=pl.lit("9"))]),
+            "series '9' is not in m0.csv, .*m1.csv row 82",
+        ),
         (lambda f: pl.concat([f, f[:1]]), "is there twice, .*m1.csv row 82"),
     ],
 )
@@ -278,13 +356,19 @@ def test_own_folds_of_the_oof_are_used_where_they_agree():
     tables, labels = miscalibrated(2)
     folds = folds_of(labels, 4)
     own = {name: table.join(folds, on="patient_id") for name, table in tables.items()}
-    assert scoring.nested_folds(own, labels, CONFIG).sort("patient_id").equals(folds.sort("patient_id"))
+    assert (
+        scoring.nested_folds(own, labels, CONFIG)
+        .sort("patient_id")
+        .equals(folds.sort("patient_id"))
+    )
     own["m1"] = own["m1"].with_columns(fold=3 - pl.col("fold"))
     drawn = scoring.nested_folds(own, labels, CONFIG)
     assert sorted(drawn["patient_id"]) == sorted(labels["patient_id"])
     assert drawn["fold"].n_unique() == CONFIG.score.nested_folds
     few = load_config("smoke", ["score.nested_folds=61"])
-    with pytest.raises(InputError, match="120 patients are too few for 61 folds, score.nested_folds, "):
+    with pytest.raises(
+        InputError, match="120 patients are too few for 61 folds, score.nested_folds, "
+    ):
         scoring.nested_folds(own, labels, few)
 
 
@@ -299,7 +383,13 @@ def run_stage(folder: Path, *more: str) -> subprocess.CompletedProcess:
         "--out",
         str(folder / "out"),
     ]
-    return subprocess.run([*command, *more], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=folder)
+    return subprocess.run(
+        [*command, *more],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
 
 
 def test_stage_06_blends_files_of_others(tmp_path):
@@ -312,19 +402,34 @@ def test_stage_06_blends_files_of_others(tmp_path):
         assert tuple(scores[name]) == SCORE_KEYS
         assert f"{scores[name]['score']:.4f}" in done.stdout
     assert set(scores["floors"]) == {"uniform", "class_means", "weighted_means"}
-    table = pl.read_csv(folder / "oof_predictions.csv", schema_overrides={"patient_id": pl.String, "series_id": pl.String})
+    table = pl.read_csv(
+        folder / "oof_predictions.csv",
+        schema_overrides={"patient_id": pl.String, "series_id": pl.String},
+    )
     assert table.columns == ["patient_id", "series_id", *COLUMNS]
-    patients = labels.select("patient_id").join(aggregate(table, "mean"), on="patient_id", how="left", maintain_order="left")
+    patients = labels.select("patient_id").join(
+        aggregate(table, "mean"), on="patient_id", how="left", maintain_order="left"
+    )
     truth = labels.select(COLUMNS).to_numpy().astype(float)
     assert score_arrays(truth, patients.select(COLUMNS).to_numpy()) == pytest.approx(scores["raw"])
     kept = pl.read_parquet(folder / "patients.parquet")
-    assert score_arrays(truth, kept.select(f"nested_{c}" for c in COLUMNS).to_numpy()) == pytest.approx(scores["nested"])
-    assert scores["intervals"]["nested"]["score"]["low"] < scores["nested"]["score"] < scores["intervals"]["nested"]["score"]["high"]
+    assert score_arrays(
+        truth, kept.select(f"nested_{c}" for c in COLUMNS).to_numpy()
+    ) == pytest.approx(scores["nested"])
+    assert (
+        scores["intervals"]["nested"]["score"]["low"]
+        < scores["nested"]["score"]
+        < scores["intervals"]["nested"]["score"]["high"]
+    )
     parameters = json.loads((folder / "calibration.json").read_text())
     final = Calibration.from_json(parameters)
     series = list(scoring.read_oof(paths, labels).values())
-    in_sample = labels.select("patient_id").join(final.predict(series), on="patient_id", how="left", maintain_order="left")
-    assert score_arrays(truth, in_sample.select(COLUMNS).to_numpy()) == pytest.approx(scores["in_sample"])
+    in_sample = labels.select("patient_id").join(
+        final.predict(series), on="patient_id", how="left", maintain_order="left"
+    )
+    assert score_arrays(truth, in_sample.select(COLUMNS).to_numpy()) == pytest.approx(
+        scores["in_sample"]
+    )
     assert set(parameters["nested"]) == {"0", "1", "2"}
     for picture in ("precision_recall.png", "reliability.png", "confusion.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
@@ -339,7 +444,9 @@ def test_stage_06_blends_files_of_others(tmp_path):
 def test_scoring_twice_gives_the_same_bytes(tmp_path):
     tables, labels = miscalibrated(2, patients=40)
     first, second = (scoring.score_oof(tables, labels, folds_of(labels), CONFIG) for _ in range(2))
-    assert json.dumps([first.scores, first.parameters]) == json.dumps([second.scores, second.parameters])
+    assert json.dumps([first.scores, first.parameters]) == json.dumps(
+        [second.scores, second.parameters]
+    )
     assert first.series.equals(second.series)
     for name in "ab":
         figures.confusion_tables(LABELS[:40], predicted(LABELS[:40], 1.0), tmp_path / name)
@@ -350,7 +457,9 @@ def finished(folder: Path, *outputs: str) -> None:
     """A stage folder that claims to be finished, with files that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = {name: {"bytes": (folder / name).stat().st_size} for name in outputs}
-    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "outputs": listed, "fingerprint": ""}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"schema": 1, "outputs": listed, "fingerprint": ""})
+    )
 
 
 def test_stage_06_scores_the_runs_own_folds(tmp_path):
@@ -364,12 +473,18 @@ def test_stage_06_scores_the_runs_own_folds(tmp_path):
     for name in ("02_volumes", "03_folds"):
         finished(out / name)
     table = table.filter(pl.col("patient_id") != absent)
-    table.select("patient_id", "series_id", source=pl.lit("train")).write_parquet(out / "02_volumes" / "index.parquet")
+    table.select("patient_id", "series_id", source=pl.lit("train")).write_parquet(
+        out / "02_volumes" / "index.parquet"
+    )
     folds.write_csv(out / "03_folds" / "folds.csv")
-    for fold, part in [*table.join(folds, on="patient_id").group_by("fold"), ((2,), table.with_columns(fold=2))]:
+    for fold, part in [
+        *table.join(folds, on="patient_id").group_by("fold"),
+        ((2,), table.with_columns(fold=2)),
+    ]:
         (out / "05_folds" / f"fold{fold[0]}").mkdir(parents=True)
         part.write_parquet(out / "05_folds" / f"fold{fold[0]}" / "oof.parquet")
-    finished(out / "05_folds", "fold0/oof.parquet", "fold1/oof.parquet")  # fold2 is one of an earlier run with more of them
+    # fold2 is one of an earlier run with more of them
+    finished(out / "05_folds", "fold0/oof.parquet", "fold1/oof.parquet")
     done = run_stage(tmp_path)
     assert done.returncode == 0, done.stderr
     scores = json.loads((out / "06_oof" / "scores.json").read_text())

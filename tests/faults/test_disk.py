@@ -1,4 +1,6 @@
-"""A disk that is full, refuses or lies in the way: one clear line, nothing half-written, and the run goes on once there is room."""
+"""A disk that is full, refuses or lies in the way: one clear line, nothing half-written, and the
+run goes on once there is room.
+"""
 
 import errno
 import shutil
@@ -14,15 +16,30 @@ from pipeline.system.files import disk_errors
 REMEDY = "make room or choose another --out, then run again"
 
 
-# files of a stage are larger than this, so that a write of it fails: DICOM, PNG, arrays, CSV (Rust), checkpoint (C++), parquet (Rust)
-@pytest.mark.parametrize(("stage", "size"), [("00", 5000), ("01", 900), ("02", 20000), ("03", 100), ("04", 3000), ("05", 3000),
-                                             ("06", 12_000), ("07", 300), ("08", 3000)])  # fmt: skip
+# files of a stage are larger than this, so that a write of it fails: DICOM, PNG, arrays, CSV
+# (Rust), checkpoint (C++), parquet (Rust)
+@pytest.mark.parametrize(
+    ("stage", "size"),
+    [
+        ("00", 5000),
+        ("01", 900),
+        ("02", 20000),
+        ("03", 100),
+        ("04", 3000),
+        ("05", 3000),
+        ("06", 12_000),
+        ("07", 300),
+        ("08", 3000),
+    ],
+)
 def test_a_failing_write_is_one_line(smoke, tmp_path, stage, size):
     out = tmp_path / "run"
     copy(smoke, out, FOLDERS[stage]) if stage != "00" else out.mkdir()
     code, text = run(stage, out, fault=f"full:{size}")
     refused(code, text, "the file is larger than", str(out), REMEDY)
-    assert stage in ("00", "01", "02") or not temporaries(out), "workers that another one's fault ends leave some to the rerun"
+    assert stage in ("00", "01", "02") or not temporaries(out), (
+        "workers that another one's fault ends leave some to the rerun"
+    )
     assert not (out / FOLDERS[stage] / "manifest.json").exists()
     if stage in ("01", "03"):
         assert run(stage, out)[0] == 0
@@ -32,7 +49,12 @@ def test_a_failing_write_is_one_line(smoke, tmp_path, stage, size):
 
 def mount(folder: Path, options: str) -> None:
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
 
@@ -59,7 +81,11 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(smoke, tmp_
 def test_a_read_only_output_is_one_line(smoke, tmp_path):
     out, what = copy(smoke, tmp_path / "run", "03_folds"), "the output is read-only"
     refused(*run("03", out, fault=f"refuse:{errno.EROFS}:{out}"), what, str(out))
-    refused(*run("03", out, fault=f"refuse:{errno.EACCES}:{out}/03"), "permission denied", str(out / "03_folds"))
+    refused(
+        *run("03", out, fault=f"refuse:{errno.EACCES}:{out}/03"),
+        "permission denied",
+        str(out / "03_folds"),
+    )
     assert not (out / "03_folds").exists()
     shutil.rmtree(out / "01_slices")
     refused(*run("01", out, fault=f"refuse:{errno.EROFS}:{out}/01"), what, str(out / "01_slices"))
@@ -67,10 +93,17 @@ def test_a_read_only_output_is_one_line(smoke, tmp_path):
 
 def test_a_file_where_the_output_should_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("something else")
-    refused(*run("00", tmp_path / "file" / "run"), "a file is where a folder should be", str(tmp_path / "file"))
+    refused(
+        *run("00", tmp_path / "file" / "run"),
+        "a file is where a folder should be",
+        str(tmp_path / "file"),
+    )
     refused(*run("00", tmp_path / "file"), "something else has this name", str(tmp_path / "file"))
 
 
 def test_a_full_device_is_named():
-    with pytest.raises(InputError, match="the disk is full, /dev/full, make room"), disk_errors("/dev/full"):
+    with (
+        pytest.raises(InputError, match="the disk is full, /dev/full, make room"),
+        disk_errors("/dev/full"),
+    ):
         Path("/dev/full").write_text("x")

@@ -1,4 +1,6 @@
-"""Input from someone who means harm: paths out of the folder, bombs, code in checkpoints, HTML, weights that do not fit."""
+"""Input from someone who means harm: paths out of the folder, bombs, code in checkpoints, HTML,
+weights that do not fit.
+"""
 
 import io
 import os
@@ -37,13 +39,22 @@ class Code:
 def tables(data: Path, *pairs: tuple[str, str]) -> None:
     """`train.csv` and `train_series_meta.csv` of healthy patients."""
     labels = "1,0,1,0,1,0,0,1,0,0,1,0,0"
-    columns = ("bowel_healthy,bowel_injury,extravasation_healthy,extravasation_injury,kidney_healthy,kidney_low,kidney_high,liver_healthy,"
-               "liver_low,liver_high,spleen_healthy,spleen_low,spleen_high")  # fmt: skip
-    (data / "train.csv").write_text("\n".join([f"patient_id,{columns}", *(f"{patient},{labels}" for patient, _ in pairs)]) + "\n")
-    (data / "train_series_meta.csv").write_text("\n".join(["patient_id,series_id", *(",".join(pair) for pair in pairs)]) + "\n")
+    columns = (
+        "bowel_healthy,bowel_injury,extravasation_healthy,extravasation_injury,kidney_healthy,kidney_low,kidney_high,liver_healthy,"
+        "liver_low,liver_high,spleen_healthy,spleen_low,spleen_high"
+    )
+    (data / "train.csv").write_text(
+        "\n".join([f"patient_id,{columns}", *(f"{patient},{labels}" for patient, _ in pairs)])
+        + "\n"
+    )
+    (data / "train_series_meta.csv").write_text(
+        "\n".join(["patient_id,series_id", *(",".join(pair) for pair in pairs)]) + "\n"
+    )
 
 
-@pytest.mark.parametrize(("patient", "series", "column"), [("../../x", "7", "patient_id"), ("1", "a/b", "series_id")])
+@pytest.mark.parametrize(
+    ("patient", "series", "column"), [("../../x", "7", "patient_id"), ("1", "a/b", "series_id")]
+)
 def test_ids_with_path_parts_never_become_paths(tmp_path, patient, series, column):
     data = tmp_path / "data"
     data.mkdir()
@@ -51,7 +62,12 @@ def test_ids_with_path_parts_never_become_paths(tmp_path, patient, series, colum
     with open(data / "train_series_meta.csv", "a") as handle:
         handle.write(f"{patient},{series}\n")
     where = f"{data / 'train_series_meta.csv'} row 3 column {column}"
-    refused(*run("01", tmp_path / "run", "--data", str(data)), "has path parts", where, "use plain ids such as 10004")
+    refused(
+        *run("01", tmp_path / "run", "--data", str(data)),
+        "has path parts",
+        where,
+        "use plain ids such as 10004",
+    )
     assert not (tmp_path / "run" / "01_slices").exists()
 
 
@@ -63,10 +79,15 @@ def billion(plain: bytes) -> bytes:
 
 
 def bomb(deflated: bytes) -> bytes:
-    """The deflated file with `BOMB` zeros behind its data set: blocks that stand for themselves, so that one can be repeated."""
+    """The deflated file with `BOMB` zeros behind its data set: blocks that stand for themselves, so
+    that one can be repeated.
+    """
     start = 144 + int.from_bytes(deflated[140:144], "little")  # the length of the file's meta group
     squeeze, zeros = zlib.compressobj(9, wbits=-zlib.MAX_WBITS), bytes(1 << 24)
-    blocks = [squeeze.compress(part) + squeeze.flush(zlib.Z_FULL_FLUSH) for part in (zlib.decompress(deflated[start:], -15), zeros)]
+    blocks = [
+        squeeze.compress(part) + squeeze.flush(zlib.Z_FULL_FLUSH)
+        for part in (zlib.decompress(deflated[start:], -15), zeros)
+    ]
     return deflated[:start] + blocks[0] + blocks[1] * (BOMB // len(zeros)) + squeeze.flush()
 
 
@@ -91,10 +112,18 @@ def test_hostile_files_cost_themselves_only(tmp_path):
     assert code == 0, text
     reasons = dict(pl.read_csv(out / "01_slices" / "quarantine.csv").iter_rows())
     base = f"train_images/{HTML}/7"
-    assert pl.read_parquet(out / "01_slices" / "index.parquet")["png"].to_list() == [f"{HTML}/7/1.png"]
-    assert reasons[f"{base}/2.dcm"] == reasons[f"train_images/{HTML}/8"] == "link out of the data folder"
+    assert pl.read_parquet(out / "01_slices" / "index.parquet")["png"].to_list() == [
+        f"{HTML}/7/1.png"
+    ]
+    assert (
+        reasons[f"{base}/2.dcm"]
+        == reasons[f"train_images/{HTML}/8"]
+        == "link out of the data folder"
+    )
     assert reasons[f"{base}/3.dcm"].startswith("too large: 40000 x 40000 pixels")
-    assert reasons[f"{base}/4.dcm"].startswith("cut off: the deflated data set has no end, or is too large")
+    assert reasons[f"{base}/4.dcm"].startswith(
+        "cut off: the deflated data set has no end, or is too large"
+    )
     assert reasons[f"{base}/5.dcm"].startswith("colour")
     assert read_manifest(out / "01_slices")["peak_mb"] < ROOM_MB, "a bomb must not go off"
     code, text = run("08", out, "--data", str(data))
@@ -115,31 +144,51 @@ def test_code_in_a_checkpoint_is_never_run(smoke, tmp_path):
     assert not mark.exists()
     (tmp_path / "w.pth").write_bytes(pickle.dumps(Code(mark)))
     options = ("pretrain.init=imagenet", f"model.weights={tmp_path / 'w.pth'}")
-    refused(*run("04", out, *options), "weights not readable", f"{tmp_path / 'w.pth'}: more than plain tensors", "safetensors")
+    refused(
+        *run("04", out, *options),
+        "weights not readable",
+        f"{tmp_path / 'w.pth'}: more than plain tensors",
+        "safetensors",
+    )
     assert not mark.exists()
 
 
 def spoil(path: Path, how: str) -> str:
-    """Rewrite a weights file with a tensor of another shape, or with a NaN, at its old size; returns the tensor's name."""
+    """Rewrite a weights file with a tensor of another shape, or with a NaN, at its old size;
+    returns the tensor's name.
+    """
     from safetensors import safe_open
 
     tensors = load_file(path)
     name = next(name for name, tensor in sorted(tensors.items()) if tensor.ndim == 4)
     with safe_open(path, framework="pt") as handle:
         metadata = handle.metadata()
-    tensors[name] = tensors[name].reshape(-1) if how == "of another shape" else tensors[name] * np.nan
+    tensors[name] = (
+        tensors[name].reshape(-1) if how == "of another shape" else tensors[name] * np.nan
+    )
     size = path.stat().st_size
     save_file(tensors, path, metadata)
     data = path.read_bytes()
     header = int.from_bytes(data[:8], "little")
     pad = size - len(data)  # of the header, so that the size alone does not give it away
-    path.write_bytes((header + pad).to_bytes(8, "little") + data[8 : 8 + header] + b" " * pad + data[8 + header :] if pad >= 0 else data)
+    path.write_bytes(
+        (header + pad).to_bytes(8, "little")
+        + data[8 : 8 + header]
+        + b" " * pad
+        + data[8 + header :]
+        if pad >= 0
+        else data
+    )
     return name
 
 
-@pytest.mark.parametrize(("stage", "file", "how"), [
-    ("05", "04_voco2d/backbone.safetensors", "not finite"), ("07", "05_folds/fold0/model.safetensors", "of another shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "file", "how"),
+    [
+        ("05", "04_voco2d/backbone.safetensors", "not finite"),
+        ("07", "05_folds/fold0/model.safetensors", "of another shape"),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused_by_name(smoke, tmp_path, stage, file, how):
     out = copy(smoke, tmp_path / "run")
     path = out / file
@@ -149,11 +198,18 @@ def test_weights_that_do_not_fit_are_refused_by_name(smoke, tmp_path, stage, fil
     text = manifest.read_text()
     bytes_before = read_manifest(manifest.parent)["outputs"][entry]["bytes"]
     manifest.write_text(text.replace(f'"bytes": {bytes_before}', f'"bytes": {path.stat().st_size}'))
-    refused(*run(stage, out, "--force"), f"1 {how} ({name}", str(path), "give weights of this very model")
+    refused(
+        *run(stage, out, "--force"),
+        f"1 {how} ({name}",
+        str(path),
+        "give weights of this very model",
+    )
 
 
 def test_a_link_that_replaces_the_output_is_not_followed_out(smoke, tmp_path):
-    """A temporary name that someone has made a link: the file behind it is not touched by a rerun's cleaning."""
+    """A temporary name that someone has made a link: the file behind it is not touched by a rerun's
+    cleaning.
+    """
     out, precious = copy(smoke, tmp_path / "run"), tmp_path / "precious"
     shutil.copytree(smoke / "03_folds", precious)
     (out / "03_folds" / ".x.tmp-1").symlink_to(precious)

@@ -1,4 +1,6 @@
-"""Folders that others have touched: artifacts gone, cut or altered, manifests of another version, second runs, dead workers, clocks."""
+"""Folders that others have touched: artifacts gone, cut or altered, manifests of another version,
+second runs, dead workers, clocks.
+"""
 
 import fcntl
 import json
@@ -10,7 +12,20 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from helpers_faults import PATIENCE_S, alive, copy, end, go_on, plain_lines, products, refused, run, start, temporaries, wait_for
+from helpers_faults import (
+    PATIENCE_S,
+    alive,
+    copy,
+    end,
+    go_on,
+    plain_lines,
+    products,
+    refused,
+    run,
+    start,
+    temporaries,
+    wait_for,
+)
 from helpers_stages import content
 
 from pipeline.learning.optimise import check_finite
@@ -40,16 +55,28 @@ def rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({name: value for name, value in tree.items() if value is not None}))
 
 
-@pytest.mark.parametrize(("stage", "pattern", "maker"), [
-    ("02", "01_slices/index.parquet", "01_convert_dicom"), ("04", "02_volumes/*.npy", "02_build_volumes"),
-    ("05", "04_voco2d/backbone.safetensors", "04_pretrain_voco2d"), ("07", "06_oof/calibration.json", "06_score_oof"),
-])  # fmt: skip
-def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(out, stage, pattern, maker):
+@pytest.mark.parametrize(
+    ("stage", "pattern", "maker"),
+    [
+        ("02", "01_slices/index.parquet", "01_convert_dicom"),
+        ("04", "02_volumes/*.npy", "02_build_volumes"),
+        ("05", "04_voco2d/backbone.safetensors", "04_pretrain_voco2d"),
+        ("07", "06_oof/calibration.json", "06_score_oof"),
+    ],
+)
+def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
+    out, stage, pattern, maker
+):
     path = first(out, pattern)
     whole = path.read_bytes()
     for damage in (lambda: path.unlink(), lambda: path.write_bytes(whole[:-7])):
         damage()
-        refused(*run(stage, out), "is missing or has another size", str(path), f"run stages/{maker}.py again")
+        refused(
+            *run(stage, out),
+            "is missing or has another size",
+            str(path),
+            f"run stages/{maker}.py again",
+        )
     assert run(maker[:2], out)[0] == 0
     assert path.read_bytes() == whole, "the stage that makes it mends it"
 
@@ -63,14 +90,25 @@ def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
         volume.unlink()
     path.write_bytes(whole[: len(whole) // 2])
     for _ in range(2):
-        refused(*run("02", out), "slice missing or damaged", str(path), "run stages/01_convert_dicom.py again")
+        refused(
+            *run("02", out),
+            "slice missing or damaged",
+            str(path),
+            "run stages/01_convert_dicom.py again",
+        )
     assert run("01", out)[0] == 0
-    assert read_manifest(out / "01_slices")["counts"]["converted_now"] == index.filter(pl.col("series_id") == path.parent.name).height
+    assert (
+        read_manifest(out / "01_slices")["counts"]["converted_now"]
+        == index.filter(pl.col("series_id") == path.parent.name).height
+    )
     assert content(path) == picture, "the stage that makes it mends it, and nothing else"
     assert run("02", out)[0] == 0
 
 
-@pytest.mark.parametrize("changes", [{"schema": 0}, {"schema": 99}, {"fingerprint": None}, {"outputs": None}, {"outputs": []}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"schema": 0}, {"schema": 99}, {"fingerprint": None}, {"outputs": None}, {"outputs": []}],
+)
 def test_a_manifest_that_is_not_ours_counts_as_none(smoke, tmp_path, changes, capfd):
     path = tmp_path / "manifest.json"
     path.write_text((smoke / "03_folds" / "manifest.json").read_text())
@@ -130,7 +168,9 @@ def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch
     source = smoke / "01_slices"
     build = lambda options: volume_store.build_all(source, target, options, 1)[1]  # noqa: E731
     before = build(config)
-    monkeypatch.setattr(volume_store, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        volume_store, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         build(config.model_copy(update={"aspect": "stretch"}))
     monkeypatch.undo()
@@ -159,7 +199,12 @@ def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_pat
     process = start("06", out, "--force", fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
     wait_for(tmp_path / "mark", process)
     for stage, held in (("06", "06_oof"), ("03", "03_folds")):
-        refused(*run(stage, out, "--force"), f"another run holds {held}", f"process {process.pid} on ", "choose another --out")
+        refused(
+            *run(stage, out, "--force"),
+            f"another run holds {held}",
+            f"process {process.pid} on ",
+            "choose another --out",
+        )
     assert run("08", out, "--force")[0] == 0, "what nobody holds goes on"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
@@ -168,7 +213,9 @@ def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_pat
 
 @pytest.mark.parametrize(("stage", "part"), [("00", ".dcm"), ("01", "series.json")])
 def test_a_worker_killed_by_hand_changes_nothing(smoke, tmp_path, stage, part):
-    out = copy(smoke, tmp_path / "run", *([] if stage != "00" else [path.name for path in smoke.iterdir()]))
+    out = copy(
+        smoke, tmp_path / "run", *([] if stage != "00" else [path.name for path in smoke.iterdir()])
+    )
     process = start(stage, out, "--force", fault=f"pause:{tmp_path / 'mark'}:{part}")
     worker = int(wait_for(tmp_path / "mark", process))
     assert worker != process.pid
@@ -178,22 +225,33 @@ def test_a_worker_killed_by_hand_changes_nothing(smoke, tmp_path, stage, part):
     assert code == 0, text
     assert "a worker process was killed" in text
     made = products(out)
-    assert made == {name: made_before for name, made_before in products(smoke).items() if name in made}
+    assert made == {
+        name: made_before for name, made_before in products(smoke).items() if name in made
+    }
     assert made
 
 
 def same_command(one: int, other: int) -> bool:
     commands = [Path(f"/proc/{pid}/cmdline") for pid in (one, other)]
-    return all(path.exists() for path in commands) and commands[0].read_bytes() == commands[1].read_bytes()
+    return (
+        all(path.exists() for path in commands)
+        and commands[0].read_bytes() == commands[1].read_bytes()
+    )
 
 
 def test_a_killed_loader_is_one_line(out):
-    """Processes that load training data are forked, so they bear the command line of their parent."""
+    """Processes that load training data are forked, so they bear the command line of their
+    parent.
+    """
     process = start("04", out, "pretrain.workers=1", "pretrain.steps=100000")
     deadline, loaders = time.monotonic() + PATIENCE_S, []
     while not loaders and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-        loaders = [pid for pid in alive(process.pid) if pid != process.pid and same_command(pid, process.pid)]
+        loaders = [
+            pid
+            for pid in alive(process.pid)
+            if pid != process.pid and same_command(pid, process.pid)
+        ]
     for loader in loaders:
         os.kill(loader, signal.SIGKILL)
     code, text = end(process)
@@ -206,10 +264,15 @@ def test_training_that_went_wrong_is_one_line(tmp_path, monkeypatch, capfd):
     def run_stage(stage: Stage) -> None:
         check_finite(12, {"liver": float("nan"), "kidney": 0.5}, ["10004/21057"])
 
-    monkeypatch.setattr("sys.argv", ["05_train_folds.py", "--config", "smoke", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        "sys.argv", ["05_train_folds.py", "--config", "smoke", "--out", str(tmp_path)]
+    )
     assert main("05_train_folds.py", "05_folds", "", run_stage) == 1
     (line,) = plain_lines(capfd.readouterr().err)
-    assert line.startswith("error: non-finite loss at step 12: liver nan, kidney 0.5; batch 10004/21057; the last checkpoint is kept")
+    assert line.startswith(
+        "error: non-finite loss at step 12: liver nan, kidney 0.5; batch 10004/21057; the last"
+        " checkpoint is kept"
+    )
 
 
 def test_a_clock_that_jumps_back_changes_nothing(smoke, tmp_path):
@@ -233,7 +296,11 @@ def verified(out: Path, capsys: pytest.CaptureFixture) -> tuple[int, str]:
 
 def test_verify_names_what_differs(out, capsys):
     assert verified(out, capsys) == (0, f"{out}: whole\n")
-    volume, cut, gone = first(out, "02_volumes/*.npy"), out / "06_oof" / "scores.json", out / "03_folds" / "folds.csv"
+    volume, cut, gone = (
+        first(out, "02_volumes/*.npy"),
+        out / "06_oof" / "scores.json",
+        out / "03_folds" / "folds.csv",
+    )
     data = bytearray(volume.read_bytes())
     data[-1] ^= 1
     volume.write_bytes(data)
@@ -243,9 +310,17 @@ def test_verify_names_what_differs(out, capsys):
     (out / "07_submission" / "manifest.json").unlink()
     code, text = verified(out, capsys)
     assert code == 1
-    for path, what in ((volume, "same size, other contents"), (cut, "bytes, not"), (gone, "missing"),
-                       (out / "08_report" / "manifest.json", "of version"), (out / "07_submission", "unfinished")):  # fmt: skip
-        assert any(line.startswith(f"{path}: ") and what in line for line in text.splitlines()), (path, text)
+    for path, what in (
+        (volume, "same size, other contents"),
+        (cut, "bytes, not"),
+        (gone, "missing"),
+        (out / "08_report" / "manifest.json", "of version"),
+        (out / "07_submission", "unfinished"),
+    ):
+        assert any(line.startswith(f"{path}: ") and what in line for line in text.splitlines()), (
+            path,
+            text,
+        )
     assert "5 differences" in text
 
 
@@ -272,7 +347,9 @@ def test_verify_goes_on_where_the_slice_index_is_damaged(out, capsys, monkeypatc
     for path in (paths[0], paths[-1]):
         path.write_bytes(b"")
     text = verified(out, capsys)[1]
-    assert all(f"{path}: not readable" in text for path in (paths[0], paths[-1])), "in whichever part they are"
+    assert all(f"{path}: not readable" in text for path in (paths[0], paths[-1])), (
+        "in whichever part they are"
+    )
     index = out / "01_slices" / "index.parquet"
     index.write_bytes(bytes(index.stat().st_size))
     code, text = verified(out, capsys)
@@ -282,18 +359,29 @@ def test_verify_goes_on_where_the_slice_index_is_damaged(out, capsys, monkeypatc
 
 def test_the_holder_of_a_lock_is_one_that_lives(tmp_path):
     """Readers share a lock: the last of them to come may have ended long before the others."""
-    stage = Stage("05_folds", load_config("smoke"), parser("05", "").parse_args(["--out", str(tmp_path)]))
+    stage = Stage(
+        "05_folds", load_config("smoke"), parser("05", "").parse_args(["--out", str(tmp_path)])
+    )
     path = stage._lock_file(stage.name)
-    path.write_text(f"process {os.getpid()} on elsewhere\nnonsense\nprocess 4194999 on {socket.gethostname()}\n")
+    path.write_text(
+        f"process {os.getpid()} on elsewhere\nnonsense\nprocess 4194999 on {socket.gethostname()}\n"
+    )
     with stage._held(path, fcntl.LOCK_SH), pytest.raises(InputError) as fault, stage.lock():
         pass
-    assert f"process {os.getpid()} on elsewhere and nonsense and process {os.getpid()} on {socket.gethostname()}, wait" in str(fault.value)
+    assert (
+        f"process {os.getpid()} on elsewhere and nonsense and process {os.getpid()} on"
+        f" {socket.gethostname()}, wait" in str(fault.value)
+    )
     with stage.lock():
         assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_the_peak_is_told_though_threads_end(monkeypatch):
-    monkeypatch.setattr(Path, "glob", lambda *_: [Path("/proc/self/task/0/children"), Path("/proc/self/task/none/children")])
+    monkeypatch.setattr(
+        Path,
+        "glob",
+        lambda *_: [Path("/proc/self/task/0/children"), Path("/proc/self/task/none/children")],
+    )
     assert peak_mb() > 10
 
 

@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C, whenever they come: 143 or 130, one line, nobody left alive, nothing that looks finished, and a rerun goes on."""
+"""SIGTERM and Ctrl-C, whenever they come: 143 or 130, one line, nobody left alive, nothing that
+looks finished, and a rerun goes on.
+"""
 
 import os
 import signal
@@ -7,7 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_faults import FOLDERS, alive, copy, end, go_on, none_alive, plain_lines, products, run, start, temporaries, wait_for
+from helpers_faults import (
+    FOLDERS,
+    alive,
+    copy,
+    end,
+    go_on,
+    none_alive,
+    plain_lines,
+    products,
+    run,
+    start,
+    temporaries,
+    wait_for,
+)
 
 from pipeline.learning.interrupt import StopSignal
 from pipeline.system.pool import spread
@@ -17,24 +32,29 @@ LINE = "stopped: run the same command again to go on"
 FORCED = LINE.replace("again", "again without --force")  # which would begin anew
 
 
-# where each stage is held when the signal comes: in a worker process, in the middle of a write, in training
-@pytest.mark.parametrize(("stage", "part", "number", "arguments"), [
-    ("00", ".dcm", SIGINT, ()),
-    ("01", "series.json", SIGINT, ("--force",)),
-    ("02", ".npy.tmp-", SIGTERM, ("--force",)),
-    ("03", "folds.csv.tmp-", SIGINT, ("--force",)),
-    ("04", "log.jsonl.tmp-", SIGINT, ("--force", "pretrain.checkpoint_every=1000")),
-    ("05", "log.jsonl.tmp-", SIGTERM, ("--force",)),
-    ("06", "scores.json.tmp-", SIGTERM, ("--force",)),
-    ("07", ".dcm", SIGINT, ("--force",)),
-    ("08", "index.html.tmp-", SIGTERM, ("--force",)),
-])  # fmt: skip
+# where each stage is held when the signal comes: in a worker process, in the middle of a write, in
+# training
+@pytest.mark.parametrize(
+    ("stage", "part", "number", "arguments"),
+    [
+        ("00", ".dcm", SIGINT, ()),
+        ("01", "series.json", SIGINT, ("--force",)),
+        ("02", ".npy.tmp-", SIGTERM, ("--force",)),
+        ("03", "folds.csv.tmp-", SIGINT, ("--force",)),
+        ("04", "log.jsonl.tmp-", SIGINT, ("--force", "pretrain.checkpoint_every=1000")),
+        ("05", "log.jsonl.tmp-", SIGTERM, ("--force",)),
+        ("06", "scores.json.tmp-", SIGTERM, ("--force",)),
+        ("07", ".dcm", SIGINT, ("--force",)),
+        ("08", "index.html.tmp-", SIGTERM, ("--force",)),
+    ],
+)
 def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):
     out = tmp_path / "run"
     copy(smoke, out) if stage != "00" else out.mkdir()
     process = start(stage, out, *arguments, fault=f"pause:{tmp_path / 'mark'}:{part}")
     wait_for(tmp_path / "mark", process)
-    os.killpg(process.pid, SIGINT) if number == SIGINT else os.kill(process.pid, SIGTERM)  # a terminal sends Ctrl-C to all
+    # a terminal sends Ctrl-C to all
+    os.killpg(process.pid, SIGINT) if number == SIGINT else os.kill(process.pid, SIGTERM)
     go_on(tmp_path / "mark")
     code, text = end(process)
     assert code == 128 + number, text
@@ -60,9 +80,13 @@ def test_workers_are_deaf_to_ctrl_c():
 
 
 def test_an_ignored_ctrl_c_stays_ignored(smoke, tmp_path):
-    """As in `nohup run_all.sh &`: the background job goes on when someone presses Ctrl-C in the terminal."""
+    """As in `nohup run_all.sh &`: the background job goes on when someone presses Ctrl-C in the
+    terminal.
+    """
     out, mark = copy(smoke, tmp_path / "run"), tmp_path / "mark"
-    process = start("03", out, "--force", fault=f"pause:{mark}:folds.csv.tmp-", ignore_interrupt=True)
+    process = start(
+        "03", out, "--force", fault=f"pause:{mark}:folds.csv.tmp-", ignore_interrupt=True
+    )
     wait_for(mark, process)
     os.killpg(process.pid, SIGINT)
     go_on(mark)
@@ -96,7 +120,18 @@ def test_run_all_hands_a_stop_on_to_its_stage(smoke, tmp_path, number):
 def test_killed_at_random_moments_the_run_ends_with_the_same_submission(smoke, tmp_path):
     """A few of the kills that `kill_loop.py --kills 40` makes over the whole run."""
     loop = Path(__file__).parents[1] / "tools" / "kill_loop.py"
-    command = [sys.executable, str(loop), "--kills", "2", "--reference", str(smoke), "--begin", "06_oof", "--work", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(loop),
+        "--kills",
+        "2",
+        "--reference",
+        str(smoke),
+        "--begin",
+        "06_oof",
+        "--work",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kills" in done.stdout

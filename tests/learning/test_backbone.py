@@ -1,4 +1,6 @@
-"""Backbones: any family gives a map, transfer is strict, and small maps take the fast road to the same numbers."""
+"""Backbones: any family gives a map, transfer is strict, and small maps take the fast road to the
+same numbers.
+"""
 
 import copy
 
@@ -10,7 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.learning import fast_layers as layers
-from pipeline.learning.backbone import create_backbone, feature_shape, load_backbone, normalise, save_backbone
+from pipeline.learning.backbone import (
+    create_backbone,
+    feature_shape,
+    load_backbone,
+    normalise,
+    save_backbone,
+)
 from pipeline.learning.fast_layers import speed_up
 from pipeline.learning.weights import read_metadata, read_weights, save_weights
 from pipeline.system.errors import InputError, TrainingStopped
@@ -20,10 +28,14 @@ TINY = "test_resnet"
 
 def test_grey_values_are_normalised_by_constants():
     pixels = torch.tensor([0, 114, 255], dtype=torch.uint8)
-    assert torch.allclose(normalise(pixels), (torch.tensor([0.0, 114, 255]) / 255 - 0.449) / 0.226, atol=1e-6)
+    assert torch.allclose(
+        normalise(pixels), (torch.tensor([0.0, 114, 255]) / 255 - 0.449) / 0.226, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("name", [TINY, "mobilenetv3_small_050", "test_vit", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", [TINY, "mobilenetv3_small_050", "test_vit", "swin_tiny_patch4_window7_224"]
+)
 def test_every_family_gives_a_map(name):
     backbone = create_backbone(name)
     C, h, w = feature_shape(backbone, 64)
@@ -41,15 +53,22 @@ def test_saved_backbone_is_timms_own_state_dict(tmp_path):
     backbone = create_backbone(TINY)
     save_backbone(backbone, tmp_path / "backbone.safetensors", {"backbone": TINY})
     plain = timm.create_model(TINY, in_chans=1, num_classes=0, global_pool="")
-    missing, unexpected = plain.load_state_dict(load_file(tmp_path / "backbone.safetensors"), strict=True)
+    missing, unexpected = plain.load_state_dict(
+        load_file(tmp_path / "backbone.safetensors"), strict=True
+    )
     assert not missing
     assert not unexpected
     x = torch.randn(2, 1, 32, 32)
     assert torch.allclose(plain.eval()(x), backbone.eval()(x), atol=1e-5)
     other = create_backbone(TINY)
     count = len(plain.state_dict())
-    assert load_backbone(other, tmp_path / "backbone.safetensors").startswith(f"{count} of {count} tensors")
-    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), backbone.state_dict().values(), strict=True))
+    assert load_backbone(other, tmp_path / "backbone.safetensors").startswith(
+        f"{count} of {count} tensors"
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(other.state_dict().values(), backbone.state_dict().values(), strict=True)
+    )
     assert read_metadata(tmp_path / "backbone.safetensors") == {"backbone": TINY}
 
 
@@ -83,7 +102,9 @@ def test_imagenet_file_with_three_channels_and_a_head(tmp_path):
     """timm's own conversion of the same weights is the reference."""
     full = timm.create_model(TINY)
     for path in (tmp_path / "full.safetensors", tmp_path / "full.pth"):
-        save_file(full.state_dict(), path) if path.suffix == ".safetensors" else torch.save({"state_dict": full.state_dict()}, path)
+        save_file(full.state_dict(), path) if path.suffix == ".safetensors" else torch.save(
+            {"state_dict": full.state_dict()}, path
+        )
         backbone = create_backbone(TINY, "imagenet", str(path))
         grey = torch.randn(1, 1, 32, 32)
         features = full.eval().forward_features(grey.expand(1, 3, 32, 32))
@@ -93,11 +114,16 @@ def test_imagenet_file_with_three_channels_and_a_head(tmp_path):
 
 
 def test_training_starts_from_a_file_of_our_own(tmp_path):
-    """`model.weights` with `init=imagenet`: what one pretraining exported is where the next one begins."""
+    """`model.weights` with `init=imagenet`: what one pretraining exported is where the next one
+    begins.
+    """
     backbone = create_backbone(TINY)
     save_backbone(backbone, tmp_path / "backbone.safetensors", {})
     begun = create_backbone(TINY, "imagenet", str(tmp_path / "backbone.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(begun.state_dict().values(), backbone.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(begun.state_dict().values(), backbone.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not tensors at all"])
@@ -158,14 +184,17 @@ def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_input_gradient_in_parts_is_the_librarys(monkeypatch, dtype, stride):
-    monkeypatch.setattr(layers, "PART", 2 * 6 * 9 * 9)  # two images at once, the last part is smaller
+    # two images at once, the last part is smaller
+    monkeypatch.setattr(layers, "PART", 2 * 6 * 9 * 9)
     torch.manual_seed(0)
     x, weight = torch.randn(5, 6, 9, 9).double(), torch.randn(6, 1, 3, 3).double()
     y = functional.conv2d(own := x.clone().requires_grad_(), weight, None, stride, 1, 1, 6)
     y.backward(gradient := torch.randn(y.shape).double())
     found = layers.input_gradient(x.to(dtype), gradient.to(dtype), weight, stride, (1, 1))
     assert found.dtype == dtype
-    assert torch.allclose(found.double(), own.grad, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.08)
+    assert torch.allclose(
+        found.double(), own.grad, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.08
+    )
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_b0"])
@@ -181,8 +210,12 @@ def test_whole_network_has_the_librarys_gradients_and_statistics(name):
         gradients.append([parameter.grad for parameter in model.parameters()])
     kinds = {type(layer).__name__ for layer in fast.modules()}
     assert {"_NormAct", "_Depthwise", "_Pointwise"} <= kinds
-    largest = max(float(gradient.abs().max()) for gradient in gradients[0])  # of efficientnet_b0: 6e4, so an absolute bound must scale
-    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-11 * largest) for a, b in zip(*gradients, strict=True))
+    # of efficientnet_b0: 6e4, so an absolute bound must scale
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
+    assert all(
+        torch.allclose(a, b, rtol=1e-7, atol=1e-11 * largest)
+        for a, b in zip(*gradients, strict=True)
+    )
     assert all(torch.allclose(a, b) for a, b in zip(plain.buffers(), fast.buffers(), strict=True))
 
 
@@ -195,7 +228,9 @@ def test_mixed_precision_gradients_are_close():
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = backbone(x).float().square().mean()
         loss.backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()]))
+        gradients.append(
+            torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()])
+        )
     assert torch.cosine_similarity(*gradients, dim=0) > 0.95
     assert all(parameter.grad.dtype == torch.float32 for parameter in backbone.parameters())
 
@@ -204,9 +239,15 @@ def test_less_is_kept_for_the_backward_pass():
     kept = {}
     for fast in (False, True):
         norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
-        layers = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), speed_up(norm) if fast else norm, nn.Conv2d(8, 8, 3, padding=1))
+        layers = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1),
+            speed_up(norm) if fast else norm,
+            nn.Conv2d(8, 8, 3, padding=1),
+        )
         seen = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=seen: s.setdefault(t.data_ptr(), t), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=seen: s.setdefault(t.data_ptr(), t), lambda t: t
+        ):
             layers(torch.randn(4, 8, 16, 16, requires_grad=True))
         kept[fast] = sum(t.numel() for t in seen.values() if t.shape[2:] == (16, 16))
     assert kept == {False: 4 * 8192, True: 3 * 8192}

@@ -1,4 +1,6 @@
-"""The phantom: anatomy, injuries, files, tables, and that nothing but the injury gives a label away."""
+"""The phantom: anatomy, injuries, files, tables, and that nothing but the injury gives a label
+away.
+"""
 
 import csv
 import hashlib
@@ -17,11 +19,27 @@ import pytest
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.phantom.anatomy import PHASES, make_scan
-from pipeline.phantom.dataset import FAULTS, FOLDERS, HEADERS, STORAGE, SYNTAXES, draw_labels, make_plan, write_dataset
+from pipeline.phantom.dataset import (
+    FAULTS,
+    FOLDERS,
+    HEADERS,
+    STORAGE,
+    SYNTAXES,
+    draw_labels,
+    make_plan,
+    write_dataset,
+)
 from pipeline.run.config import PhantomConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = PhantomConfig(train_patients=24, test_patients=3, unlabelled_patients=5, image_size=64, slices_min=12, slices_max=15)
+SMALL = PhantomConfig(
+    train_patients=24,
+    test_patients=3,
+    unlabelled_patients=5,
+    image_size=64,
+    slices_min=12,
+    slices_max=15,
+)
 HEALTHY = dict.fromkeys(("bowel", "extravasation", "kidney", "liver", "spleen"), 0)
 SEED = 5
 
@@ -40,7 +58,9 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def series():
     """(patient, series number, plan of the series) of everything that is written as DICOM."""
-    return [(p, n, s) for p in make_plan(SMALL, SEED) for n, s in enumerate(p.series) if not s.nifti]
+    return [
+        (p, n, s) for p in make_plan(SMALL, SEED) for n, s in enumerate(p.series) if not s.nifti
+    ]
 
 
 def scan(labels, index=0, phase="portal", config=SMALL, series=0):
@@ -48,7 +68,11 @@ def scan(labels, index=0, phase="portal", config=SMALL, series=0):
 
 
 def tree(root):
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
 def tags(path):
@@ -78,14 +102,20 @@ def test_same_seed_same_bytes_whatever_the_number_of_processes(dataset, tmp_path
 
 
 def test_another_seed_is_another_data_set():
-    assert not np.array_equal(scan({}).hu[:12], make_scan(SMALL, HEALTHY, (SEED + 1, 0, 0), 0, "portal").hu[:12])
+    assert not np.array_equal(
+        scan({}).hu[:12], make_scan(SMALL, HEALTHY, (SEED + 1, 0, 0), 0, "portal").hu[:12]
+    )
 
 
 def test_files_hold_the_drawn_hounsfield_units(dataset, series):
     for patient, number, plan in series:
-        drawn = make_scan(SMALL, patient.labels, (SEED, patient.split, patient.index), number, plan.phase)
+        drawn = make_scan(
+            SMALL, patient.labels, (SEED, patient.split, patient.index), number, plan.phase
+        )
         folder = dataset[0] / FOLDERS[patient.split] / patient.patient_id / plan.series_id
-        instances = sorted((int(p.stem) for p in folder.glob("*.dcm")), reverse=plan.header == "ascending")
+        instances = sorted(
+            (int(p.stem) for p in folder.glob("*.dcm")), reverse=plan.header == "ascending"
+        )
         assert len(instances) == len(drawn.hu)
         differ = 0
         for hu, instance in zip(drawn.hu, instances, strict=True):
@@ -100,9 +130,17 @@ def test_every_quirk_is_in_the_files(dataset, series):
     root, seen, per_series = dataset[0], Counter(), {}
     for patient, _, plan in series:
         folder = root / FOLDERS[patient.split] / patient.patient_id / plan.series_id
-        heads = [head for p in sorted(folder.glob("*.dcm"), key=lambda p: int(p.stem)) if (head := tags(p)) is not None]
+        heads = [
+            head
+            for p in sorted(folder.glob("*.dcm"), key=lambda p: int(p.stem))
+            if (head := tags(p)) is not None
+        ]
         ds = heads[0]
-        names = {str(ds.file_meta.TransferSyntaxUID.name), f"intercept {int(float(ds.RescaleIntercept))}", ds.PhotometricInterpretation}
+        names = {
+            str(ds.file_meta.TransferSyntaxUID.name),
+            f"intercept {int(float(ds.RescaleIntercept))}",
+            ds.PhotometricInterpretation,
+        }
         names |= {
             f"bits {ds.get('BitsStored', 'absent')} signed {ds.PixelRepresentation}",
             f"position {ds.get('PatientPosition', 'absent')}",
@@ -112,8 +150,13 @@ def test_every_quirk_is_in_the_files(dataset, series):
             f"class {'SOPClassUID' in ds}",
             f"directions {[int(x) for x in ds.ImageOrientationPatient]}",
         }
-        names |= {f"windows {ds['WindowCenter'].VM if 'WindowCenter' in ds else 'absent'}", f"first is 1: {int(ds.InstanceNumber) == 1}"}
-        z = [float(head.ImagePositionPatient[2]) for head in heads if "ImagePositionPatient" in head]
+        names |= {
+            f"windows {ds['WindowCenter'].VM if 'WindowCenter' in ds else 'absent'}",
+            f"first is 1: {int(ds.InstanceNumber) == 1}",
+        }
+        z = [
+            float(head.ImagePositionPatient[2]) for head in heads if "ImagePositionPatient" in head
+        ]
         names |= {("ascending" if z[-1] > z[0] else "descending") if z else "no position"}
         names |= {"duplicate"} if len(set(z)) < len(z) else set()
         sizes = {(head.Rows, head.Columns) for head in heads}
@@ -122,12 +165,42 @@ def test_every_quirk_is_in_the_files(dataset, series):
         seen.update(names)
         per_series[plan.series_id] = names
     expected = {
-        *("RLE Lossless", "JPEG 2000 Image Compression (Lossless Only)", "Deflated Explicit VR Little Endian"),
+        *(
+            "RLE Lossless",
+            "JPEG 2000 Image Compression (Lossless Only)",
+            "Deflated Explicit VR Little Endian",
+        ),
         *("Explicit VR Little Endian", "Implicit VR Little Endian", "MONOCHROME1", "MONOCHROME2"),
-        *("intercept -1024", "intercept 0", "intercept -8192", "intercept -32768", "slope 0.5", "bits absent signed 1"),
-        *("directions [-1, 0, 0, 0, 1, 0]", "directions [1, 0, 0, 0, -1, 0]", "directions [-1, 0, 0, 0, -1, 0]"),
-        *("windows 2", "windows absent", "first is 1: False", "first is 1: True", "position absent", "position FFS"),
-        *("class False", "no position", "ascending", "descending", "duplicate", "mixed sizes", "absurd rows"),
+        *(
+            "intercept -1024",
+            "intercept 0",
+            "intercept -8192",
+            "intercept -32768",
+            "slope 0.5",
+            "bits absent signed 1",
+        ),
+        *(
+            "directions [-1, 0, 0, 0, 1, 0]",
+            "directions [1, 0, 0, 0, -1, 0]",
+            "directions [-1, 0, 0, 0, -1, 0]",
+        ),
+        *(
+            "windows 2",
+            "windows absent",
+            "first is 1: False",
+            "first is 1: True",
+            "position absent",
+            "position FFS",
+        ),
+        *(
+            "class False",
+            "no position",
+            "ascending",
+            "descending",
+            "duplicate",
+            "mixed sizes",
+            "absurd rows",
+        ),
     }
     expected |= {f"bits {bits} signed 1" for bits in (12, 13, 14, 15, 16)}
     assert expected <= set(seen), expected - set(seen)
@@ -137,7 +210,13 @@ def test_every_quirk_is_in_the_files(dataset, series):
 
 def test_decks_reach_every_series_kind():
     plans = [s for p in make_plan(SMALL, SEED) for s in p.series]
-    for name, deck in (("encoding", SYNTAXES), ("storage", STORAGE), ("header", HEADERS), ("fault", FAULTS), ("phase", PHASES)):
+    for name, deck in (
+        ("encoding", SYNTAXES),
+        ("storage", STORAGE),
+        ("header", HEADERS),
+        ("fault", FAULTS),
+        ("phase", PHASES),
+    ):
         assert {getattr(s, name) for s in plans} == set(deck)
     assert len({s.series_id for s in plans}) == len(plans)
     for patient in make_plan(SMALL, SEED):
@@ -158,7 +237,9 @@ def test_tables_are_what_the_product_reads(dataset):
         zip(listed["patient_id"], listed["series_id"], strict=True)
     )
     tests = tables.read_series(root, "test")
-    assert {(p.parent.name, p.name) for p in root.glob("test_images/*/*")} == set(zip(tests["patient_id"], tests["series_id"], strict=True))
+    assert {(p.parent.name, p.name) for p in root.glob("test_images/*/*")} == set(
+        zip(tests["patient_id"], tests["series_id"], strict=True)
+    )
     assert set(tables.read_sample_submission(root)["patient_id"]) == set(tests["patient_id"])
     assert names == sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     files = len(list(root.rglob("*.dcm")))
@@ -189,7 +270,13 @@ def test_slice_labels_name_existing_slices_of_injured_patients(dataset):
     for row in rows:
         target = {"Bowel": "bowel", "Active_Extravasation": "extravasation"}[row["injury_name"]]
         assert patients[row["patient_id"]].labels[target] == 1
-        assert (root / "train_images" / row["patient_id"] / row["series_id"] / f"{row['instance_number']}.dcm").is_file()
+        assert (
+            root
+            / "train_images"
+            / row["patient_id"]
+            / row["series_id"]
+            / f"{row['instance_number']}.dcm"
+        ).is_file()
 
 
 def test_nifti_affine_puts_the_liver_on_the_patients_right(dataset):
@@ -199,7 +286,8 @@ def test_nifti_affine_puts_the_liver_on_the_patients_right(dataset):
     image = nibabel.load(path)
     patient = next(p for p in make_plan(SMALL, SEED) if f"{p.patient_id}.nii.gz" == path.name)
     drawn = make_scan(SMALL, patient.labels, (SEED, 2, patient.index), 0, patient.series[0].phase)
-    volume = np.asarray(nibabel.as_closest_canonical(image).dataobj)  # x to the right, y to the front, z up
+    # x to the right, y to the front, z up
+    volume = np.asarray(nibabel.as_closest_canonical(image).dataobj)
     assert nibabel.aff2axcodes(image.affine) == ("L", "P", "S")
     assert np.array_equal(volume[::-1, ::-1, ::-1].transpose(2, 1, 0), drawn.hu)
     assert np.allclose(sorted(image.header.get_zooms()), sorted(drawn.spacing), rtol=1e-5)
@@ -210,8 +298,14 @@ def test_exact_prevalence_and_at_least_two_of_each_class():
     assert labels["bowel"].sum() == labels["extravasation"].sum() == 50
     for organ in ("kidney", "liver", "spleen"):
         assert np.bincount(labels[organ]).tolist() == [140, 30, 30]
-    rare = draw_labels(PhantomConfig(organ_low=0.01, organ_high=0.01, bowel=0.01, extravasation=0.01), 24, np.random.default_rng(0))
-    assert all((values == k).sum() >= 2 for values in rare.values() for k in range(1, values.max() + 1))
+    rare = draw_labels(
+        PhantomConfig(organ_low=0.01, organ_high=0.01, bowel=0.01, extravasation=0.01),
+        24,
+        np.random.default_rng(0),
+    )
+    assert all(
+        (values == k).sum() >= 2 for values in rare.values() for k in range(1, values.max() + 1)
+    )
     assert rare["liver"].max() == 2
 
 
@@ -231,15 +325,27 @@ def test_anatomy_is_where_it_belongs():
         hu = scan({}, index).hu.astype(int)
         upper = hu[len(hu) // 4]
         half = upper.shape[1] // 2
-        soft.append(((upper[:, :half] > 60) & (upper[:, :half] < 200)).sum() / ((upper[:, half:] > 60) & (upper[:, half:] < 200)).sum())
+        soft.append(
+            ((upper[:, :half] > 60) & (upper[:, :half] < 200)).sum()
+            / ((upper[:, half:] > 60) & (upper[:, half:] < 200)).sum()
+        )
         body = np.argwhere(upper > -200)
-        bone.append((np.argwhere(hu[:, :, half - 4 : half + 4] > 200)[:, 1].mean() - body[:, 0].min()) / np.ptp(body[:, 0]))
-        middle = hu[:, body[:, 0].min() + 8 : body[:, 0].max() - 8, body[:, 1].min() + 8 : body[:, 1].max() - 8]
+        bone.append(
+            (np.argwhere(hu[:, :, half - 4 : half + 4] > 200)[:, 1].mean() - body[:, 0].min())
+            / np.ptp(body[:, 0])
+        )
+        middle = hu[
+            :,
+            body[:, 0].min() + 8 : body[:, 0].max() - 8,
+            body[:, 1].min() + 8 : body[:, 1].max() - 8,
+        ]
         air.append([(plane < -700).mean() for plane in middle])
     assert min(soft) > 1.05, "the liver lies at image left"
     assert np.median(soft) > 1.3
     assert min(bone) > 0.55, "the spine lies at the back"
-    assert all(planes[0] > 0.2 > 0.1 > np.mean(planes[6:]) for planes in air), "lung bases in the top planes only"
+    assert all(planes[0] > 0.2 > 0.1 > np.mean(planes[6:]) for planes in air), (
+        "lung bases in the top planes only"
+    )
 
 
 def test_phases_differ_and_a_second_series_shows_the_same_body():
@@ -251,7 +357,10 @@ def test_phases_differ_and_a_second_series_shows_the_same_body():
     assert not np.array_equal(one.hu[:12], two.hu[:12])
 
 
-@pytest.mark.parametrize(("target", "grade"), [("liver", 1), ("liver", 2), ("spleen", 1), ("spleen", 2), ("kidney", 1), ("kidney", 2)])
+@pytest.mark.parametrize(
+    ("target", "grade"),
+    [("liver", 1), ("liver", 2), ("spleen", 1), ("spleen", 2), ("kidney", 1), ("kidney", 2)],
+)
 def test_organ_injury_is_dark_and_wide_and_nothing_else_changes(target, grade):
     for index in range(4):
         healthy, hurt = scan({}, index), scan({target: grade}, index)
@@ -260,19 +369,27 @@ def test_organ_injury_is_dark_and_wide_and_nothing_else_changes(target, grade):
         assert planes.mean() >= 0.15
         assert change[change != 0].size < 0.2 * (healthy.hu > -300).sum()
         dark = (change < -25) & (healthy.hu > 40) & (healthy.hu < 260)
-        assert np.abs(change)[~(dark | (change > 0))].mean() < 25, "blood fills fat, organs darken, nothing else"
+        assert np.abs(change)[~(dark | (change > 0))].mean() < 25, (
+            "blood fills fat, organs darken, nothing else"
+        )
         assert dark.sum() > (20 if grade == 1 else 60)
 
 
 @pytest.mark.parametrize("target", ["liver", "spleen", "kidney"])
 def test_high_grade_is_more_than_low_grade(target):
-    sizes = [[(scan({target: grade}, k).hu != scan({}, k).hu).sum() for k in range(4)] for grade in (1, 2)]
+    sizes = [
+        [(scan({target: grade}, k).hu != scan({}, k).hu).sum() for k in range(4)]
+        for grade in (1, 2)
+    ]
     assert np.median(sizes[1]) > 2 * np.median(sizes[0])
 
 
 def test_blush_is_brighter_than_the_aorta_and_on_the_labelled_slices():
     for index, other in ((0, {}), (1, {"liver": 2}), (2, {"spleen": 1}), (3, {"kidney": 1})):
-        without, with_blush = scan(other, index, "arterial"), scan({**other, "extravasation": 1}, index, "arterial")
+        without, with_blush = (
+            scan(other, index, "arterial"),
+            scan({**other, "extravasation": 1}, index, "arterial"),
+        )
         bright = (with_blush.hu > without.hu + 60) & (with_blush.hu > with_blush.aortic_hu)
         planes = bright.sum(axis=(1, 2))
         assert (planes > 0).sum() >= 3
@@ -282,7 +399,9 @@ def test_blush_is_brighter_than_the_aorta_and_on_the_labelled_slices():
 
 
 def bowel_change(index):
-    """Healthy and injured HU of one patient, their difference, and whether free gas was added (outside of any loop)."""
+    """Healthy and injured HU of one patient, their difference, and whether free gas was added
+    (outside of any loop).
+    """
     healthy, hurt = scan({}, index), scan({"bowel": 1}, index)
     change = hurt.hu.astype(int) - healthy.hu
     fat = (healthy.hu > -150) & (healthy.hu < -50)
@@ -295,7 +414,9 @@ def test_bowel_injury_is_hazy_fat_with_swollen_loops_or_fluid():
         fat = (healthy.hu > -150) & (healthy.hu < -50)
         hazy = fat & (change > 25) & (hurt.hu < 60)
         assert hazy.sum() > 30
-        assert hazy[hurt.shown["bowel"]].mean() > 3 * hazy[~hurt.shown["bowel"]].mean(), "the slice labels point at it"
+        assert hazy[hurt.shown["bowel"]].mean() > 3 * hazy[~hurt.shown["bowel"]].mean(), (
+            "the slice labels point at it"
+        )
         assert 0.2 < hurt.shown["bowel"].mean() < 0.9
         assert (change != 0).mean() < 0.2
 
@@ -319,7 +440,9 @@ def test_gas_near_the_front_wall_does_not_tell_a_bowel_injury():
         front = np.argmax((hu > -300).any(axis=(0, 2))) + 4
         amount.append((hu[4:, front : front + 12, 16:-16] < -700).sum())
         label.append(index % 2)
-    assert np.median([a for a, y in zip(amount, label, strict=True) if not y]) > 20, "normal bowel gas lies there too"
+    assert np.median([a for a, y in zip(amount, label, strict=True) if not y]) > 20, (
+        "normal bowel gas lies there too"
+    )
     assert roc_auc_score(label, amount) < 0.85
 
 
@@ -328,7 +451,13 @@ def test_difficulty_makes_injuries_smaller_and_fainter():
     for difficulty in (0.0, 0.5, 1.0):
         config = SMALL.model_copy(update={"difficulty": difficulty})
         strength.append(
-            sum(np.abs(scan({"liver": 2, "bowel": 1}, k, config=config).hu - scan({}, k).hu.astype(float)).sum() for k in range(3))
+            sum(
+                np.abs(
+                    scan({"liver": 2, "bowel": 1}, k, config=config).hu
+                    - scan({}, k).hu.astype(float)
+                ).sum()
+                for k in range(3)
+            )
         )
     assert strength[0] > 1.4 * strength[1] > 1.4 * 1.4 * strength[2]
 
@@ -336,29 +465,48 @@ def test_difficulty_makes_injuries_smaller_and_fainter():
 def test_healthy_patients_have_distractors():
     volumes = [scan({}, index) for index in range(12)]
     assert all((v.hu[4:, 12:-12, 12:-12] < -700).sum() > 30 for v in volumes), "gas inside loops"
-    assert all((v.hu[:, :, 16:-16] > 250).any(axis=(1, 2)).mean() > 0.5 for v in volumes), "bone as bright as a blush"
-    assert max(scan({}, index, "delayed").hu[5:10, :, 20:44].max() for index in range(6)) > 230, "contrast in the kidneys"
+    assert all((v.hu[:, :, 16:-16] > 250).any(axis=(1, 2)).mean() > 0.5 for v in volumes), (
+        "bone as bright as a blush"
+    )
+    assert max(scan({}, index, "delayed").hu[5:10, :, 20:44].max() for index in range(6)) > 230, (
+        "contrast in the kidneys"
+    )
 
 
 def test_labels_change_nothing_but_the_picture_of_the_injury():
     everything = {"bowel": 1, "extravasation": 1, "kidney": 2, "liver": 1, "spleen": 2}
     for index in range(3):
         healthy, hurt = scan({}, index), scan(everything, index)
-        assert (healthy.hu.shape, healthy.spacing, healthy.aortic_hu) == (hurt.hu.shape, hurt.spacing, hurt.aortic_hu)
+        assert (healthy.hu.shape, healthy.spacing, healthy.aortic_hu) == (
+            hurt.hu.shape,
+            hurt.spacing,
+            hurt.aortic_hu,
+        )
         skin = (healthy.hu > -300).any(axis=0)
-        outside = ~(np.maximum.accumulate(skin, axis=0) & np.maximum.accumulate(skin[::-1], axis=0)[::-1])
-        assert np.array_equal(healthy.hu[:, outside], hurt.hu[:, outside]), "noise, table and arms are the same"
+        outside = ~(
+            np.maximum.accumulate(skin, axis=0) & np.maximum.accumulate(skin[::-1], axis=0)[::-1]
+        )
+        assert np.array_equal(healthy.hu[:, outside], hurt.hu[:, outside]), (
+            "noise, table and arms are the same"
+        )
         assert (healthy.hu == hurt.hu).mean() > 0.8
 
 
 def test_plan_does_not_depend_on_labels():
-    one, other = make_plan(SMALL, SEED), make_plan(SMALL.model_copy(update={"bowel": 0.9, "organ_high": 0.4, "extravasation": 0.7}), SEED)
+    one, other = (
+        make_plan(SMALL, SEED),
+        make_plan(
+            SMALL.model_copy(update={"bowel": 0.9, "organ_high": 0.4, "extravasation": 0.7}), SEED
+        ),
+    )
     assert [(p.patient_id, p.series) for p in one] == [(p.patient_id, p.series) for p in other]
     assert [p.labels for p in one] != [p.labels for p in other]
 
 
 def test_no_label_in_the_metadata():
-    """A forest on ids, order, number of series and all quirks is at chance (what else files say is the same for all labels: above)."""
+    """A forest on ids, order, number of series and all quirks is at chance (what else files say is
+    the same for all labels: above).
+    """
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import cross_val_predict
@@ -368,9 +516,12 @@ def test_no_label_in_the_metadata():
     for order, patient in enumerate(p for p in make_plan(config, 1) if p.split == 0):
         first = patient.series[0]
         quirks = [
-            decks.setdefault((name, getattr(first, name)), len(decks)) for name in ("phase", "encoding", "storage", "header", "fault")
+            decks.setdefault((name, getattr(first, name)), len(decks))
+            for name in ("phase", "encoding", "storage", "header", "fault")
         ]
-        rows.append([int(patient.patient_id), int(first.series_id), order, len(patient.series), *quirks])
+        rows.append(
+            [int(patient.patient_id), int(first.series_id), order, len(patient.series), *quirks]
+        )
         labels.append(any(patient.labels.values()))
     y = np.array(labels)
     forest = RandomForestClassifier(50, min_samples_leaf=5, random_state=0)
@@ -380,19 +531,40 @@ def test_no_label_in_the_metadata():
 
 def stage(*arguments):
     command = [sys.executable, str(ROOT / "stages" / "00_make_phantom.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/")
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd="/",
+    )
 
 
 def test_stage_writes_skips_and_says_why(tmp_path):
-    tiny = ["--config", "smoke", "--out", str(tmp_path / "run"), "--jobs", "1", "phantom.train_patients=10", "phantom.test_patients=1",
-            "phantom.unlabelled_patients=0", "phantom.image_size=64"]  # fmt: skip
+    tiny = [
+        "--config",
+        "smoke",
+        "--out",
+        str(tmp_path / "run"),
+        "--jobs",
+        "1",
+        "phantom.train_patients=10",
+        "phantom.test_patients=1",
+        "phantom.unlabelled_patients=0",
+        "phantom.image_size=64",
+    ]
     first = stage(*tiny)
     folder = tmp_path / "run" / "data" / "phantom"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert first.returncode == 0, first.stderr
     assert manifest["counts"]["patients"] == 11
-    assert set(manifest["outputs"]) == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert not [p for p in folder.parent.iterdir() if p.name != "phantom"], "no temporary folder is left"
+    assert set(manifest["outputs"]) == {
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
+    } - {"manifest.json"}
+    assert not [p for p in folder.parent.iterdir() if p.name != "phantom"], (
+        "no temporary folder is left"
+    )
     before = tree(folder)
     assert "up to date" in stage(*tiny).stderr
     assert tree(folder) == before

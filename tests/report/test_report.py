@@ -1,4 +1,6 @@
-"""The report page: self-contained, escaped, whole with any stage missing, right in what it says, and sound in a real browser."""
+"""The report page: self-contained, escaped, whole with any stage missing, right in what it says,
+and sound in a real browser.
+"""
 
 import base64
 import json
@@ -21,15 +23,44 @@ from helpers_stages import run_stage
 from pipeline.competition.metric import WEIGHTS
 from pipeline.competition.targets import TARGET_NAMES
 from pipeline.report.ablation import forest
-from pipeline.report.charts import BOTTOM, LEFT, POINTS, RIGHT, TOP, Line, chart, confusion, curve, picture, score_charts, ticks
+from pipeline.report.charts import (
+    BOTTOM,
+    LEFT,
+    POINTS,
+    RIGHT,
+    TOP,
+    Line,
+    chart,
+    confusion,
+    curve,
+    picture,
+    score_charts,
+    ticks,
+)
 from pipeline.report.inputs import find_run
 from pipeline.report.page import render
 from pipeline.report.sections import duration, reduction, worst
 
-FOLDERS = {"01_slices": "conversion", "02_volumes": "montage", "04_voco2d": "pretraining", "05_folds": "training", "06_oof": "scores",
-           "07_submission": "test"}  # fmt: skip
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH: the page was not tried in a browser")
+FOLDERS = {
+    "01_slices": "conversion",
+    "02_volumes": "montage",
+    "04_voco2d": "pretraining",
+    "05_folds": "training",
+    "06_oof": "scores",
+    "07_submission": "test",
+}
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
+browser = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="no chromium or google-chrome on PATH: the page was not tried in a browser",
+)
 
 
 class Page(HTMLParser):
@@ -78,12 +109,21 @@ def copy(out, tmp_path):
 def test_page_loads_nothing_from_anywhere_and_runs_no_script(html):
     page = Page(html)
     loading = ("src", "href", "srcset", "action", "data")
-    urls = [value for _, attributes in page.tags for name, value in attributes.items() if name in loading]
+    urls = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in loading
+    ]
     assert urls
     assert all(url.startswith(("data:", "#")) for url in urls)
     assert not re.search(r"url\(|@import", html)
     assert not page.all("script")
-    policy = next(attributes["content"] for attributes in page.all("meta") if attributes.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attributes["content"]
+        for attributes in page.all("meta")
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
     assert "default-src 'none'" in policy, "the browser itself refuses scripts and requests"
 
 
@@ -101,24 +141,32 @@ def test_every_picture_has_alt_text_and_decodes_and_every_figure_a_caption(html)
     assert len(pictures) > 30
     for one in pictures:
         assert one["alt"]
-        data = np.frombuffer(base64.b64decode(one["src"].partition("base64,")[2], validate=True), np.uint8)
+        data = np.frombuffer(
+            base64.b64decode(one["src"].partition("base64,")[2], validate=True), np.uint8
+        )
         assert cv2.imdecode(data, cv2.IMREAD_COLOR) is not None
     figures = re.findall(r"<figure>.*?</figure>", html, re.DOTALL)
     assert len(figures) > 10
-    assert all(re.search(r"<figcaption>.{20,}</figcaption>", figure, re.DOTALL) for figure in figures)
+    assert all(
+        re.search(r"<figcaption>.{20,}</figcaption>", figure, re.DOTALL) for figure in figures
+    )
     assert all(attributes.get("aria-label") for attributes in page.all("svg"))
 
 
 def test_what_comes_from_data_is_text_and_never_markup(html):
     page = Page(html)
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert not {"script", "i", "u"} & {tag for tag, attributes in page.tags if tag != "i" or attributes}
+    assert not {"script", "i", "u"} & {
+        tag for tag, attributes in page.tags if tag != "i" or attributes
+    }
     assert html.count("<i>R</i>") == html.count("<i>"), "the orientation mark is the page's own"
     assert EVIL in page.sections["worst"]
     assert EVIL_PATH in page.sections["conversion"]
     assert "<i>why</i>" in page.sections["conversion"]
     assert "<b>bad</b>" in page.sections["test"]
-    assert any(EVIL in attributes["alt"] for attributes in page.all("img")), "as a picture's description too"
+    assert any(EVIL in attributes["alt"] for attributes in page.all("img")), (
+        "as a picture's description too"
+    )
 
 
 def test_config_and_flags_are_escaped(out):
@@ -138,7 +186,18 @@ def test_whole_run_has_every_section_filled(html):
 
 
 def _order() -> list[str]:
-    return ["conversion", "montage", "pretraining", "training", "scores", "worst", "test", "ablation", "probes", "cost"]
+    return [
+        "conversion",
+        "montage",
+        "pretraining",
+        "training",
+        "scores",
+        "worst",
+        "test",
+        "ablation",
+        "probes",
+        "cost",
+    ]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -148,10 +207,19 @@ def test_a_stage_that_has_not_run_leaves_one_line(copy, folder):
     text = page.sections[FOLDERS[folder]]
     assert "has not run" in text
     assert len(text.split()) < 30
-    assert all("has not run" not in page.sections[name] for other, name in FOLDERS.items() if other != folder)
+    assert all(
+        "has not run" not in page.sections[name]
+        for other, name in FOLDERS.items()
+        if other != folder
+    )
 
 
-TABLES = ("01_slices/quarantine.csv", "06_oof/scores.json", "07_submission/fallbacks.csv", "09_ablation/probes.csv")
+TABLES = (
+    "01_slices/quarantine.csv",
+    "06_oof/scores.json",
+    "07_submission/fallbacks.csv",
+    "09_ablation/probes.csv",
+)
 
 
 @pytest.mark.parametrize("file", TABLES)
@@ -179,7 +247,9 @@ def test_folds_of_an_earlier_larger_count_are_not_shown(copy):
 
 def test_a_grid_without_comparisons_makes_a_page(copy):
     table = json.loads((copy / "09_ablation" / "table.json").read_text())
-    (copy / "09_ablation" / "table.json").write_text(json.dumps({**table, "compared": [], "sentences": []}))
+    (copy / "09_ablation" / "table.json").write_text(
+        json.dumps({**table, "compared": [], "sentences": []})
+    )
     assert "ablation" in Page(page_of(copy)).sections
 
 
@@ -199,7 +269,9 @@ def test_ablation_says_what_its_intervals_support_and_no_more(html):
     assert "liver only" in text
     assert "2 min 10 s" in text, "what pretraining cost"
     probes = " ".join(Page(html).sections["probes"].split())
-    assert "start (stored) 0.650, start (settled) 0.650" in probes, "the mean of two seeds, height left out"
+    assert "start (stored) 0.650, start (settled) 0.650" in probes, (
+        "the mean of two seeds, height left out"
+    )
     assert "height (R²)" in probes
 
 
@@ -235,9 +307,15 @@ def test_headline_is_the_nested_score_with_its_interval(out, html):
     scores = json.loads((out / "06_oof" / "scores.json").read_text())
     text = " ".join(Page(html).sections["summary"].split())
     found = scores["intervals"]["nested"]["score"]
-    assert f"{scores['nested']['score']:.4f} nested score, 95 % interval {found['low']:.4f} to {found['high']:.4f}" in text
+    assert (
+        f"{scores['nested']['score']:.4f} nested score, 95 % interval {found['low']:.4f} to"
+        f" {found['high']:.4f}" in text
+    )
     word = "below" if scores["reduction"]["nested"]["score"] >= 0 else "above"
-    saved, floor = abs(scores["reduction"]["nested"]["score"]), scores["floors"]["weighted_means"]["score"]
+    saved, floor = (
+        abs(scores["reduction"]["nested"]["score"]),
+        scores["floors"]["weighted_means"]["score"],
+    )
     assert f"{100 * saved:.1f} % {word} the {floor:.4f}" in text
 
 
@@ -246,7 +324,10 @@ def test_reduction_is_that_of_two_scores_and_its_resamples_are_paired():
     values = predicted(labels, 1.5)
     constant = np.repeat(labels.mean(0, keepdims=True) * WEIGHTS, len(labels), axis=0)
     found = reduction(labels, values, 200, 0)
-    ratio = naive_score(labels.tolist(), values.tolist())["score"] / naive_score(labels.tolist(), constant.tolist())["score"]
+    ratio = (
+        naive_score(labels.tolist(), values.tolist())["score"]
+        / naive_score(labels.tolist(), constant.tolist())["score"]
+    )
     assert found["value"] == pytest.approx(1 - ratio, abs=1e-12)
     assert found["low"] < found["value"] < found["high"]
     same = reduction(labels, constant, 50, 0)
@@ -255,40 +336,62 @@ def test_reduction_is_that_of_two_scores_and_its_resamples_are_paired():
 
 
 def test_lowest_honest_value_of_each_row_is_marked(html):
-    rows = re.findall(r"<tr><td>(bowel|score|liver|kidney|spleen|extravasation|any injury)(<td[^\n]*?)</tr>", html)
+    rows = re.findall(
+        r"<tr><td>(bowel|score|liver|kidney|spleen|extravasation|any injury)(<td[^\n]*?)</tr>", html
+    )
     rows = [cells for _, cells in rows if cells.count("<td") == 8]
     assert len(rows) == 7
     for cells in rows:
         values = re.findall(r'<td( class="best")?[^>]*>([\d.]+)', cells)[:5]
         assert [bool(mark) for mark, _ in values].count(True) == 1
-        assert min(float(value) for _, value in values) == next(float(value) for mark, value in values if mark)
+        assert min(float(value) for _, value in values) == next(
+            float(value) for mark, value in values if mark
+        )
 
 
 def test_worst_errors_are_ordered_by_their_part_of_the_score(out):
     errors = worst(find_run(out, smoke_config(), None, ""))
     table = pl.read_parquet(out / "06_oof" / "patients.parquet")
-    labels, nested = (table.select(pl.col(f"^{kind}_.*$")).to_numpy().astype(float) for kind in ("label", "nested"))
+    labels, nested = (
+        table.select(pl.col(f"^{kind}_.*$")).to_numpy().astype(float)
+        for kind in ("label", "nested")
+    )
     score = naive_score(labels.tolist(), nested.tolist())
     assert errors[0]["patient_id"] == EVIL
-    assert [one["share"] for one in errors] == sorted((one["share"] for one in errors), reverse=True)
+    assert [one["share"] for one in errors] == sorted(
+        (one["share"] for one in errors), reverse=True
+    )
     true, weight = nested[0, 1], (labels[:, :2] * [1, 2]).sum()
-    assert errors[0]["targets"][0]["share"] == pytest.approx(-2 * np.log(true) / weight / 6 / score["score"], rel=1e-9)
-    assert errors[0]["share"] == pytest.approx(errors[0]["any"] + sum(one["share"] for one in errors[0]["targets"]))
+    assert errors[0]["targets"][0]["share"] == pytest.approx(
+        -2 * np.log(true) / weight / 6 / score["score"], rel=1e-9
+    )
+    assert errors[0]["share"] == pytest.approx(
+        errors[0]["any"] + sum(one["share"] for one in errors[0]["targets"])
+    )
     assert [one["true"] for one in errors[0]["targets"]] == [1, 1, 2, 2, 2]
 
 
 def test_worst_errors_show_the_labelled_slice_and_evenly_chosen_ones(out):
     errors = worst(find_run(out, smoke_config(), None, ""))
     marked = [one for one in errors[0]["series"]["pictures"] if one["injuries"]]
-    assert [(one["plane"], one["injuries"]) for one in marked] == [(4, ["bowel"])], "108 is the middle of the labels"
+    assert [(one["plane"], one["injuries"]) for one in marked] == [(4, ["bowel"])], (
+        "108 is the middle of the labels"
+    )
     for error in errors:
         planes = [one["plane"] for one in error["series"]["pictures"]]
         assert len(planes) == 4
         assert planes == sorted(set(planes))
-    shown = cv2.imdecode(np.frombuffer(base64.b64decode(marked[0]["uri"].partition(",")[2]), np.uint8), 0)
+    shown = cv2.imdecode(
+        np.frombuffer(base64.b64decode(marked[0]["uri"].partition(",")[2]), np.uint8), 0
+    )
     assert shown.shape == (20, 24)
     assert abs(int(shown.mean()) - 80) <= 2, "plane 4 of the volume"
-    assert [one["plane"] for one in errors[1]["series"]["pictures"]] == [1, 3, 5, 7], "no label: evenly spread"
+    assert [one["plane"] for one in errors[1]["series"]["pictures"]] == [
+        1,
+        3,
+        5,
+        7,
+    ], "no label: evenly spread"
     assert DEPTH == 8
 
 
@@ -307,19 +410,26 @@ def test_cost_sums_the_stages_and_repeats_the_command(html):
     assert "bootstrap: 50" in text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(70.0, "all7 min 16 s"), (124.0, "all8 min 08 s"), (5.0, "all8 min 08 s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(70.0, "all7 min 16 s"), (124.0, "all8 min 08 s"), (5.0, "all8 min 08 s")]
+)
 def test_folds_that_trained_side_by_side_count_once(copy, seconds, text):
     """In one sitting of 70 s; one after the other; the last of several sittings."""
     write_manifest(copy, "05_folds", {"fold0": {}, "fold1": {}}, seconds=seconds)
     assert text in " ".join(Page(page_of(copy)).sections["cost"].split())
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(8.13, "8.1 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.13, "8.1 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 250_000), (1, 6), (0, 0.013), (-0.4, 0.9), (0, 8.3)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 250_000), (1, 6), (0, 0.013), (-0.4, 0.9), (0, 8.3)]
+)
 def test_ticks_are_few_round_and_inside(low, high):
     found = ticks(low, high)
     assert 2 <= len(found) <= 6
@@ -331,25 +441,36 @@ def test_ticks_are_few_round_and_inside(low, high):
 
 
 def test_chart_puts_points_where_they_belong():
-    drawn = chart("t", "x", [Line("a", "c1", [(0, 0), (10, 2)]), Line("", "c2", [(5, 1)]), Line("none", "c3", [])])
-    (first, second) = (line["points"] for line in drawn["lines"])
+    drawn = chart(
+        "t",
+        "x",
+        [Line("a", "c1", [(0, 0), (10, 2)]), Line("", "c2", [(5, 1)]), Line("none", "c3", [])],
+    )
+    first, second = (line["points"] for line in drawn["lines"])
     assert first[0] == (LEFT, BOTTOM)
     assert first[1][0] == RIGHT
     assert TOP < first[1][1] < TOP + 10
-    assert second[0] == pytest.approx(((LEFT + RIGHT) / 2, (first[0][1] + first[1][1]) / 2), abs=0.1)
+    assert second[0] == pytest.approx(
+        ((LEFT + RIGHT) / 2, (first[0][1] + first[1][1]) / 2), abs=0.1
+    )
     assert drawn["legend"] == [("c1", "a")]
     assert chart("empty", "x", [])["lines"] == []
 
 
 def test_curve_thins_by_means_and_leaves_gaps_out():
-    records = [{"step": k, "loss": float(k % 2), **({"rare": 1.0} if k == 7 else {})} for k in range(10 * POINTS)]
+    records = [
+        {"step": k, "loss": float(k % 2), **({"rare": 1.0} if k == 7 else {})}
+        for k in range(10 * POINTS)
+    ]
     points = np.array(curve(records, "step", "loss"))
     assert len(points) == POINTS
     assert np.allclose(points[:, 1], 0.5)
     assert np.allclose(points[0], [4.5, 0.5])
     assert curve(records, "step", "rare") == [[7.0, 1.0]]
     assert curve(records, "step", "absent") == []
-    assert curve([{"epoch": 1, "loss": 1}, {"epoch": 1, "loss": 3}], "epoch", "loss") == [[1.0, 2.0]], "folds are averaged"
+    assert curve([{"epoch": 1, "loss": 1}, {"epoch": 1, "loss": 3}], "epoch", "loss") == [
+        [1.0, 2.0]
+    ], "folds are averaged"
 
 
 def test_area_under_the_drawn_precision_recall_curve_is_the_average_precision():
@@ -364,7 +485,9 @@ def test_area_under_the_drawn_precision_recall_curve_is_the_average_precision():
     assert area == pytest.approx(average_precision_score(labels[:, 1], values[:, 1]), abs=0.005)
     share = (BOTTOM - found[0]["lines"][0]["points"][0][1]) / (BOTTOM - TOP)
     assert share == pytest.approx(labels[:, 1].mean(), abs=0.002)
-    assert calibrated[0]["lines"][1]["points"] == calibrated[0]["lines"][2]["points"], "raw and nested are the same here"
+    assert calibrated[0]["lines"][1]["points"] == calibrated[0]["lines"][2]["points"], (
+        "raw and nested are the same here"
+    )
 
 
 def test_confusion_counts_patients():
@@ -374,7 +497,9 @@ def test_confusion_counts_patients():
         cells = np.array(table["cells"])
         assert table["name"] == name
         assert cells[..., 0].sum() == 30
-        assert np.allclose(cells[..., 0], np.diag(np.diag(cells[..., 0]))), "perfect predictions lie on the diagonal"
+        assert np.allclose(cells[..., 0], np.diag(np.diag(cells[..., 0]))), (
+            "perfect predictions lie on the diagonal"
+        )
 
 
 def test_large_planes_are_shrunk_with_their_aspect():
@@ -390,7 +515,14 @@ def test_stage_writes_skips_and_notices_a_changed_stage(copy):
     assert f"--out {copy}" in page
     again = run_stage("08", *arguments)
     assert "up to date" in again.stderr
-    write_manifest(copy, "07_submission", {**json.loads((copy / "07_submission" / "manifest.json").read_text())["counts"], "predicted": 8})
+    write_manifest(
+        copy,
+        "07_submission",
+        {
+            **json.loads((copy / "07_submission" / "manifest.json").read_text())["counts"],
+            "predicted": 8,
+        },
+    )
     third = run_stage("08", *arguments)
     assert "up to date" not in third.stderr
     assert "8 of 9 test patients" in (copy / "08_report" / "index.html").read_text()
@@ -406,9 +538,19 @@ def test_nothing_to_report_is_one_line(tmp_path):
 def chromium(page: Path, profile: Path, dark: bool = False) -> tuple[str, list[str]]:
     """The DOM after loading, and the console's lines."""
     quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in quiet),
-               f"--user-data-dir={profile}", "--enable-logging=stderr", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-               "--window-size=1400,1000", "--dump-dom", page.as_uri()]  # fmt: skip
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--no-first-run",
+        *(f"--disable-{part}" for part in quiet),
+        f"--user-data-dir={profile}",
+        "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--window-size=1400,1000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -428,7 +570,8 @@ def test_browser_reports_nothing_on_the_console_and_would_report_a_script(html, 
 FOLLOW = """<style>html { scroll-behavior: auto }</style><script>
 document.body.dataset.found = JSON.stringify([...document.querySelectorAll("nav a")].map(one => {
   one.click()
-  const target = document.querySelector(":target"), end = scrollY + innerHeight >= document.documentElement.scrollHeight - 1
+  const target = document.querySelector(":target")
+  const end = scrollY + innerHeight >= document.documentElement.scrollHeight - 1
   return target && (end || Math.abs(target.getBoundingClientRect().top) < 50) ? target.id : null
 }))
 </script>"""
@@ -437,30 +580,38 @@ document.body.dataset.found = JSON.stringify([...document.querySelectorAll("nav 
 @browser
 def test_browser_follows_the_contents_list(html, tmp_path):
     copy = tmp_path / "links.html"
-    copy.write_text(re.sub(r"<meta http-equiv=[^>]*>", "", html).replace("</body>", FOLLOW + "</body>"))
+    copy.write_text(
+        re.sub(r"<meta http-equiv=[^>]*>", "", html).replace("</body>", FOLLOW + "</body>")
+    )
     dom = Page(chromium(copy, tmp_path / "profile")[0])
     assert json.loads(dom.all("body")[0]["data-found"]) == ["summary", *_order()]
 
 
 MEASURE = """<script>
 const light = (colour) => {
-  const c = colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  const c = colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
   return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]
 }
 const measure = (page, window) => {
-  const style = window.getComputedStyle(page.body), ink = light(style.color), paper = light(style.backgroundColor)
-  const outside = one => !one.closest(".scroll, pre") && one.getBoundingClientRect().right > window.innerWidth + 1
+  const style = window.getComputedStyle(page.body)
+  const ink = light(style.color), paper = light(style.backgroundColor)
+  const box = one => one.getBoundingClientRect()
+  const outside = one => !one.closest(".scroll, pre") && box(one).right > window.innerWidth + 1
   return {
     width: window.innerWidth, scroll: page.documentElement.scrollWidth, paper,
     dark: window.matchMedia("(prefers-color-scheme: dark)").matches,
     contrast: (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05),
-    outside: [...page.querySelectorAll("main *")].filter(outside).map(one => one.outerHTML.slice(0, 120)),
-    images: page.images.length, broken: [...page.images].filter(one => !one.complete || !one.naturalWidth).length,
-    flat: [...page.querySelectorAll("svg, img")].filter(one => one.getBoundingClientRect().height < 20).length,
+    outside: [...page.querySelectorAll("main *")].filter(outside)
+      .map(one => one.outerHTML.slice(0, 120)),
+    images: page.images.length,
+    broken: [...page.images].filter(one => !one.complete || !one.naturalWidth).length,
+    flat: [...page.querySelectorAll("svg, img")].filter(one => box(one).height < 20).length,
   }
 }
 addEventListener("load", () => {
-  const found = [...document.querySelectorAll("iframe")].map(frame => measure(frame.contentDocument, frame.contentWindow))
+  const found = [...document.querySelectorAll("iframe")]
+    .map(frame => measure(frame.contentDocument, frame.contentWindow))
   document.body.dataset.found = JSON.stringify(found)
 })
 </script>"""
@@ -470,10 +621,16 @@ addEventListener("load", () => {
 @pytest.mark.parametrize("dark", [False, True])
 def test_browser_shows_all_pictures_and_needs_no_sideways_scrolling(html, tmp_path, dark):
     scheme = "dark" if dark else "light"
-    frames = "".join(f'<iframe style="width:{width}px;height:900px;border:0;color-scheme:{scheme}" srcdoc="{escape(html)}"></iframe>'
-                     for width in (1280, 390))  # fmt: skip
+    frames = "".join(
+        f'<iframe style="width:{width}px;height:900px;border:0;color-scheme:{scheme}"'
+        f' srcdoc="{escape(html)}"></iframe>'
+        for width in (1280, 390)
+    )
     frame = tmp_path / "frame.html"
-    frame.write_text(f'<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><body>{frames}{MEASURE}</body>')
+    frame.write_text(
+        '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light'
+        f' dark"><body>{frames}{MEASURE}</body>'
+    )
     dom = Page(chromium(frame, tmp_path / "profile", dark)[0])
     found = json.loads(dom.all("body")[0]["data-found"])
     assert [one["width"] for one in found] == [1280, 390]

@@ -14,13 +14,22 @@ from pipeline.system.errors import InputError
 
 
 def stage(tmp_path, *overrides):
-    return Stage("05_folds", load_config("smoke", overrides), parser("05", "").parse_args(["--out", str(tmp_path)]))
+    return Stage(
+        "05_folds",
+        load_config("smoke", overrides),
+        parser("05", "").parse_args(["--out", str(tmp_path)]),
+    )
 
 
 @pytest.mark.parametrize("section", sorted(LABOUR))
 def test_how_the_work_is_done_enters_no_fingerprint(tmp_path, section):
     before = stage(tmp_path).fingerprint_of({}, ["seed", section])
-    assert stage(tmp_path, f"{section}.workers=3", f"{section}.compile=true").fingerprint_of({}, ["seed", section]) == before
+    assert (
+        stage(tmp_path, f"{section}.workers=3", f"{section}.compile=true").fingerprint_of(
+            {}, ["seed", section]
+        )
+        == before
+    )
     assert stage(tmp_path, f"{section}.lr=0.3").fingerprint_of({}, ["seed", section]) != before
 
 
@@ -46,7 +55,10 @@ def test_only_a_presets_own_path_falls_back_on_its_name(tmp_path, monkeypatch):
         load_config("elsewhere/paper.yaml")
 
 
-@pytest.mark.parametrize("override", ["phantom.noise_hu=2024-02-30", "seed=0b_", "train.lr=!!int x", "name=" + 5000 * "["])
+@pytest.mark.parametrize(
+    "override",
+    ["phantom.noise_hu=2024-02-30", "seed=0b_", "train.lr=!!int x", "name=" + 5000 * "["],
+)
 def test_values_that_yaml_stumbles_over_are_one_line(override, tmp_path):
     with pytest.raises(InputError, match="not readable as YAML"):
         load_config("smoke", [override])
@@ -62,15 +74,28 @@ def test_a_config_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("pathlib.Path.read_text", forbidden)
-    with pytest.raises(InputError, match=r"the config cannot be read \(Permission denied\), .*own.yaml, mend its permissions"):
+    with pytest.raises(
+        InputError,
+        match=r"the config cannot be read \(Permission denied\), .*own.yaml, mend its permissions",
+    ):
         load_config(tmp_path / "own.yaml")
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("train.crop=0.497", "leaves nothing of volume.height"), ("ablation.seeds=[1, 1]", "seeds must be distinct"),
-    ("ablation={variants: {a: {}, b: {train: {init: scratch}}}, reference: a}", "'train' would set all keys of a section"),
-    ("ablation={variants: {a: {}, b: {train.augment: {flip_y: true}}}, reference: a}", "'train.augment' would set all keys"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.crop=0.497", "leaves nothing of volume.height"),
+        ("ablation.seeds=[1, 1]", "seeds must be distinct"),
+        (
+            "ablation={variants: {a: {}, b: {train: {init: scratch}}}, reference: a}",
+            "'train' would set all keys of a section",
+        ),
+        (
+            "ablation={variants: {a: {}, b: {train.augment: {flip_y: true}}}, reference: a}",
+            "'train.augment' would set all keys",
+        ),
+    ],
+)
 def test_values_that_contradict_each_other_are_refused(override, message):
     with pytest.raises(InputError, match=message):
         load_config("smoke", [override])
@@ -83,6 +108,12 @@ def test_a_config_name_is_a_plain_folder_name(name):
 
 
 def test_help_of_the_whole_run_installs_nothing():
-    done = subprocess.run([ROOT / "run_all.sh", "--help"], capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        [ROOT / "run_all.sh", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin"},
+    )
     assert "--verify" in done.stdout
     assert not done.stderr

@@ -1,4 +1,6 @@
-"""Stage 01 as a whole: what it writes, what it skips, what it does again, on one machine and on a Dask cluster."""
+"""Stage 01 as a whole: what it writes, what it skips, what it does again, on one machine and on a
+Dask cluster.
+"""
 
 import csv
 import ctypes
@@ -35,14 +37,33 @@ from pipeline.volumes.store import build_all
 
 PLAIN = ConvertConfig()
 STAGE = Path(__file__).resolve().parents[2] / "stages" / "01_convert_dicom.py"
-COLUMNS = ["patient_id", "series_id", "source", "instance_number", "order", "z_mm", "rows", "cols", "spacing_y_mm", "spacing_x_mm",
-           "flags", "decoder", "transfer_syntax", "crc32", "png"]  # fmt: skip
+COLUMNS = [
+    "patient_id",
+    "series_id",
+    "source",
+    "instance_number",
+    "order",
+    "z_mm",
+    "rows",
+    "cols",
+    "spacing_y_mm",
+    "spacing_x_mm",
+    "flags",
+    "decoder",
+    "transfer_syntax",
+    "crc32",
+    "png",
+]
 
 
 def make_data(folder: Path) -> Path:
-    """Two patients with three series (RLE, JPEG 2000, RLE), one unlabelled series, one file of each that is damaged, meta table."""
+    """Two patients with three series (RLE, JPEG 2000, RLE), one unlabelled series, one file of each
+    that is damaged, meta table.
+    """
     rows = ["patient_id,series_id,aortic_hu,incomplete_organ"]
-    for number, (patient, series, syntax) in enumerate((("10", "1", "rle"), ("10", "2", "j2k"), ("20", "3", "rle"))):
+    for number, (patient, series, syntax) in enumerate(
+        (("10", "1", "rle"), ("10", "2", "j2k"), ("20", "3", "rle"))
+    ):
         write_series(folder / "train_images" / patient / series, 5, syntax, seed=number, first=7)
         rows.append(f"{patient},{series},100.0,0")
     write_series(folder / "unlabelled" / "10" / "9", 3, "explicit", seed=9)
@@ -54,7 +75,19 @@ def make_data(folder: Path) -> Path:
 
 def run(data: Path, out: Path, *more: str) -> tuple[int, str]:
     """Stage 01 in a process of its own: exit code and its log."""
-    command = [sys.executable, str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1", *more]
+    command = [
+        sys.executable,
+        str(STAGE),
+        "--config",
+        "smoke",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--jobs",
+        "1",
+        *more,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     return done.returncode, done.stderr
 
@@ -74,8 +107,15 @@ def test_the_stage_writes_pictures_index_and_quarantine(tmp_path):
     assert code == 0, log
     index = pl.read_parquet(out / "index.parquet")
     assert index.columns == COLUMNS
-    assert index["patient_id"].unique(maintain_order=True).to_list() == ["10", "20", "unlabelled-10"]
-    assert index.group_by("source").len().sort("source").rows() == [("train", 14), ("unlabelled", 3)]
+    assert index["patient_id"].unique(maintain_order=True).to_list() == [
+        "10",
+        "20",
+        "unlabelled-10",
+    ]
+    assert index.group_by("source").len().sort("source").rows() == [
+        ("train", 14),
+        ("unlabelled", 3),
+    ]
     first = index.filter(pl.col("series_id") == "1")
     assert first["instance_number"].to_list() == [7, 8, 9, 10, 11]
     assert first["order"].to_list() == [0, 1, 2, 3, 4]
@@ -85,8 +125,9 @@ def test_the_stage_writes_pictures_index_and_quarantine(tmp_path):
         assert image.shape == (row["rows"], row["cols"]) == (32, 40)
         assert image.dtype == np.uint8
         assert zlib.crc32(image.tobytes()) == row["crc32"]
-    assert (out / "quarantine.csv").read_text() == (
-        "path,reason\ntrain_images/20/3/8.dcm,pixel data too short: a fragment is damaged or cut off\n"
+    assert (
+        (out / "quarantine.csv").read_text() == "path,reason\n"
+        "train_images/20/3/8.dcm,pixel data too short: a fragment is damaged or cut off\n"
     )
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     assert (counts["series"], counts["slices"], counts["quarantined"]) == (4, 17, 1)
@@ -99,13 +140,19 @@ def test_the_stage_writes_pictures_index_and_quarantine(tmp_path):
     assert (code, "up to date" in log) == (0, True)
 
 
-def convert(data: Path, out: Path, config: ConvertConfig = PLAIN, **more: object) -> tuple[list[str], dict[str, object]]:
+def convert(
+    data: Path, out: Path, config: ConvertConfig = PLAIN, **more: object
+) -> tuple[list[str], dict[str, object]]:
     """Convert in this process: names of the series that were made now, and the counts."""
     listed = pl.read_csv(data / "train_series_meta.csv", infer_schema=False)
     tasks = plan(data, listed)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("series.json")}
     counts = convert_all(tasks, fingerprints(tasks, data), data, out, config, **more)
-    made = [str(path.parent.relative_to(out)) for path in out.rglob("series.json") if before.get(path) != path.stat().st_mtime_ns]
+    made = [
+        str(path.parent.relative_to(out))
+        for path in out.rglob("series.json")
+        if before.get(path) != path.stat().st_mtime_ns
+    ]
     return sorted(made), counts
 
 
@@ -120,7 +167,9 @@ def test_only_what_changed_is_converted_again(tmp_path):
     added = to_bytes(dataset(pattern(12), InstanceNumber=50, ImagePositionPatient=[0, 0, 99]))
     (folder / "50.dcm").write_bytes(added)
     assert convert(data, out)[0] == ["10/1"]
-    assert pl.read_parquet(out / "index.parquet").filter(series_id="1")["instance_number"].to_list() == [50, 7, 8, 9, 10, 11]
+    assert pl.read_parquet(out / "index.parquet").filter(series_id="1")[
+        "instance_number"
+    ].to_list() == [50, 7, 8, 9, 10, 11]
     (folder / "50.dcm").unlink()
     assert convert(data, out)[0] == ["10/1"]
     assert tree(out) == clean
@@ -142,14 +191,24 @@ def test_series_that_are_listed_no_more_are_removed(tmp_path, capsys):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     convert(data, out)
     table = data / "train_series_meta.csv"
-    table.write_text("\n".join(line for line in table.read_text().splitlines() if not line.startswith("10,2")) + "\n20,404,1.0,0\n")
+    table.write_text(
+        "\n".join(line for line in table.read_text().splitlines() if not line.startswith("10,2"))
+        + "\n20,404,1.0,0\n"
+    )
     _, counts = convert(data, out)
     log = capsys.readouterr().err
     assert "1 series folders are in no row" in log
     assert "10/2" in log
     assert not (out / "10" / "2").exists()
-    assert pl.read_parquet(out / "index.parquet")["series_id"].unique().sort().to_list() == ["1", "3", "9"]
-    assert "train_images/20/404,no such folder: FileNotFoundError" in (out / "quarantine.csv").read_text()
+    assert pl.read_parquet(out / "index.parquet")["series_id"].unique().sort().to_list() == [
+        "1",
+        "3",
+        "9",
+    ]
+    assert (
+        "train_images/20/404,no such folder: FileNotFoundError"
+        in (out / "quarantine.csv").read_text()
+    )
     assert counts["quarantined"] == 2
 
 
@@ -165,7 +224,11 @@ def test_links_out_of_the_image_folder_are_refused(tmp_path):
     (data / "unlabelled" / "x" / "1").symlink_to(away, target_is_directory=True)
     convert(data, tmp_path / "out")
     rows = dict(list(csv.reader((tmp_path / "out" / "quarantine.csv").open()))[1:])
-    assert rows["train_images/10/1/90.dcm"] == rows["train_images/10/1/92.dcm"] == "link out of the data folder"
+    assert (
+        rows["train_images/10/1/90.dcm"]
+        == rows["train_images/10/1/92.dcm"]
+        == "link out of the data folder"
+    )
     assert rows["train_images/10/1/93.dcm"] == "not a file"
     assert rows["unlabelled/x/1"] == "link out of the data folder"
     index = pl.read_parquet(tmp_path / "out" / "index.parquet")
@@ -180,14 +243,33 @@ def test_links_out_of_the_image_folder_are_refused(tmp_path):
 def test_names_that_are_no_numbers_take_the_tag_and_never_collide(tmp_path):
     folder, data = tmp_path / "data" / "unlabelled" / "a" / "b", tmp_path / "data"
     folder.mkdir(parents=True)
-    for name, tags in (("CT.1.2.dcm", {"InstanceNumber": 4}), ("CT.1.3.DCM", {"InstanceNumber": 4}), ("x.dcm", {"InstanceNumber": None}),
-                       ("y.dcm", {"InstanceNumber": None}), ("7.dcm", {"InstanceNumber": 1})):  # fmt: skip
-        (folder / name).write_bytes(to_bytes(dataset(pattern(12), **tags, ImagePositionPatient=[0, 0, -len(list(folder.iterdir()))])))
+    for name, tags in (
+        ("CT.1.2.dcm", {"InstanceNumber": 4}),
+        ("CT.1.3.DCM", {"InstanceNumber": 4}),
+        ("x.dcm", {"InstanceNumber": None}),
+        ("y.dcm", {"InstanceNumber": None}),
+        ("7.dcm", {"InstanceNumber": 1}),
+    ):
+        (folder / name).write_bytes(
+            to_bytes(
+                dataset(
+                    pattern(12), **tags, ImagePositionPatient=[0, 0, -len(list(folder.iterdir()))]
+                )
+            )
+        )
     (folder / "notes.txt").write_text("no picture")
     (tmp_path / "out").mkdir()
-    sidecar = convert_series(SeriesTask("p", "s", "unlabelled", str(folder)), data, tmp_path / "out", ConvertConfig())
+    sidecar = convert_series(
+        SeriesTask("p", "s", "unlabelled", str(folder)), data, tmp_path / "out", ConvertConfig()
+    )
     assert sidecar["rows"]["instance_number"] == [4, 4, 8, 9, 7]
-    assert sidecar["rows"]["png"] == ["p/s/4.png", "p/s/4-2.png", "p/s/8.png", "p/s/9.png", "p/s/7.png"]
+    assert sidecar["rows"]["png"] == [
+        "p/s/4.png",
+        "p/s/4-2.png",
+        "p/s/8.png",
+        "p/s/9.png",
+        "p/s/7.png",
+    ]
     assert sidecar["quarantine"] == []
 
 
@@ -195,7 +277,9 @@ def test_png_encoder_is_lossless():
     rng = np.random.default_rng(0)
     for shape in ((1, 1), (5, 3), (32, 40), (512, 512)):
         image = rng.integers(0, 256, shape, np.uint8)
-        assert np.array_equal(cv2.imdecode(np.frombuffer(encode_png(image), np.uint8), cv2.IMREAD_UNCHANGED), image)
+        assert np.array_equal(
+            cv2.imdecode(np.frombuffer(encode_png(image), np.uint8), cv2.IMREAD_UNCHANGED), image
+        )
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
@@ -208,7 +292,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
         real(folder, k, image)
 
     monkeypatch.setattr(slice_store, "_write_png", full)
-    arguments = [str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1"]
+    arguments = [
+        str(STAGE),
+        "--config",
+        "smoke",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--jobs",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(STAGE), run_name="__main__")
@@ -221,7 +315,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
 
 
 def test_a_write_that_a_full_disk_cuts_is_no_picture(tmp_path):
-    """The limit lies between the sizes of a picture and of the sidecar: the system takes a part of the picture, without an error."""
+    """The limit lies between the sizes of a picture and of the sidecar: the system takes a part of
+    the picture, without an error.
+    """
     folder, out = tmp_path / "data" / "train_images" / "1" / "2", tmp_path / "out"
     write_series(folder, 1, "explicit", shape=(256, 256))
     out.mkdir()
@@ -229,7 +325,9 @@ def test_a_write_that_a_full_disk_cuts_is_no_picture(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
     try:
         with pytest.raises(InputError, match="the file is larger than"):
-            convert_series(SeriesTask("1", "2", "train", str(folder)), tmp_path / "data", out, ConvertConfig())
+            convert_series(
+                SeriesTask("1", "2", "train", str(folder)), tmp_path / "data", out, ConvertConfig()
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (out / "1" / "2").exists()
@@ -239,7 +337,11 @@ def test_a_lost_picture_is_made_again_and_nothing_else(tmp_path):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     convert(data, out)
     clean = tree(out)
-    lost, empty, odd = out / "10" / "1" / "8.png", out / "10" / "2" / "9.png", out / "20" / "3" / "99.png"
+    lost, empty, odd = (
+        out / "10" / "1" / "8.png",
+        out / "10" / "2" / "9.png",
+        out / "20" / "3" / "99.png",
+    )
     lost.unlink()
     assert convert(data, out)[0] == ["10/1"]
     empty.write_bytes(b"")  # as a power failure leaves it
@@ -262,7 +364,14 @@ def test_the_stage_notices_a_removed_picture(tmp_path):
     assert "up to date" in run(data, out)[1]
 
 
-@pytest.mark.parametrize("reason", ["not readable: OSError", "took longer than 60 s", "brought down by SIGKILL: the worker process"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "not readable: OSError",
+        "took longer than 60 s",
+        "brought down by SIGKILL: the worker process",
+    ],
+)
 def test_slices_lost_to_the_machine_are_tried_again(reason, tmp_path, monkeypatch):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     real = slice_store.pictures
@@ -281,7 +390,9 @@ def test_slices_lost_to_the_machine_are_tried_again(reason, tmp_path, monkeypatc
 
 
 def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, monkeypatch):
-    """The stage is up to date with it, not before every start again at the same hopeless series; other work tries it once more."""
+    """The stage is up to date with it, not before every start again at the same hopeless series;
+    other work tries it once more.
+    """
     data, out = make_data(tmp_path / "data"), tmp_path / "out" / "01_slices"
     real = slice_store.spread
 
@@ -295,7 +406,9 @@ def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, m
     assert os.listdir(out / "10" / "2") == ["series.json"], "nothing of it looks like a slice"
     tasks = plan(data, read_listed(data, "train"))
     assert pl.read_parquet(out / "index.parquet").height == 5 + 4 + 3
-    monkeypatch.setattr("pipeline.slices.sources.read_manifest", lambda folder: {"counts": {"slices": 12}})
+    monkeypatch.setattr(
+        "pipeline.slices.sources.read_manifest", lambda folder: {"counts": {"slices": 12}}
+    )
     assert is_whole(out, tasks)
     monkeypatch.undo()
     assert convert(data, out)[0] == ["10/2"]
@@ -303,7 +416,9 @@ def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, m
 
 @pytest.mark.parametrize("lasting", [True, False])
 def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch, lasting):
-    """dicomsdl says the same of some damaged files: the process is given up, and only without it the machine is to blame."""
+    """dicomsdl says the same of some damaged files: the process is given up, and only without it
+    the machine is to blame.
+    """
     data, real = make_data(tmp_path / "data"), dicom.picture
 
     def short(data, max_pixels, careful=False):
@@ -326,7 +441,9 @@ def test_forced_work_that_is_stopped_goes_on_with_nothing_old(tmp_path, monkeypa
     with pytest.raises(TypeError):  # no sidecar of any series is there to make the index of
         convert(data, out, force=True)
     with pytest.raises(KeyboardInterrupt):
-        build_all(out, tmp_path / "volumes", VolumeConfig(depth=4, height=16, width=16), 1, force=True)
+        build_all(
+            out, tmp_path / "volumes", VolumeConfig(depth=4, height=16, width=16), 1, force=True
+        )
     assert not list(out.rglob("series.json"))
     assert not list((tmp_path / "volumes").glob("*.json"))
 
@@ -334,15 +451,25 @@ def test_forced_work_that_is_stopped_goes_on_with_nothing_old(tmp_path, monkeypa
 def test_names_that_would_be_no_file_names_are_left_out(tmp_path, capsys):
     data = make_data(tmp_path / "data")
     write_series(data / "unlabelled" / ("p" * 130) / ("s" * 130), 1, "explicit")
-    assert [task.name for task in plan(data, read_listed(data, "train"))] == ["10/1", "10/2", "20/3", "unlabelled-10/9"]
-    assert "1 series have names of more than 200 bytes, patient and series together, and are ignored" in capsys.readouterr().err
+    assert [task.name for task in plan(data, read_listed(data, "train"))] == [
+        "10/1",
+        "10/2",
+        "20/3",
+        "unlabelled-10/9",
+    ]
+    assert (
+        "1 series have names of more than 200 bytes, patient and series together, and are ignored"
+        in capsys.readouterr().err
+    )
 
 
 def test_names_that_are_not_utf8_stop_nothing(tmp_path, capsys):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     strange = os.fsdecode(b"\xe9t\xe9")
     good, bad = (data / "train_images" / "10" / "1" / f"{strange}{k}.dcm" for k in range(2))
-    good.write_bytes(to_bytes(dataset(pattern(12), InstanceNumber=50, ImagePositionPatient=[0, 0, 99])))
+    good.write_bytes(
+        to_bytes(dataset(pattern(12), InstanceNumber=50, ImagePositionPatient=[0, 0, 99]))
+    )
     bad.write_bytes(b"no DICOM")
     write_series(data / "unlabelled" / "p" / strange, 1, "explicit")
     (data / "train_images" / strange / "1").mkdir(parents=True)
@@ -350,7 +477,10 @@ def test_names_that_are_not_utf8_stop_nothing(tmp_path, capsys):
     assert 50 in pl.read_parquet(out / "index.parquet")["instance_number"]
     assert "train_images/10/1/\\xe9t\\xe91.dcm,not DICOM" in (out / "quarantine.csv").read_text()
     log = capsys.readouterr().err
-    assert f"1 series have names not in UTF-8 and are ignored, e.g. {data}/unlabelled/p/\\xe9t\\xe9" in log
+    assert (
+        f"1 series have names not in UTF-8 and are ignored, e.g. {data}/unlabelled/p/\\xe9t\\xe9"
+        in log
+    )
     assert convert(data, out)[0] == []
 
 
@@ -358,7 +488,9 @@ def slow_phantom(folder: Path) -> Path:
     """Six series of 60 pictures: long enough to be killed in between."""
     rows = ["patient_id,series_id,aortic_hu,incomplete_organ"]
     for series in range(6):
-        write_series(folder / "train_images" / "1" / str(series), 12, "rle", seed=series, shape=(64, 64))
+        write_series(
+            folder / "train_images" / "1" / str(series), 12, "rle", seed=series, shape=(64, 64)
+        )
         source = folder / "train_images" / "1" / str(series)
         for k in range(13, 61):
             os.link(source / f"{k % 12 + 1}.dcm", source / f"{k}.dcm")
@@ -382,16 +514,41 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("function", "when", "done_before"), [
-    ("_write_png", "a[0].name.startswith('.3.') and a[1] == 30", 3),  # between the pictures of a series
-    ("arranged", "next(count) == 5", 4),  # before a series gets its name
-    ("write_text", "next(count) == 1", 6),  # between index and quarantine
-])  # fmt: skip
-def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(function, when, done_before, tmp_path):
+@pytest.mark.parametrize(
+    ("function", "when", "done_before"),
+    [
+        # between the pictures of a series
+        ("_write_png", "a[0].name.startswith('.3.') and a[1] == 30", 3),
+        ("arranged", "next(count) == 5", 4),  # before a series gets its name
+        ("write_text", "next(count) == 1", 6),  # between index and quarantine
+    ],
+)
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
+    function, when, done_before, tmp_path
+):
     data, out = slow_phantom(tmp_path / "data"), tmp_path / "killed"
     assert run(data, tmp_path / "whole")[0] == 0
-    command = [sys.executable, "-c", KILLER, function, when, str(STAGE), "--config", "smoke", "--data", str(data), "--out", str(out)]
-    killed = subprocess.run([*command, "--jobs", "1"], stderr=subprocess.DEVNULL, start_new_session=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        KILLER,
+        function,
+        when,
+        str(STAGE),
+        "--config",
+        "smoke",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+    ]
+    killed = subprocess.run(
+        [*command, "--jobs", "1"],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        timeout=300,
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in out.rglob("[0-9]/series.json")}
     assert len(done) == done_before
@@ -411,7 +568,9 @@ def test_processes_and_one_process_write_the_same_bytes(tmp_path):
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-def convert_or_die(task: SeriesTask, data: Path, target: Path, config: ConvertConfig) -> dict[str, object]:
+def convert_or_die(
+    task: SeriesTask, data: Path, target: Path, config: ConvertConfig
+) -> dict[str, object]:
     """Convert a series; the first worker to meet series 2 is killed."""
     mark = target.with_suffix(".mark")
     if task.series_id == "2" and not mark.exists():
@@ -441,7 +600,10 @@ def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path
         made, _ = convert(data, tmp_path / "again", scheduler=address)
         assert made == [f"1/{k}" for k in range(6)]
         assert (tmp_path / "again.mark").exists()
-        volumes = [build(tmp_path / "again", tmp_path / name, scheduler) for name, scheduler in (("here", None), ("there", address))]
+        volumes = [
+            build(tmp_path / "again", tmp_path / name, scheduler)
+            for name, scheduler in (("here", None), ("there", address))
+        ]
     assert tree(tmp_path / "again") == expected
     assert len(volumes[0]) == 2 * 6 + 1
     assert volumes[0] == volumes[1]
@@ -450,7 +612,9 @@ def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path
 def test_no_scheduler_is_one_clear_line(monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(parallel, "CONNECT_S", 0.3)
-    with pytest.raises(InputError, match="no Dask scheduler answers, --scheduler tcp://127.0.0.1:9, "):
+    with pytest.raises(
+        InputError, match="no Dask scheduler answers, --scheduler tcp://127.0.0.1:9, "
+    ):
         list(parallel.spread(len, [(), ()], 1, "tcp://127.0.0.1:9"))
 
 
@@ -458,7 +622,9 @@ def test_a_machine_without_the_shared_folder_says_so_and_quarantines_nothing(tmp
     task = SeriesTask("1", "2", "train", str(tmp_path / "data" / "train_images" / "1" / "2"))
     (tmp_path / "data").mkdir()
     for data, target in ((tmp_path / "data", tmp_path / "out"), (tmp_path / "elsewhere", tmp_path)):
-        with pytest.raises(InputError, match="no such folder, .* on .*, give a folder that all machines share"):
+        with pytest.raises(
+            InputError, match="no such folder, .* on .*, give a folder that all machines share"
+        ):
             convert_series(task, data, target, ConvertConfig())
     assert not (tmp_path / "out").exists()
 
@@ -466,19 +632,35 @@ def test_a_machine_without_the_shared_folder_says_so_and_quarantines_nothing(tmp
 def test_monochrome1_and_orientation_reach_the_png(tmp_path):
     folder = tmp_path / "data" / "train_images" / "1" / "2"
     folder.mkdir(parents=True)
-    ds = dataset(pattern(13), 13, True, "rle", PhotometricInterpretation="MONOCHROME1", ImageOrientationPatient=[-1, 0, 0, 0, -1, 0])
+    ds = dataset(
+        pattern(13),
+        13,
+        True,
+        "rle",
+        PhotometricInterpretation="MONOCHROME1",
+        ImageOrientationPatient=[-1, 0, 0, 0, -1, 0],
+    )
     (folder / "1.dcm").write_bytes(to_bytes(ds))
     (tmp_path / "out").mkdir()
-    convert_series(SeriesTask("1", "2", "train", str(folder)), tmp_path / "data", tmp_path / "out", ConvertConfig())
+    convert_series(
+        SeriesTask("1", "2", "train", str(folder)),
+        tmp_path / "data",
+        tmp_path / "out",
+        ConvertConfig(),
+    )
     stored = pattern(13).astype(np.int64)
     stored -= (stored >> 12) << 13
     image = cv2.imread(str(tmp_path / "out" / "1" / "2" / "1.png"), cv2.IMREAD_UNCHANGED)
     assert np.array_equal(image, naive_window(stored, inverted=True)[::-1, ::-1])
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt"
+)
 def test_a_child_keeps_its_memory():
-    """Buffers given back after every picture and paged in anew cost a third of the time: 46,000 page faults in a series of 96."""
+    """Buffers given back after every picture and paged in anew cost a third of the time: 46,000
+    page faults in a series of 96.
+    """
 
     def faults(first: str) -> int:
         script = f"""
@@ -494,7 +676,13 @@ for _ in range(200):
     use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-        done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return int(done.stdout)
 
     assert faults("keep_memory()") < 0.1 * faults("")

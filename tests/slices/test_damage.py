@@ -1,4 +1,6 @@
-"""Whatever the files are, the run ends and good slices are what they would be without the bad ones."""
+"""Whatever the files are, the run ends and good slices are what they would be without the bad
+ones.
+"""
 
 import csv
 import json
@@ -33,7 +35,9 @@ DAMAGED, GOOD, SERIES = 1050, 15, 7
 
 
 def make(data: Path, damaged: int) -> None:
-    """A data set with series of good slices (RLE, JPEG 2000, JPEG-LS, JPEG lossless), `damaged` broken ones spread among them."""
+    """A data set with series of good slices (RLE, JPEG 2000, JPEG-LS, JPEG lossless), `damaged`
+    broken ones spread among them.
+    """
     rng, rows = np.random.default_rng(11), ["patient_id,series_id,aortic_hu,incomplete_organ"]
     kinds = ("rle", "j2k", "rle", "j2k", "rle", "jpegls", "jpeg")
     for number, kind in enumerate(kinds):
@@ -42,7 +46,11 @@ def make(data: Path, damaged: int) -> None:
         write_series(folder, GOOD, source, seed=number)
         files = [path.read_bytes() for path in sorted(folder.glob("*.dcm"))]
         if source != kind:
-            files = [to_bytes(dataset(pattern(bits), bits, signed, kind)) for bits in (12, 16) for signed in (False, True)]
+            files = [
+                to_bytes(dataset(pattern(bits), bits, signed, kind))
+                for bits in (12, 16)
+                for signed in (False, True)
+            ]
         for k in range(damaged // len(kinds)):
             (folder / f"{100 + k}.dcm").write_bytes(damaged_copy(files[k % len(files)], rng))
         rows.append(f"1,{number},100.0,0")
@@ -55,14 +63,23 @@ def test_a_thousand_damaged_files_among_good_ones(tmp_path, capsys):
         data, out = tmp_path / name, tmp_path / f"out-{name}" / "01_slices"
         make(data, damaged)
         start = time.perf_counter()
-        done = run_stage("01", "--config", "smoke", "--data", str(data), "--out", str(out.parent), "--jobs", "2")
+        done = run_stage(
+            "01", "--config", "smoke", "--data", str(data), "--out", str(out.parent), "--jobs", "2"
+        )
         assert done.returncode == 0, done.stderr
         counts = json.loads((out / "manifest.json").read_text())["counts"]
-        results[name] = (data, out, counts, pl.read_parquet(out / "index.parquet"), time.perf_counter() - start)
+        results[name] = (
+            data,
+            out,
+            counts,
+            pl.read_parquet(out / "index.parquet"),
+            time.perf_counter() - start,
+        )
     data, out, counts, index, seconds = results["mixed"]
     _, clean, _, expected, _ = results["clean"]
     good = index.filter(pl.col("instance_number") < 100)
-    facts = [name for name in expected.columns if name not in ("order", "flags", "z_mm")]  # a damaged file may carry a good position
+    # a damaged file may carry a good position
+    facts = [name for name in expected.columns if name not in ("order", "flags", "z_mm")]
     assert good.select(facts).sort("png").equals(expected.select(facts).sort("png"))
     assert len(good) == SERIES * GOOD
     for png in expected["png"]:
@@ -76,7 +93,10 @@ def test_a_thousand_damaged_files_among_good_ones(tmp_path, capsys):
     assert len(rows) > DAMAGED / 3
     assert not list(out.rglob("*.part"))
     with capsys.disabled():
-        print(f"\n{DAMAGED} damaged files: {len(rows)} quarantined, worker deaths {counts['worker_deaths']}, {seconds:.1f} s")
+        print(
+            f"\n{DAMAGED} damaged files: {len(rows)} quarantined, worker deaths"
+            f" {counts['worker_deaths']}, {seconds:.1f} s"
+        )
 
 
 def small_series(tmp_path: Path, count: int = 5, syntax: str = "j2k") -> Path:
@@ -97,13 +117,18 @@ def fail(_: int) -> None:
     raise RuntimeError("the decoder says no")
 
 
-@pytest.mark.parametrize(("deed", "what", "deaths"), [
-    (crash, signal.SIGSEGV, ["SIGSEGV"] * 3),
-    (crash, signal.SIGABRT, ["SIGABRT"] * 3),
-    (hang, 0, ["SIGALRM"] * 3),
-    (fail, 0, ["an exception"] * 2),
-])  # fmt: skip
-def test_a_file_that_brings_dicomsdl_down_is_decoded_by_pydicom(deed, what, deaths, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("deed", "what", "deaths"),
+    [
+        (crash, signal.SIGSEGV, ["SIGSEGV"] * 3),
+        (crash, signal.SIGABRT, ["SIGABRT"] * 3),
+        (hang, 0, ["SIGALRM"] * 3),
+        (fail, 0, ["an exception"] * 2),
+    ],
+)
+def test_a_file_that_brings_dicomsdl_down_is_decoded_by_pydicom(
+    deed, what, deaths, tmp_path, monkeypatch
+):
     folder = small_series(tmp_path)
     expected, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
     real, evil = dicom.dicomsdl.open_memory, (folder / "3.dcm").read_bytes()
@@ -116,19 +141,36 @@ def test_a_file_that_brings_dicomsdl_down_is_decoded_by_pydicom(deed, what, deat
     monkeypatch.setattr(dicom.dicomsdl, "open_memory", open_memory)
     found: list[str] = []
     listing = list_files(folder, tmp_path)
-    pictures = [picture for _, picture in convert.pictures(listing, ConvertConfig(timeout_s=2), deaths=found)]
+    pictures = [
+        picture
+        for _, picture in convert.pictures(listing, ConvertConfig(timeout_s=2), deaths=found)
+    ]
     assert found == deaths
-    assert [picture.decoder for picture in pictures] == ["dicomsdl", "dicomsdl", "pydicom", "dicomsdl", "dicomsdl"]
+    assert [picture.decoder for picture in pictures] == [
+        "dicomsdl",
+        "dicomsdl",
+        "pydicom",
+        "dicomsdl",
+        "dicomsdl",
+    ]
     for picture, item in zip(pictures, expected, strict=True):
         assert np.array_equal(picture.image, item.image)
 
 
-@pytest.mark.parametrize(("deed", "reason"), [(crash, "brought down by SIGSEGV"), (hang, "took longer than 2 s")])
-def test_a_file_that_brings_every_decoder_down_is_quarantined_with_the_reason(deed, reason, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("deed", "reason"), [(crash, "brought down by SIGSEGV"), (hang, "took longer than 2 s")]
+)
+def test_a_file_that_brings_every_decoder_down_is_quarantined_with_the_reason(
+    deed, reason, tmp_path, monkeypatch
+):
     folder = small_series(tmp_path)
     evil = (folder / "3.dcm").read_bytes()
     real = dicom.picture
-    monkeypatch.setattr(dicom, "picture", lambda data, *more: deed(signal.SIGSEGV) if data == evil else real(data, *more))
+    monkeypatch.setattr(
+        dicom,
+        "picture",
+        lambda data, *more: deed(signal.SIGSEGV) if data == evil else real(data, *more),
+    )
     slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(timeout_s=2))
     assert [item.instance_number for item in slices] == [1, 2, 4, 5]
     assert [path for path, _ in quarantined] == [str(folder / "3.dcm")]
@@ -145,10 +187,18 @@ def test_what_a_dying_child_has_written_is_not_left_behind(tmp_path, monkeypatch
 
     monkeypatch.setattr(slice_store, "_write_png", write_and_die)
     (tmp_path / "out").mkdir()
-    sidecar = slice_store.convert_series(SeriesTask("1", "2", "train", str(folder)), tmp_path, tmp_path / "out", ConvertConfig())
+    sidecar = slice_store.convert_series(
+        SeriesTask("1", "2", "train", str(folder)), tmp_path, tmp_path / "out", ConvertConfig()
+    )
     assert sidecar["rows"]["png"] == [f"1/2/{k}.png" for k in (1, 2, 4, 5)]
     assert [path for path, _ in sidecar["quarantine"]] == ["train_images/1/2/3.dcm"]
-    assert sorted(path.name for path in (tmp_path / "out" / "1" / "2").iterdir()) == ["1.png", "2.png", "4.png", "5.png", "series.json"]
+    assert sorted(path.name for path in (tmp_path / "out" / "1" / "2").iterdir()) == [
+        "1.png",
+        "2.png",
+        "4.png",
+        "5.png",
+        "series.json",
+    ]
 
 
 def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
@@ -158,7 +208,12 @@ def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
         handle.write(bytes(1 << 20))
     slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(max_pixels=1280))
     assert [item.instance_number for item in slices] == [1, 2, 4, 5]
-    assert quarantined == [(str(folder / "3.dcm"), "too large: the file is larger than any picture of convert.max_pixels")]
+    assert quarantined == [
+        (
+            str(folder / "3.dcm"),
+            "too large: the file is larger than any picture of convert.max_pixels",
+        )
+    ]
 
 
 def test_a_child_that_is_killed_from_outside_changes_nothing(tmp_path, monkeypatch):
@@ -198,7 +253,9 @@ def test_errors_of_the_disk_are_no_damage():
 
 
 def leave(item: int, careful: bool) -> int:
-    """End the process without an error, as a library's `exit(0)` does; the second item only at the first attempts."""
+    """End the process without an error, as a library's `exit(0)` does; the second item only at the
+    first attempts.
+    """
     if item == 2 or (item == 1 and not careful):
         os._exit(0)
     return item
@@ -206,7 +263,12 @@ def leave(item: int, careful: bool) -> int:
 
 def test_a_child_that_ends_before_its_answers_counts_as_lost():
     deaths: list[str] = []
-    assert list(contained(leave, range(4), 10, deaths)) == [0, 1, Failure("brought down by an exit: the worker process"), 3]
+    assert list(contained(leave, range(4), 10, deaths)) == [
+        0,
+        1,
+        Failure("brought down by an exit: the worker process"),
+        3,
+    ]
     assert set(deaths) == {"an exit"}
 
 
@@ -233,9 +295,9 @@ def test_leaving_early_ends_the_child():
 
 def test_an_orphaned_child_does_not_live_on(tmp_path):
     code = (
-        "import os, sys, time\nfrom pipeline.parallel import contained\n"
-        "def work(item, careful):\n    time.sleep(600 if item else 0.1)\n    return os.getpid()\n"
-        "for child in contained(work, [0, 1], 600):\n    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"
+        "import os, sys, time\nfrom pipeline.parallel import contained\ndef work(item, careful):\n "
+        "   time.sleep(600 if item else 0.1)\n    return os.getpid()\nfor child in contained(work,"
+        " [0, 1], 600):\n    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     child = int(done.stdout)
@@ -246,15 +308,20 @@ def test_an_orphaned_child_does_not_live_on(tmp_path):
 
 
 def test_workers_end_with_a_run_that_is_killed():
-    """A worker handing over more than a pipe holds waits for a reader: it holds the pipe's other end itself, so it once waited for ever."""
+    """A worker handing over more than a pipe holds waits for a reader: it holds the pipe's other
+    end itself, so it once waited for ever.
+    """
     code = (
-        "import os, time\nfrom pipeline.parallel import spread\n"
-        "def work(task):\n    print(os.getpid(), flush=True)\n    time.sleep(task)\n    return bytes(10 ** 8)\n"
-        "for _ in spread(work, [0, 0.3, 0.3, 0.3], jobs=2):\n    os.kill(os.getpid(), 9)\n"
+        "import os, time\nfrom pipeline.parallel import spread\ndef work(task):\n   "
+        " print(os.getpid(), flush=True)\n    time.sleep(task)\n    return bytes(10 ** 8)\nfor _ in"
+        " spread(work, [0, 0.3, 0.3, 0.3], jobs=2):\n    os.kill(os.getpid(), 9)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         try:
-            workers, _ = run.communicate(timeout=60)  # the workers hold the pipe too: this ends when they do
+            # the workers hold the pipe too: this ends when they do
+            workers, _ = run.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             raise
@@ -263,7 +330,9 @@ def test_workers_end_with_a_run_that_is_killed():
 
 
 def square_or_die(task: tuple[str, int]) -> int:
-    """A task that kills its process: once, where `task` names a file that is not there yet, or always."""
+    """A task that kills its process: once, where `task` names a file that is not there yet, or
+    always.
+    """
     mark, number = task
     if mark == "always" or (mark and not Path(mark).exists()):
         if mark != "always":
@@ -273,16 +342,22 @@ def square_or_die(task: tuple[str, int]) -> int:
 
 
 def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path, capsys):
-    tasks = [(str(tmp_path / "once") if k == 3 else "always" if k == 5 else "", k) for k in range(8)]
+    tasks = [
+        (str(tmp_path / "once") if k == 3 else "always" if k == 5 else "", k) for k in range(8)
+    ]
     answers = dict(spread(square_or_die, tasks, jobs=2))
-    assert {k: answer for k, answer in answers.items() if k != 5} == {k: k * k for k in range(8) if k != 5}
+    assert {k: answer for k, answer in answers.items() if k != 5} == {
+        k: k * k for k in range(8) if k != 5
+    }
     assert isinstance(answers[5], Failure)
     assert "killed" in answers[5].reason
     assert "done again" in capsys.readouterr().err
 
 
 def test_a_killer_at_the_start_leaves_the_others_in_parallel(monkeypatch):
-    """Only tasks that were begun are done again: three deaths once made the whole rest of a run go one by one."""
+    """Only tasks that were begun are done again: three deaths once made the whole rest of a run go
+    one by one.
+    """
     rounds = []
 
     def pool(work, tasks, jobs, scheduler, begun):
@@ -297,7 +372,16 @@ def test_a_killer_at_the_start_leaves_the_others_in_parallel(monkeypatch):
     monkeypatch.setattr(parallel, "_round", pool)
     answers = dict(spread(str, range(40), jobs=2))
     assert answers == {k: str(k) if k != 1 else Failure(parallel.KILLED) for k in range(40)}
-    assert rounds == [[*range(40)], [*range(6, 40), *range(1, 6)], [*range(1, 6)], [1], [2], [3], [4], [5]]
+    assert rounds == [
+        [*range(40)],
+        [*range(6, 40), *range(1, 6)],
+        [*range(1, 6)],
+        [1],
+        [2],
+        [3],
+        [4],
+        [5],
+    ]
 
 
 def test_a_pool_that_is_left_early_says_nothing():
@@ -312,10 +396,16 @@ def test_a_pool_that_is_left_early_says_nothing():
 def test_only_the_pools_own_thread_is_silent(capfd, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     parallel._silence_pool.__wrapped__()
-    for name, work in (("ExecutorManagerThread", lambda: {}[0]), ("other thread", lambda: {}[0]), ("ExecutorManagerThread", lambda: [][0])):
+    for name, work in (
+        ("ExecutorManagerThread", lambda: {}[0]),
+        ("other thread", lambda: {}[0]),
+        ("ExecutorManagerThread", lambda: [][0]),
+    ):
         thread = threading.Thread(target=work, name=name)
         thread.start()
         thread.join()
     text = capfd.readouterr().err
-    assert text.count("Exception in thread ExecutorManagerThread") == text.count("\nIndexError") == 1
+    assert (
+        text.count("Exception in thread ExecutorManagerThread") == text.count("\nIndexError") == 1
+    )
     assert text.count("Exception in thread other thread") == text.count("\nKeyError") == 1

@@ -22,7 +22,11 @@ from pipeline.slices.sources import list_files
 
 PIXELS = 1 << 20
 DATA = Path(pydicom.__file__).parent / "data"
-BUNDLED = sorted(path for path in DATA.rglob("*") if path.suffix == ".dcm" or (path.is_file() and path.read_bytes()[128:132] == b"DICM"))
+BUNDLED = sorted(
+    path
+    for path in DATA.rglob("*")
+    if path.suffix == ".dcm" or (path.is_file() and path.read_bytes()[128:132] == b"DICM")
+)
 INTERCEPTS = (-1024, 0, -8192, -32768)
 FLIPS = {"": (1, 1), "x": (-1, 1), "y": (1, -1), "xy": (-1, -1)}
 
@@ -30,10 +34,17 @@ FLIPS = {"": (1, 1), "x": (-1, 1), "y": (1, -1), "xy": (-1, -1)}
 def reference(ds: pydicom.Dataset) -> np.ndarray:
     """What pydicom decodes, after the naive window."""
     inverted = ds.PhotometricInterpretation == "MONOCHROME1"
-    return naive_window(ds.pixel_array, float(ds.get("RescaleSlope") or 1), float(ds.get("RescaleIntercept") or 0), inverted)
+    return naive_window(
+        ds.pixel_array,
+        float(ds.get("RescaleSlope") or 1),
+        float(ds.get("RescaleIntercept") or 0),
+        inverted,
+    )
 
 
-@pytest.mark.parametrize("syntax", ["rle", "j2k", "jpegls", "jpeg", "deflated", "explicit", "implicit", "big"])
+@pytest.mark.parametrize(
+    "syntax", ["rle", "j2k", "jpegls", "jpeg", "deflated", "explicit", "implicit", "big"]
+)
 def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
     folder, expected, narrow = tmp_path / "train_images" / "1" / "2", {}, set()
     folder.mkdir(parents=True)
@@ -55,7 +66,9 @@ def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
                         ds.RescaleIntercept, ds.PhotometricInterpretation = intercept, kind
                         ds.ImageOrientationPatient = [x, 0, 0, 0, y, 0]
                         (folder / f"{number}.dcm").write_bytes(to_bytes(ds))
-                        expected[number] = naive_window(decoded, 1.0, intercept, kind == "MONOCHROME1")[::y, ::x]
+                        expected[number] = naive_window(
+                            decoded, 1.0, intercept, kind == "MONOCHROME1"
+                        )[::y, ::x]
                         if bits == 8 and syntax in ("j2k", "jpegls"):
                             narrow.add(number)
     slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig())
@@ -63,17 +76,33 @@ def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
     assert len(slices) == len(expected) == 2 * (5 if syntax == "jpeg" else 6) * 4 * 2 * 4
     for item in slices:
         assert np.array_equal(item.image, expected[item.instance_number])
-        usual = {"rle": "imagecodecs", "j2k": "dicomsdl", "jpegls": "dicomsdl", "jpeg": "dicomsdl"}.get(syntax, "numpy")
+        usual = {
+            "rle": "imagecodecs",
+            "j2k": "dicomsdl",
+            "jpegls": "dicomsdl",
+            "jpeg": "dicomsdl",
+        }.get(syntax, "numpy")
         assert item.decoder == ("pydicom" if item.instance_number in narrow else usual)
 
 
 @pytest.mark.parametrize("syntax", ["jpeg", "jpegls"])
 def test_fill_bytes_before_a_marker_are_no_damage(syntax):
-    """JPEG (ITU T.81, B.1.1.2) lets any number of 0xFF bytes fill the space before a marker; dicomsdl's JPEG-LS knows none."""
+    """JPEG (ITU T.81, B.1.1.2) lets any number of 0xFF bytes fill the space before a marker;
+    dicomsdl's JPEG-LS knows none.
+    """
     whole = dataset(pattern(12), 12, False, syntax)
     stream = next(generate_frames(whole.PixelData, number_of_frames=1))
-    filled = dataset(pattern(12), 12, False, syntax, PixelData=encapsulate([stream[:2] + b"\xff\xff" + stream[2:]]))
-    assert np.array_equal(picture(to_bytes(filled), PIXELS, careful=syntax == "jpegls")[0], picture(to_bytes(whole), PIXELS)[0])
+    filled = dataset(
+        pattern(12),
+        12,
+        False,
+        syntax,
+        PixelData=encapsulate([stream[:2] + b"\xff\xff" + stream[2:]]),
+    )
+    assert np.array_equal(
+        picture(to_bytes(filled), PIXELS, careful=syntax == "jpegls")[0],
+        picture(to_bytes(whole), PIXELS)[0],
+    )
 
 
 def test_lossless_jpeg_of_8_bits_in_a_file_of_16_is_refused_as_by_pydicom():
@@ -105,12 +134,18 @@ def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(path, t
     assert len(slices) + len(quarantined) == 1
     ds = pydicom.dcmread(path, force=True)
     if slices:
-        assert np.array_equal(slices[0].image, series.orient(reference(ds), ds.get("ImageOrientationPatient")))
+        assert np.array_equal(
+            slices[0].image, series.orient(reference(ds), ds.get("ImageOrientationPatient"))
+        )
         return
     reason = quarantined[0][1]
-    grey = ds.get("SamplesPerPixel", 1) == 1 and str(ds.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
+    grey = ds.get("SamplesPerPixel", 1) == 1 and str(
+        ds.get("PhotometricInterpretation", "MONOCHROME2")
+    ).startswith("MONOCHROME")
     if "PixelData" not in ds or "Rows" not in ds:
-        assert reason.startswith(("no pixel data", "not DICOM", "cut off", "damaged header: no Rows"))
+        assert reason.startswith(
+            ("no pixel data", "not DICOM", "cut off", "damaged header: no Rows")
+        )
     elif not grey:
         assert reason.startswith(("colour", "not DICOM"))
     elif path.stem != "badVR" and int(ds.get("NumberOfFrames", 1) or 1) > 1:
@@ -144,7 +179,8 @@ def test_window_rounds_halves_to_even_at_every_integer_hu():
 
 
 @pytest.mark.parametrize(
-    ("bits", "signed", "slope", "intercept"), [(12, True, 1.0, 0.0), (13, True, 0.5, -8192.0), (16, False, 2.5, -32768.0)]
+    ("bits", "signed", "slope", "intercept"),
+    [(12, True, 1.0, 0.0), (13, True, 0.5, -8192.0), (16, False, 2.5, -32768.0)],
 )
 def test_lookup_ignores_the_unused_bits_and_extends_the_sign(bits, signed, slope, intercept):
     table = window.lookup(65536, bits, signed, slope, intercept, False)
@@ -163,11 +199,15 @@ def test_wide_lookup_and_numpy_agree(monkeypatch):
 
 def test_unused_high_bits_do_not_count():
     words = pattern(12)
-    clean, dirty = (picture(to_bytes(dataset(w, 12, True)), PIXELS)[0] for w in (words, words | 0xF000))
+    clean, dirty = (
+        picture(to_bytes(dataset(w, 12, True)), PIXELS)[0] for w in (words, words | 0xF000)
+    )
     assert np.array_equal(clean, dirty)
 
 
-@pytest.mark.parametrize(("syntax", "signed"), [("j2k", False), ("j2k", True), ("jpegls", False), ("jpegls", True)])
+@pytest.mark.parametrize(
+    ("syntax", "signed"), [("j2k", False), ("j2k", True), ("jpegls", False), ("jpegls", True)]
+)
 def test_the_codestream_says_how_many_bits_count(syntax, signed):
     """A stream of 16 bits in a file that says 12 are stored: what pydicom makes of it."""
     ds = dataset(pattern(16), 16, signed, syntax)
@@ -181,20 +221,37 @@ def test_the_codestream_says_how_many_bits_count(syntax, signed):
 def test_windows_are_never_read_and_optional_tags_may_be_missing():
     plain = picture(to_bytes(dataset(pattern(12))), PIXELS)[0]
     windows = dataset(pattern(12), WindowCenter=[40, 300], WindowWidth=[400, 1500])
-    bare = dataset(pattern(12), ImagePositionPatient=None, ImageOrientationPatient=None, PixelSpacing=None, InstanceNumber=None,
-                   SOPInstanceUID=None)  # fmt: skip
+    bare = dataset(
+        pattern(12),
+        ImagePositionPatient=None,
+        ImageOrientationPatient=None,
+        PixelSpacing=None,
+        InstanceNumber=None,
+        SOPInstanceUID=None,
+    )
     empty = dataset(pattern(12), ImagePositionPatient="", PixelSpacing="", RescaleSlope="")
     for ds in (windows, bare, empty):
         assert np.array_equal(picture(to_bytes(ds), PIXELS)[0], plain)
     header = read_header(to_bytes(bare), PIXELS)
-    assert (header.position, header.orientation, header.spacing, header.instance) == (None, None, None, None)
+    assert (header.position, header.orientation, header.spacing, header.instance) == (
+        None,
+        None,
+        None,
+        None,
+    )
     no_class = dataset(pattern(12), SOPClassUID=None)
     del no_class.file_meta.MediaStorageSOPClassUID
     assert np.array_equal(picture(_save_as_is(no_class), PIXELS)[0], plain)
 
 
 def test_whole_numbers_out_of_range_count_as_missing():
-    for text, number in (("1e99", None), ("2147483648", None), ("-2147483649", None), ("-2147483648", -(1 << 31)), ("7", 7)):
+    for text, number in (
+        ("1e99", None),
+        ("2147483648", None),
+        ("-2147483649", None),
+        ("-2147483648", -(1 << 31)),
+        ("7", 7),
+    ):
         data = to_bytes(dataset(pattern(12), InstanceNumber=1234567890))
         value = text.encode().ljust(12)
         data = data.replace(b"IS\x0a\x001234567890", b"IS\x0c\x00" + value)
@@ -231,12 +288,20 @@ def test_sequences_before_the_pixels_are_skipped_whatever_their_length_form(synt
 
 def test_an_unknown_sequence_of_undefined_length_holds_implicit_items():
     item = b"\x08\x00\x60\x00\x04\x00\x00\x00CT  " + b"\xfe\xff\x0d\xe0\0\0\0\0"
-    unknown = b"\x08\x00\x50\x11UN\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff" + item + b"\xfe\xff\xdd\xe0\0\0\0\0"
-    odd = unknown.replace(b"\x04\x00\x00\x00CT  ", b"UN\0\0" + b"x" * 0x4E55)  # a length that reads like a VR
+    unknown = (
+        b"\x08\x00\x50\x11UN\0\0\xff\xff\xff\xff"
+        + b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
+        + item
+        + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    )
+    # a length that reads like a VR
+    odd = unknown.replace(b"\x04\x00\x00\x00CT  ", b"UN\0\0" + b"x" * 0x4E55)
     data = to_bytes(dataset(pattern(12)))
     at = data.index(b"\x10\x00\x10\x00PN")
     for element in (unknown, odd):
-        assert np.array_equal(picture(data[:at] + element + data[at:], PIXELS)[0], naive_window(pattern(12)))
+        assert np.array_equal(
+            picture(data[:at] + element + data[at:], PIXELS)[0], naive_window(pattern(12))
+        )
 
 
 def test_nesting_without_end_is_refused():
@@ -274,7 +339,13 @@ def test_any_flipped_bytes_give_a_picture_or_a_clean_refusal(syntax):
 
 def test_absurd_sizes_are_refused_without_decoding(monkeypatch):
     monkeypatch.setattr(dicom, "decode", lambda *_: pytest.fail("decoded"))
-    for tags in ({"Rows": 65535, "Columns": 65535}, {"Rows": 0}, {"Columns": None}, {"NumberOfFrames": "2"}, {"BitsAllocated": 32}):
+    for tags in (
+        {"Rows": 65535, "Columns": 65535},
+        {"Rows": 0},
+        {"Columns": None},
+        {"NumberOfFrames": "2"},
+        {"BitsAllocated": 32},
+    ):
         with pytest.raises(Unreadable):
             picture(to_bytes(dataset(pattern(12), syntax="rle", **tags)), PIXELS)
     monkeypatch.undo()
@@ -289,7 +360,11 @@ def test_a_deflated_bomb_is_not_inflated(monkeypatch):
     while data[start : start + 2] == b"\x02\x00":
         start += 8 + struct.unpack_from("<H", data, start + 6)[0]
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    bomb = data[:start] + deflate.compress(b"\x08\x00\x08\x00CS\x02\x00A " * (1 << 22)) + deflate.flush()
+    bomb = (
+        data[:start]
+        + deflate.compress(b"\x08\x00\x08\x00CS\x02\x00A " * (1 << 22))
+        + deflate.flush()
+    )
     monkeypatch.setattr(dicom, "SPARE_BYTES", 1 << 16)
     with pytest.raises(Unreadable, match="too large"):
         picture(bomb, 1 << 10)
@@ -297,23 +372,36 @@ def test_a_deflated_bomb_is_not_inflated(monkeypatch):
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", [10, 12, 13, 15, 16])
-@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (1, 0), (1, 24), (2, -1024), (0.5, -512), (1.3, -900.7), (1, -8192)])
+@pytest.mark.parametrize(
+    ("slope", "intercept"),
+    [(1, -1024), (1, 0), (1, 24), (2, -1024), (0.5, -512), (1.3, -900.7), (1, -8192)],
+)
 def test_arithmetic_and_table_give_the_same_for_every_pattern(signed, bits, slope, intercept):
     """Also where bits that do not count are set: such a picture takes the table."""
     every = np.arange(65536).astype(np.uint16).reshape(256, 256)
     sign = every >> (bits - 1) & 1 if signed else 0 * every
     meant = every.astype(int) & (1 << bits) - 1
-    proper = every[every.astype(int) == (meant - (sign.astype(int) << bits)) % 65536][None]  # properly extended: takes the arithmetic
+    # properly extended: takes the arithmetic
+    proper = every[every.astype(int) == (meant - (sign.astype(int) << bits)) % 65536][None]
     for stored in (every, proper):
         found = window.windowed(stored, bits, signed, float(slope), float(intercept), False)
         value = (stored.astype(int) & (1 << bits) - 1).astype(float)
         value -= (value >= 1 << (bits - 1)) * float(1 << bits) if signed else 0
-        assert np.array_equal(found, np.clip(np.rint((value * slope + intercept + 150) * 255 / 400), 0, 255))
+        assert np.array_equal(
+            found, np.clip(np.rint((value * slope + intercept + 150) * 255 / 400), 0, 255)
+        )
     assert proper.size == 1 << bits
 
 
 def test_the_usual_files_take_the_arithmetic():
-    for bits, shift, intercept in ((12, 0, -1024), (16, 0, -1024), (12, 2048, 0), (16, 32768, 0), (16, 32768, -1024), (16, 0, -8192)):
+    for bits, shift, intercept in (
+        (12, 0, -1024),
+        (16, 0, -1024),
+        (12, 2048, 0),
+        (16, 32768, 0),
+        (16, 32768, -1024),
+        (16, 0, -8192),
+    ):
         assert window._scaling(bits, shift, 1.0, float(intercept))
 
 
@@ -328,9 +416,17 @@ def test_rle_segments_must_lie_in_the_frame_and_fill_their_plane_exactly():
         return str(fault.value)
 
     first, second = struct.unpack_from("<2I", frame, 4)
-    for words in ((3, first, second), (2, second, first), (2, 10, second), (2, first, len(frame) + 1), (2, first, 0xFFFFFFFF)):
+    for words in (
+        (3, first, second),
+        (2, second, first),
+        (2, 10, second),
+        (2, first, len(frame) + 1),
+        (2, first, 0xFFFFFFFF),
+    ):
         assert "implausible" in refused(struct.pack("<3I", *words) + frame[12:])
-    assert "another size" in refused(frame + b"\x81\x00" * 4) or "cut off" in refused(frame + b"\x81\x00" * 4)
+    assert "another size" in refused(frame + b"\x81\x00" * 4) or "cut off" in refused(
+        frame + b"\x81\x00" * 4
+    )
     short = struct.pack("<3I", 2, first, second) + frame[12 : len(frame) - 20]
     assert refused(short).startswith("damaged RLE")
 
@@ -338,11 +434,16 @@ def test_rle_segments_must_lie_in_the_frame_and_fill_their_plane_exactly():
 @pytest.mark.filterwarnings("ignore:The decoded RLE segment contains non-conformant padding")
 def test_rle_segments_may_be_padded_with_zeros():
     ds = dataset(pattern(12), syntax="rle")
-    frame, plain = pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1), picture(to_bytes(ds), PIXELS)[0]
+    frame, plain = (
+        pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1),
+        picture(to_bytes(ds), PIXELS)[0],
+    )
     first, second = struct.unpack_from("<2I", frame, 4)
     for pad in (1, 2, 3, 4, 7, 16):
         parts = [frame[first:second] + bytes(pad), frame[second:] + bytes(pad)]
-        ds.PixelData = pydicom.encaps.encapsulate([struct.pack("<3I", 2, first, second + pad) + frame[12:64] + b"".join(parts)])
+        ds.PixelData = pydicom.encaps.encapsulate(
+            [struct.pack("<3I", 2, first, second + pad) + frame[12:64] + b"".join(parts)]
+        )
         assert np.array_equal(picture(to_bytes(ds), PIXELS)[0], plain)
         assert np.array_equal(reference(ds), plain)
     for run in (b"\x00\x07", b"\xff\x07", b"\x00\x00"):  # pixels behind it would be shifted
@@ -353,9 +454,14 @@ def test_rle_segments_may_be_padded_with_zeros():
 
 @pytest.mark.filterwarnings("ignore:The decoded RLE segment contains non-conformant padding")
 def test_rle_segments_may_be_padded_with_many_zeros():
-    """20,000 of them decode to 10,000 pixels more than the picture has, once refused as another size."""
+    """20,000 of them decode to 10,000 pixels more than the picture has, once refused as another
+    size.
+    """
     ds = dataset(np.tile(pattern(12), (8, 8)), syntax="rle")
-    frame, plain = pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1), picture(to_bytes(ds), PIXELS)[0]
+    frame, plain = (
+        pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1),
+        picture(to_bytes(ds), PIXELS)[0],
+    )
     assert plain.size > 10_000
     ds.PixelData = pydicom.encaps.encapsulate([frame + bytes(20_000)])
     assert np.array_equal(picture(to_bytes(ds), PIXELS)[0], plain)
@@ -364,7 +470,9 @@ def test_rle_segments_may_be_padded_with_many_zeros():
 
 def test_a_good_series_is_read_in_order(tmp_path):
     write_series(tmp_path / "train_images" / "1" / "2", 4, syntax="explicit", first=9)
-    slices, quarantined = read_series(list_files(tmp_path / "train_images" / "1" / "2", tmp_path), ConvertConfig())
+    slices, quarantined = read_series(
+        list_files(tmp_path / "train_images" / "1" / "2", tmp_path), ConvertConfig()
+    )
     assert [item.instance_number for item in slices] == [9, 10, 11, 12]
     assert [item.order for item in slices] == [0, 1, 2, 3]
     assert [item.z_mm for item in slices] == [0.0, -3.0, -6.0, -9.0]

@@ -40,7 +40,17 @@ def test_superior_first_whatever_the_numbers_say():
     assert [place.z_mm for place in arrange([at(1, -5.0), at(2, 7.5)])] == [-5.0, 7.5]
 
 
-@pytest.mark.parametrize("orientation", [AXIAL, [-1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0], [-1, 0, 0, 0, -1, 0], [0, 1, 0, 1, 0, 0], None])
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        AXIAL,
+        [-1, 0, 0, 0, 1, 0],
+        [1, 0, 0, 0, -1, 0],
+        [-1, 0, 0, 0, -1, 0],
+        [0, 1, 0, 1, 0, 0],
+        None,
+    ],
+)
 def test_flipped_directions_do_not_turn_the_order(orientation):
     assert orders([at(k, -3.0 * k, orientation) for k in range(5)]) == [0, 1, 2, 3, 4]
 
@@ -49,7 +59,14 @@ def test_a_tilted_gantry_is_ordered_along_its_normal():
     tilt = np.deg2rad(20)
     column = [0, np.cos(tilt), np.sin(tilt)]
     normal = np.cross([1, 0, 0], column)
-    slices = [Placement(k, (normal * -2.5 * k + [0, 30.0 * k, 0] * (np.array([1, 0, 0]))).tolist(), [1, 0, 0, *column]) for k in range(6)]
+    slices = [
+        Placement(
+            k,
+            (normal * -2.5 * k + [0, 30.0 * k, 0] * (np.array([1, 0, 0]))).tolist(),
+            [1, 0, 0, *column],
+        )
+        for k in range(6)
+    ]
     places = arrange(slices)
     assert [place.order for place in places] == [0, 1, 2, 3, 4, 5]
     assert np.allclose(np.diff([place.z_mm for place in places]), -2.5, atol=0.01)
@@ -74,20 +91,34 @@ def test_a_position_that_cannot_be_meant_counts_as_missing(wrong, k):
 
 
 def test_wrong_positions_at_the_ends_and_side_by_side_count_as_missing_too():
-    slices = [at(n, {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}.get(n, -3.0 * n)) for n in range(20)]
+    slices = [
+        at(n, {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}.get(n, -3.0 * n))
+        for n in range(20)
+    ]
     places = arrange(slices)
     assert [place.order for place in places] == list(range(20))
     assert [place.z_mm for place in places] == [-3.0 * n for n in range(20)]
     assert {place.flags for place in places} == {""}
-    assert [place.z_mm for place in arrange([at(1, 1e308), at(2, 0.0), at(3, -3.0)])] == [3.0, 0.0, -3.0]
+    assert [place.z_mm for place in arrange([at(1, 1e308), at(2, 0.0), at(3, -3.0)])] == [
+        3.0,
+        0.0,
+        -3.0,
+    ]
 
 
 @pytest.mark.parametrize("up", [-5.0, 5.0])
-@pytest.mark.parametrize("lost", [{0: None}, {39: None}, {39: 9999.0}, dict.fromkeys(range(30, 40)), dict.fromkeys(range(10))])
+@pytest.mark.parametrize(
+    "lost",
+    [{0: None}, {39: None}, {39: 9999.0}, dict.fromkeys(range(30, 40)), dict.fromkeys(range(10))],
+)
 def test_positions_lost_at_the_ends_go_on_by_the_median_step(up, lost):
-    """They were once all put at the last known place, where numbers that rise towards the head come out backwards."""
+    """They were once all put at the last known place, where numbers that rise towards the head come
+    out backwards.
+    """
     places = arrange([at(n, lost.get(n, up * n)) for n in range(40)])
-    assert [place.order for place in places] == (list(range(40)) if up < 0 else list(range(39, -1, -1)))
+    assert [place.order for place in places] == (
+        list(range(40)) if up < 0 else list(range(39, -1, -1))
+    )
     assert [place.z_mm for place in places] == [up * n for n in range(40)]
     assert {place.flags for place in places} == {""}
 
@@ -95,21 +126,29 @@ def test_positions_lost_at_the_ends_go_on_by_the_median_step(up, lost):
 def test_one_place_for_all_is_no_place():
     places = arrange([at(n, 0.0) for n in (3, 1, 2, 4)])
     assert places == [(2, None, ""), (0, None, ""), (1, None, ""), (3, None, "")]
-    assert [place.flags for place in arrange([at(1, 0.0), at(2, 0.0)])] == ["", "duplicate"], "two may be one slice sent twice"
+    assert [place.flags for place in arrange([at(1, 0.0), at(2, 0.0)])] == [
+        "",
+        "duplicate",
+    ], "two may be one slice sent twice"
 
 
-@pytest.mark.parametrize("heights", [
-    [*range(0, -60, -3), *range(-400, -460, -3)],  # a gap between two slabs
-    [300, *range(0, -60, -3), -400],  # single slices before and behind the slab
-    [*range(0, -60, -3), *range(0, -60, -3)],  # two phases, one behind the other
-    [*(z for k in range(10) for z in (-3 * k, -600 - 3 * k))],  # two slabs, number by number
-    [0, -1, -2, -4, -8, -16, -32, -64, -128, -256, -512],  # steps that grow
-    [0, -200, -400],
-    [0, -3, -6, -2000],
-    [0, 0, 0, -90, -90, -180],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "heights",
+    [
+        [*range(0, -60, -3), *range(-400, -460, -3)],  # a gap between two slabs
+        [300, *range(0, -60, -3), -400],  # single slices before and behind the slab
+        [*range(0, -60, -3), *range(0, -60, -3)],  # two phases, one behind the other
+        [*(z for k in range(10) for z in (-3 * k, -600 - 3 * k))],  # two slabs, number by number
+        [0, -1, -2, -4, -8, -16, -32, -64, -128, -256, -512],  # steps that grow
+        [0, -200, -400],
+        [0, -3, -6, -2000],
+        [0, 0, 0, -90, -90, -180],
+    ],
+)
 def test_real_gaps_and_uneven_steps_are_kept(heights):
-    assert [place.z_mm for place in arrange([at(k, float(z)) for k, z in enumerate(heights)])] == heights
+    assert [
+        place.z_mm for place in arrange([at(k, float(z)) for k, z in enumerate(heights)])
+    ] == heights
 
 
 def test_duplicates_are_kept_behind_the_first_and_flagged():
@@ -139,14 +178,20 @@ def test_patient_position_only_counts_when_asked_for():
     assert orders(feet) == [0, 1]
     assert orders(feet, flip_hfs=True) == [1, 0]
     image = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    for position, turned in (("HFS", image), ("FFS", image[:, ::-1]), ("HFP", image[::-1, ::-1]), ("FFP", image[::-1])):
+    for position, turned in (
+        ("HFS", image),
+        ("FFS", image[:, ::-1]),
+        ("HFP", image[::-1, ::-1]),
+        ("FFP", image[::-1]),
+    ):
         assert np.array_equal(orient(image, AXIAL, position), image)
         assert np.array_equal(orient(image, AXIAL, position, flip_hfs=True), turned)
 
 
 def test_every_orientation_shows_the_same_patient():
     """Draw a patient in millimetres, sample it along 8 orientations, and get one picture back."""
-    world = np.random.default_rng(0).integers(0, 255, (6, 6), np.uint8)  # [y to the back, x to the left]
+    # [y to the back, x to the left]
+    world = np.random.default_rng(0).integers(0, 255, (6, 6), np.uint8)
     for row in ([1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]):
         for column in ([0, 1, 0], [0, -1, 0], [1, 0, 0], [-1, 0, 0]):
             if row[0] * column[0] + row[1] * column[1]:
@@ -166,17 +211,26 @@ def test_a_transposed_picture_swaps_its_spacing_too(tmp_path):
     folder.mkdir(parents=True)
     words = np.arange(1000, 1000 + 24 * 20, dtype="<u2").reshape(24, 20)
     for k, orientation in enumerate((AXIAL, [0, 1, 0, 1, 0, 0])):
-        tags = {"ImageOrientationPatient": orientation, "ImagePositionPatient": [0, 0, -k], "PixelSpacing": [0.7, 0.8]}
+        tags = {
+            "ImageOrientationPatient": orientation,
+            "ImagePositionPatient": [0, 0, -k],
+            "PixelSpacing": [0.7, 0.8],
+        }
         ds = dataset(words, InstanceNumber=k + 1, **tags)
         (folder / f"{k + 1}.dcm").write_bytes(to_bytes(ds))
     slices, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
-    shapes = {item.instance_number: (item.rows, item.cols, item.spacing_y_mm, item.spacing_x_mm) for item in slices}
+    shapes = {
+        item.instance_number: (item.rows, item.cols, item.spacing_y_mm, item.spacing_x_mm)
+        for item in slices
+    }
     assert shapes == {1: (24, 20, 0.7, 0.8), 2: (20, 24, 0.8, 0.7)}
 
 
 def body(rows=96, cols=96, power=2.0, a=0.42, b=0.33):
     y, x = np.mgrid[:rows, :cols]
-    inside = abs((x - cols / 2) / (a * cols)) ** power + abs((y - rows / 2) / (b * rows)) ** power < 1
+    inside = (
+        abs((x - cols / 2) / (a * cols)) ** power + abs((y - rows / 2) / (b * rows)) ** power < 1
+    )
     return np.where(inside, 120, 0).astype(np.uint8)
 
 
@@ -190,7 +244,11 @@ def test_a_body_outline_is_no_cut(power, size):
 
 @pytest.mark.parametrize("size", [96, 512])
 def test_black_columns_through_the_body_are_a_cut(size):
-    for columns in (slice(int(0.55 * size), None), slice(None, int(0.4 * size)), slice(size // 2, size // 2 + size // 16)):
+    for columns in (
+        slice(int(0.55 * size), None),
+        slice(None, int(0.4 * size)),
+        slice(size // 2, size // 2 + size // 16),
+    ):
         image = body(size, size)
         image[:, columns] = 0
         assert is_cut(image)
@@ -203,7 +261,9 @@ def test_cuts_in_most_slices_are_the_field_of_view():
 
 
 def volume(rng):
-    """HU of a (slice, row, column) volume: superior first, anterior at top, patient's right at left."""
+    """HU of a (slice, row, column) volume: superior first, anterior at top, patient's right at
+    left.
+    """
     return rng.integers(-300, 400, (5, 20, 24)).astype(np.int16)
 
 
@@ -213,19 +273,29 @@ def write_dicom_series(folder, hu, flip):
         x = -1 if flip else 1
         words = (plane[:, ::x].astype(np.int64) + 1024).astype("<u2")
         corner = [(-8.0 + 0.8 * 23) if flip else -8.0, 4.0, 50.0 - 2.5 * k]
-        ds = dataset(words, InstanceNumber=k + 1, ImagePositionPatient=corner, ImageOrientationPatient=[x, 0, 0, 0, 1, 0],
-                     PixelSpacing=[0.7, 0.8])  # fmt: skip
+        ds = dataset(
+            words,
+            InstanceNumber=k + 1,
+            ImagePositionPatient=corner,
+            ImageOrientationPatient=[x, 0, 0, 0, 1, 0],
+            PixelSpacing=[0.7, 0.8],
+        )
         (folder / f"{k + 1}.dcm").write_bytes(to_bytes(ds))
 
 
 def write_nifti(path, hu, axes, slope=1.0, inter=0.0, kind=np.int16):
     """The same volume stored with other axes: `axes` as nibabel's codes, e.g. RAS."""
     affine = np.diag([-0.8, -0.7, -2.5, 1.0])
-    affine[:3, 3] = [8.0, -4.0, 50.0]  # array axes: to the left, to the back, down; world: right, front, up
+    # array axes: to the left, to the back, down; world: right, front, up
+    affine[:3, 3] = [8.0, -4.0, 50.0]
     stored = ((hu.transpose(2, 1, 0) - inter) / slope).astype(kind)
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPI"), nib.orientations.axcodes2ornt(axes))
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("LPI"), nib.orientations.axcodes2ornt(axes)
+    )
     image = nib.Nifti1Image(
-        nib.orientations.apply_orientation(stored, turn), affine @ nib.orientations.inv_ornt_aff(turn, stored.shape), dtype=kind
+        nib.orientations.apply_orientation(stored, turn),
+        affine @ nib.orientations.inv_ornt_aff(turn, stored.shape),
+        dtype=kind,
     )
     image.header.set_slope_inter(slope, inter)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,25 +307,41 @@ def test_nifti_gives_what_dicom_gives(axes, tmp_path):
     hu = volume(np.random.default_rng(1))
     write_dicom_series(tmp_path / "unlabelled" / "a" / "1", hu, flip=axes[0] == "R")
     write_nifti(tmp_path / "unlabelled" / "b.nii.gz", hu, axes)
-    dicom, bad = read_series(list_files(tmp_path / "unlabelled" / "a" / "1", tmp_path), ConvertConfig())
-    other, worse = read_series(list_files(tmp_path / "unlabelled" / "b.nii.gz", tmp_path), ConvertConfig())
+    dicom, bad = read_series(
+        list_files(tmp_path / "unlabelled" / "a" / "1", tmp_path), ConvertConfig()
+    )
+    other, worse = read_series(
+        list_files(tmp_path / "unlabelled" / "b.nii.gz", tmp_path), ConvertConfig()
+    )
     assert bad == worse == []
     assert len(dicom) == len(other) == len(hu)
     for mine, its, plane in zip(dicom, other, hu, strict=True):
         expected = np.clip(np.rint((plane.astype(np.float64) + 150) * 255 / 400), 0, 255)
         assert np.array_equal(mine.image, expected)
         assert np.array_equal(its.image, expected)
-        assert (mine.order, mine.z_mm, mine.flags, mine.rows, mine.cols) == (its.order, its.z_mm, its.flags, its.rows, its.cols)
-        assert np.allclose([mine.spacing_y_mm, mine.spacing_x_mm], [its.spacing_y_mm, its.spacing_x_mm])
+        assert (mine.order, mine.z_mm, mine.flags, mine.rows, mine.cols) == (
+            its.order,
+            its.z_mm,
+            its.flags,
+            its.rows,
+            its.cols,
+        )
+        assert np.allclose(
+            [mine.spacing_y_mm, mine.spacing_x_mm], [its.spacing_y_mm, its.spacing_x_mm]
+        )
 
 
 def stages_01_and_02(data, out):
-    """All volumes (by file name) that conversion and resampling make of `data/unlabelled`, and the quarantine's rows."""
+    """All volumes (by file name) that conversion and resampling make of `data/unlabelled`, and the
+    quarantine's rows.
+    """
     tasks = plan(data, NOTHING)
     convert_all(tasks, fingerprints(tasks, data), data, out / "slices", ConvertConfig())
     build_all(out / "slices", out / "volumes", VolumeConfig(depth=4, height=16, width=20), 1)
     with open(out / "slices" / "quarantine.csv", encoding="utf-8") as handle:
-        return {path.name: np.load(path) for path in (out / "volumes").glob("*.npy")}, list(csv.reader(handle))[1:]
+        return {path.name: np.load(path) for path in (out / "volumes").glob("*.npy")}, list(
+            csv.reader(handle)
+        )[1:]
 
 
 def test_nifti_and_dicom_give_equal_volumes(tmp_path):
@@ -265,7 +351,11 @@ def test_nifti_and_dicom_give_equal_volumes(tmp_path):
         write_nifti(tmp_path / "unlabelled" / f"{axes}.nii.gz", hu, axes)
     volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
     assert quarantined == []
-    assert sorted(volumes) == ["unlabelled-PIR_nifti.npy", "unlabelled-RAS_nifti.npy", "unlabelled-a_1.npy"]
+    assert sorted(volumes) == [
+        "unlabelled-PIR_nifti.npy",
+        "unlabelled-RAS_nifti.npy",
+        "unlabelled-a_1.npy",
+    ]
     for array in volumes.values():
         assert len(np.unique(array)) > 50
         assert np.array_equal(array, volumes["unlabelled-a_1.npy"])
@@ -277,14 +367,18 @@ def test_damaged_nifti_is_quarantined_and_good_files_beside_it_are_not(tmp_path)
     good = (folder / "good.nii.gz").read_bytes()
     (folder / "cut.nii.gz").write_bytes(good[: len(good) // 2])
     (folder / "tail.nii.gz").write_bytes(good[:-3])
-    for k in range(20):  # single flipped bits behind the header: many decompress to other values, which only the checksum tells
+    # single flipped bits behind the header: many decompress to other values, which only the
+    # checksum tells
+    for k in range(20):
         data, at = bytearray(good), int(rng.integers(800, len(good)))
         data[at] ^= 1 << int(rng.integers(8))
         (folder / f"flipped{k}.nii.gz").write_bytes(data)
     volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
     assert sorted(volumes) == ["unlabelled-good_nifti.npy"]
     assert len(quarantined) == 22
-    assert {path for path, _ in quarantined} == {f"unlabelled/{path.name}" for path in folder.iterdir()} - {"unlabelled/good.nii.gz"}
+    assert {path for path, _ in quarantined} == {
+        f"unlabelled/{path.name}" for path in folder.iterdir()
+    } - {"unlabelled/good.nii.gz"}
     assert all(reason.startswith("NIfTI: not readable (") for _, reason in quarantined)
 
 
@@ -306,9 +400,16 @@ def test_nifti_is_found_one_folder_deeper_and_useless_folders_are_named(tmp_path
     write_dicom_series(folder / "one-off", hu, flip=False)
     tasks = plan(tmp_path, NOTHING)
     assert [task.name for task in tasks] == [
-        "unlabelled-b/1", "unlabelled-a/nifti", "unlabelled-imagesTr-a/nifti", "unlabelled-imagesTs-a/nifti"]  # fmt: skip
+        "unlabelled-b/1",
+        "unlabelled-a/nifti",
+        "unlabelled-imagesTr-a/nifti",
+        "unlabelled-imagesTs-a/nifti",
+    ]
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"warning: 2 folders have neither <series>/*.dcm nor NIfTI images and are ignored, e.g. {folder}/labelsTr" in line
+    assert (
+        "warning: 2 folders have neither <series>/*.dcm nor NIfTI images and are ignored, e.g."
+        f" {folder}/labelsTr" in line
+    )
     volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
     assert quarantined == []
     assert len({array.tobytes() for array in volumes.values()}) == 1
@@ -317,8 +418,12 @@ def test_nifti_is_found_one_folder_deeper_and_useless_folders_are_named(tmp_path
 
 def test_two_series_never_share_a_volume_file(tmp_path):
     for name in ("a_b/c", "a/b_c"):
-        write_dicom_series(tmp_path / "unlabelled" / name, volume(np.random.default_rng(9))[:1], flip=False)
-    with pytest.raises(InputError, match=r"two inputs would share a name, .*a/b_c and .*a_b/c, rename"):
+        write_dicom_series(
+            tmp_path / "unlabelled" / name, volume(np.random.default_rng(9))[:1], flip=False
+        )
+    with pytest.raises(
+        InputError, match=r"two inputs would share a name, .*a/b_c and .*a_b/c, rename"
+    ):
         plan(tmp_path, NOTHING)
 
 
@@ -326,19 +431,27 @@ def test_a_fourth_axis_of_one_is_no_other_volume(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(10)), "PIR")
     image = nib.load(tmp_path / "a.nii.gz")
     for name, shape in (("b.nii.gz", (1,)), ("c.nii", (1, 1))):
-        nib.save(nib.Nifti1Image(np.asarray(image.dataobj).reshape(*image.shape, *shape), image.affine), tmp_path / name)
+        nib.save(
+            nib.Nifti1Image(np.asarray(image.dataobj).reshape(*image.shape, *shape), image.affine),
+            tmp_path / name,
+        )
         assert nifti.count_slices(tmp_path / name, 1 << 16) == 5
         for k in (0, 3):
-            one, other = (nifti.nifti_slice(tmp_path / file, k, 1 << 16) for file in ("a.nii.gz", name))
+            one, other = (
+                nifti.nifti_slice(tmp_path / file, k, 1 << 16) for file in ("a.nii.gz", name)
+            )
             assert np.array_equal(one[0], other[0])
             assert one[1:] == other[1:]
 
 
-@pytest.mark.parametrize(("fault", "reason"), [
-    (OSError(errno.ESTALE, "Stale file handle"), "not readable: OSError"),
-    (MemoryError(), "not readable: MemoryError"),
-    (OSError("Expected 100 bytes, got 90 bytes from file"), r"NIfTI: not readable \(OSError\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), "not readable: OSError"),
+        (MemoryError(), "not readable: MemoryError"),
+        (OSError("Expected 100 bytes, got 90 bytes from file"), r"NIfTI: not readable \(OSError\)"),
+    ],
+)
 def test_trouble_of_the_machine_is_told_from_damage(fault, reason, tmp_path, monkeypatch):
     write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(11)), "RAS")
     monkeypatch.setattr(nifti, "_verify", lambda _: (_ for _ in ()).throw(fault))
@@ -350,7 +463,9 @@ def test_a_nifti_that_takes_too_long_is_not_tried_slice_by_slice(tmp_path, monke
     write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(12)), "RAS")
     monkeypatch.setattr(nifti, "nifti_slice", lambda *_: time.sleep(60))
     deaths, file = [], str(tmp_path / "a.nii.gz")
-    answers = list(pictures(Listing([file], [], 0, ""), ConvertConfig(timeout_s=0.2), deaths=deaths))
+    answers = list(
+        pictures(Listing([file], [], 0, ""), ConvertConfig(timeout_s=0.2), deaths=deaths)
+    )
     assert answers == [(file, Failure("took longer than 0.2 s"))] * 5
     assert deaths == ["SIGALRM"] * 4, "one to find the slice, three to be sure"
 
@@ -358,7 +473,9 @@ def test_a_nifti_that_takes_too_long_is_not_tried_slice_by_slice(tmp_path, monke
 def test_two_volumes_of_one_name_are_an_error(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         write_nifti(tmp_path / "unlabelled" / name, volume(np.random.default_rng(7)), "RAS")
-    with pytest.raises(InputError, match=r"two inputs would share a name, .*a\.nii and .*a\.nii\.gz, rename"):
+    with pytest.raises(
+        InputError, match=r"two inputs would share a name, .*a\.nii and .*a\.nii\.gz, rename"
+    ):
         plan(tmp_path, NOTHING)
 
 
@@ -371,7 +488,9 @@ def test_nifti_scale_factors_and_floats(tmp_path):
         assert np.allclose(position, [-8.0, 4.0, 45.0])
         assert np.allclose(orientation, AXIAL)
         assert np.allclose(spacing, (0.7, 0.8))
-        assert np.array_equal(image, np.clip(np.rint((hu[2].astype(float) + 150) * 255 / 400), 0, 255))
+        assert np.array_equal(
+            image, np.clip(np.rint((hu[2].astype(float) + 150) * 255 / 400), 0, 255)
+        )
 
 
 def test_bad_nifti_is_refused_with_the_reason(tmp_path):
@@ -382,9 +501,17 @@ def test_bad_nifti_is_refused_with_the_reason(tmp_path):
     (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "good.nii.gz").read_bytes()[:-200])
     (tmp_path / "junk.nii").write_bytes(b"x" * 1000)
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.int16), np.eye(4)), tmp_path / "four.nii")
-    nib.save(nib.Nifti1Image(np.full((4, 4, 4), np.nan, np.float32), np.eye(4)), tmp_path / "nan.nii")
+    nib.save(
+        nib.Nifti1Image(np.full((4, 4, 4), np.nan, np.float32), np.eye(4)), tmp_path / "nan.nii"
+    )
     nib.save(nib.Nifti1Image(np.zeros((400, 400, 1), np.int16), np.eye(4)), tmp_path / "large.nii")
-    for name, reason in (("cut.nii", "not readable"), ("cut.nii.gz", "not readable"), ("junk.nii", "not readable"), ("four.nii", "scalar"),
-                         ("nan.nii", "finite"), ("large.nii", "too large")):  # fmt: skip
+    for name, reason in (
+        ("cut.nii", "not readable"),
+        ("cut.nii.gz", "not readable"),
+        ("junk.nii", "not readable"),
+        ("four.nii", "scalar"),
+        ("nan.nii", "finite"),
+        ("large.nii", "too large"),
+    ):
         with pytest.raises(Unreadable, match=reason):
             nifti.nifti_slice(tmp_path / name, 0, 1 << 16)

@@ -1,4 +1,6 @@
-"""Stage 07: always a valid file, every fallback reported, the same result whatever dies on the way."""
+"""Stage 07: always a valid file, every fallback reported, the same result whatever dies on the
+way.
+"""
 
 import contextlib
 import json
@@ -43,7 +45,9 @@ TASKS = [SeriesTask(patient, series, "test", "nowhere") for patient, series in L
 
 
 class Known(Ensemble):
-    """An ensemble whose answer for a series is the volume itself, raised where it is an exception."""
+    """An ensemble whose answer for a series is the volume itself, raised where it is an
+    exception.
+    """
 
     def series(self, volume, flips):
         if isinstance(volume, BaseException):
@@ -52,7 +56,9 @@ class Known(Ensemble):
 
 
 def predicted(monkeypatch, folder, items, budget=None):
-    """`predict_test` over decoded `items` of the sample's patients; returns the submission's rows by patient, and the fallbacks."""
+    """`predict_test` over decoded `items` of the sample's patients; returns the submission's rows
+    by patient, and the fallbacks.
+    """
 
     def until(deadline):
         for item in items:
@@ -63,7 +69,9 @@ def predicted(monkeypatch, folder, items, budget=None):
     monkeypatch.setattr(inference, "Ahead", lambda *given: SimpleNamespace(until=until))
     config = load_config("smoke", [] if budget is None else [f"predict.time_budget_h={budget}"])
     writer, path = SubmissionWriter(sample(), PRIOR), folder / "submission.csv"
-    counts = predict_test(TASKS, folder, writer, Known((), None, SAME, None, None), config, path, 1, time.monotonic())
+    counts = predict_test(
+        TASKS, folder, writer, Known((), None, SAME, None, None), config, path, 1, time.monotonic()
+    )
     rows, fallbacks = written(folder)
     assert counts["fallbacks"] == len(fallbacks)
     assert counts["late"] == sum("time budget spent" in reason for _, _, reason in fallbacks)
@@ -71,84 +79,165 @@ def predicted(monkeypatch, folder, items, budget=None):
 
 
 def written(folder):
-    """The submission's rows by patient, and the fallbacks; every patient with the prior is among them."""
-    rows = {row[0]: np.array(row[1:]) for row in check_submission(folder / "submission.csv", sample()).iter_rows()}
+    """The submission's rows by patient, and the fallbacks; every patient with the prior is among
+    them.
+    """
+    rows = {
+        row[0]: np.array(row[1:])
+        for row in check_submission(folder / "submission.csv", sample()).iter_rows()
+    }
     ids = {"patient_id": pl.String, "series_id": pl.String}
     fallbacks = pl.read_csv(folder / "fallbacks.csv", schema_overrides=ids).fill_null("").rows()
-    alone = {patient for patient, series, reason in fallbacks if not series and reason.endswith(": prior")}
+    alone = {
+        patient
+        for patient, series, reason in fallbacks
+        if not series and reason.endswith(": prior")
+    }
     assert alone == {patient for patient, values in rows.items() if np.allclose(values, PRIOR)}
     return rows, fallbacks
 
 
-def test_a_series_that_cannot_be_read_falls_back_to_the_others_then_to_the_prior(tmp_path, monkeypatch):
-    items = [Decoded("50046", "1", None, "no usable slice"), Decoded("7", "3", None, "no DICOM files"),
-             Decoded("50046", "2", FIRST, ""), Decoded("63706", "4", FIRST, "")]  # fmt: skip
+def test_a_series_that_cannot_be_read_falls_back_to_the_others_then_to_the_prior(
+    tmp_path, monkeypatch
+):
+    items = [
+        Decoded("50046", "1", None, "no usable slice"),
+        Decoded("7", "3", None, "no DICOM files"),
+        Decoded("50046", "2", FIRST, ""),
+        Decoded("63706", "4", FIRST, ""),
+    ]
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
     assert rows["50046"] == pytest.approx(HALF)
     assert rows["63706"] == pytest.approx(HALF)
     assert rows["7"] == pytest.approx(PRIOR)
-    assert fallbacks == [("50046", "1", "no usable slice"), ("7", "3", "no DICOM files"), ("7", "", "no usable series: prior")]
+    assert fallbacks == [
+        ("50046", "1", "no usable slice"),
+        ("7", "3", "no DICOM files"),
+        ("7", "", "no usable series: prior"),
+    ]
 
 
 def test_a_model_that_answers_nonsense_leaves_the_prior_and_is_reported(tmp_path, monkeypatch):
     broken = FIRST.copy()
     broken[4] = np.nan
-    items = [Decoded(patient, series, broken if patient == "7" else FIRST, "") for patient, series in
-             (("50046", "1"), ("7", "3"), ("50046", "2"), ("63706", "4"))]  # fmt: skip
+    items = [
+        Decoded(patient, series, broken if patient == "7" else FIRST, "")
+        for patient, series in (("50046", "1"), ("7", "3"), ("50046", "2"), ("63706", "4"))
+    ]
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
     assert rows["7"] == pytest.approx(PRIOR)
-    assert fallbacks == [("7", "3", "the model failed: not finite"), ("7", "", "no usable series: prior")]
+    assert fallbacks == [
+        ("7", "3", "the model failed: not finite"),
+        ("7", "", "no usable series: prior"),
+    ]
 
 
 def test_the_budget_ends_between_two_series_of_a_patient(tmp_path, monkeypatch):
-    rows, fallbacks = predicted(monkeypatch, tmp_path, [Decoded("50046", "1", FIRST, ""), None], budget=1)
+    rows, fallbacks = predicted(
+        monkeypatch, tmp_path, [Decoded("50046", "1", FIRST, ""), None], budget=1
+    )
     assert rows["50046"][:2] == pytest.approx([0.5, 0.5])
     assert rows["7"] == pytest.approx(PRIOR)
-    assert fallbacks == [("50046", "", "time budget spent: some series only"), ("7", "", "time budget spent: prior"),
-                         ("63706", "", "time budget spent: prior")]  # fmt: skip
+    assert fallbacks == [
+        ("50046", "", "time budget spent: some series only"),
+        ("7", "", "time budget spent: prior"),
+        ("63706", "", "time budget spent: prior"),
+    ]
 
 
 def test_the_budget_ends_after_a_series_that_cannot_be_read(tmp_path, monkeypatch):
-    """A patient with a problem of some series, and the rest not reached, keeps the prior and is reported for it."""
-    _, fallbacks = predicted(monkeypatch, tmp_path, [Decoded("50046", "1", None, "no usable slice"), None], budget=1)
-    assert fallbacks == [("50046", "1", "no usable slice"), ("50046", "", "time budget spent: prior"),
-                         ("7", "", "time budget spent: prior"), ("63706", "", "time budget spent: prior")]  # fmt: skip
+    """A patient with a problem of some series, and the rest not reached, keeps the prior and is
+    reported for it.
+    """
+    _, fallbacks = predicted(
+        monkeypatch, tmp_path, [Decoded("50046", "1", None, "no usable slice"), None], budget=1
+    )
+    assert fallbacks == [
+        ("50046", "1", "no usable slice"),
+        ("50046", "", "time budget spent: prior"),
+        ("7", "", "time budget spent: prior"),
+        ("63706", "", "time budget spent: prior"),
+    ]
 
 
-@pytest.mark.parametrize(("volume", "reason"), [
-    (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError"), (FIRST * np.nan, "not finite"), (FIRST * np.inf, "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("volume", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError"),
+        (FIRST * np.nan, "not finite"),
+        (FIRST * np.inf, "not finite"),
+    ],
+)
 def test_what_fails_in_the_model_is_that_series_alone(tmp_path, monkeypatch, volume, reason):
-    items = [Decoded("50046", "1", volume, ""), Decoded("50046", "2", FIRST, ""), Decoded("7", "3", volume, ""),
-             Decoded("63706", "4", FIRST, "")]  # fmt: skip
+    items = [
+        Decoded("50046", "1", volume, ""),
+        Decoded("50046", "2", FIRST, ""),
+        Decoded("7", "3", volume, ""),
+        Decoded("63706", "4", FIRST, ""),
+    ]
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
     assert rows["50046"] == pytest.approx(HALF)
     assert rows["63706"] == pytest.approx(HALF)
     failed = f"the model failed: {reason}"
-    assert fallbacks == [("50046", "1", failed), ("7", "3", failed), ("7", "", "no usable series: prior")]
+    assert fallbacks == [
+        ("50046", "1", failed),
+        ("7", "3", failed),
+        ("7", "", "no usable series: prior"),
+    ]
 
 
 def test_a_model_that_fails_on_everything_is_said_so(tmp_path, monkeypatch, capfd):
-    predicted(monkeypatch, tmp_path, [Decoded(*ids, RuntimeError("no kernel"), "") for ids in LISTED])
-    assert "warning: the model failed on every one of the 4 series it was given" in capfd.readouterr().err
+    predicted(
+        monkeypatch, tmp_path, [Decoded(*ids, RuntimeError("no kernel"), "") for ids in LISTED]
+    )
+    assert (
+        "warning: the model failed on every one of the 4 series it was given"
+        in capfd.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), SystemExit(143), InputError("what", "where", "what to do")])
+@pytest.mark.parametrize(
+    "fault", [KeyboardInterrupt(), SystemExit(143), InputError("what", "where", "what to do")]
+)
 def test_whatever_ends_the_run_what_there_is_is_written(tmp_path, monkeypatch, fault):
-    items = [Decoded("63706", "4", FIRST, ""), Decoded("50046", "1", FIRST, ""), Decoded("7", "3", fault, "")]
+    items = [
+        Decoded("63706", "4", FIRST, ""),
+        Decoded("50046", "1", FIRST, ""),
+        Decoded("7", "3", fault, ""),
+    ]
     with pytest.raises(type(fault)):
         predicted(monkeypatch, tmp_path, items)
     rows, fallbacks = written(tmp_path)
     assert rows["63706"] == pytest.approx(HALF)
-    assert fallbacks == [("50046", "", "stopped early: some series only"), ("7", "", "stopped early: prior")]
+    assert fallbacks == [
+        ("50046", "", "stopped early: some series only"),
+        ("7", "", "stopped early: prior"),
+    ]
 
 
-def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(tmp_path, monkeypatch):
+def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(
+    tmp_path, monkeypatch
+):
     asked = []
-    monkeypatch.setattr(inference, "Ahead", lambda tasks, *given: asked.extend(tasks) or SimpleNamespace(until=lambda deadline: iter(())))
+    monkeypatch.setattr(
+        inference,
+        "Ahead",
+        lambda tasks, *given: (
+            asked.extend(tasks) or SimpleNamespace(until=lambda deadline: iter(()))
+        ),
+    )
     tasks = [SeriesTask("9", "5", "test", "nowhere"), *TASKS]
     writer, path = SubmissionWriter(sample(), PRIOR), tmp_path / "submission.csv"
-    counts = predict_test(tasks, tmp_path, writer, Known((), None, SAME, None, None), load_config("smoke"), path, 1, 0.0)
+    counts = predict_test(
+        tasks,
+        tmp_path,
+        writer,
+        Known((), None, SAME, None, None),
+        load_config("smoke"),
+        path,
+        1,
+        0.0,
+    )
     assert asked == TASKS
     assert counts["series"] == 4
     assert written(tmp_path)[1][0] == ("9", "", "not in sample_submission.csv: not predicted")
@@ -163,9 +252,20 @@ def test_the_end_does_not_wait_for_series_under_way(tmp_path, monkeypatch, capfd
 
 
 def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "Ahead", lambda *given: SimpleNamespace(until=lambda deadline: iter(())))
+    monkeypatch.setattr(
+        inference, "Ahead", lambda *given: SimpleNamespace(until=lambda deadline: iter(()))
+    )
     writer = SubmissionWriter(sample(), PRIOR)
-    counts = predict_test([], tmp_path, writer, Known((), None, SAME, None, None), load_config("smoke"), tmp_path / "s.csv", 1, 0.0)
+    counts = predict_test(
+        [],
+        tmp_path,
+        writer,
+        Known((), None, SAME, None, None),
+        load_config("smoke"),
+        tmp_path / "s.csv",
+        1,
+        0.0,
+    )
     assert (counts["predicted"], counts["prior"], counts["fallbacks"]) == (0, 3, 3)
     assert check_submission(tmp_path / "s.csv", sample()).height == 3
 
@@ -173,7 +273,9 @@ def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
 def test_any_fault_of_a_series_is_that_series_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_ahead, "read_series", lambda *given: 1 / 0)
     config = load_config("smoke")
-    found = decode_ahead.decode_series(SeriesTask("7", "3", "test", str(tmp_path)), tmp_path, config.convert, config.volume)
+    found = decode_ahead.decode_series(
+        SeriesTask("7", "3", "test", str(tmp_path)), tmp_path, config.convert, config.volume
+    )
     assert found == Decoded("7", "3", None, "ZeroDivisionError: division by zero")
 
 
@@ -188,7 +290,9 @@ def test_flips_are_averaged():
     one = lambda *where: predict(Corner(), slices[(slice(None), *where)][:, None, None, None])[0]  # noqa: E731
     expected = {"x": one(0, 0, 1), "y": one(0, 1, 0), "z": one(1, 0, 0)}
     for name, flipped in expected.items():
-        assert torch.allclose(predict(Corner(), slices, flips=[name])[0], (one(0, 0, 0) + flipped) / 2)
+        assert torch.allclose(
+            predict(Corner(), slices, flips=[name])[0], (one(0, 0, 0) + flipped) / 2
+        )
     every = torch.stack([one(0, 0, 0), *expected.values()]).mean(0)
     assert torch.allclose(predict(Corner(), slices, flips=["x", "y", "z"])[0], every)
 
@@ -212,20 +316,45 @@ def test_what_overflows_in_mixed_precision_is_computed_in_float32(monkeypatch):
 
 def start(smoke: Path, out: Path) -> subprocess.Popen:
     """Stage 07 on the smoke run's data and models, into another folder."""
-    command = [sys.executable, str(ROOT / "stages" / "07_predict_test.py"), "--config", "smoke", "--models", str(smoke), "--jobs", "2",
-               "--data", str(smoke / "data" / "phantom"), "--out", str(out), "predict.flush_every=1"]  # fmt: skip
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "stages" / "07_predict_test.py"),
+        "--config",
+        "smoke",
+        "--models",
+        str(smoke),
+        "--jobs",
+        "2",
+        "--data",
+        str(smoke / "data" / "phantom"),
+        "--out",
+        str(out),
+        "predict.flush_every=1",
+    ]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def assert_as_if_nothing_had_happened(smoke: Path, out: Path) -> None:
     given = read_sample_submission(smoke / "data" / "phantom")
-    pair = [check_submission(folder / "07_submission" / "submission.csv", given).select(COLUMNS).to_numpy() for folder in (smoke, out)]
+    pair = [
+        check_submission(folder / "07_submission" / "submission.csv", given)
+        .select(COLUMNS)
+        .to_numpy()
+        for folder in (smoke, out)
+    ]
     assert np.allclose(*pair, atol=1e-5)
-    assert (out / "07_submission" / "fallbacks.csv").read_text() == (smoke / "07_submission" / "fallbacks.csv").read_text()
+    assert (out / "07_submission" / "fallbacks.csv").read_text() == (
+        smoke / "07_submission" / "fallbacks.csv"
+    ).read_text()
 
 
 def test_killed_at_any_moment_the_file_is_valid_and_the_next_run_completes_it(smoke, tmp_path):
-    path, given = tmp_path / "07_submission" / "submission.csv", read_sample_submission(smoke / "data" / "phantom")
+    path, given = (
+        tmp_path / "07_submission" / "submission.csv",
+        read_sample_submission(smoke / "data" / "phantom"),
+    )
     for pause_s in (0.0, 3.0):  # once with the prior only, once somewhere in loading or predicting
         run = start(smoke, tmp_path)
         while not path.exists() and run.poll() is None:
@@ -238,7 +367,9 @@ def test_killed_at_any_moment_the_file_is_valid_and_the_next_run_completes_it(sm
         run.communicate(timeout=300)
         psutil.wait_procs(children, timeout=60)
         left = check_submission(path, given).select(COLUMNS)
-        assert pause_s or left.n_unique() == 1, "everyone has the prior before the models are loaded"
+        assert pause_s or left.n_unique() == 1, (
+            "everyone has the prior before the models are loaded"
+        )
         path.unlink()
     last = start(smoke, tmp_path)
     assert last.wait(timeout=300) == 0, last.stderr.read()
@@ -272,59 +403,158 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
     models, oof = copy_models(smoke, tmp_path / "models"), smoke / "06_oof" / "oof_predictions.csv"
     data = str(smoke / "data" / "phantom")
     shutil.copy(oof, tmp_path / "other.csv")
-    blended = run_stage("06", "--config", "smoke", "--data", data, "--out", str(models), "--oof", str(oof), str(tmp_path / "other.csv"))
+    blended = run_stage(
+        "06",
+        "--config",
+        "smoke",
+        "--data",
+        data,
+        "--out",
+        str(models),
+        "--oof",
+        str(oof),
+        str(tmp_path / "other.csv"),
+    )
     assert blended.returncode == 0, blended.stderr
-    done = run_stage("07", "--config", "smoke", "--data", data, "--out", str(tmp_path / "out"), "--models", str(models))
+    done = run_stage(
+        "07",
+        "--config",
+        "smoke",
+        "--data",
+        data,
+        "--out",
+        str(tmp_path / "out"),
+        "--models",
+        str(models),
+    )
     assert done.returncode == 2
-    assert re.fullmatch(r"error: the calibration blends 2 models \(oof_predictions, other\), .*calibration.json, run .*\n", done.stderr)
-    foreign = run_stage("06", "--config", "smoke", "--data", data, "--out", str(models), "--oof", str(tmp_path / "other.csv"))
+    assert re.fullmatch(
+        r"error: the calibration blends 2 models \(oof_predictions, other\), .*calibration.json,"
+        r" run .*\n",
+        done.stderr,
+    )
+    foreign = run_stage(
+        "06",
+        "--config",
+        "smoke",
+        "--data",
+        data,
+        "--out",
+        str(models),
+        "--oof",
+        str(tmp_path / "other.csv"),
+    )
     assert foreign.returncode == 0, foreign.stderr
-    done = run_stage("07", "--config", "smoke", "--data", data, "--out", str(tmp_path / "out"), "--models", str(models))
+    done = run_stage(
+        "07",
+        "--config",
+        "smoke",
+        "--data",
+        data,
+        "--out",
+        str(tmp_path / "out"),
+        "--models",
+        str(models),
+    )
     assert done.returncode == 2
-    assert re.fullmatch(r"error: the calibration is of other predictions .*calibration.json, run .* without --oof\n", done.stderr)
+    assert re.fullmatch(
+        r"error: the calibration is of other predictions .*calibration.json, run .* without"
+        r" --oof\n",
+        done.stderr,
+    )
     assert not (tmp_path / "out" / "07_submission" / "submission.csv").exists()
 
 
 def test_a_calibration_from_before_the_models_were_trained_again_is_refused(smoke):
     trained = read_manifest(smoke / "06_oof")["inputs"]["05_folds"]
     assert Calibration.of_run(smoke / "06_oof", trained).models == ("folds",)
-    with pytest.raises(InputError, match="other predictions than those of the models that 05_folds holds now"):
+    with pytest.raises(
+        InputError, match="other predictions than those of the models that 05_folds holds now"
+    ):
         Calibration.of_run(smoke / "06_oof", trained[::-1])
 
 
 def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smoke):
-    """Step by step from DICOM; without one of the models, or not calibrated, it would be another one."""
+    """Step by step from DICOM; without one of the models, or not calibrated, it would be another
+    one.
+    """
     config, data = load_config("smoke"), smoke / "data" / "phantom"
-    given = check_submission(smoke / "07_submission" / "submission.csv", read_sample_submission(data))
-    calibration = Calibration.from_json(json.loads((smoke / "06_oof" / "calibration.json").read_text()))
-    models = [load_classifier(path, torch.device("cpu")) for path in sorted((smoke / "05_folds").glob("fold*/model.safetensors"))]
+    given = check_submission(
+        smoke / "07_submission" / "submission.csv", read_sample_submission(data)
+    )
+    calibration = Calibration.from_json(
+        json.loads((smoke / "06_oof" / "calibration.json").read_text())
+    )
+    models = [
+        load_classifier(path, torch.device("cpu"))
+        for path in sorted((smoke / "05_folds").glob("fold*/model.safetensors"))
+    ]
     tasks = tasks_of(data, read_series(data, "test"))
-    volumes = [decode_ahead.decode_series(task, data, config.convert, config.volume).volume for task in tasks]
+    volumes = [
+        decode_ahead.decode_series(task, data, config.convert, config.volume).volume
+        for task in tasks
+    ]
 
     def submitted(models, calibrate):
         answers = []
         for volume in volumes:
             options = models[0][1].train
             slices = take_slices(volume, slice_positions(len(volume), options.slices), options)
-            answers.append(np.mean([predict(model, torch.from_numpy(slices)[None], options.amp)[0].numpy() for model, _ in models], axis=0))
-        ids = pl.DataFrame({"patient_id": [task.patient_id for task in tasks], "series_id": [task.series_id for task in tasks]})
+            answers.append(
+                np.mean(
+                    [
+                        predict(model, torch.from_numpy(slices)[None], options.amp)[0].numpy()
+                        for model, _ in models
+                    ],
+                    axis=0,
+                )
+            )
+        ids = pl.DataFrame(
+            {
+                "patient_id": [task.patient_id for task in tasks],
+                "series_id": [task.series_id for task in tasks],
+            }
+        )
         table = aggregate(ids.hstack(value_frame(np.stack(answers))), config.score.aggregate)
         values = table.select(COLUMNS).to_numpy()
         table = table.with_columns(value_frame(calibration.apply(values) if calibrate else values))
-        return given.select("patient_id").join(table, on="patient_id", how="left", maintain_order="left").select(COLUMNS).to_numpy()
+        return (
+            given.select("patient_id")
+            .join(table, on="patient_id", how="left", maintain_order="left")
+            .select(COLUMNS)
+            .to_numpy()
+        )
 
     expected = given.select(COLUMNS).to_numpy()
     assert len(models) == 2
     np.testing.assert_allclose(submitted(models, True), expected, atol=1e-5)
-    for wrong in (submitted(models[:1], True), submitted(models[1:], True), submitted(models, False)):
+    for wrong in (
+        submitted(models[:1], True),
+        submitted(models[1:], True),
+        submitted(models, False),
+    ):
         assert np.abs(wrong - expected).max() > 1e-3
 
 
 def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Stage 07 in this process, on the smoke run's data and models."""
     script = ROOT / "stages" / "07_predict_test.py"
-    monkeypatch.setattr("sys.argv", [str(script), "--config", "smoke", "--models", str(smoke), "--jobs", "1",
-                                     "--data", str(smoke / "data" / "phantom"), "--out", str(out)])  # fmt: skip
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            str(script),
+            "--config",
+            "smoke",
+            "--models",
+            str(smoke),
+            "--jobs",
+            "1",
+            "--data",
+            str(smoke / "data" / "phantom"),
+            "--out",
+            str(out),
+        ],
+    )
     parts = runpy.run_path(str(script))
     return parts["main"](str(script), "07_submission", "", parts["run"], parts["add_flags"])
 
@@ -344,22 +574,44 @@ def test_the_prior_is_there_before_any_test_file_is_looked_at(smoke, tmp_path, m
 
 def test_a_model_that_failed_is_tried_again_and_a_spent_budget_is_told(tmp_path, capfd):
     assert is_settled(tmp_path)
-    for counts, settled in (({"model_failures": 0, "late": 0}, True), ({"model_failures": 1, "late": 0}, False),
-                            ({"model_failures": 0, "late": 3}, True)):  # fmt: skip
+    for counts, settled in (
+        ({"model_failures": 0, "late": 0}, True),
+        ({"model_failures": 1, "late": 0}, False),
+        ({"model_failures": 0, "late": 3}, True),
+    ):
         manifest = {"schema": 1, "fingerprint": "", "outputs": {}, "counts": counts}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         assert is_settled(tmp_path) == settled
     assert "the time budget left 3 patients" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("override", "what", "remedy"), [
-    ("volume.aspect=stretch", "trained on volumes made otherwise", "volume.aspect=letterbox"),
-    ("convert.flip_hfs=true", "trained on slices turned otherwise", "give convert.flip_hfs=false"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "what", "remedy"),
+    [
+        ("volume.aspect=stretch", "trained on volumes made otherwise", "volume.aspect=letterbox"),
+        (
+            "convert.flip_hfs=true",
+            "trained on slices turned otherwise",
+            "give convert.flip_hfs=false",
+        ),
+    ],
+)
 def test_models_of_other_slices_or_volumes_are_refused(smoke, tmp_path, override, what, remedy):
-    """Turned otherwise, a feet-first series would be predicted as the mirror image of what the models know."""
-    done = run_stage("07", "--config", "smoke", "--data", str(smoke / "data" / "phantom"), "--out", str(tmp_path), "--models", str(smoke),
-                     override)  # fmt: skip
+    """Turned otherwise, a feet-first series would be predicted as the mirror image of what the
+    models know.
+    """
+    done = run_stage(
+        "07",
+        "--config",
+        "smoke",
+        "--data",
+        str(smoke / "data" / "phantom"),
+        "--out",
+        str(tmp_path),
+        "--models",
+        str(smoke),
+        override,
+    )
     assert done.returncode == 2
     assert what in done.stderr
     assert remedy in done.stderr

@@ -1,4 +1,6 @@
-"""The submission equals the sample in columns, order and patients at every moment, and holds probabilities only."""
+"""The submission equals the sample in columns, order and patients at every moment, and holds
+probabilities only.
+"""
 
 import re
 
@@ -27,7 +29,9 @@ def test_everyone_has_the_prior_until_predicted(tmp_path):
     assert found["patient_id"].to_list() == PATIENTS
     assert found.row(1)[1:3] == pytest.approx((1 / 3, 2 / 3))
     assert found.row(0)[1:] == pytest.approx(PRIOR)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["submission.csv"], "no temporary file is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["submission.csv"], (
+        "no temporary file is left"
+    )
 
 
 def test_columns_follow_the_sample(tmp_path):
@@ -44,7 +48,9 @@ def test_columns_follow_the_sample(tmp_path):
     updates=st.lists(
         st.tuples(
             st.sampled_from([*PATIENTS, "stranger"]),
-            st.lists(st.floats(width=64) | st.sampled_from([0.0, 0.5, 1.0]), min_size=13, max_size=13),
+            st.lists(
+                st.floats(width=64) | st.sampled_from([0.0, 0.5, 1.0]), min_size=13, max_size=13
+            ),
         )
     )
 )
@@ -80,9 +86,18 @@ def test_refused_values_keep_the_last_good_ones():
         (lambda f: f.select(f.columns[::-1]), "columns or their order are not the sample's"),
         (lambda f: f.with_columns(extra=1), "columns or their order are not the sample's"),
         (lambda f: f.drop("liver_low"), "column 'liver_low' is missing"),
-        (lambda f: f.with_columns(liver_low=0.9), "the liver columns do not sum to 1, {path} row 2 column liver_healthy"),
-        (lambda f: f.with_columns(liver_low=-0.2), "'-0.2' is negative, {path} row 2 column liver_low"),
-        (lambda f: f.with_columns(liver_low=pl.lit("x")), "'x' is not a number, {path} row 2 column liver_low"),
+        (
+            lambda f: f.with_columns(liver_low=0.9),
+            "the liver columns do not sum to 1, {path} row 2 column liver_healthy",
+        ),
+        (
+            lambda f: f.with_columns(liver_low=-0.2),
+            "'-0.2' is negative, {path} row 2 column liver_low",
+        ),
+        (
+            lambda f: f.with_columns(liver_low=pl.lit("x")),
+            "'x' is not a number, {path} row 2 column liver_low",
+        ),
     ],
 )
 def test_check_names_what_is_wrong(tmp_path, change, message):

@@ -1,4 +1,6 @@
-"""Tiny DICOM files for tests: any bits, sign, transfer syntax, orientation and intercept, and ways to damage them."""
+"""Tiny DICOM files for tests: any bits, sign, transfer syntax, orientation and intercept, and ways
+to damage them.
+"""
 
 import base64
 import io
@@ -11,14 +13,22 @@ from pydicom.uid import CTImageStorage
 from rle.utils import encode_pixel_data
 
 SYNTAXES = {
-    "explicit": "1.2.840.10008.1.2.1", "implicit": "1.2.840.10008.1.2", "deflated": "1.2.840.10008.1.2.1.99", "big": "1.2.840.10008.1.2.2",
-    "rle": "1.2.840.10008.1.2.5", "j2k": "1.2.840.10008.1.2.4.90", "jpegls": "1.2.840.10008.1.2.4.80", "jpeg": "1.2.840.10008.1.2.4.70",
-}  # fmt: skip
+    "explicit": "1.2.840.10008.1.2.1",
+    "implicit": "1.2.840.10008.1.2",
+    "deflated": "1.2.840.10008.1.2.1.99",
+    "big": "1.2.840.10008.1.2.2",
+    "rle": "1.2.840.10008.1.2.5",
+    "j2k": "1.2.840.10008.1.2.4.90",
+    "jpegls": "1.2.840.10008.1.2.4.80",
+    "jpeg": "1.2.840.10008.1.2.4.70",
+}
 NO_NAME = "Surname^Never^Seen"
 
 
 def pattern(bits: int) -> np.ndarray:
-    """A picture of all kinds of `bits`-bit words, (32, 33) uint16: extremes, smooth values about the sign change, and noise."""
+    """A picture of all kinds of `bits`-bit words, (32, 33) uint16: extremes, smooth values about
+    the sign change, and noise.
+    """
     k = np.arange(32 * 33, dtype=np.int64).reshape(32, 33)
     words = (k * k * 2654435761 + k * 40503) >> 7
     words[:27] = (1 << (bits - 1)) - 350 + k[:27] * 3 // 4
@@ -26,7 +36,8 @@ def pattern(bits: int) -> np.ndarray:
     return (words & ((1 << bits) - 1)).astype("<u2")
 
 
-# `pattern(bits)` as JPEG-LS (CharLS) and as JPEG lossless, process 14 (liblj92): nothing we depend on encodes these.
+# `pattern(bits)` as JPEG-LS (CharLS) and as JPEG lossless, process 14 (liblj92): nothing we depend
+# on encodes these.
 STREAMS = {
     ("jpegls", 8): (
         "|JeWN03cIPNk&Eh0ssI30000W0000X3J3-P0003j0003j|L6b+00001|JeWc01F5JAOIl&0TBTI+5iXv0RR910H6Q>5A*@z1Q;-2h8SRm7{W1(BN)Olj3XHU00DCV00D"
@@ -116,8 +127,16 @@ STREAMS = {
 }
 
 
-def dataset(words: np.ndarray, bits: int | None = 12, signed: bool = False, syntax: str = "explicit", **tags: object) -> Dataset:
-    """A CT slice whose stored words are `words` (rows, cols) uint16; `tags` are further elements by keyword, None leaves one out."""
+def dataset(
+    words: np.ndarray,
+    bits: int | None = 12,
+    signed: bool = False,
+    syntax: str = "explicit",
+    **tags: object,
+) -> Dataset:
+    """A CT slice whose stored words are `words` (rows, cols) uint16; `tags` are further elements by
+    keyword, None leaves one out.
+    """
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = SYNTAXES[syntax]
@@ -128,7 +147,11 @@ def dataset(words: np.ndarray, bits: int | None = 12, signed: bool = False, synt
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.BitsAllocated = 1, "MONOCHROME2", 16
     ds.BitsStored, ds.HighBit, ds.PixelRepresentation = bits or 16, (bits or 16) - 1, int(signed)
     ds.RescaleSlope, ds.RescaleIntercept, ds.PixelSpacing = 1, -1024, [0.7, 0.8]
-    ds.ImageOrientationPatient, ds.ImagePositionPatient, ds.InstanceNumber = [1, 0, 0, 0, 1, 0], [0, 0, 0], 1
+    ds.ImageOrientationPatient, ds.ImagePositionPatient, ds.InstanceNumber = (
+        [1, 0, 0, 0, 1, 0],
+        [0, 0, 0],
+        1,
+    )
     set_pixels(ds, words, syntax)
     for keyword, value in tags.items():
         if value is None:
@@ -144,10 +167,18 @@ def set_pixels(ds: Dataset, words: np.ndarray, syntax: str) -> None:
     """Encode `words`; JPEG-LS and JPEG lossless only know `pattern(BitsStored)`."""
     bits = ds.BitsStored
     if syntax == "j2k":
-        values = words.astype(np.int64) - (words.astype(np.int64) >> (bits - 1) << bits) * ds.PixelRepresentation
+        values = (
+            words.astype(np.int64)
+            - (words.astype(np.int64) >> (bits - 1) << bits) * ds.PixelRepresentation
+        )
         ds.file_meta.TransferSyntaxUID = SYNTAXES["explicit"]
         kind = np.int16 if ds.PixelRepresentation else np.uint16
-        ds.compress(SYNTAXES["j2k"], values.astype(kind), encoding_plugin="pylibjpeg", generate_instance_uid=False)
+        ds.compress(
+            SYNTAXES["j2k"],
+            values.astype(kind),
+            encoding_plugin="pylibjpeg",
+            generate_instance_uid=False,
+        )
     elif syntax == "rle":
         ds.PixelData = encapsulate([encode_pixel_data(words.tobytes(), ds, "<")])
     elif (syntax, bits) in STREAMS:
@@ -162,23 +193,44 @@ def to_bytes(ds: Dataset) -> bytes:
     """The file."""
     buffer = io.BytesIO()
     syntax = ds.file_meta.TransferSyntaxUID
-    ds.save_as(buffer, enforce_file_format=True, implicit_vr=syntax == SYNTAXES["implicit"], little_endian=syntax != SYNTAXES["big"])
+    ds.save_as(
+        buffer,
+        enforce_file_format=True,
+        implicit_vr=syntax == SYNTAXES["implicit"],
+        little_endian=syntax != SYNTAXES["big"],
+    )
     return buffer.getvalue()
 
 
-def write_series(folder: Path, count: int, syntax: str = "rle", seed: int = 0, shape: tuple[int, int] = (32, 40), first: int = 1) -> None:
-    """`count` good slices `<first>.dcm` and on, 3 mm apart, superior first: smooth anatomy-like words with noise, all different."""
+def write_series(
+    folder: Path,
+    count: int,
+    syntax: str = "rle",
+    seed: int = 0,
+    shape: tuple[int, int] = (32, 40),
+    first: int = 1,
+) -> None:
+    """`count` good slices `<first>.dcm` and on, 3 mm apart, superior first: smooth anatomy-like
+    words with noise, all different.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: shape[0], : shape[1]]
     for k in range(count):
         words = 1000 + 60 * np.sin(x / 5 + k) * np.cos(y / 4) + rng.normal(0, 20, shape)
         instance = first + k
-        ds = dataset(words.astype("<u2"), syntax=syntax, InstanceNumber=instance, ImagePositionPatient=[0, 0, -3.0 * k])
+        ds = dataset(
+            words.astype("<u2"),
+            syntax=syntax,
+            InstanceNumber=instance,
+            ImagePositionPatient=[0, 0, -3.0 * k],
+        )
         (folder / f"{instance}.dcm").write_bytes(to_bytes(ds))
 
 
-def naive_window(stored: np.ndarray, slope: float = 1.0, intercept: float = -1024.0, inverted: bool = False) -> np.ndarray:
+def naive_window(
+    stored: np.ndarray, slope: float = 1.0, intercept: float = -1024.0, inverted: bool = False
+) -> np.ndarray:
     """The pixel rule of the contract, spelled out on signed stored values in float64."""
     hu = stored.astype(np.float64) * slope + intercept
     image = np.clip(np.rint((hu + 150) * 255 / 400), 0, 255).astype(np.uint8)

@@ -1,4 +1,6 @@
-"""Stage scripts under faults: started in a process group of their own, paused, signalled, killed, and looked at afterwards."""
+"""Stage scripts under faults: started in a process group of their own, paused, signalled, killed,
+and looked at afterwards.
+"""
 
 import hashlib
 import os
@@ -13,24 +15,70 @@ from helpers_stages import ROOT, STAGES, content, environment
 
 SHIM = Path(__file__).parents[1] / "tools" / "shim"
 PATIENCE_S = 240  # for what takes seconds on an idle machine
-CHANGING = ("manifest.json", "log.jsonl", ".lock", ".ckpt", "tfevents", "index.html")  # files that hold times
-FOLDERS = {"00": "data/phantom", "01": "01_slices", "02": "02_volumes", "03": "03_folds", "04": "04_voco2d", "05": "05_folds",
-           "06": "06_oof", "07": "07_submission", "08": "08_report"}  # fmt: skip
+# files that hold times
+CHANGING = ("manifest.json", "log.jsonl", ".lock", ".ckpt", "tfevents", "index.html")
+FOLDERS = {
+    "00": "data/phantom",
+    "01": "01_slices",
+    "02": "02_volumes",
+    "03": "03_folds",
+    "04": "04_voco2d",
+    "05": "05_folds",
+    "06": "06_oof",
+    "07": "07_submission",
+    "08": "08_report",
+}
 
 
-def start(name: str, out: Path, *arguments: str, fault: str = "", stage: str = "", ignore_interrupt: bool = False) -> subprocess.Popen:
-    """A stage script by its number, or `run_all`, of the smoke preset in a new process group, with a fault of the shim."""
-    script = ROOT / "run_all.sh" if name == "run_all" else next(path for path in STAGES if path.name.startswith(name))
-    command = [*([] if name == "run_all" else [sys.executable]), str(script), "--config", "smoke", "--out", str(out), "--jobs", "2"]
-    more = {"VOCO_FAULT": fault, "VOCO_STAGE": stage, "PYTHONPATH": f"{SHIM}{os.pathsep}{ROOT}"} if fault else {}
-    handler = signal.SIG_IGN if ignore_interrupt else signal.SIG_DFL  # whatever started the tests may ignore Ctrl-C
-    return subprocess.Popen([*command, *arguments], env=environment(PYTHONDONTWRITEBYTECODE="1", **more), stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, handler))  # fmt: skip
+def start(
+    name: str,
+    out: Path,
+    *arguments: str,
+    fault: str = "",
+    stage: str = "",
+    ignore_interrupt: bool = False,
+) -> subprocess.Popen:
+    """A stage script by its number, or `run_all`, of the smoke preset in a new process group, with
+    a fault of the shim.
+    """
+    script = (
+        ROOT / "run_all.sh"
+        if name == "run_all"
+        else next(path for path in STAGES if path.name.startswith(name))
+    )
+    command = [
+        *([] if name == "run_all" else [sys.executable]),
+        str(script),
+        "--config",
+        "smoke",
+        "--out",
+        str(out),
+        "--jobs",
+        "2",
+    ]
+    more = (
+        {"VOCO_FAULT": fault, "VOCO_STAGE": stage, "PYTHONPATH": f"{SHIM}{os.pathsep}{ROOT}"}
+        if fault
+        else {}
+    )
+    # whatever started the tests may ignore Ctrl-C
+    handler = signal.SIG_IGN if ignore_interrupt else signal.SIG_DFL
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=environment(PYTHONDONTWRITEBYTECODE="1", **more),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit code and standard error of a process that is about to end; its group is killed where it does not."""
+    """Exit code and standard error of a process that is about to end; its group is killed where it
+    does not.
+    """
     try:
         _, text = process.communicate(timeout=PATIENCE_S)
     finally:
@@ -50,7 +98,9 @@ def wait_for(path: Path, process: subprocess.Popen) -> str:
     while not (path.exists() and path.read_text()):
         if process.poll() is not None or time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-            raise AssertionError(f"{path.name} did not appear: {process.communicate(timeout=PATIENCE_S)[1][-3000:]}")
+            raise AssertionError(
+                f"{path.name} did not appear: {process.communicate(timeout=PATIENCE_S)[1][-3000:]}"
+            )
         time.sleep(0.02)
     return path.read_text()
 
@@ -88,19 +138,33 @@ def temporaries(out: Path) -> list[Path]:
 
 def products(out: Path) -> dict[str, str]:
     """Checksums of the contents of all files below `out` that a run with the same seed repeats."""
-    paths = [path for path in out.rglob("*") if path.is_file() and not any(part in path.name for part in CHANGING)]
+    paths = [
+        path
+        for path in out.rglob("*")
+        if path.is_file() and not any(part in path.name for part in CHANGING)
+    ]
     return {str(path.relative_to(out)): hashlib.sha256(content(path)).hexdigest() for path in paths}
 
 
 def copy(run_folder: Path, target: Path, *without: str) -> Path:
     """A copy of a finished run without some stage folders."""
-    shutil.copytree(run_folder, target, ignore=lambda folder, names: [n for n in names if Path(folder) == run_folder and n in without])
+    shutil.copytree(
+        run_folder,
+        target,
+        ignore=lambda folder, names: [
+            n for n in names if Path(folder) == run_folder and n in without
+        ],
+    )
     return target
 
 
 def plain_lines(text: str) -> list[str]:
     """Lines of standard error that are no time-stamped log."""
-    return [line for line in text.splitlines() if line.strip() and not line[:8].replace(":", "").isdigit()]
+    return [
+        line
+        for line in text.splitlines()
+        if line.strip() and not line[:8].replace(":", "").isdigit()
+    ]
 
 
 def refused(code: int, text: str, *parts: str) -> None:

@@ -1,6 +1,8 @@
-"""Stage 04 on one rank of `torchrun`, with plain gradient descent and a planted fault: run by test_pretrain.
+"""Stage 04 on one rank of `torchrun`, with plain gradient descent and a planted fault: run by
+test_pretrain.
 
-Adam divides a gradient by its own size: it would hide a wrong scale, and blow up the rounding of small gradients.
+Adam divides a gradient by its own size: it would hide a wrong scale, and blow up the rounding of
+small gradients.
 """
 
 import os
@@ -25,8 +27,10 @@ def descent(module: torch.nn.Module, lr: float, *options: object) -> torch.optim
 
 
 def plant(fault: str) -> None:
-    """`error`: one of the user's in step 3 of rank 1. `storm`: a signal to stop to every rank in step 3, and another one to the rank
-    that writes the checkpoint, which takes its time. `none`: nothing."""
+    """`error`: one of the user's in step 3 of rank 1. `storm`: a signal to stop to every rank in
+    step 3, and another one to the rank that writes the checkpoint, which takes its time. `none`:
+    nothing.
+    """
     forward, save = step.forward, pretrain.save_checkpoint
 
     def slow(*given: object) -> None:

@@ -27,5 +27,7 @@ def slow_position_loss(s, y):
 
 
 def slow_regularisation(z):
-    pairs = [max(0.0, slow_cosine(z[k], z[m])) ** 2 for k in range(len(z)) for m in range(k + 1, len(z))]
+    pairs = [
+        max(0.0, slow_cosine(z[k], z[m])) ** 2 for k in range(len(z)) for m in range(k + 1, len(z))
+    ]
     return sum(pairs) / len(pairs)

@@ -1,4 +1,6 @@
-"""A small finished run written by hand for the tests of the report: every stage folder, with ids and paths that try to be HTML."""
+"""A small finished run written by hand for the tests of the report: every stage folder, with ids
+and paths that try to be HTML.
+"""
 
 import json
 from pathlib import Path
@@ -27,57 +29,117 @@ def smoke_config() -> Config:
     return load_config("smoke")
 
 
-def write_manifest(out: Path, name: str, counts: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any) -> None:
+def write_manifest(
+    out: Path, name: str, counts: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any
+) -> None:
     """A manifest as `Stage.finish` writes it."""
-    manifest = {"schema": 1, "stage": name, "config": {}, "inputs": inputs or {}, "fingerprint": name, "outputs": {}, "counts": counts,
-                "seconds": 61.0, "versions": {"python": "3.x"}, "git": "0123456789abcdef", "jobs": 2, "peak_mb": 321,
-                "device": "cpu", **more}  # fmt: skip
+    manifest = {
+        "schema": 1,
+        "stage": name,
+        "config": {},
+        "inputs": inputs or {},
+        "fingerprint": name,
+        "outputs": {},
+        "counts": counts,
+        "seconds": 61.0,
+        "versions": {"python": "3.x"},
+        "git": "0123456789abcdef",
+        "jobs": 2,
+        "peak_mb": 321,
+        "device": "cpu",
+        **more,
+    }
     write_json(out / name / "manifest.json", manifest)
 
 
 def write_run(out: Path) -> pl.DataFrame:
-    """Fill `out` with all stages of 24 patients; returns the labels. The first patient's id is `EVIL`, the bowel injury is labelled
-    in slices 103, 108 and 111, and the prediction is the worst by far."""
+    """Fill `out` with all stages of 24 patients; returns the labels. The first patient's id is
+    `EVIL`, the bowel injury is labelled in slices 103, 108 and 111, and the prediction is the
+    worst by far.
+    """
     config, truth = smoke_config(), one_hot(24)
     truth[0] = np.eye(13)[[1, 3, 6, 9, 12]].sum(0)
     labels = label_frame(truth)
     labels = labels.with_columns(pl.Series("patient_id", [EVIL, *labels["patient_id"][1:]]))
     series = series_frame(labels, predicted(truth, 1.5))
     worst = np.eye(13)[[0, 2, 4, 7, 10]].sum(0) * 0.9 + 0.04
-    series = series.with_columns(pl.when(pl.col("patient_id") == EVIL).then(worst[k]).otherwise(pl.col(c)).alias(c)
-                                 for k, c in enumerate(COLUMNS))  # fmt: skip
+    series = series.with_columns(
+        pl.when(pl.col("patient_id") == EVIL).then(worst[k]).otherwise(pl.col(c)).alias(c)
+        for k, c in enumerate(COLUMNS)
+    )
     write_conversion(out)
     write_volumes(out, labels, series)
     write_training(out, config)
     folds = make_folds(labels, series, 2, 0)
     outcome = score_oof({"folds": series}, labels, folds, config)
-    write_manifest(out, "06_oof", outcome.scores["counts"], config={"seed": config.seed, "score": resolved(config.score)})
+    write_manifest(
+        out,
+        "06_oof",
+        outcome.scores["counts"],
+        config={"seed": config.seed, "score": resolved(config.score)},
+    )
     write_json(out / "06_oof" / "scores.json", outcome.scores)
     outcome.patients.write_parquet(out / "06_oof" / "patients.parquet")
-    counts = {"patients": 9, "series": 10, "predicted": 7, "prior": 2, "fallbacks": 3, "patients_per_hour": 1234.5}
+    counts = {
+        "patients": 9,
+        "series": 10,
+        "predicted": 7,
+        "prior": 2,
+        "fallbacks": 3,
+        "patients_per_hour": 1234.5,
+    }
     write_manifest(out, "07_submission", counts)
-    (out / "07_submission" / "fallbacks.csv").write_text("patient_id,series_id,reason\n1,2,<b>bad</b>\n1,,prior\n3,,prior\n")
+    (out / "07_submission" / "fallbacks.csv").write_text(
+        "patient_id,series_id,reason\n1,2,<b>bad</b>\n1,,prior\n3,,prior\n"
+    )
     write_ablation(out, truth)
     return labels
 
 
 def write_ablation(out: Path, truth: np.ndarray) -> None:
-    """Stage 09: three variants of two seeds, the first two alike, the third better by far; probes of a start and one backbone."""
+    """Stage 09: three variants of two seeds, the first two alike, the third better by far; probes
+    of a start and one backbone.
+    """
     import cv2
 
     signal = {"scratch": 0.5, "voco2d": 0.5, "liver_only": 4.0}
-    draws = {name: [cell_draws(truth, predicted(truth, strength, seed=k), 100, 0) for k in range(2)] for name, strength in signal.items()}
+    draws = {
+        name: [cell_draws(truth, predicted(truth, strength, seed=k), 100, 0) for k in range(2)]
+        for name, strength in signal.items()
+    }
     targets = {name: ("liver",) if name == "liver_only" else TARGET_NAMES for name in signal}
     compared = compare(draws, targets, [("voco2d", "scratch"), ("liver_only", "scratch")], 0)
-    costs = [{"variant": name, "training_s": 75.0, "pretraining_s": 130.0 if name == "voco2d" else 0.0} for name in signal]
-    write_json(out / "09_ablation" / "table.json", {
-        "patients": len(truth), "seeds": [1, 2], "reference": "scratch", "compared": compared, "costs": costs,
-        "variants": compare(draws, targets, [(name, name) for name in signal], 0), "sentences": [sentence(row) for row in compared],
-    })  # fmt: skip
-    rows = [{"backbone": name, "seed": seed, "statistics": kind, "question": question, "probe": "linear",
-             "figure": "R2" if question == "height" else "AUC", "value": 0.5 + 0.1 * seed}
-            for name in ("start", "voco2d") for seed in (1, 2) for kind in ("stored", "settled")
-            for question in ("liver", "height")]  # fmt: skip
+    costs = [
+        {"variant": name, "training_s": 75.0, "pretraining_s": 130.0 if name == "voco2d" else 0.0}
+        for name in signal
+    ]
+    write_json(
+        out / "09_ablation" / "table.json",
+        {
+            "patients": len(truth),
+            "seeds": [1, 2],
+            "reference": "scratch",
+            "compared": compared,
+            "costs": costs,
+            "variants": compare(draws, targets, [(name, name) for name in signal], 0),
+            "sentences": [sentence(row) for row in compared],
+        },
+    )
+    rows = [
+        {
+            "backbone": name,
+            "seed": seed,
+            "statistics": kind,
+            "question": question,
+            "probe": "linear",
+            "figure": "R2" if question == "height" else "AUC",
+            "value": 0.5 + 0.1 * seed,
+        }
+        for name in ("start", "voco2d")
+        for seed in (1, 2)
+        for kind in ("stored", "settled")
+        for question in ("liver", "height")
+    ]
     pl.DataFrame(rows).write_csv(out / "09_ablation" / "probes.csv")
     cv2.imwrite(str(out / "09_ablation" / "probes.png"), np.full((600, 1100, 3), 200, np.uint8))
     write_manifest(out, "09_ablation", {"cells": 6, "variants": 3})
@@ -85,30 +147,65 @@ def write_ablation(out: Path, truth: np.ndarray) -> None:
 
 def write_conversion(out: Path) -> None:
     """Stage 01: counts and one file a quarantine reason."""
-    counts = {"series": 26, "slices": 300, "by_source": {"train": 280, "unlabelled": 20}, "by_decoder": {"dicomsdl": 300},
-              "by_transfer_syntax": {"1.2.840.10008.1.2.5": 290, "<u>": 10}, "by_flags": {"none": 298, "partial": 2}, "quarantined": 8,
-              "by_reason": {"damaged RLE": 8}, "worker_deaths": {"SIGSEGV": 2}, "converted_now": 300, "slices_per_s": 99.5,
-              "mb_per_s": 4.5}  # fmt: skip
+    counts = {
+        "series": 26,
+        "slices": 300,
+        "by_source": {"train": 280, "unlabelled": 20},
+        "by_decoder": {"dicomsdl": 300},
+        "by_transfer_syntax": {"1.2.840.10008.1.2.5": 290, "<u>": 10},
+        "by_flags": {"none": 298, "partial": 2},
+        "quarantined": 8,
+        "by_reason": {"damaged RLE": 8},
+        "worker_deaths": {"SIGSEGV": 2},
+        "converted_now": 300,
+        "slices_per_s": 99.5,
+        "mb_per_s": 4.5,
+    }
     write_manifest(out, "01_slices", counts)
-    lines = ["path,reason", f"{EVIL_PATH},damaged RLE: <i>why</i>", *(f"x/{k}.dcm,damaged RLE: why" for k in range(7))]
+    lines = [
+        "path,reason",
+        f"{EVIL_PATH},damaged RLE: <i>why</i>",
+        *(f"x/{k}.dcm,damaged RLE: why" for k in range(7)),
+    ]
     (out / "01_slices" / "quarantine.csv").write_text("\n".join(lines) + "\n")
 
 
 def write_volumes(out: Path, labels: pl.DataFrame, series: pl.DataFrame) -> None:
-    """Stage 02: one volume a series and one unlabelled, plane k the constant 20 k; slice labels of the first patient."""
+    """Stage 02: one volume a series and one unlabelled, plane k the constant 20 k; slice labels of
+    the first patient.
+    """
     folder, rows = out / "02_volumes", []
     folder.mkdir(parents=True)
     volume = np.broadcast_to(20 * np.arange(DEPTH, dtype=np.uint8)[:, None, None], (DEPTH, 20, 24))
-    for number, (patient, one) in enumerate([*series.select("patient_id", "series_id").iter_rows(), ("unlabelled-1", "1")]):
+    for number, (patient, one) in enumerate(
+        [*series.select("patient_id", "series_id").iter_rows(), ("unlabelled-1", "1")]
+    ):
         np.save(folder / f"{number}.npy", volume)
-        rows.append({"patient_id": patient, "series_id": one, "source": "unlabelled" if patient == "unlabelled-1" else "train",
-                     "path": f"{number}.npy", "depth": DEPTH, "height": 20, "width": 24, "slices_used": 16, "slices_left_out": 1,
-                     "plane_instances": [100 + 2 * k for k in range(DEPTH)], "digest": ""})  # fmt: skip
+        rows.append(
+            {
+                "patient_id": patient,
+                "series_id": one,
+                "source": "unlabelled" if patient == "unlabelled-1" else "train",
+                "path": f"{number}.npy",
+                "depth": DEPTH,
+                "height": 20,
+                "width": 24,
+                "slices_used": 16,
+                "slices_left_out": 1,
+                "plane_instances": [100 + 2 * k for k in range(DEPTH)],
+                "digest": "",
+            }
+        )
     pl.DataFrame(rows, schema=INDEX_SCHEMA).write_parquet(folder / "index.parquet")
     write_manifest(out, "02_volumes", {"volumes": len(rows)})
     marked = series.filter(pl.col("patient_id") == labels["patient_id"][0])["series_id"][0]
     (out / "data" / "phantom").mkdir(parents=True)
-    table = {"patient_id": [EVIL] * 3, "series_id": [marked] * 3, "instance_number": [103, 108, 111], "injury_name": ["Bowel"] * 3}
+    table = {
+        "patient_id": [EVIL] * 3,
+        "series_id": [marked] * 3,
+        "instance_number": [103, 108, 111],
+        "injury_name": ["Bowel"] * 3,
+    }
     pl.DataFrame(table).write_csv(out / "data" / "phantom" / "image_level_labels.csv")
 
 
@@ -116,21 +213,52 @@ def write_training(out: Path, config: Config) -> None:
     """Stages 04 and 05: logs and pictures."""
     import cv2
 
-    write_manifest(out, "04_voco2d", {"volumes": 20, "held_out": 4, "steps": 6, "position_accuracy": 0.5},
-                   config={"pretrain": resolved(config.pretrain)})  # fmt: skip
+    write_manifest(
+        out,
+        "04_voco2d",
+        {"volumes": 20, "held_out": 4, "steps": 6, "position_accuracy": 0.5},
+        config={"pretrain": resolved(config.pretrain)},
+    )
     steps = [
-        {"step": k, "loss": 2 / k, "intra": 1 / k, "inter": 0.5 / k, "reg": 0.5 / k, "std": 0.7, "correlation": 0.1 * k, "waiting": 0.01,
-         "samples_per_s": 5.0, **({"position_accuracy": 0.1 * k} if k % 3 == 0 else {})}
+        {
+            "step": k,
+            "loss": 2 / k,
+            "intra": 1 / k,
+            "inter": 0.5 / k,
+            "reg": 0.5 / k,
+            "std": 0.7,
+            "correlation": 0.1 * k,
+            "waiting": 0.01,
+            "samples_per_s": 5.0,
+            **({"position_accuracy": 0.1 * k} if k % 3 == 0 else {}),
+        }
         for k in range(1, 7)
-    ]  # fmt: skip
+    ]
     for name in ("crops", "similarity"):
         cv2.imwrite(str(out / "04_voco2d" / f"{name}.png"), np.full((300, 1500, 3), 200, np.uint8))
-    (out / "04_voco2d" / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
+    (out / "04_voco2d" / "log.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in steps)
+    )
     for fold in range(2):
-        rows = [{"epoch": k, "loss": 5.0 - k, "terms": {**dict.fromkeys(TARGET_NAMES, 1.0 / k), "slices": 0.5}, "slices_per_s": 80.0,
-                 "waiting": 0.02, **dict.fromkeys(TARGET_NAMES, 1.0 / k), "any_injury": 0.3, "score": 0.9 - 0.1 * k}
-                for k in range(1, 4)]  # fmt: skip
+        rows = [
+            {
+                "epoch": k,
+                "loss": 5.0 - k,
+                "terms": {**dict.fromkeys(TARGET_NAMES, 1.0 / k), "slices": 0.5},
+                "slices_per_s": 80.0,
+                "waiting": 0.02,
+                **dict.fromkeys(TARGET_NAMES, 1.0 / k),
+                "any_injury": 0.3,
+                "score": 0.9 - 0.1 * k,
+            }
+            for k in range(1, 4)
+        ]
         write_manifest(
-            out, f"05_folds/fold{fold}", {"fold": fold}, config={"model": resolved(config.model), "train": resolved(config.train)}
+            out,
+            f"05_folds/fold{fold}",
+            {"fold": fold},
+            config={"model": resolved(config.model), "train": resolved(config.train)},
         )
-        (out / "05_folds" / f"fold{fold}" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / "05_folds" / f"fold{fold}" / "log.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )

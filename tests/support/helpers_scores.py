@@ -1,4 +1,6 @@
-"""Small labelled tables and predictions for the tests of metric, folds, calibration and submission."""
+"""Small labelled tables and predictions for the tests of metric, folds, calibration and
+submission.
+"""
 
 import numpy as np
 import polars as pl
@@ -24,19 +26,32 @@ def one_hot(patients: int, seed: int = 0, injured: float = 0.3) -> np.ndarray:
 def label_frame(labels: np.ndarray) -> pl.DataFrame:
     """The labels as `read_labels` gives them, ids 10000 on."""
     ids = [str(10000 + i) for i in range(len(labels))]
-    return pl.DataFrame({"patient_id": ids}).hstack(pl.DataFrame(labels.astype(np.int8), schema=list(COLUMNS), orient="row"))
+    return pl.DataFrame({"patient_id": ids}).hstack(
+        pl.DataFrame(labels.astype(np.int8), schema=list(COLUMNS), orient="row")
+    )
 
 
-def predicted(labels: np.ndarray, signal: float, seed: int = 0, sharpness: float = 1.0) -> np.ndarray:
-    """Probabilities (N, 13): posteriors of noisy evidence, exact at `sharpness` 1, overconfident above."""
+def predicted(
+    labels: np.ndarray, signal: float, seed: int = 0, sharpness: float = 1.0
+) -> np.ndarray:
+    """Probabilities (N, 13): posteriors of noisy evidence, exact at `sharpness` 1, overconfident
+    above.
+    """
     noise = np.random.default_rng(seed).normal(size=labels.shape)
     return softmax(sharpness * (np.log(labels.mean(axis=0)) + signal * (signal * labels + noise)))
 
 
-def series_frame(labels: pl.DataFrame, probabilities: np.ndarray, per_patient: int = 1) -> pl.DataFrame:
+def series_frame(
+    labels: pl.DataFrame, probabilities: np.ndarray, per_patient: int = 1
+) -> pl.DataFrame:
     """`per_patient` equal series for every patient, with the patient's probabilities."""
-    one = labels.select("patient_id").hstack(pl.DataFrame(probabilities, schema=list(COLUMNS), orient="row"))
-    parts = [one.with_columns(pl.format("{}{}", pl.col("patient_id"), pl.lit(k)).alias("series_id")) for k in range(per_patient)]
+    one = labels.select("patient_id").hstack(
+        pl.DataFrame(probabilities, schema=list(COLUMNS), orient="row")
+    )
+    parts = [
+        one.with_columns(pl.format("{}{}", pl.col("patient_id"), pl.lit(k)).alias("series_id"))
+        for k in range(per_patient)
+    ]
     return pl.concat(parts).select("patient_id", "series_id", *COLUMNS)
 
 
@@ -73,4 +88,6 @@ PATIENTS = ["50046", "7", "63706"]
 
 
 def sample(columns=COLUMNS, patients=PATIENTS):
-    return pl.DataFrame({"patient_id": patients}).with_columns(pl.lit(0.5).alias(name) for name in columns)
+    return pl.DataFrame({"patient_id": patients}).with_columns(
+        pl.lit(0.5).alias(name) for name in columns
+    )

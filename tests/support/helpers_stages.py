@@ -1,4 +1,6 @@
-"""Calling the product as a user does: run_all.sh and single stage scripts, in processes of their own."""
+"""Calling the product as a user does: run_all.sh and single stage scripts, in processes of their
+own.
+"""
 
 import json
 import os
@@ -13,28 +15,51 @@ STAGES = sorted((ROOT / "stages").glob("0*.py"))
 
 
 def content(path: Path) -> bytes:
-    """A file as far as runs repeat it: a PNG's pixels, since igzip was seen, twice in all, to pack a picture otherwise than before."""
+    """A file as far as runs repeat it: a PNG's pixels, since igzip was seen, twice in all, to pack
+    a picture otherwise than before.
+    """
     if path.suffix == ".png":
         image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         return repr((image.shape, image.dtype)).encode() + image.tobytes()
     if path.name == "series.json":
-        return json.dumps({**json.loads(path.read_text()), "pictures": None}).encode()  # sizes of the PNGs
+        # sizes of the PNGs
+        return json.dumps({**json.loads(path.read_text()), "pictures": None}).encode()
     return path.read_bytes()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a user's shell, with this interpreter named and the project importable without installation."""
+    """The environment of a user's shell, with this interpreter named and the project importable
+    without installation.
+    """
     return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **more}
 
 
 def run_all(out: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """`./run_all.sh` as a user calls it."""
-    command = [str(ROOT / "run_all.sh"), "--config", "smoke", "--out", str(out), "--jobs", "2", *arguments]
-    return subprocess.run(command, cwd=cwd or out.parent, env=environment(), capture_output=True, text=True, timeout=900)
+    command = [
+        str(ROOT / "run_all.sh"),
+        "--config",
+        "smoke",
+        "--out",
+        str(out),
+        "--jobs",
+        "2",
+        *arguments,
+    ]
+    return subprocess.run(
+        command,
+        cwd=cwd or out.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def run_stage(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """One stage script by its number or name."""
     script = next(path for path in STAGES if path.name.startswith(name))
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
+    )

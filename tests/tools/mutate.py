@@ -1,9 +1,11 @@
 """Take each guard out of the product, one at a time, and see its test fail.
 
-    python tests/tools/mutate.py [WORD ...]        all guards, or those whose line has one of the words
+    python tests/tools/mutate.py [WORD ...]        all guards, or those whose line has one of the
+    words
 
-The product is copied, each row of GUARDS is applied to the copy (the text must be there exactly once), its test is run, and the text
-put back. Exit code 0 where every test failed; a row whose test passed is a guard that nothing watches.
+The product is copied, each row of GUARDS is applied to the copy (the text must be there exactly
+once), its test is run, and the text put back. Exit code 0 where every test failed; a row whose test
+passed is a guard that nothing watches.
 """
 
 import argparse
@@ -15,89 +17,343 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STOPS, DISK, STATE, HOSTILE, TABLES = (f"faults/test_{name}.py::test_" for name in ("stops", "disk", "state", "hostile", "wrong_tables"))
+STOPS, DISK, STATE, HOSTILE, TABLES = (
+    f"faults/test_{name}.py::test_"
+    for name in ("stops", "disk", "state", "hostile", "wrong_tables")
+)
 LOOP = "voco/test_pretrain.py::test_"
-ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (f"pipeline/{name}.py" for name in ("run/stage", "run/command", "system/files", "system/pool"))
+ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (
+    f"pipeline/{name}.py" for name in ("run/stage", "run/command", "system/files", "system/pool")
+)
 
 # file, text of the guard, what stands there without it, the test that must fail (below tests/)
 GUARDS = (
     (ARTIFACTS, '("manifest.json", *broken)', "broken", STATE + "a_killed_redo"),
     (ARTIFACTS, "            remove_temporaries(self.folder)\n", "", STATE + "a_killed_redo"),
-    (ARTIFACTS, "            remove_temporaries(self.folder.parent, of=self.folder.name)\n", "", STATE + "a_rerun_removes"),
+    (
+        ARTIFACTS,
+        "            remove_temporaries(self.folder.parent, of=self.folder.name)\n",
+        "",
+        STATE + "a_rerun_removes",
+    ),
     (ARTIFACTS, ' and manifest["fingerprint"] == fingerprint', "", STATE + "a_killed_redo"),
     (ARTIFACTS, "not broken and ", "", STATE + "an_artifact[02-"),
-    (ARTIFACTS, "if broken := list(filter(needed, broken_outputs(folder, manifest))):", "if broken := []:", STATE + "an_artifact[07-06"),
-    ("pipeline/run/manifest.py", ' or manifest.get("schema") != SCHEMA', "", STATE + "a_manifest_that[changes0]"),
-    ("pipeline/run/manifest.py", 'if not isinstance(manifest.get("fingerprint"), str) or', "if", STATE + "a_manifest_that[changes2]"),
-    ("pipeline/run/manifest.py", ' or not isinstance(manifest.get("outputs"), dict)', "", STATE + "a_manifest_that[changes4]"),
-    ("pipeline/run/manifest.py", "    except ValueError:\n", "    except KeyError:\n", STATE + "a_half_written"),
+    (
+        ARTIFACTS,
+        "if broken := list(filter(needed, broken_outputs(folder, manifest))):",
+        "if broken := []:",
+        STATE + "an_artifact[07-06",
+    ),
+    (
+        "pipeline/run/manifest.py",
+        ' or manifest.get("schema") != SCHEMA',
+        "",
+        STATE + "a_manifest_that[changes0]",
+    ),
+    (
+        "pipeline/run/manifest.py",
+        'if not isinstance(manifest.get("fingerprint"), str) or',
+        "if",
+        STATE + "a_manifest_that[changes2]",
+    ),
+    (
+        "pipeline/run/manifest.py",
+        ' or not isinstance(manifest.get("outputs"), dict)',
+        "",
+        STATE + "a_manifest_that[changes4]",
+    ),
+    (
+        "pipeline/run/manifest.py",
+        "    except ValueError:\n",
+        "    except KeyError:\n",
+        STATE + "a_half_written",
+    ),
     (ARTIFACTS, "while not _flock(handle, kind):", "while False:", STATE + "a_second_run"),
     (ARTIFACTS, "if folder.is_relative_to(self.out):", "if False:", STATE + "a_second_run"),
     (COMMAND, "if handler != signal.SIG_IGN:", "if True:", STOPS + "an_ignored"),
-    (COMMAND, "= (signal.SIGINT, signal.SIGTERM), 2.0", "= (signal.SIGINT,), 2.0", STOPS + "a_stop[06"),
+    (
+        COMMAND,
+        "= (signal.SIGINT, signal.SIGTERM), 2.0",
+        "= (signal.SIGINT,), 2.0",
+        STOPS + "a_stop[06",
+    ),
     (COMMAND, "if code in (130, 143):", "if False:", STOPS + "a_stop[03"),
-    (COMMAND, "if isinstance(fault, (InputError, TrainingStopped)):", "if isinstance(fault, InputError):", STATE + "training_that"),
+    (
+        COMMAND,
+        "if isinstance(fault, (InputError, TrainingStopped)):",
+        "if isinstance(fault, InputError):",
+        STATE + "training_that",
+    ),
     (COMMAND, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
-    (ARTIFACTS, "round(time.monotonic() - self.started", "round(time.time() - self.started", STATE + "a_clock"),
+    (
+        ARTIFACTS,
+        "round(time.monotonic() - self.started",
+        "round(time.time() - self.started",
+        STATE + "a_clock",
+    ),
     (PARALLEL, "            with deaf():\n", "            if True:\n", STOPS + "workers_are"),
-    (PARALLEL, '    warnings.filterwarnings("ignore"', '    warnings.filterwarnings("default"', "slices/test_damage.py::test_a_pool"),
-    (PARALLEL, "        except lost:\n", "        except ZeroDivisionError:\n", STATE + "a_worker[01"),
-    (PARALLEL, "        end_with(parent)\n", "        pass\n", "slices/test_damage.py::test_workers_end"),
-    (PARALLEL, "sorted(begun & open_tasks.keys() or open_tasks.keys())", "sorted(open_tasks)", "slices/test_damage.py::test_a_killer"),
-    ("pipeline/system/contained.py", "            _die_with(parent)\n", "            pass\n", "slices/test_damage.py::test_an_orphaned"),
-    (RUNTIME, "                _probe(temporary)\n", "                pass\n", DISK + "a_failing_write[04"),
+    (
+        PARALLEL,
+        '    warnings.filterwarnings("ignore"',
+        '    warnings.filterwarnings("default"',
+        "slices/test_damage.py::test_a_pool",
+    ),
+    (
+        PARALLEL,
+        "        except lost:\n",
+        "        except ZeroDivisionError:\n",
+        STATE + "a_worker[01",
+    ),
+    (
+        PARALLEL,
+        "        end_with(parent)\n",
+        "        pass\n",
+        "slices/test_damage.py::test_workers_end",
+    ),
+    (
+        PARALLEL,
+        "sorted(begun & open_tasks.keys() or open_tasks.keys())",
+        "sorted(open_tasks)",
+        "slices/test_damage.py::test_a_killer",
+    ),
+    (
+        "pipeline/system/contained.py",
+        "            _die_with(parent)\n",
+        "            pass\n",
+        "slices/test_damage.py::test_an_orphaned",
+    ),
+    (
+        RUNTIME,
+        "                _probe(temporary)\n",
+        "                pass\n",
+        DISK + "a_failing_write[04",
+    ),
     (RUNTIME, "    errno.EFBIG:", "    -1:", DISK + "a_failing_write[03"),
     (RUNTIME, "    errno.ENOSPC:", "    -1:", DISK + "a_full_device"),
     (RUNTIME, "    errno.EROFS:", "    -1:", DISK + "a_read_only"),
     (RUNTIME, "    errno.ENOTDIR:", "    -1:", DISK + "a_file_where"),
-    (RUNTIME, "            temporary.unlink(missing_ok=True)\n", "            pass\n", DISK + "a_failing_write[03"),
-    (RUNTIME, '.{path.name}{TEMPORARY}{os.getpid()}")\n        try:\n            yield temporary\n            with',
-     '{path.name}")\n        try:\n            yield temporary\n            with', STATE + "a_killed_redo"),
-    (RUNTIME, "            remove_folder(path)\n", "            shutil.rmtree(path, ignore_errors=True)\n", STATE + "a_folder"),
-    (RUNTIME, "path = Path(entry.path)\n", "path = Path(entry.path).resolve()\n", HOSTILE + "a_link"),
-    ("run_all.sh", "trap 'stop 143' TERM\n", "", STOPS + "run_all_hands_a_stop_on_to_its_stage[15]"),
+    (
+        RUNTIME,
+        "            temporary.unlink(missing_ok=True)\n",
+        "            pass\n",
+        DISK + "a_failing_write[03",
+    ),
+    (
+        RUNTIME,
+        (
+            '.{path.name}{TEMPORARY}{os.getpid()}")\n        try:\n            yield temporary\n   '
+            "         with"
+        ),
+        '{path.name}")\n        try:\n            yield temporary\n            with',
+        STATE + "a_killed_redo",
+    ),
+    (
+        RUNTIME,
+        "            remove_folder(path)\n",
+        "            shutil.rmtree(path, ignore_errors=True)\n",
+        STATE + "a_folder",
+    ),
+    (
+        RUNTIME,
+        "path = Path(entry.path)\n",
+        "path = Path(entry.path).resolve()\n",
+        HOSTILE + "a_link",
+    ),
+    (
+        "run_all.sh",
+        "trap 'stop 143' TERM\n",
+        "",
+        STOPS + "run_all_hands_a_stop_on_to_its_stage[15]",
+    ),
     ("run_all.sh", "trap 'stop 130' INT\n", "", STOPS + "run_all_hands_a_stop_on_to_its_stage[2]"),
-    ("pipeline/classifier/side_by_side.py", "            _end(running)\n", "            pass\n", "classifier/test_train_folds.py::test_folds_end"),
-    ("pipeline/classifier/side_by_side.py", "    with deaf():\n", "    if True:\n", "classifier/test_train_folds.py::test_folds_end[2"),
-    (COMMAND, "        end_with(", "        int(", "classifier/test_train_folds.py::test_folds_end[9"),
-    ("pipeline/learning/interrupt.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]", STOPS + "training_leaves"),
+    (
+        "pipeline/classifier/side_by_side.py",
+        "            _end(running)\n",
+        "            pass\n",
+        "classifier/test_train_folds.py::test_folds_end",
+    ),
+    (
+        "pipeline/classifier/side_by_side.py",
+        "    with deaf():\n",
+        "    if True:\n",
+        "classifier/test_train_folds.py::test_folds_end[2",
+    ),
+    (
+        COMMAND,
+        "        end_with(",
+        "        int(",
+        "classifier/test_train_folds.py::test_folds_end[9",
+    ),
+    (
+        "pipeline/learning/interrupt.py",
+        " if signal.getsignal(number) != signal.SIG_IGN]",
+        "]",
+        STOPS + "training_leaves",
+    ),
     ("pipeline/voco/pretrain.py", "StopSignal(world.size > 1)", "StopSignal()", LOOP + "two_ranks"),
     ("pipeline/voco/pretrain.py", "keep=not fresh", "keep=False", LOOP + "checkpoints_of"),
-    ("pipeline/voco/pretrain.py", "(1 if last else options.collapse_patience)", "options.collapse_patience", LOOP + "a_run_that_ends"),
-    ("pipeline/classifier/fold.py", "part.current(inputs, sections, whole=False)\n", "pass\n", "classifier/test_train_folds.py::test_forced"),
-    ("pipeline/classifier/predict.py", "if amp and not outputs.isfinite().all()", "if False", "submission/test_inference.py::test_what_overflows"),
-    ("pipeline/learning/interrupt.py", 'if "DataLoader worker" not in str(fault):', "if True:", STATE + "a_killed_loader"),
-    ("pipeline/learning/optimise.py", "if not all(math.isfinite(value) for value in terms.values()):", "if False:", STATE + "training_that"),
-    ("pipeline/classifier/train.py", "        if self.stop.signum:\n", "        if False:\n", "classifier/test_training.py::test_a_stop"),
-    ("pipeline/classifier/train.py", '"fingerprint": self.data.fingerprint', '"fingerprint": ""', "classifier/test_training.py::test_checkpoint_of_other"),
+    (
+        "pipeline/voco/pretrain.py",
+        "(1 if last else options.collapse_patience)",
+        "options.collapse_patience",
+        LOOP + "a_run_that_ends",
+    ),
+    (
+        "pipeline/classifier/fold.py",
+        "part.current(inputs, sections, whole=False)\n",
+        "pass\n",
+        "classifier/test_train_folds.py::test_forced",
+    ),
+    (
+        "pipeline/classifier/predict.py",
+        "if amp and not outputs.isfinite().all()",
+        "if False",
+        "submission/test_inference.py::test_what_overflows",
+    ),
+    (
+        "pipeline/learning/interrupt.py",
+        'if "DataLoader worker" not in str(fault):',
+        "if True:",
+        STATE + "a_killed_loader",
+    ),
+    (
+        "pipeline/learning/optimise.py",
+        "if not all(math.isfinite(value) for value in terms.values()):",
+        "if False:",
+        STATE + "training_that",
+    ),
+    (
+        "pipeline/classifier/train.py",
+        "        if self.stop.signum:\n",
+        "        if False:\n",
+        "classifier/test_training.py::test_a_stop",
+    ),
+    (
+        "pipeline/classifier/train.py",
+        '"fingerprint": self.data.fingerprint',
+        '"fingerprint": ""',
+        "classifier/test_training.py::test_checkpoint_of_other",
+    ),
     ("pipeline/slices/sources.py", "entry.stat().st_mtime_ns", "0", STATE + "a_clock"),
-    ("pipeline/slices/sources.py", "if entry.is_symlink() and outside(os.fspath(entry)):", "if False:", HOSTILE + "hostile_files"),
-    ("pipeline/slices/sources.py", "for entry in [] if outside(folder) else entries:", "for entry in entries:", HOSTILE + "hostile_files"),
-    ("pipeline/slices/dicom_header.py", "(size > max_pixels, ", "(False, ", HOSTILE + "hostile_files"),
-    ("pipeline/slices/dicom_header.py", "inflate.decompress(data[at:], max_bytes)", "inflate.decompress(data[at:])", HOSTILE + "hostile_files"),
+    (
+        "pipeline/slices/sources.py",
+        "if entry.is_symlink() and outside(os.fspath(entry)):",
+        "if False:",
+        HOSTILE + "hostile_files",
+    ),
+    (
+        "pipeline/slices/sources.py",
+        "for entry in [] if outside(folder) else entries:",
+        "for entry in entries:",
+        HOSTILE + "hostile_files",
+    ),
+    (
+        "pipeline/slices/dicom_header.py",
+        "(size > max_pixels, ",
+        "(False, ",
+        HOSTILE + "hostile_files",
+    ),
+    (
+        "pipeline/slices/dicom_header.py",
+        "inflate.decompress(data[at:], max_bytes)",
+        "inflate.decompress(data[at:])",
+        HOSTILE + "hostile_files",
+    ),
     ("pipeline/report/page.py", "autoescape=True", "autoescape=False", HOSTILE + "hostile_files"),
-    ("pipeline/learning/checkpoint.py", "weights_only=True", "weights_only=False", HOSTILE + "code_in"),
-    ("pipeline/learning/weights.py", 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False', HOSTILE + "code_in"),
-    ("pipeline/learning/weights.py", '"not finite": not_finite(', '"not finite": [] and not_finite(', HOSTILE + "weights_that[05"),
-    ("pipeline/learning/weights.py", "if state[name].shape != own[name].shape]", "if False]", HOSTILE + "weights_that[07"),
-    ("pipeline/volumes/store.py", "    sidecar.unlink(missing_ok=True)", "    pass", STATE + "a_volume"),
-    ("pipeline/volumes/store.py", "            (source / patient / series / SIDECAR).unlink()", "            pass", STATE + "a_slice"),
+    (
+        "pipeline/learning/checkpoint.py",
+        "weights_only=True",
+        "weights_only=False",
+        HOSTILE + "code_in",
+    ),
+    (
+        "pipeline/learning/weights.py",
+        'map_location="cpu", weights_only=True',
+        'map_location="cpu", weights_only=False',
+        HOSTILE + "code_in",
+    ),
+    (
+        "pipeline/learning/weights.py",
+        '"not finite": not_finite(',
+        '"not finite": [] and not_finite(',
+        HOSTILE + "weights_that[05",
+    ),
+    (
+        "pipeline/learning/weights.py",
+        "if state[name].shape != own[name].shape]",
+        "if False]",
+        HOSTILE + "weights_that[07",
+    ),
+    (
+        "pipeline/volumes/store.py",
+        "    sidecar.unlink(missing_ok=True)",
+        "    pass",
+        STATE + "a_volume",
+    ),
+    (
+        "pipeline/volumes/store.py",
+        "            (source / patient / series / SIDECAR).unlink()",
+        "            pass",
+        STATE + "a_slice",
+    ),
     ("pipeline/volumes/store.py", "    if image is None:\n", "    if False:\n", STATE + "a_slice"),
-    ("pipeline/run/verify.py", 'if digest(path) == entry["digest"] else', "if True else", STATE + "verify_names"),
-    ("pipeline/run/verify.py", "if isal_zlib.crc32(image) == crc32 else", "if True else", STATE + "verify_sees"),
-    ("pipeline/run/verify.py", 'digest(made["outputs"]) != manifest["inputs"][source]', "False", STATE + "verify_sees"),
+    (
+        "pipeline/run/verify.py",
+        'if digest(path) == entry["digest"] else',
+        "if True else",
+        STATE + "verify_names",
+    ),
+    (
+        "pipeline/run/verify.py",
+        "if isal_zlib.crc32(image) == crc32 else",
+        "if True else",
+        STATE + "verify_sees",
+    ),
+    (
+        "pipeline/run/verify.py",
+        'digest(made["outputs"]) != manifest["inputs"][source]',
+        "False",
+        STATE + "verify_sees",
+    ),
     ("pipeline/run/verify.py", "and name not in manifests)", "and False)", STATE + "verify_names"),
     ("pipeline/run/config.py", 'extra="forbid"', 'extra="ignore"', TABLES + "a_mistyped"),
-    ("pipeline/competition/strict_table.py", '''"has path parts": cell.str.contains(r"[/\\\\]|\\.\\.|^\\."),''', "", HOSTILE + "ids"),
-    ("pipeline/competition/strict_table.py", "(~value.is_finite(), column,", "(pl.lit(False), column,", TABLES + "any_wrong_cell[oof"),
-    ("pipeline/competition/strict_table.py", "    table.refuse((again, columns[-1],", "    table.refuse((again & False, columns[-1],", TABLES + "a_missing"),
-    ("pipeline/competition/tables.py", 'rules.append((total > 1,', 'rules.append((total > 9,', TABLES + "the_stage[train.csv"),
-    ("pipeline/competition/tables.py", "        table.refuse((wrong,", "        table.refuse((wrong & False,", TABLES + "the_stage[train_series"),
-)  # fmt: skip
+    (
+        "pipeline/competition/strict_table.py",
+        """"has path parts": cell.str.contains(r"[/\\\\]|\\.\\.|^\\."),""",
+        "",
+        HOSTILE + "ids",
+    ),
+    (
+        "pipeline/competition/strict_table.py",
+        "(~value.is_finite(), column,",
+        "(pl.lit(False), column,",
+        TABLES + "any_wrong_cell[oof",
+    ),
+    (
+        "pipeline/competition/strict_table.py",
+        "    table.refuse((again, columns[-1],",
+        "    table.refuse((again & False, columns[-1],",
+        TABLES + "a_missing",
+    ),
+    (
+        "pipeline/competition/tables.py",
+        "rules.append((total > 1,",
+        "rules.append((total > 9,",
+        TABLES + "the_stage[train.csv",
+    ),
+    (
+        "pipeline/competition/tables.py",
+        "        table.refuse((wrong,",
+        "        table.refuse((wrong & False,",
+        TABLES + "the_stage[train_series",
+    ),
+)
 
 
 def apply(path: Path, guard: str, without: str) -> str:
-    """Take a guard out of a file; returns the file's text before. ValueError where the guard is not there exactly once."""
+    """Take a guard out of a file; returns the file's text before. ValueError where the guard is not
+    there exactly once.
+    """
     text = path.read_text()
     if text.count(guard) != 1:
         raise ValueError(f"{path}: {text.count(guard)} times {guard!r}")
@@ -109,30 +365,73 @@ def fails(copy: Path, test: str, smoke: Path) -> bool:
     """True where the test, named by the start of its id, runs on the copy and fails."""
     file, _, name = test.partition("::")
     name, _, case = name.partition("[")
-    environment = {**os.environ, "PYTHONPATH": str(copy), "VOCO2D_SMOKE": str(smoke), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "VOCO2D_SMOKE": str(smoke),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     pick = [sys.executable, "-m", "pytest", "--collect-only", f"tests/{file}"]
-    listed = subprocess.run(pick, cwd=copy, env=environment, capture_output=True, text=True, check=False).stdout.splitlines()
-    nodes = [line for line in listed if line.startswith(f"tests/{file}::{name}") and f"[{case}" in line + "["]
+    listed = subprocess.run(
+        pick, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    nodes = [
+        line
+        for line in listed
+        if line.startswith(f"tests/{file}::{name}") and f"[{case}" in line + "["
+    ]
     if not nodes:
         raise ValueError(f"no test {test}: {listed[-3:]}")
     run = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *nodes]
-    return subprocess.run(run, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=900).returncode == 1
+    return (
+        subprocess.run(
+            run, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=900
+        ).returncode
+        == 1
+    )
 
 
 def main() -> int:
     """Command line; returns the exit code."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("words", nargs="*", help="only guards whose file, text or test has one of these")
-    flags.add_argument("--smoke", type=Path, help="a finished run of the smoke preset (default: one is made)")
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument(
+        "words", nargs="*", help="only guards whose file, text or test has one of these"
+    )
+    flags.add_argument(
+        "--smoke", type=Path, help="a finished run of the smoke preset (default: one is made)"
+    )
     options = flags.parse_args()
-    rows = [row for row in GUARDS if not options.words or any(word in part for part in row for word in options.words)]
+    rows = [
+        row
+        for row in GUARDS
+        if not options.words or any(word in part for part in row for word in options.words)
+    ]
     unwatched = 0
     with tempfile.TemporaryDirectory() as folder:
         copy, smoke = Path(folder) / "copy", options.smoke or Path(folder) / "smoke"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "outputs", "*.egg-info"))
+        shutil.copytree(
+            ROOT,
+            copy,
+            ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "outputs", "*.egg-info"),
+        )
         if not options.smoke:
-            command = [str(ROOT / "run_all.sh"), "--config", "smoke", "--out", str(smoke), "--jobs", "2"]
-            subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, check=True, capture_output=True)
+            command = [
+                str(ROOT / "run_all.sh"),
+                "--config",
+                "smoke",
+                "--out",
+                str(smoke),
+                "--jobs",
+                "2",
+            ]
+            subprocess.run(
+                command,
+                env={**os.environ, "PYTHON": sys.executable},
+                check=True,
+                capture_output=True,
+            )
         for file, guard, without, test in rows:
             before = apply(copy / file, guard, without)
             if file.endswith(".py"):  # a test that fails over broken syntax would prove nothing
@@ -140,8 +439,14 @@ def main() -> int:
             watched = fails(copy, test, smoke)
             (copy / file).write_text(before)
             unwatched += not watched
-            print(f"{'ok  ' if watched else 'UNWATCHED'} {file}: {' '.join(guard.split())[:70]} -> {test}", flush=True)
-    print(f"{len(rows) - unwatched} of {len(rows)} guards are watched: their tests fail without them")
+            print(
+                f"{'ok  ' if watched else 'UNWATCHED'} {file}: {' '.join(guard.split())[:70]} ->"
+                f" {test}",
+                flush=True,
+            )
+    print(
+        f"{len(rows) - unwatched} of {len(rows)} guards are watched: their tests fail without them"
+    )
     return 1 if unwatched else 0
 
 

@@ -1,4 +1,6 @@
-"""Boxes and labels against counted pixels; augmentation leaves the labels true; the sampler is a pure function."""
+"""Boxes and labels against counted pixels; augmentation leaves the labels true; the sampler is a
+pure function.
+"""
 
 import numpy as np
 import polars as pl
@@ -18,7 +20,10 @@ from pipeline.volumes.sampling import resize_planes, spread
 @given(st.integers(0, 10_000), st.integers(2, 4), st.integers(2, 12), st.integers(1, 4))
 def test_labels_equal_counted_pixels(seed, grid, side, count):
     size = grid * side
-    random, base = random_boxes(size, grid, count, np.random.default_rng(seed)), base_boxes(size, grid)
+    random, base = (
+        random_boxes(size, grid, count, np.random.default_rng(seed)),
+        base_boxes(size, grid),
+    )
     labels = overlap_labels(random, base)
     for r, (y0, x0, y1, x1) in enumerate(random):
         canvas = np.zeros((size, size), bool)
@@ -27,7 +32,9 @@ def test_labels_equal_counted_pixels(seed, grid, side, count):
         counted = [canvas[a:c, b:d].sum() / side**2 for a, b, c, d in base]
         np.testing.assert_allclose(labels[r], counted, atol=1e-12)
     np.testing.assert_allclose(labels.sum(1), 1)
-    assert np.allclose(overlap_labels(torch.from_numpy(random), torch.from_numpy(base)).numpy(), labels)
+    assert np.allclose(
+        overlap_labels(torch.from_numpy(random), torch.from_numpy(base)).numpy(), labels
+    )
 
 
 def test_random_centres_are_uniform_over_all_places():
@@ -50,13 +57,17 @@ def test_planes_are_resized_by_area():
 
 @pytest.mark.parametrize("draw", range(8))
 def test_labels_stay_true_when_crops_are_turned(draw):
-    """Paint a random box into an empty volume: what a base crop shows of it is its label, turned or not."""
+    """Paint a random box into an empty volume: what a base crop shows of it is its label, turned or
+    not.
+    """
     base, random = base_boxes(24, 3), random_boxes(24, 3, 3, np.random.default_rng(draw))
     for r, (y0, x0, y1, x1) in enumerate(random):
         volume = np.zeros((2, 24, 24), np.uint8)
         volume[:, y0:y1, x0:x1] = 200
         crops = turn(cut(volume, np.concatenate([random, base])), np.full(len(random) + 9, draw))
-        np.testing.assert_allclose((crops[len(random) :] == 200).mean((1, 2, 3)), overlap_labels(random, base)[r])
+        np.testing.assert_allclose(
+            (crops[len(random) :] == 200).mean((1, 2, 3)), overlap_labels(random, base)[r]
+        )
 
 
 def test_turns_are_the_eight_symmetries():
@@ -73,7 +84,14 @@ def store(tmp_path):
     for n in range(16):
         source, path = ("train", "unlabelled")[n >= 12], f"{n // 2}_{n}.npy"
         np.save(tmp_path / path, rng.integers(60, 200, (12, 48, 48), np.uint8))
-        rows.append({"patient_id": ("unlabelled-" if n >= 12 else "") + str(n // 2), "series_id": str(n), "source": source, "path": path})
+        rows.append(
+            {
+                "patient_id": ("unlabelled-" if n >= 12 else "") + str(n // 2),
+                "series_id": str(n),
+                "source": source,
+                "path": path,
+            }
+        )
     pl.DataFrame(rows).write_parquet(tmp_path / "index.parquet")
     return tmp_path
 
@@ -103,7 +121,9 @@ def test_batches_are_a_function_of_the_step_and_ranks_share_them(store):
         assert batch["crops"].shape == (4, 11, 3, 16, 16)
         assert torch.equal(batch["crops"], torch.cat([part["crops"] for part in parts]))
         assert torch.equal(batch["overlap"], torch.cat([part["overlap"] for part in parts]))
-        assert torch.equal(batch["crops"], VocoSamples(store, training, SMALL, seed=5)[step]["crops"])
+        assert torch.equal(
+            batch["crops"], VocoSamples(store, training, SMALL, seed=5)[step]["crops"]
+        )
     late = [batch["crops"] for batch in batches(whole, 6, 8, pinned=False)]
     assert torch.equal(late[1], whole[7]["crops"])
     ahead = VocoSamples(store, training, SMALL.model_copy(update={"workers": 1}), seed=5)
@@ -113,15 +133,22 @@ def test_batches_are_a_function_of_the_step_and_ranks_share_them(store):
 def test_an_epoch_shows_each_volume_once_and_mixes_the_sources(store):
     training, _ = choose_volumes(pl.read_parquet(store / "index.parquet"), SMALL, seed=1)
     samples = VocoSamples(store, training, SMALL, seed=5)
-    epochs = [np.concatenate([samples.order(step) for step in range(start, start + 3)]) for start in (0, 3)]
+    epochs = [
+        np.concatenate([samples.order(step) for step in range(start, start + 3)])
+        for start in (0, 3)
+    ]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert not np.array_equal(*epochs)
     assert not np.array_equal(epochs[0], np.arange(12))
 
 
-@pytest.mark.parametrize("drawn", [{}, {"turn": 1.0}, {"intensity": 1.0}, {"turn": 1.0, "intensity": 1.0}])
+@pytest.mark.parametrize(
+    "drawn", [{}, {"turn": 1.0}, {"intensity": 1.0}, {"turn": 1.0, "intensity": 1.0}]
+)
 def test_labels_of_a_sample_are_its_painted_pixels_whatever_is_drawn(store, drawn):
-    """The random box of a sample, painted bright in the volume: its share in each base crop is the sample's label."""
+    """The random box of a sample, painted bright in the volume: its share in each base crop is the
+    sample's label.
+    """
     config = SMALL.model_copy(update={"turn": 0.0, "intensity": 0.0, "random_crops": 1, **drawn})
     samples = VocoSamples(store, ["painted.npy"], config, seed=5)
     seen = []
@@ -130,7 +157,9 @@ def test_labels_of_a_sample_are_its_painted_pixels_whatever_is_drawn(store, draw
         volume = np.full((12, 48, 48), 60, np.uint8)
         volume[:, y0:y1, x0:x1] = 180
         np.save(store / "painted.npy", volume)
-        sample, plain = (samples.sample(0, [5, step, 0], augment=augment) for augment in (True, False))
+        sample, plain = (
+            samples.sample(0, [5, step, 0], augment=augment) for augment in (True, False)
+        )
         painted = sample["crops"].astype(int) > 120  # (1 + 9, 3, 16, 16)
         np.testing.assert_allclose(painted[1:].mean((1, 2, 3)), sample["overlap"][0], atol=1e-6)
         assert painted[0].all()
@@ -140,7 +169,9 @@ def test_labels_of_a_sample_are_its_painted_pixels_whatever_is_drawn(store, draw
 
 def test_evaluation_crops_are_fixed_and_plain(store):
     samples = VocoSamples(store, ["6_12.npy", "6_13.npy"], SMALL, seed=5)
-    first, again = (torch.cat([batch["crops"] for batch in evaluation_batches(samples, 2)]) for _ in range(2))
+    first, again = (
+        torch.cat([batch["crops"] for batch in evaluation_batches(samples, 2)]) for _ in range(2)
+    )
     assert torch.equal(first, again)
     volume = np.load(store / "6_12.npy")[spread(12, 3)]
     assert np.array_equal(first[0, 2:].numpy(), cut(volume, samples.base))

@@ -1,4 +1,6 @@
-"""The loop: stopping and resuming repeats an unbroken run, ranks share a batch, faults end it with the last good state kept."""
+"""The loop: stopping and resuming repeats an unbroken run, ranks share a batch, faults end it with
+the last good state kept.
+"""
 
 import json
 import multiprocessing
@@ -36,7 +38,8 @@ from pipeline.voco.model import make_teacher
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = ("model.backbone=test_resnet", "pretrain.batch=4", "pretrain.holdout=2", "pretrain.lr=1e-3")
-DESCENT = (*TINY, "pretrain.lr=2e-3", "pretrain.clip=1e9", "pretrain.amp=false")  # for helpers_gloo: the gradient's scale counts
+# for helpers_gloo: the gradient's scale counts
+DESCENT = (*TINY, "pretrain.lr=2e-3", "pretrain.clip=1e9", "pretrain.amp=false")
 HELPER = Path(__file__).parents[1] / "support" / "helpers_gloo.py"
 
 
@@ -49,16 +52,31 @@ def volumes(tmp_path_factory):
     y, x = np.mgrid[0:48, 0:48] / 48
     for n in range(12):
         plane = 90 * y + 60 * x + 80 * ((y - 0.3) ** 2 + (x - 0.7) ** 2 < 0.04)
-        np.save(folder / f"p{n}_0.npy", np.clip(plane + rng.normal(0, 10, (12, 48, 48)), 0, 255).astype(np.uint8))
-        rows.append({"patient_id": f"p{n}", "series_id": "0", "source": "train" if n % 3 else "unlabelled", "path": f"p{n}_0.npy"})
+        np.save(
+            folder / f"p{n}_0.npy",
+            np.clip(plane + rng.normal(0, 10, (12, 48, 48)), 0, 255).astype(np.uint8),
+        )
+        rows.append(
+            {
+                "patient_id": f"p{n}",
+                "series_id": "0",
+                "source": "train" if n % 3 else "unlabelled",
+                "path": f"p{n}_0.npy",
+            }
+        )
     pl.DataFrame(rows).write_parquet(folder / "index.parquet")
-    (folder / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "fingerprint": "made by hand", "outputs": {}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"schema": SCHEMA, "fingerprint": "made by hand", "outputs": {}})
+    )
     return folder
 
 
 def numbers(folder):
     """The log without what the clock says."""
-    return [{k: v for k, v in record.items() if k not in ("samples_per_s", "waiting")} for record in read_log(folder / "log.jsonl")]
+    return [
+        {k: v for k, v in record.items() if k not in ("samples_per_s", "waiting")}
+        for record in read_log(folder / "log.jsonl")
+    ]
 
 
 def trained(*overrides, volumes):
@@ -71,18 +89,32 @@ def trained(*overrides, volumes):
 @pytest.mark.parametrize("pool", ["clip", "slice"])
 def test_loss_of_a_step_is_that_of_plain_loops(volumes, pool):
     """Which embedding meets which, the volume after each one, and the weights of the terms."""
-    plain = "pretrain.dropout=0", "pretrain.amp=false", f"pretrain.pool={pool}", "pretrain.random_crops=2"
-    run, samples = trained(*plain, "pretrain.intra=0.5", "pretrain.inter=2", "pretrain.regularisation=0.25", volumes=volumes)
+    plain = (
+        "pretrain.dropout=0",
+        "pretrain.amp=false",
+        f"pretrain.pool={pool}",
+        "pretrain.random_crops=2",
+    )
+    run, samples = trained(
+        *plain,
+        "pretrain.intra=0.5",
+        "pretrain.inter=2",
+        "pretrain.regularisation=0.25",
+        volumes=volumes,
+    )
     batch = samples[0]
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in run.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * parameter.std().nan_to_num(0))
-        student, teacher = (net(batch["crops"]).tolist() for net in (run.student, run.teacher))  # (B, G, R + K, E)
+        # (B, G, R + K, E)
+        student, teacher = (net(batch["crops"]).tolist() for net in (run.student, run.teacher))
     loss, stats = voco_step.forward(run, batch)
     terms = []
     for b, labels in enumerate(batch["overlap"].tolist()):
-        for own, taught, own_after, taught_after in zip(student[b], teacher[b], student[(b + 1) % 4], teacher[(b + 1) % 4], strict=True):
+        for own, taught, own_after, taught_after in zip(
+            student[b], teacher[b], student[(b + 1) % 4], teacher[(b + 1) % 4], strict=True
+        ):
             intra = slow_position_loss(slow_similarity(own[:2], taught[2:]), labels)
             target = slow_similarity(taught[:2], taught_after[2:])
             inter = slow_position_loss(slow_similarity(own[:2], own_after[2:]), target)
@@ -93,7 +125,9 @@ def test_loss_of_a_step_is_that_of_plain_loops(volumes, pool):
 
 
 def test_teacher_is_the_hand_computed_average_after_three_steps(volumes):
-    """Parameters and buffers, by the momentum of each step; no gradient reaches it, even where it would take one."""
+    """Parameters and buffers, by the momentum of each step; no gradient reaches it, even where it
+    would take one.
+    """
     run, samples = trained("pretrain.ema_final=0.3", "pretrain.lr=0.05", volumes=volumes)
     expected = {name: tensor.double().clone() for name, tensor in run.teacher.state_dict().items()}
     run.teacher.requires_grad_(True)
@@ -102,11 +136,17 @@ def test_teacher_is_the_hand_computed_average_after_three_steps(volumes):
         assert momentum == pytest.approx((0.9, 0.6 + 0.3 * 3**0.5 / 2, 0.75)[step])
         for name, tensor in run.student.state_dict().items():
             old = expected[name]
-            expected[name] = momentum * old + (1 - momentum) * tensor if tensor.is_floating_point() else tensor.double()
+            expected[name] = (
+                momentum * old + (1 - momentum) * tensor
+                if tensor.is_floating_point()
+                else tensor.double()
+            )
     statistics = [name for name, _ in run.teacher.named_buffers() if "running" in name]
     assert len(statistics) > 8
     for name, tensor in run.teacher.state_dict().items():
-        np.testing.assert_allclose(tensor.double(), expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            tensor.double(), expected[name], rtol=1e-4, atol=1e-6, err_msg=name
+        )
     assert all(parameter.grad is None for parameter in run.teacher.parameters())
     assert not any(parameter.requires_grad for parameter in make_teacher(run.student).parameters())
     distant = run.student.state_dict()[statistics[0]] - run.teacher.state_dict()[statistics[0]]
@@ -127,12 +167,20 @@ def test_a_run_leaves_a_backbone_that_timm_loads_whole(unbroken):
     assert counts["held_out"] == 2
     assert 0 <= counts["position_accuracy"] <= 1
     taught = load_checkpoint(folder / "best.ckpt")["teacher"]
-    assert all(torch.equal(taught[f"backbone.{name}"], tensor) for name, tensor in plain.named_parameters())
-    assert not any(torch.equal(taught[f"backbone.{name}"], tensor) for name, tensor in plain.named_buffers() if "running" in name)
+    assert all(
+        torch.equal(taught[f"backbone.{name}"], tensor) for name, tensor in plain.named_parameters()
+    )
+    assert not any(
+        torch.equal(taught[f"backbone.{name}"], tensor)
+        for name, tensor in plain.named_buffers()
+        if "running" in name
+    )
 
 
 def test_exported_statistics_are_the_averages_over_whole_slices(volumes, tmp_path):
-    """Each batch norm's: mean over batches of what it is given, in float64; the run's own stay, and so does the file when made again."""
+    """Each batch norm's: mean over batches of what it is given, in float64; the run's own stay, and
+    so does the file when made again.
+    """
     run, samples = trained("pretrain.settle=3", "pretrain.amp=false", volumes=volumes)
     voco_step.train_step(run, samples[0])
     before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
@@ -140,21 +188,44 @@ def test_exported_statistics_are_the_averages_over_whole_slices(volumes, tmp_pat
         loop.export(run, samples, tmp_path / name)
         torch.rand(7), loop.seed_everything(9)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
-    assert all(torch.equal(before[name], tensor) for name, tensor in run.teacher.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in run.teacher.state_dict().items()
+    )
     plain = timm.create_model("test_resnet", in_chans=1, num_classes=0, global_pool="").double()
     plain.load_state_dict(load_file(tmp_path / "first"))
-    seen, norms = {}, {name: layer for name, layer in plain.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
-    exported = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in norms.items()}
+    seen, norms = (
+        {},
+        {
+            name: layer
+            for name, layer in plain.named_modules()
+            if isinstance(layer, torch.nn.BatchNorm2d)
+        },
+    )
+    exported = {
+        name: (layer.running_mean.clone(), layer.running_var.clone())
+        for name, layer in norms.items()
+    }
     for name, layer in norms.items():
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].transpose(0, 1).flatten(1)))
+        layer.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.setdefault(name, []).append(
+                inputs[0].transpose(0, 1).flatten(1)
+            )
+        )
     with torch.no_grad():
         for step in range(3):
             planes = [samples.planes(int(index), (step + 0.5) / 3) for index in samples.order(step)]
-            plain.train()((torch.from_numpy(np.concatenate(planes))[:, None].double() / 255 - GREY_MEAN) / GREY_STD)
+            plain.train()(
+                (torch.from_numpy(np.concatenate(planes))[:, None].double() / 255 - GREY_MEAN)
+                / GREY_STD
+            )
     for name, (mean, variance) in exported.items():
         batches = seen[name]
-        torch.testing.assert_close(mean, torch.stack([x.mean(1) for x in batches]).mean(0), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(variance, torch.stack([x.var(1) for x in batches]).mean(0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            mean, torch.stack([x.mean(1) for x in batches]).mean(0), rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            variance, torch.stack([x.var(1) for x in batches]).mean(0), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_without_settling_the_teachers_statistics_are_exported(volumes, tmp_path):
@@ -162,21 +233,38 @@ def test_without_settling_the_teachers_statistics_are_exported(volumes, tmp_path
     voco_step.train_step(run, samples[0])
     loop.export(run, samples, tmp_path / "backbone")
     state = load_file(tmp_path / "backbone")
-    assert all(torch.equal(run.teacher.backbone.state_dict()[name], tensor) for name, tensor in state.items())
+    assert all(
+        torch.equal(run.teacher.backbone.state_dict()[name], tensor)
+        for name, tensor in state.items()
+    )
 
 
 def test_the_log_says_what_the_contract_asks(unbroken):
     records = read_log(unbroken[0] / "log.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    wanted = {"loss", "intra", "inter", "reg", "lr", "std", "correlation", "samples_per_s", "waiting"}
+    wanted = {
+        "loss",
+        "intra",
+        "inter",
+        "reg",
+        "lr",
+        "std",
+        "correlation",
+        "samples_per_s",
+        "waiting",
+    }
     assert all(wanted <= record.keys() for record in records)
     assert [record["step"] for record in records if "position_accuracy" in record] == [3, 6]
-    assert records[0]["loss"] == pytest.approx(records[0]["intra"] + records[0]["inter"] + records[0]["reg"], rel=1e-5)
+    assert records[0]["loss"] == pytest.approx(
+        records[0]["intra"] + records[0]["inter"] + records[0]["reg"], rel=1e-5
+    )
     assert list((unbroken[0] / "tensorboard").iterdir())
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(volumes, unbroken, tmp_path, monkeypatch):
-    """SIGTERM in the middle of step 2: that step ends, the state is saved, and the rest repeats bit for bit."""
+    """SIGTERM in the middle of step 2: that step ends, the state is saved, and the rest repeats bit
+    for bit.
+    """
     config, forward = load_config("smoke", TINY), voco_step.forward
 
     def stopping(run, batch):
@@ -192,17 +280,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(volumes, unbroken, tmp_p
     stopped_at = load_checkpoint(tmp_path / "last.ckpt")["step"]
     assert stopped_at == 2
     with open(tmp_path / "log.jsonl", "a") as handle:
-        handle.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')  # what a killed process leaves behind
+        # what a killed process leaves behind
+        handle.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
     loop.pretrain(config, volumes, tmp_path, ALONE)
     assert numbers(tmp_path) == numbers(unbroken[0])
     ours, theirs = (load_checkpoint(folder / "last.ckpt") for folder in (tmp_path, unbroken[0]))
     for part in ("student", "teacher"):
         assert all(torch.equal(ours[part][name], tensor) for name, tensor in theirs[part].items())
-    assert (tmp_path / "backbone.safetensors").read_bytes() == (unbroken[0] / "backbone.safetensors").read_bytes()
+    assert (tmp_path / "backbone.safetensors").read_bytes() == (
+        unbroken[0] / "backbone.safetensors"
+    ).read_bytes()
 
 
 def test_a_signal_to_the_whole_group_reaches_the_workers_without_ending_them(volumes):
-    """As a terminal's Ctrl-C or a batch system's SIGTERM does: the loop still gets its data and ends at a step boundary."""
+    """As a terminal's Ctrl-C or a batch system's SIGTERM does: the loop still gets its data and
+    ends at a step boundary.
+    """
     _, samples = trained("pretrain.workers=1", volumes=volumes)
     before = set(multiprocessing.active_children())
     stream = batches(samples, 0, 40, pinned=False)
@@ -239,17 +332,27 @@ def test_another_configuration_starts_afresh_and_more_steps_go_on(volumes, tmp_p
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=3")), volumes, tmp_path, ALONE)
     assert "resumed at step 2" in capsys.readouterr().err
-    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=3", "pretrain.dropout=0.1")), volumes, tmp_path, ALONE)
+    loop.pretrain(
+        load_config("smoke", (*TINY, "pretrain.steps=3", "pretrain.dropout=0.1")),
+        volumes,
+        tmp_path,
+        ALONE,
+    )
     assert "dropout differs" in capsys.readouterr().err
     assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
 def test_checkpoints_of_another_run_are_set_aside_not_lost(volumes, tmp_path, capsys):
-    """Fewer steps than were made, as who follows the advice of 60,000 at step 70,000 asks for, once removed them all."""
+    """Fewer steps than were made, as who follows the advice of 60,000 at step 70,000 asks for, once
+    removed them all.
+    """
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=4")), volumes, tmp_path, ALONE)
     whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
-    assert "last.ckpt is at step 4, past pretrain.steps: training starts afresh" in capsys.readouterr().err
+    assert (
+        "last.ckpt is at step 4, past pretrain.steps: training starts afresh"
+        in capsys.readouterr().err
+    )
     assert {path.name: path.read_bytes() for path in (tmp_path / "earlier").iterdir()} == whole
     assert load_checkpoint(tmp_path / "last.ckpt")["step"] == 2
     for name, data in whole.items():
@@ -258,9 +361,14 @@ def test_checkpoints_of_another_run_are_set_aside_not_lost(volumes, tmp_path, ca
     assert "resumed at step 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("override", ["pretrain.pool=slice", "pretrain.activation_checkpointing=true", "pretrain.ema_final=1.0"])
+@pytest.mark.parametrize(
+    "override",
+    ["pretrain.pool=slice", "pretrain.activation_checkpointing=true", "pretrain.ema_final=1.0"],
+)
 def test_options_train(volumes, tmp_path, override):
-    loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2", override)), volumes, tmp_path, ALONE)
+    loop.pretrain(
+        load_config("smoke", (*TINY, "pretrain.steps=2", override)), volumes, tmp_path, ALONE
+    )
     records = read_log(tmp_path / "log.jsonl")
     assert len(records) == 2
     if "ema_final" in override:
@@ -286,20 +394,37 @@ def test_a_damaged_best_checkpoint_is_made_again(volumes, tmp_path):
     more = load_config("smoke", (*TINY, "pretrain.steps=4"))
     counts = loop.pretrain(more, volumes, tmp_path, ALONE)
     records = read_log(tmp_path / "log.jsonl")[2:]
-    assert counts["position_accuracy"] == max(record.get("position_accuracy", 0) for record in records)
+    assert counts["position_accuracy"] == max(
+        record.get("position_accuracy", 0) for record in records
+    )
     assert loop.usable_best(voco_step.start(more, ALONE, volumes), tmp_path) is not None
 
 
 def test_recomputed_activations_give_the_same_losses(volumes, tmp_path):
     for name, override in (("plain", "false"), ("less", "true")):
-        config = load_config("smoke", (*TINY, "pretrain.steps=3", f"pretrain.activation_checkpointing={override}", "pretrain.amp=false"))
+        config = load_config(
+            "smoke",
+            (
+                *TINY,
+                "pretrain.steps=3",
+                f"pretrain.activation_checkpointing={override}",
+                "pretrain.amp=false",
+            ),
+        )
         loop.pretrain(config, volumes, tmp_path / name, ALONE)
-    plain, less = ([record["loss"] for record in read_log(tmp_path / name / "log.jsonl")] for name in ("plain", "less"))
+    plain, less = (
+        [record["loss"] for record in read_log(tmp_path / name / "log.jsonl")]
+        for name in ("plain", "less")
+    )
     assert less == pytest.approx(plain, rel=1e-4)
 
 
 def test_a_model_that_cannot_recompute_is_refused(volumes):
-    options = "model.backbone=dla46_c", "pretrain.image_size=64", "pretrain.activation_checkpointing=true"
+    options = (
+        "model.backbone=dla46_c",
+        "pretrain.image_size=64",
+        "pretrain.activation_checkpointing=true",
+    )
     with pytest.raises(InputError, match="dla46_c cannot recompute its activations"):
         voco_step.start(load_config("smoke", (*TINY, *options)), ALONE)
     with pytest.raises(InputError, match="this backbone takes no images of 24 x 24 pixels"):
@@ -335,14 +460,20 @@ def test_float16_gradients_that_stay_non_finite_end_the_run(volumes, monkeypatch
     before = run.student.projector[-1].weight.clone()
     for _ in range(24):
         voco_step.train_step(run, samples[0])
-    with pytest.raises(NonFiniteLoss, match="non-finite gradients at step 25 though the loss is scaled by 0.00195"):
+    with pytest.raises(
+        NonFiniteLoss, match="non-finite gradients at step 25 though the loss is scaled by 0.00195"
+    ):
         voco_step.train_step(run, samples[0])
     assert torch.equal(run.student.projector[-1].weight, before)
 
 
 @pytest.mark.parametrize(("amount", "fault"), [(float("nan"), NonFiniteLoss), (0.0, Collapse)])
-def test_faults_end_the_run_and_keep_the_last_good_state(volumes, tmp_path, monkeypatch, amount, fault):
-    config = load_config("smoke", (*TINY, "pretrain.collapse_patience=2", "pretrain.checkpoint_every=1"))
+def test_faults_end_the_run_and_keep_the_last_good_state(
+    volumes, tmp_path, monkeypatch, amount, fault
+):
+    config = load_config(
+        "smoke", (*TINY, "pretrain.collapse_patience=2", "pretrain.checkpoint_every=1")
+    )
     step = voco_step.train_step
 
     def broken(run, batch, stopping=False):
@@ -353,7 +484,12 @@ def test_faults_end_the_run_and_keep_the_last_good_state(volumes, tmp_path, monk
         return step(run, batch, stopping)
 
     monkeypatch.setattr(loop, "train_step", broken)
-    with pytest.raises(fault, match="step 4.*p[0-9]+_0.npy" if fault is NonFiniteLoss else "collapsed for 2 steps until step 5"):
+    with pytest.raises(
+        fault,
+        match="step 4.*p[0-9]+_0.npy"
+        if fault is NonFiniteLoss
+        else "collapsed for 2 steps until step 5",
+    ):
         loop.pretrain(config, volumes, tmp_path, ALONE)
     state = load_checkpoint(tmp_path / "last.ckpt")
     assert state["step"] == 3
@@ -361,9 +497,17 @@ def test_faults_end_the_run_and_keep_the_last_good_state(volumes, tmp_path, monk
 
 
 def test_a_run_that_ends_collapsed_is_no_result(volumes, tmp_path, monkeypatch):
-    """Fewer steps than collapse_patience once ended with exit code 0 and the collapsed network as backbone."""
+    """Fewer steps than collapse_patience once ended with exit code 0 and the collapsed network as
+    backbone.
+    """
     step = voco_step.train_step
-    monkeypatch.setattr(loop, "train_step", lambda run, *given: (lambda record, stop: ({**record, "std": 0.0}, stop))(*step(run, *given)))
+    monkeypatch.setattr(
+        loop,
+        "train_step",
+        lambda run, *given: (lambda record, stop: ({**record, "std": 0.0}, stop))(
+            *step(run, *given)
+        ),
+    )
     with pytest.raises(Collapse, match="collapsed for 2 steps until step 2"):
         loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
     assert not list(tmp_path.glob("*.ckpt"))
@@ -382,7 +526,11 @@ def test_what_nccl_raises_for_a_lost_process_is_one_line(volumes, tmp_path, monk
 def test_checkpoints_rotate_and_a_damaged_one_costs_one_interval(tmp_path):
     for step in range(1, 6):
         save_checkpoint(tmp_path / "last.ckpt", {"step": step}, keep=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.1.ckpt", "last.2.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last.1.ckpt",
+        "last.2.ckpt",
+        "last.ckpt",
+    ]
     assert newest_checkpoint(tmp_path / "last.ckpt", 3) == {"step": 5}
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:100])
     assert newest_checkpoint(tmp_path / "last.ckpt", 3) == {"step": 4}
@@ -391,17 +539,37 @@ def test_checkpoints_rotate_and_a_damaged_one_costs_one_interval(tmp_path):
 
 def ranks(volumes, fault):
     """Stage 04 under torchrun in the folder of `volumes`, two processes with a planted fault."""
-    launch = "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, f"--log-dir={volumes.parent / 'ranks'}", str(HELPER), fault,
-               "--config=smoke", f"--out={volumes.parent}", "--device=cpu", *DESCENT]  # fmt: skip
+    launch = (
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *launch,
+        f"--log-dir={volumes.parent / 'ranks'}",
+        str(HELPER),
+        fault,
+        "--config=smoke",
+        f"--out={volumes.parent}",
+        "--device=cpu",
+        *DESCENT,
+    ]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[2])}
     return subprocess.run(command, env=shared, capture_output=True, text=True, timeout=400)
 
 
-def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(volumes, tmp_path, monkeypatch):
-    """Batch norm, inter-volume term, dropout and gradients are those of the whole batch; one process writes, once.
+def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
+    volumes, tmp_path, monkeypatch
+):
+    """Batch norm, inter-volume term, dropout and gradients are those of the whole batch; one
+    process writes, once.
 
-    torchrun ends all ranks as soon as one has ended, and a batch system signals every process: no signal may cut the checkpoint short.
+    torchrun ends all ranks as soon as one has ended, and a batch system signals every process: no
+    signal may cut the checkpoint short.
     """
     monkeypatch.setattr(optimise, "adamw", descent)
     loop.pretrain(load_config("smoke", DESCENT), volumes, tmp_path, ALONE)
@@ -411,20 +579,26 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(volumes, 
     assert (folder / "last.ckpt").exists(), stopped.stderr
     assert "stopped at step 4, checkpoint written" in stopped.stderr
     assert not list(folder.glob(".*tmp*"))
-    assert load_checkpoint(folder / "last.ckpt")["step"] == 4, stopped.stderr  # the ranks agree one step after the signal
+    # the ranks agree one step after the signal
+    assert load_checkpoint(folder / "last.ckpt")["step"] == 4, stopped.stderr
     assert not (folder / "manifest.json").exists()
     done = ranks(volumes, "none")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("04_voco2d: done") == 1
     assert len(list((folder / "tensorboard").iterdir())) == 2, "one process of each sitting writes"
-    one, two = ([[record[name] for name in voco_step.STATS] for record in read_log(path / "log.jsonl")] for path in (tmp_path, folder))
+    one, two = (
+        [[record[name] for name in voco_step.STATS] for record in read_log(path / "log.jsonl")]
+        for path in (tmp_path, folder)
+    )
     np.testing.assert_allclose(two, one, rtol=5e-4, atol=1e-4)
     begun = voco_step.start(load_config("smoke", DESCENT), ALONE).student.state_dict()
     learnt, other = (load_checkpoint(path / "last.ckpt")["student"] for path in (tmp_path, folder))
     for name, tensor in begun.items():
         moved = (learnt[name] - tensor).float().norm()
         assert (learnt[name] - other[name]).float().norm() <= 0.05 * moved + 1e-5, name
-    assert sum(not torch.equal(learnt[name], tensor) for name, tensor in begun.items()) > 0.9 * len(begun)
+    assert sum(not torch.equal(learnt[name], tensor) for name, tensor in begun.items()) > 0.9 * len(
+        begun
+    )
 
 
 def test_a_ranks_failure_ends_all_with_its_message(volumes):

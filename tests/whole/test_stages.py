@@ -21,7 +21,17 @@ def test_run_leaves_a_manifest_in_every_stage_folder(smoke):
     for folder in sorted(MAKERS.keys() - {"09_ablation"}):  # which run_all.sh does not run
         manifest = read_manifest(smoke / folder)
         assert manifest is not None, folder
-        assert {"schema", "config", "inputs", "fingerprint", "outputs", "counts", "seconds", "versions", "git"} <= set(manifest)
+        assert {
+            "schema",
+            "config",
+            "inputs",
+            "fingerprint",
+            "outputs",
+            "counts",
+            "seconds",
+            "versions",
+            "git",
+        } <= set(manifest)
 
 
 def test_no_temporary_file_is_left(smoke):
@@ -31,14 +41,30 @@ def test_no_temporary_file_is_left(smoke):
 def test_second_run_skips_everything_touches_nothing_and_imports_nothing_heavy(smoke, monkeypatch):
     """Python lists what it imports: a limit in seconds would depend on the machine."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file() and ".lock" not in path.name}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in smoke.rglob("*")
+        if path.is_file() and ".lock" not in path.name
+    }
     again = run_all(smoke)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("up to date") == 9 + 2, "nine stages and two folds"
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    imported = {line.rpartition("|")[2].strip() for line in again.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in again.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert "pipeline.run.stage" in imported
-    assert not imported & {"torch", "timm", "albumentations", "cv2", "scipy", "sklearn", "matplotlib"}
+    assert not imported & {
+        "torch",
+        "timm",
+        "albumentations",
+        "cv2",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+    }
 
 
 def test_submission_is_the_samples_in_columns_order_and_patients(smoke):
@@ -50,14 +76,24 @@ def test_submission_is_the_samples_in_columns_order_and_patients(smoke):
 
 def test_out_of_fold_predictions_cover_every_series_once(smoke):
     labels = read_labels(smoke / "data" / "phantom")
-    oof = pl.concat([pl.read_parquet(path) for path in sorted((smoke / "05_folds").glob("fold*/oof.parquet"))])
-    volumes = pl.read_parquet(smoke / "02_volumes" / "index.parquet").filter(pl.col("source") == "train")
+    oof = pl.concat(
+        [pl.read_parquet(path) for path in sorted((smoke / "05_folds").glob("fold*/oof.parquet"))]
+    )
+    volumes = pl.read_parquet(smoke / "02_volumes" / "index.parquet").filter(
+        pl.col("source") == "train"
+    )
     assert sorted(zip(oof["patient_id"], oof["series_id"], strict=True)) == sorted(
         zip(volumes["patient_id"], volumes["series_id"], strict=True)
     )
     assert set(oof["patient_id"]) == set(labels["patient_id"])
-    folds = dict(pl.read_csv(smoke / "03_folds" / "folds.csv", schema_overrides={"patient_id": pl.String}).iter_rows())
-    assert all(folds[patient] == fold for patient, fold in oof.select("patient_id", "fold").iter_rows())
+    folds = dict(
+        pl.read_csv(
+            smoke / "03_folds" / "folds.csv", schema_overrides={"patient_id": pl.String}
+        ).iter_rows()
+    )
+    assert all(
+        folds[patient] == fold for patient, fold in oof.select("patient_id", "fold").iter_rows()
+    )
     assert np.isfinite(oof.select(COLUMNS).to_numpy()).all()
 
 
@@ -81,9 +117,18 @@ def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
     from pipeline.submission.decode_ahead import decode_series
 
     config = load_config("smoke")
-    row = pl.read_parquet(smoke / "02_volumes" / "index.parquet").filter(pl.col("source") == "train").row(0, named=True)
+    row = (
+        pl.read_parquet(smoke / "02_volumes" / "index.parquet")
+        .filter(pl.col("source") == "train")
+        .row(0, named=True)
+    )
     data = smoke / "data" / "phantom"
-    task = SeriesTask(row["patient_id"], row["series_id"], "test", str(data / "train_images" / row["patient_id"] / row["series_id"]))
+    task = SeriesTask(
+        row["patient_id"],
+        row["series_id"],
+        "test",
+        str(data / "train_images" / row["patient_id"] / row["series_id"]),
+    )
     decoded = decode_series(task, data, config.convert, config.volume)
     assert np.array_equal(decoded.volume, np.load(smoke / "02_volumes" / row["path"]))
 
@@ -166,8 +211,18 @@ def test_real_data_skips_the_phantom_and_missing_test_tables_skip_the_submission
 
 def test_time_budget_gives_a_valid_file_with_the_prior(smoke, tmp_path):
     out = tmp_path / "late"
-    done = run_stage("07", "--config", "smoke", "--models", str(smoke), "--data", str(smoke / "data" / "phantom"), "--out", str(out),
-                     "predict.time_budget_h=0.0003")  # fmt: skip
+    done = run_stage(
+        "07",
+        "--config",
+        "smoke",
+        "--models",
+        str(smoke),
+        "--data",
+        str(smoke / "data" / "phantom"),
+        "--out",
+        str(out),
+        "predict.time_budget_h=0.0003",
+    )
     assert done.returncode == 0, done.stderr
     sample = read_sample_submission(smoke / "data" / "phantom")
     table = check_submission(out / "07_submission" / "submission.csv", sample)
@@ -179,8 +234,15 @@ def test_time_budget_gives_a_valid_file_with_the_prior(smoke, tmp_path):
 
 def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(smoke / "data" / "phantom", data, ignore=shutil.ignore_patterns("train_images", "unlabelled"))
-    series = pl.read_csv(data / "test_series_meta.csv", schema_overrides={"patient_id": pl.String, "series_id": pl.String})
+    shutil.copytree(
+        smoke / "data" / "phantom",
+        data,
+        ignore=shutil.ignore_patterns("train_images", "unlabelled"),
+    )
+    series = pl.read_csv(
+        data / "test_series_meta.csv",
+        schema_overrides={"patient_id": pl.String, "series_id": pl.String},
+    )
     broken, gone, empty = series["patient_id"].unique(maintain_order=True)[:3]
     for patient, sid in series.select("patient_id", "series_id").iter_rows():
         folder = data / "test_images" / patient / sid
@@ -191,20 +253,46 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
             shutil.rmtree(folder)
             if patient == empty:
                 folder.mkdir()
-    done = run_stage("07", "--config", "smoke", "--models", str(smoke), "--data", str(data), "--out", str(tmp_path / "out"), "--jobs", "2")
+    done = run_stage(
+        "07",
+        "--config",
+        "smoke",
+        "--models",
+        str(smoke),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--jobs",
+        "2",
+    )
     assert done.returncode == 0, done.stderr
-    table = check_submission(tmp_path / "out" / "07_submission" / "submission.csv", read_sample_submission(data))
-    rows = table.filter(pl.col("patient_id").is_in([broken, gone, empty])).select(COLUMNS).to_numpy()
+    table = check_submission(
+        tmp_path / "out" / "07_submission" / "submission.csv", read_sample_submission(data)
+    )
+    rows = (
+        table.filter(pl.col("patient_id").is_in([broken, gone, empty])).select(COLUMNS).to_numpy()
+    )
     assert np.allclose(rows, rows[0]), "all three have the prior"
     ids = {"patient_id": pl.String, "series_id": pl.String}
-    reported = pl.read_csv(tmp_path / "out" / "07_submission" / "fallbacks.csv", schema_overrides=ids).fill_null("").rows()
+    reported = (
+        pl.read_csv(tmp_path / "out" / "07_submission" / "fallbacks.csv", schema_overrides=ids)
+        .fill_null("")
+        .rows()
+    )
     reasons = {patient: reason for patient, sid, reason in reported if sid}
     assert reasons.keys() == {broken, gone, empty}
     assert reasons[empty] == "no DICOM files"
     assert reasons[gone].startswith("no such folder")
     alone = [(patient, reason) for patient, sid, reason in reported if not sid]
-    assert sorted(alone) == sorted((patient, "no usable series: prior") for patient in (broken, gone, empty))
-    untouched = check_submission(smoke / "07_submission" / "submission.csv", read_sample_submission(data))
+    assert sorted(alone) == sorted(
+        (patient, "no usable series: prior") for patient in (broken, gone, empty)
+    )
+    untouched = check_submission(
+        smoke / "07_submission" / "submission.csv", read_sample_submission(data)
+    )
     rest = ~pl.col("patient_id").is_in([broken, gone, empty])
     pair = [frame.filter(rest).select(COLUMNS).to_numpy() for frame in (table, untouched)]
-    assert np.allclose(*pair, atol=1e-5), "the others are as they were (to float32 sums by another number of threads)"
+    assert np.allclose(*pair, atol=1e-5), (
+        "the others are as they were (to float32 sums by another number of threads)"
+    )

@@ -1,10 +1,12 @@
-"""Faults for the processes of a test: loaded by Python at start where this folder is on PYTHONPATH and VOCO_FAULT is set.
+"""Faults for the processes of a test: loaded by Python at start where this folder is on PYTHONPATH
+and VOCO_FAULT is set.
 
-    kill:N              the write that would take a file past N bytes kills the whole process group, half-written file and all
-    full:N              ... fails instead (RLIMIT_FSIZE: it holds for Python, C and Rust alike, and for root)
-    refuse:ERRNO:WHERE  whatever would change something below the path WHERE fails with this error
-    pause:MARK:PART     the first process to open a path that contains PART writes its id to the file MARK and waits for MARK.over
-    clock:SECONDS       the wall clock jumps back by so much at every second look
+    kill:N              the write that would take a file past N bytes kills the whole process group,
+    half-written file and all full:N              ... fails instead (RLIMIT_FSIZE: it holds for
+    Python, C and Rust alike, and for root) refuse:ERRNO:WHERE  whatever would change something
+    below the path WHERE fails with this error pause:MARK:PART     the first process to open a path
+    that contains PART writes its id to the file MARK and waits for MARK.over clock:SECONDS
+    the wall clock jumps back by so much at every second look
 
 With VOCO_STAGE only the stage script of that number, and its children, are hit.
 """
@@ -24,8 +26,14 @@ def limit(size: int) -> None:
 
 def refuse(number: int, where: str) -> None:
     def hook(event: str, arguments: tuple) -> None:
-        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (event == "open" and (arguments[2] or 0) & WRITING)
-        if changes and isinstance(arguments[0], (str, bytes, os.PathLike)) and os.fsdecode(arguments[0]).startswith(where):
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+            event == "open" and (arguments[2] or 0) & WRITING
+        )
+        if (
+            changes
+            and isinstance(arguments[0], (str, bytes, os.PathLike))
+            and os.fsdecode(arguments[0]).startswith(where)
+        ):
             raise OSError(number, os.strerror(number), os.fsdecode(arguments[0]))
 
     sys.addaudithook(hook)
@@ -33,7 +41,12 @@ def refuse(number: int, where: str) -> None:
 
 def pause(mark: str, part: str) -> None:
     def hook(event: str, arguments: tuple) -> None:
-        if event != "open" or not isinstance(arguments[0], str) or part not in arguments[0] or os.path.exists(f"{mark}.over"):  # noqa: PTH110
+        if (
+            event != "open"
+            or not isinstance(arguments[0], str)
+            or part not in arguments[0]
+            or os.path.exists(f"{mark}.over")
+        ):  # noqa: PTH110
             return
         try:
             handle = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
