@@ -12,7 +12,7 @@ from .competition.targets import COLUMNS
 from .system.errors import InputError
 
 SEEDS = 16
-TOLERANCE = 0.15
+CLASS_TOLERANCE = 0.15
 
 
 def strata(labels: pl.DataFrame, series: pl.DataFrame) -> pl.DataFrame:
@@ -35,7 +35,7 @@ def imbalance(folds: np.ndarray, matrix: np.ndarray, count: int) -> float:
     """
     share = matrix.sum(axis=0) / count
     counts = np.stack([matrix[folds == fold].sum(axis=0) for fold in range(count)])
-    return float((np.abs(counts - share) / np.maximum(1.0, TOLERANCE * share)).max())
+    return float((np.abs(counts - share) / np.maximum(1.0, CLASS_TOLERANCE * share)).max())
 
 
 def make_folds(

@@ -18,7 +18,7 @@ from pipeline.run.command import main
 from pipeline.run.manifest import read_manifest
 from pipeline.run.stage import Stage
 from pipeline.system.errors import InputError
-from pipeline.system.processes import part_of
+from pipeline.system.processes import parent_stage
 
 SECTIONS = ("seed", "model", "train")
 # another process may be at another fold, and write the manifest of all at the same time
@@ -58,7 +58,7 @@ def run(stage: Stage) -> None:
         known = all((stage.folder / f"fold{fold}" / "manifest.json").is_file() for fold in folds)
         stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
     mine = stage.share(folds) if stage.options.fold is None else [stage.options.fold]
-    if stage.options.force and not part_of():
+    if stage.options.force and not parent_stage():
         from pipeline.classifier.fold import start_anew
 
         start_anew(stage, mine, inputs, SECTIONS)
@@ -66,7 +66,7 @@ def run(stage: Stage) -> None:
         for fold in mine:
             _train(stage, fold, inputs)
     with stage.lock(PATIENCE_S):
-        if read_manifest(stage.folder) is None and not part_of():
+        if read_manifest(stage.folder) is None and not parent_stage():
             from pipeline.classifier.fold import finish_folds
 
             finish_folds(stage, inputs, SECTIONS)

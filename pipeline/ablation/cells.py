@@ -21,7 +21,7 @@ from ..system.console import log
 from ..system.errors import InputError
 from ..system.files import atomic_path, write_text
 from ..system.machine import world_size
-from .grid import BACKBONE, LOG, OOF, Cell, backbone_part, declared_cells, part_of, pretrainings
+from .grid import BACKBONE, LOG, OOF, Cell, backbone_part, declared_cells, part_with, pretrainings
 
 SECTIONS = ("seed", "model", "train")
 
@@ -73,7 +73,7 @@ def train_cell(stage: Stage, cell: Cell) -> None:
     """Train the folds of one cell unless it is up to date, and join their out-of-fold rows and
     logs.
     """
-    part = part_of(stage, cell.name, cell.config)
+    part = part_with(stage, cell.name, cell.config)
     with part.lock():
         if cell_is_current(stage, part, cell):
             return
@@ -85,7 +85,7 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         for fold in folds:
             fold.config = cell.config
         counts = [run_fold(fold, number, pretrained) for number, fold in enumerate(folds)]
-        rows = list(_logs([fold.folder / LOG for fold in folds]))
+        rows = list(_log_lines([fold.folder / LOG for fold in folds]))
         with atomic_path(part.folder / OOF) as path:
             pl.concat([pl.read_parquet(fold.folder / OOF) for fold in folds]).write_parquet(path)
         write_text(part.folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
@@ -108,7 +108,7 @@ def _forget_another_run(folder: Path, identity: str) -> None:
     write_text(mark, identity)
 
 
-def _logs(paths: list[Path]) -> Iterator[dict]:
+def _log_lines(paths: list[Path]) -> Iterator[dict]:
     for number, path in enumerate(paths):
         yield from (
             {"fold": number, **json.loads(line)}
@@ -191,6 +191,6 @@ def run_cells(stage: Stage) -> list[Cell]:
     for cell in cells if stage.writer else ():
         if cell not in mine:
             wait_for(
-                part_of(stage, cell.name, cell.config), partial(cell_is_current, stage, cell=cell)
+                part_with(stage, cell.name, cell.config), partial(cell_is_current, stage, cell=cell)
             )
     return cells

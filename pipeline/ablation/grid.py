@@ -75,7 +75,7 @@ def pretrainings(cells: list[Cell]) -> dict[str, Cell]:
     return found
 
 
-def part_of(stage: Stage, name: str, config: Config) -> Stage:
+def part_with(stage: Stage, name: str, config: Config) -> Stage:
     """A sub-folder of the stage with a config of its own."""
     part = stage.part(name)
     part.config = config
@@ -84,4 +84,4 @@ def part_of(stage: Stage, name: str, config: Config) -> Stage:
 
 def backbone_part(stage: Stage, cell: Cell) -> Stage:
     """Where the cell's pretraining lies."""
-    return part_of(stage, f"pretrained/{cell.backbone}", cell.config)
+    return part_with(stage, f"pretrained/{cell.backbone}", cell.config)

@@ -20,7 +20,7 @@ from torch import nn
 from ..classifier.data import SLICE_NAMES, SLICE_TARGETS
 from ..competition.tables import read_labels
 from ..folds import read_folds
-from ..learning.backbone import create_backbone, load_backbone, normalise
+from ..learning.backbone import create_backbone, load_backbone, standardise
 from ..run.config import Config
 from ..run.stage import Stage
 from ..system.console import log
@@ -138,7 +138,7 @@ def settle(backbone: nn.Module, images: np.ndarray, device: torch.device) -> Non
     # every batch a sample of all slices
     mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))
     torch.optim.swa_utils.update_bn(
-        (normalise(part[:, None].to(device)) for part in mixed.split(BATCH)), backbone
+        (standardise(part[:, None].to(device)) for part in mixed.split(BATCH)), backbone
     )
     backbone.eval()
 
@@ -152,7 +152,7 @@ def slice_features(backbone: nn.Module, images: np.ndarray, device: torch.device
     for part in torch.from_numpy(images).split(BATCH):
         # (b, C, h', w')
         maps = backbone(
-            normalise(part[:, None].to(device)).contiguous(memory_format=torch.channels_last)
+            standardise(part[:, None].to(device)).contiguous(memory_format=torch.channels_last)
         )
         pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
         found.append(nn.functional.layer_norm(pooled, pooled.shape[1:]).cpu())

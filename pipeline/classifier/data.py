@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..competition.targets import COLUMNS
 from ..run.config import TrainConfig
-from ..volumes.sampling import _bins, slice_positions, take_slices
+from ..volumes.sampling import bins, slice_positions, take_slices
 from .augment import VolumeAugment
 
 SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks of
@@ -38,7 +38,7 @@ def bin_labels(labels: np.ndarray, count: int) -> np.ndarray:
     """Plane labels (D, 2) to (count, 2): a sampled slice carries the label of any plane in its
     bin.
     """
-    return np.maximum.reduceat(labels, _bins(len(labels), count)[0])
+    return np.maximum.reduceat(labels, bins(len(labels), count)[0])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .sequence import PoolZ, sequence_model
 
 # pixels that go through the backbone at once on a CPU without gradients: maps of more outgrow its
 # caches
-CHUNK = 8 * 192 * 192
+PIXELS_AT_ONCE = 8 * 192 * 192
 
 
 def chosen_targets(config: TrainConfig) -> list[Target]:
@@ -64,7 +64,7 @@ class CnnLstm(nn.Module):
         B, S, H, W = volumes.shape
         slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
         whole = self.training or torch.is_grad_enabled() or slices.is_cuda
-        parts = [slices] if whole else slices.split(max(1, CHUNK // (H * W)))
+        parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
         # (B, S, 2C)
         features = self.norm(torch.cat([self._features(part) for part in parts])).reshape(B, S, -1)
         # (B, S, E): what a slice shows reaches the heads directly too

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..learning.backbone import create_backbone, feature_shape, normalise
+from ..learning.backbone import create_backbone, feature_shape, standardise
 from ..learning.checkpoint import load_weights, read_metadata
 from ..learning.optimise import autocast
 from ..run.config import (
@@ -81,5 +81,7 @@ def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[s
     axes = {"x": 3, "y": 2, "z": 1}
     views = [slices, *(slices.flip(axes[name]) for name in flips)]
     with autocast(slices.device, amp):
-        outputs = torch.stack([probabilities(model(normalise(view))[0]) for view in views]).mean(0)
+        outputs = torch.stack([probabilities(model(standardise(view))[0]) for view in views]).mean(
+            0
+        )
     return predict(model, slices, False, flips) if amp and not outputs.isfinite().all() else outputs

@@ -18,7 +18,7 @@ from typing import Any
 from ..run.stage import Stage
 from ..system.errors import Ended
 from ..system.machine import pick_device
-from ..system.processes import deaf, part_environment
+from ..system.processes import interrupts_blocked, part_environment
 
 LOOK_S, MOST_BYTES = 0.05, 1 << 16
 
@@ -145,7 +145,7 @@ def _start(name: str, arguments: Sequence[str]) -> Part:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     command = [sys.executable, *sys.argv, *arguments]
-    with deaf():
+    with interrupts_blocked():
         process = subprocess.Popen(command, env=part_environment(writer), pass_fds=[writer])
     os.close(writer)
     return Part(name, process, reader)

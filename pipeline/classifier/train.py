@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..competition import metric
 from ..competition.targets import COLUMNS
-from ..learning.backbone import load_backbone, normalise
+from ..learning.backbone import load_backbone, standardise
 from ..learning.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal, loading
 from ..learning.optimise import (
@@ -239,7 +239,7 @@ class FoldTrainer:
                 name: value.to(self.device, non_blocking=True) for name, value in batch.items()
             }
             with autocast(self.device, self.options.amp):
-                outputs = self.forward(normalise(batch["slices"]))
+                outputs = self.forward(standardise(batch["slices"]))
             terms = self.loss(outputs, batch["labels"], batch["planes"], batch["known"], full)
             self.scaler.scale(sum(terms.values())).backward()
             for name, value in terms.items():

@@ -89,7 +89,7 @@ def score_arrays(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, flo
     return dict(zip(SCORE_KEYS, [*parts.tolist(), float(parts.mean())], strict=True))
 
 
-def floors(labels: np.ndarray) -> dict[str, dict[str, float]]:
+def constants(labels: np.ndarray) -> dict[str, dict[str, float]]:
     """Score tables of one constant prediction for everyone: uniform, class means, class means times
     the metric's weights.
     """

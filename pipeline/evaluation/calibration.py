@@ -35,9 +35,9 @@ from ..system.errors import InputError
 
 STRENGTH = 0.2
 SMALLEST = 1e-7
-GROUPS = list(group_slices().values())
+GROUP_SLICES = list(group_slices().values())
 GROUP_OF = np.repeat(np.arange(len(TARGETS)), [len(target.classes) for target in TARGETS])
-FREE = np.array([column for column in range(len(COLUMNS)) if column not in HEALTHY])
+FREE_COLUMNS = np.array([column for column in range(len(COLUMNS)) if column not in HEALTHY])
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def with_values(frame: pl.DataFrame, values: np.ndarray) -> pl.DataFrame:
 def softmax(logits: np.ndarray) -> np.ndarray:
     """(N, 13) logits to probabilities, each target's group by itself."""
     parts = [
-        np.exp(logits[:, where] - logits[:, where].max(axis=1, keepdims=True)) for where in GROUPS
+        np.exp(logits[:, where] - logits[:, where].max(axis=1, keepdims=True))
+        for where in GROUP_SLICES
     ]
     return normalise(np.concatenate(parts, axis=1))
 
@@ -183,7 +184,7 @@ def _unpack(vector: np.ndarray, models: int) -> tuple[np.ndarray, np.ndarray, np
     """
     shares = np.exp(vector[: 5 * models].reshape(5, models))
     bias = np.zeros(len(COLUMNS))
-    bias[FREE] = vector[5 * models + 5 :]
+    bias[FREE_COLUMNS] = vector[5 * models + 5 :]
     return (
         shares / shares.sum(axis=1, keepdims=True),
         np.exp(vector[5 * models : 5 * models + 5]),
@@ -224,12 +225,12 @@ def objective(
     x = logarithm(mixed)
     value, slope = loss_and_slope(labels, softmax(x * sharpness[GROUP_OF] + bias), joint)
     by_column = (slope * x).sum(axis=0)
-    by_sharpness = sharpness * np.array([by_column[where].sum() for where in GROUPS])
+    by_sharpness = sharpness * np.array([by_column[where].sum() for where in GROUP_SLICES])
     by_mixed = slope * sharpness[GROUP_OF] * (mixed > SMALLEST) / np.maximum(mixed, SMALLEST)
     columns = np.einsum("nc,mnc->cm", by_mixed, stack)
-    by_weight = np.stack([columns[where].sum(axis=0) for where in GROUPS])
+    by_weight = np.stack([columns[where].sum(axis=0) for where in GROUP_SLICES])
     by_share = weights * (by_weight - (weights * by_weight).sum(axis=1, keepdims=True))
-    gradient = np.concatenate([by_share.ravel(), by_sharpness, slope.sum(axis=0)[FREE]])
+    gradient = np.concatenate([by_share.ravel(), by_sharpness, slope.sum(axis=0)[FREE_COLUMNS]])
     penalty = STRENGTH / len(labels)
     return value + penalty * float(vector @ vector), gradient + 2 * penalty * vector
 
@@ -237,7 +238,7 @@ def objective(
 def _minimise(stack: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from scipy.optimize import minimize
 
-    start = np.zeros(5 * len(stack) + 5 + len(FREE))
+    start = np.zeros(5 * len(stack) + 5 + len(FREE_COLUMNS))
     for joint in (False, True):
         found = minimize(
             objective,
@@ -272,7 +273,9 @@ def fit(
     `labels`, with or without series.
     """
     tables = list(series.values())
-    weights, sharpness, bias = _unpack(np.zeros(5 * len(tables) + 5 + len(FREE)), len(tables))
+    weights, sharpness, bias = _unpack(
+        np.zeros(5 * len(tables) + 5 + len(FREE_COLUMNS)), len(tables)
+    )
     truth = labels.select(COLUMNS).cast(pl.Float64).to_numpy()
     if calibrate:
         patients = [aggregate(table, how) for table in tables]

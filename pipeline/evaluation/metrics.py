@@ -22,7 +22,7 @@ from ..competition.targets import (
 )
 
 BINS = 10
-CHUNK = 100
+RESAMPLES_AT_ONCE = 100
 METRICS = (
     "auc",
     "average_precision",
@@ -63,8 +63,8 @@ def resamples(patients: int, count: int, seed: int) -> Iterator[np.ndarray]:
     """
     yield np.ones((1, patients))
     random = np.random.default_rng(seed)
-    for start in range(0, count, CHUNK):
-        drawn = random.integers(0, patients, (min(CHUNK, count - start), patients))
+    for start in range(0, count, RESAMPLES_AT_ONCE):
+        drawn = random.integers(0, patients, (min(RESAMPLES_AT_ONCE, count - start), patients))
         flat = drawn + patients * np.arange(len(drawn))[:, None]
         yield (
             np.bincount(flat.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)

@@ -16,7 +16,7 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from ..competition import strict_table, tables
-from ..competition.metric import aggregate, floors, format_table, require_patients, score_arrays
+from ..competition.metric import aggregate, constants, format_table, require_patients, score_arrays
 from ..competition.strict_table import KEY, ROW, Table
 from ..competition.targets import COLUMNS, SCORE_KEYS
 from ..folds import make_folds, read_folds
@@ -214,7 +214,7 @@ def _score(
     values = {"raw": parts["raw"], "nested": parts["nested"], "in_sample": in_sample}
     arrays = {name: frame.select(COLUMNS).to_numpy() for name, frame in values.items()}
     scores: dict[str, Any] = {name: score_arrays(truth, array) for name, array in arrays.items()}
-    scores["floors"] = floors(truth)
+    scores["floors"] = constants(truth)
     base = scores["floors"]["weighted_means"]
     scores["reduction"] = {
         name: {key: 1 - scores[name][key] / base[key] for key in SCORE_KEYS} for name in arrays

@@ -18,7 +18,7 @@ GREY_MEAN, GREY_STD = 0.449, 0.226
 EXTRAS = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
+def standardise(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 (...) to float (...), the same constants for every image of the project."""
     return pixels.float().mul_(1 / (255 * GREY_STD)).sub_(GREY_MEAN / GREY_STD)
 

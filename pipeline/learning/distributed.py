@@ -22,7 +22,7 @@ class PeerLost(TrainingStopped):
     """Another process of this run has ended; its own message says why."""
 
 
-LOST = "another process of this run has ended: its own message says why"
+PEER_LOST = "another process of this run has ended: its own message says why"
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def peers() -> Iterator[None]:
     try:
         yield
     except distributed.DistError as fault:
-        raise PeerLost(LOST) from fault
+        raise PeerLost(PEER_LOST) from fault
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     try:
         distributed.all_reduce(tensor)
     except RuntimeError as fault:
-        raise PeerLost(LOST) from fault
+        raise PeerLost(PEER_LOST) from fault
     return tensor
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 DEPTHWISE, STRIDED, POINTWISE = 64, 256, 16  # largest map (pixels) that takes the other road
-PART, HALF = 1 << 24, (torch.bfloat16, torch.float16)
+ELEMENTS_AT_ONCE, HALF = 1 << 24, (torch.bfloat16, torch.float16)
 SIZE2 = tuple[int, int]
 ACTIVATIONS = {
     nn.SiLU: (functional.silu, torch.ops.aten.silu_backward),
@@ -187,7 +187,7 @@ def input_gradient(
             0
         ]
     weight, found = weight.float(), torch.empty_like(x)
-    size = max(1, PART // x[0].numel())  # images at once: the float32 copies stay small
+    size = max(1, ELEMENTS_AT_ONCE // x[0].numel())  # images at once: the float32 copies stay small
     for own, part in zip(found.split(size), gradient.split(size), strict=True):
         shape = torch.empty_like(own, dtype=torch.float32)  # only the shape of the input matters
         own.copy_(

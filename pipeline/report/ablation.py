@@ -12,7 +12,7 @@ from .charts import data_uri, ticks
 STYLES = {"better": "c3", "worse": "c2", "no difference shown": "soft"}
 
 
-def ablation(folder: Path) -> dict[str, Any]:
+def comparison(folder: Path) -> dict[str, Any]:
     """Figures and cost of every variant, differences of every pair, forest plots, and the sentences
     that they support.
     """
@@ -75,7 +75,7 @@ def forest(compared: list[dict[str, Any]], figure: str) -> dict[str, Any]:
     }
 
 
-def probes(folder: Path) -> dict[str, Any]:
+def probe_table(folder: Path) -> dict[str, Any]:
     """Probe values by question and probe for every backbone and kind of statistics: mean, least and
     most over the seeds.
     """

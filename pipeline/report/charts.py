@@ -158,7 +158,7 @@ def confusion(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, A
     return tables
 
 
-def picture(plane: np.ndarray) -> str:
+def jpeg_uri(plane: np.ndarray) -> str:
     """A grey plane (H, W) uint8 as JPEG data URI, at most `SIDE` pixels a side."""
     scale = min(1.0, SIDE / max(plane.shape))
     small = cv2.resize(

@@ -16,7 +16,7 @@ from ..run.config import resolved
 from ..run.layout import MAKERS
 from ..run.manifest import digest
 from ..voco.crops import base_boxes, overlap_labels, random_boxes
-from ..volumes.sampling import spread
+from ..volumes.sampling import evenly
 from . import ablation as report_ablation
 from . import charts as figures
 from .charts import Line, chart, curve
@@ -123,7 +123,7 @@ def _pictures(run: Run, row: dict[str, Any], planes: list[int]) -> list[dict[str
     volume = np.load(path, mmap_mode="r")
     return [
         {
-            "uri": figures.picture(volume[plane]),
+            "uri": figures.jpeg_uri(volume[plane]),
             "plane": plane,
             "instance": row["plane_instances"][plane],
         }
@@ -139,12 +139,12 @@ def montage(run: Run) -> list[dict[str, Any]]:
     for source, count in (("train", 2 * SHOWN // 3), ("unlabelled", SHOWN // 3)):
         part = index.filter(pl.col("source") == source)
         rows += (
-            [part.row(k, named=True) for k in sorted(set(spread(len(part), count).tolist()))]
+            [part.row(k, named=True) for k in sorted(set(evenly(len(part), count).tolist()))]
             if len(part)
             else []
         )
     return [
-        {**row, "pictures": _pictures(run, row, spread(row["depth"], PLANES).tolist())}
+        {**row, "pictures": _pictures(run, row, evenly(row["depth"], PLANES).tolist())}
         for row in rows
     ]
 
@@ -343,7 +343,7 @@ def _marked_series(run: Run, patient: str, marks: pl.DataFrame | None) -> dict[s
     for injury, number in found.get(row["series_id"], {}).items():
         plane = min(range(row["depth"]), key=lambda k: abs(row["plane_instances"][k] - number))
         chosen[plane] = [*chosen.get(plane, []), injury]
-    planes = spread(row["depth"], ERROR_PLANES).tolist()
+    planes = evenly(row["depth"], ERROR_PLANES).tolist()
     # each takes the place of the nearest that shows no labelled injury
     for plane in set(chosen) - set(planes):
         planes.remove(min(set(planes) - set(chosen), key=lambda k: abs(k - plane)))
@@ -370,12 +370,12 @@ def test(run: Run) -> dict[str, Any]:
 
 def ablation(run: Run) -> dict[str, Any]:
     """Comparison of variants by stage 09."""
-    return report_ablation.ablation(run.out / "09_ablation")
+    return report_ablation.comparison(run.out / "09_ablation")
 
 
 def probes(run: Run) -> dict[str, Any]:
     """Probes of frozen backbones by stage 09."""
-    return report_ablation.probes(run.out / "09_ablation")
+    return report_ablation.probe_table(run.out / "09_ablation")
 
 
 def cost(run: Run) -> dict[str, Any]:

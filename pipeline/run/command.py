@@ -14,7 +14,7 @@ from typing import Any
 
 from ..system.errors import Ended, InputError, TrainingStopped
 from ..system.files import disk_errors
-from ..system.processes import end_with, part_of
+from ..system.processes import end_with, parent_stage
 from .stage import Stage
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
@@ -65,7 +65,7 @@ def main(
     options = flags.parse_intermixed_args()
     with _stops() as received:
         try:
-            _run(folder, options, run, exclusive)
+            _run_stage(folder, options, run, exclusive)
         except BaseException as fault:  # after a signal: whatever a library made of it
             code = 130 if isinstance(fault, KeyboardInterrupt) else getattr(fault, "code", None)
             code = 128 + received[0] if received else code
@@ -87,13 +87,13 @@ def main(
     return 0
 
 
-def _run(
+def _run_stage(
     folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool
 ) -> None:
     # here: a Ctrl-C is answered in one line from the first moment on
     from .presets import load_config
 
-    if part := part_of():
+    if part := parent_stage():
         end_with(part[0])
     stage = Stage(folder, load_config(options.config, options.overrides), options)
     with (
@@ -105,7 +105,7 @@ def _run(
 
 
 def _say(line: str, code: int) -> int:
-    if part := part_of():
+    if part := parent_stage():
         os.write(part[1], line.encode())
     else:
         print(line, file=sys.stderr, flush=True)

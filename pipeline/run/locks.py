@@ -8,7 +8,7 @@ from typing import TextIO
 from ..system.console import log
 
 
-def _holders(handle: TextIO) -> str:
+def holders(handle: TextIO) -> str:
     """Who wrote into a lock file and may still hold it: of this machine's processes those that
     live.
     """
@@ -31,7 +31,7 @@ def _lives(line: str) -> bool:
     return True
 
 
-def _flock(handle: TextIO, kind: int) -> bool:
+def try_lock(handle: TextIO, kind: int) -> bool:
     """True where this process now has the lock; also, with a warning, where the file system knows
     no locks.
     """

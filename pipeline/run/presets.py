@@ -57,7 +57,7 @@ def _validated(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as fault:
-        raise _explain(fault, where) from fault
+        raise _explain_validation(fault, where) from fault
 
 
 def resolve_preset(path: Path | str) -> Path:
@@ -96,7 +96,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _explain(fault: ValidationError, where: str) -> InputError:
+def _explain_validation(fault: ValidationError, where: str) -> InputError:
     error = fault.errors()[0]
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":

@@ -15,7 +15,7 @@ from ..system.errors import InputError
 from ..system.files import disk_errors, remove_temporaries, write_json
 from ..system.machine import cpu_count, device_used, peak_mb, world_size
 from .layout import MAKERS
-from .locks import _flock, _holders
+from .locks import holders, try_lock
 from .manifest import ROOT, SCHEMA, broken_outputs, digest, git_commit, read_manifest, versions
 
 if TYPE_CHECKING:
@@ -254,11 +254,11 @@ class Stage:
             handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing gives the lock up)
         with handle:
             deadline = time.monotonic() + patience_s
-            while not _flock(handle, kind):
+            while not try_lock(handle, kind):
                 if time.monotonic() > deadline:
                     what, where = (
                         f"another run holds {path.name.removeprefix('.lock-')}",
-                        f"{path}: {_holders(handle)}",
+                        f"{path}: {holders(handle)}",
                     )
                     raise InputError(what, where, "wait for it or choose another --out")
                 time.sleep(0.1)

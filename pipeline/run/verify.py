@@ -21,7 +21,7 @@ from .layout import MAKERS
 from .manifest import ROOT, SCHEMA, digest, read_manifest
 from .presets import load_config
 
-PART = 4096  # slices whose answers are waited for at a time
+SLICES_AT_ONCE = 4096  # slices whose answers are waited for at a time
 PATTERNS = (
     "data/*/manifest.json",
     "0*/manifest.json",
@@ -62,7 +62,7 @@ def _slices(folder: Path, threads: ThreadPoolExecutor) -> Iterator[str]:
     index = pl.read_parquet(folder / "index.parquet", columns=["png", "crc32"])
 
     def answers() -> Iterator[str | None]:
-        for part in index.iter_slices(PART):
+        for part in index.iter_slices(SLICES_AT_ONCE):
             yield from threads.map(
                 slice_difference, [folder / png for png in part["png"]], part["crc32"]
             )

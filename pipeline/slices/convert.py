@@ -186,7 +186,7 @@ def arranged(found: Sequence[tuple[str, Picture]], config: ConvertConfig) -> lis
     return sorted(slices, key=lambda item: item.order)
 
 
-def read_series(
+def decode_series_files(
     listing: Listing, config: ConvertConfig
 ) -> tuple[list[SliceImage], list[tuple[str, str]]]:
     """All good slices of a series in memory, superior first, and the (path, reason) of the others.

@@ -139,7 +139,7 @@ def _value(raw: bytes, kind: str, order: str) -> Any:
     return int(numbers[0]) if kind == "IS" else numbers if kind[2:] else numbers[0]
 
 
-def _start(data: bytes) -> tuple[str, int]:
+def _data_set_start(data: bytes) -> tuple[str, int]:
     """Transfer syntax and offset of the data set. Prefix and syntax may be missing: then the first
     element must be a likely one.
     """
@@ -163,7 +163,7 @@ def read_header(data: bytes, max_bytes: int) -> Header:
     """
     found: dict[str, Any] = {}
     try:
-        syntax, at = _start(data)
+        syntax, at = _data_set_start(data)
         if syntax == DEFLATED:
             inflate = zlib.decompressobj(-zlib.MAX_WBITS)
             data, at = inflate.decompress(data[at:], max_bytes), 0

@@ -34,7 +34,7 @@ def _refusal(fault: Exception) -> Unreadable:
     )
 
 
-def _open(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
+def _open_image(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
     """The image, nothing but its header read, and the turn of its axes to left, back and down
     (nibabel's orientation array).
     """
@@ -73,7 +73,7 @@ def count_slices(path: Path, max_pixels: int) -> int:
         Unreadable: no NIfTI, not one scalar volume, absurd size, or an affine that is no
         orientation.
     """
-    image, turn = _open(path, max_pixels)
+    image, turn = _open_image(path, max_pixels)
     return int(image.shape[int(np.argsort(turn[:, 0])[2])])
 
 
@@ -96,7 +96,7 @@ def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.nda
     slice.
     """
     try:
-        image, turn = _open(path, max_pixels)
+        image, turn = _open_image(path, max_pixels)
         if path.name.endswith(".gz"):
             _verify(path)
         stored = orientations.apply_orientation(

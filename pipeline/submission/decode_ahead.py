@@ -19,7 +19,7 @@ import polars as pl
 from joblib.externals.loky import get_reusable_executor
 
 from ..run.config import Config, ConvertConfig, VolumeConfig
-from ..slices.convert import SliceImage, read_series
+from ..slices.convert import SliceImage, decode_series_files
 from ..slices.sources import SeriesTask, list_files
 from ..system.contained import Failure
 from ..system.pool import spread
@@ -75,7 +75,7 @@ def decode_series(
 
 def _decode(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
     cv2.setNumThreads(1)
-    slices, quarantined = read_series(list_files(task.path, data), convert)
+    slices, quarantined = decode_series_files(list_files(task.path, data), convert)
     table = usable(slice_table(slices)) if slices else None
     if table is None or table.is_empty():
         reason = quarantined[0][1] if quarantined else "no usable slice"

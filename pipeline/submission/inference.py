@@ -205,7 +205,7 @@ def predict_test(
     filling, over = Filling(listed, writer, ensemble, options.flips), "stopped early"
     filling.note_tables(tasks)
     try:
-        _run(
+        _predict_until(
             filling,
             Ahead(listed, data, config, jobs),
             _deadline(options, started),
@@ -250,7 +250,9 @@ def _deadline(options: PredictConfig, started: float) -> float:
     return started + seconds - min(60.0, 0.02 * seconds)
 
 
-def _run(filling: Filling, ahead: Ahead, deadline: float, path: Path, flush_every: int) -> None:
+def _predict_until(
+    filling: Filling, ahead: Ahead, deadline: float, path: Path, flush_every: int
+) -> None:
     """Predict what comes decoded until all is done or the deadline passes; the file is written
     every `flush_every` patients.
     """

@@ -16,7 +16,7 @@ from ..system.console import log
 from ..system.errors import InputError
 from ..system.files import atomic_path
 
-TOLERANCE = 1e-6
+SUM_TOLERANCE = 1e-6
 
 
 class SubmissionWriter:
@@ -99,7 +99,7 @@ def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:
             "write the sample's patients in its order",
         )
     for target in TARGETS:
-        off = (pl.sum_horizontal(target.columns) - 1).abs() > TOLERANCE
+        off = (pl.sum_horizontal(target.columns) - 1).abs() > SUM_TOLERANCE
         rule = (
             off,
             target.columns[0],

@@ -20,7 +20,7 @@ from typing import Any
 from .console import log
 from .contained import Failure
 from .errors import InputError
-from .processes import deaf, end_with
+from .processes import end_with, interrupts_blocked
 
 ROUNDS, CONNECT_S = 3, 30
 KILLED = "the worker process was killed (out of memory?)"  # reason of a task that `spread` gave up
@@ -130,7 +130,7 @@ def _round(
         )
         try:
             _start_trackers()
-            with deaf():
+            with interrupts_blocked():
                 answers = pool(calls())
             for k, answer in answers:
                 if k is None:

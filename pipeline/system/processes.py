@@ -12,26 +12,26 @@ WATCH_S = 0.5
 
 
 # in the environment of processes that work on a part of a stage, see `part_of`
-PART = "VOCO2D_PART"
+PART_VARIABLE = "VOCO2D_PART"
 
 
 def part_environment(pipe: int) -> dict[str, str]:
     """Environment of a process that is to work on a part of this one's stage, and to send its last
     line through `pipe`.
     """
-    return {**os.environ, PART: f"{os.getpid()}:{pipe}"}
+    return {**os.environ, PART_VARIABLE: f"{os.getpid()}:{pipe}"}
 
 
-def part_of() -> tuple[int, int] | None:
+def parent_stage() -> tuple[int, int] | None:
     """Where a stage started this process to work on a part of it: the stage's process id, and the
     pipe for the part's last line.
     """
-    parent, _, pipe = os.environ.get(PART, "").partition(":")
+    parent, _, pipe = os.environ.get(PART_VARIABLE, "").partition(":")
     return (int(parent), int(pipe)) if pipe else None
 
 
 @contextlib.contextmanager
-def deaf() -> Iterator[None]:
+def interrupts_blocked() -> Iterator[None]:
     """Processes started inside are deaf to Ctrl-C, which a terminal sends to all: this one hands a
     stop on.
     """

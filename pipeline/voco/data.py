@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..run.config import VocoConfig
 from ..system.errors import InputError
-from ..volumes.sampling import resize_planes, spread
+from ..volumes.sampling import evenly, resize_planes
 from .crops import base_boxes, cut, overlap_labels, random_boxes, turn
 
 EVALUATION = 1 << 30  # the "step" of the fixed evaluation crops, which no training step reaches
@@ -122,7 +122,7 @@ class VocoSamples(Dataset):
         """
         volume = np.load(self.folder / self.paths[index], mmap_mode="r")
         return resize_planes(
-            np.asarray(volume[spread(len(volume), self.config.slices, phase)]),
+            np.asarray(volume[evenly(len(volume), self.config.slices, phase)]),
             self.config.image_size,
         )
 

@@ -19,7 +19,7 @@ from .model import VocoNet
 from .step import start
 
 COLOURS = ("tab:orange", "tab:cyan", "tab:pink", "tab:olive")
-SHOWN = 4  # random crops
+CROPS_SHOWN = 4  # random crops
 WINDOWS = 9  # positions an axis of the similarity maps
 
 
@@ -31,7 +31,7 @@ def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) 
     planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
     options = config.pretrain
     rng = np.random.default_rng([config.seed, EVALUATION])
-    boxes = random_boxes(options.image_size, options.grid, SHOWN, rng)
+    boxes = random_boxes(options.image_size, options.grid, CROPS_SHOWN, rng)
     run = start(config, World(0, 1, device))
     maps = [similarity_maps(run.teacher, planes, boxes, device)]
     if state := load_checkpoint(folder / "best.ckpt"):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..learning.backbone import feature_shape, normalise
+from ..learning.backbone import feature_shape, standardise
 from .losses import base_regularisation, position_loss, similarity
 
 
@@ -31,7 +31,7 @@ class VocoNet(nn.Module):
         """
         B, P, S, h, w = crops.shape
         images = (
-            normalise(crops)
+            standardise(crops)
             .reshape(B * P * S, 1, h, w)
             .contiguous(memory_format=torch.channels_last)
         )

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 
 from ..learning import optimise
-from ..learning.backbone import create_backbone, normalise, save_backbone
+from ..learning.backbone import create_backbone, save_backbone, standardise
 from ..learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..learning.distributed import World, peers
 from ..learning.interrupt import StopSignal, loading
@@ -22,12 +22,12 @@ from ..run.config import Config
 from ..system.console import log, progress
 from ..system.machine import seed_everything
 from .data import VocoSamples, batches, choose_volumes
-from .step import Run, position_accuracy, start, train_step
+from .step import State, position_accuracy, start, train_step
 
 EARLIER = "earlier"  # folder of checkpoints that a run with other settings left
 
 
-def resume(run: Run, folder: Path) -> None:
+def resume(run: State, folder: Path) -> None:
     """Go on from the newest whole checkpoint of this run; another run's is named and not used."""
     state = newest_checkpoint(folder / "last.ckpt", run.config.pretrain.keep)
     if state is None:
@@ -62,7 +62,7 @@ def _set_aside(folder: Path, keep: bool) -> None:
         path.replace(folder / EARLIER / path.name) if keep else path.unlink()
 
 
-def usable_best(run: Run, folder: Path) -> dict[str, Any] | None:
+def usable_best(run: State, folder: Path) -> dict[str, Any] | None:
     """The best checkpoint of this very run, None where there is none, a damaged one or another
     run's.
     """
@@ -97,7 +97,7 @@ def pretrain(
     world.agree(run.step, "the step of last.ckpt", f"{folder} must be one folder for all")
     if world.main and run.step == 0:
         _set_aside(folder, keep=not fresh)
-    with StopSignal(world.size > 1) as stop, loading(), peers(), _logs(folder, run) as write:
+    with StopSignal(world.size > 1) as stop, loading(), peers(), _writers(folder, run) as write:
         stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
         steps = range(run.step, options.steps)
         for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:
@@ -135,7 +135,7 @@ def pretrain(
 
 
 def _finish_step(
-    run: Run,
+    run: State,
     record: dict[str, Any],
     samples: VocoSamples,
     evaluation: VocoSamples,
@@ -161,7 +161,7 @@ def _finish_step(
         save_checkpoint(folder / "last.ckpt", run.state(), options.keep)
 
 
-def _watch_collapse(run: Run, std: float, last: bool) -> None:
+def _watch_collapse(run: State, std: float, last: bool) -> None:
     options = run.config.pretrain
     run.flat = run.flat + 1 if std < options.collapse_std else 0
     if run.flat == 1:
@@ -178,7 +178,7 @@ def _watch_collapse(run: Run, std: float, last: bool) -> None:
 
 
 @torch.no_grad()
-def export(run: Run, samples: VocoSamples, path: Path) -> None:
+def export(run: State, samples: VocoSamples, path: Path) -> None:
     """Write the teacher's backbone, its batch-norm statistics taken anew from whole slices: a
     crop's border is most of a small map.
 
@@ -190,7 +190,7 @@ def export(run: Run, samples: VocoSamples, path: Path) -> None:
     backbone = create_backbone(config.model.backbone).to(device, memory_format=torch.channels_last)
     backbone.load_state_dict(run.teacher.backbone.state_dict())
     slices = (
-        normalise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle)
+        standardise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle)
     )
     if config.pretrain.settle:
         with optimise.autocast(device, config.pretrain.amp):
@@ -206,7 +206,7 @@ def export(run: Run, samples: VocoSamples, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _logs(folder: Path, run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _writers(folder: Path, run: State) -> Iterator[Callable[[dict[str, Any]], None]]:
     """One writer for log.jsonl and TensorBoard; both keep what came before the step that this
     sitting starts from.
     """

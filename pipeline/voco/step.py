@@ -49,7 +49,7 @@ EVALUATION_CROPS = 8  # random crops of each held-out volume
 
 
 @dataclass
-class Run:
+class State:
     """What a step changes, and the settings that it obeys."""
 
     config: Config
@@ -103,7 +103,7 @@ def identity(config: Config, volumes: Path | None) -> dict[str, Any]:
     }
 
 
-def start(config: Config, world: World, volumes: Path | None = None) -> Run:
+def start(config: Config, world: World, volumes: Path | None = None) -> State:
     """Student, teacher and optimiser at step 0, the same on every rank."""
     options = config.pretrain
     seed_everything(config.seed)
@@ -119,7 +119,7 @@ def start(config: Config, world: World, volumes: Path | None = None) -> Run:
         student.backbone.compile()
         teacher.backbone.compile()
     optimiser = optimise.adamw(student, options.lr, options.weight_decay, options.amsgrad)
-    return Run(
+    return State(
         config,
         identity(config, volumes),
         world,
@@ -141,7 +141,7 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
         raise InputError(what, "pretrain.activation_checkpointing=true", remedy) from fault
 
 
-def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(run: State, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's loss (to differentiate) and the six `STATS` of its part of the batch."""
     options, world = run.config.pretrain, run.world
     crops = batch["crops"].to(world.device, non_blocking=True)  # (B, P, S, h, w)
@@ -180,7 +180,7 @@ def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return loss, torch.stack([value.detach() for value in stats])
 
 
-def train_step(run: Run, batch: Batch, stopping: bool = False) -> tuple[dict[str, float], bool]:
+def train_step(run: State, batch: Batch, stopping: bool = False) -> tuple[dict[str, float], bool]:
     """One optimiser step and one teacher update; returns the stats over all ranks, and whether any
     rank wants to stop.
     """

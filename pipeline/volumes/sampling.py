@@ -6,7 +6,7 @@ import numpy as np
 from ..run.config import TrainConfig
 
 
-def _bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """First and last plane (count,) of each of `count` bins, at most `depth`: plane p lies in bin p
     * count // depth.
     """
@@ -18,7 +18,7 @@ def slice_positions(depth: int, count: int, rng: np.random.Generator | None = No
     """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a
     random plane in it.
     """
-    first, last = _bins(depth, count)
+    first, last = bins(depth, count)
     middle = (2 * np.arange(count) + 1) * depth // (2 * count)
     return np.clip(middle, first, last) if rng is None else rng.integers(first, last, endpoint=True)
 
@@ -38,7 +38,7 @@ def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) 
     )
 
 
-def spread(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
+def evenly(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
     """(count,) indices spread evenly over `depth` slices: at `phase` (0 to 1) of each of `count`
     equal parts, the middle if not told.
     """

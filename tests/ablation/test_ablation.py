@@ -546,10 +546,10 @@ def test_settled_statistics_are_plain_averages_over_whole_slices():
     net = torch.nn.Sequential(layer, torch.nn.BatchNorm2d(3)).eval()
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
     settle(net, images, torch.device("cpu"))
-    from pipeline.learning.backbone import normalise
+    from pipeline.learning.backbone import standardise
 
     values = (
-        layer(normalise(torch.from_numpy(images))[:, None])
+        layer(standardise(torch.from_numpy(images))[:, None])
         .detach()
         .double()
         .transpose(0, 1)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pipeline.learning.backbone import normalise
+from pipeline.learning.backbone import standardise
 from pipeline.learning.distributed import World
 from pipeline.run.config import Config
 from pipeline.run.presets import load_config
@@ -68,7 +68,10 @@ class PublishedStep:
         return net[1](features).view(B, P, -1)
 
     def __call__(self, batch: Batch) -> float:
-        crops, overlap = normalise(batch["crops"].to(self.device)), batch["overlap"].to(self.device)
+        crops, overlap = (
+            standardise(batch["crops"].to(self.device)),
+            batch["overlap"].to(self.device),
+        )
         R = self.options.random_crops
         with torch.autocast(
             self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"

@@ -17,7 +17,7 @@ from helpers_scores import label_frame, naive_score, one_hot, predicted
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline.competition import metric
-from pipeline.competition.metric import aggregate, floors, score, score_arrays
+from pipeline.competition.metric import aggregate, constants, score, score_arrays
 from pipeline.competition.tables import read_labels
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS
 from pipeline.evaluation import metrics as metric_extra
@@ -168,7 +168,7 @@ def test_command_prints_the_table_and_refuses_in_one_line(tmp_path):
 
 def test_floors_are_constant_predictions():
     labels = one_hot(50)
-    found = floors(labels)
+    found = constants(labels)
     assert found["uniform"]["bowel"] == pytest.approx(math.log(2))
     assert found["uniform"]["liver"] == pytest.approx(math.log(3))
     p = labels[:, 1].mean()
@@ -190,7 +190,7 @@ def test_floors_of_the_real_table():
     labels = (
         read_labels(Path(os.environ["VOCO2D_RSNA_META"])).select(COLUMNS).to_numpy().astype(float)
     )
-    found = {name: round(table["score"], 4) for name, table in floors(labels).items()}
+    found = {name: round(table["score"], 4) for name, table in constants(labels).items()}
     assert found == {"uniform": 0.8836, "class_means": 0.7861, "weighted_means": 0.6091}
     constant = labels.mean(axis=0) * metric.WEIGHTS
     constant[COLUMNS.index("extravasation_injury")] *= 2.35

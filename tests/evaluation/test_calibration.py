@@ -14,7 +14,7 @@ import pytest
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 from scipy.optimize import approx_fprime
 
-from pipeline.competition.metric import WEIGHTS, aggregate, floors, normalise, score_arrays
+from pipeline.competition.metric import WEIGHTS, aggregate, constants, normalise, score_arrays
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
 from pipeline.evaluation import calibration, figures, scoring
 from pipeline.evaluation.calibration import Calibration, fit, fit_prior, objective
@@ -85,7 +85,7 @@ def minimum(outputs: np.ndarray, joint: bool) -> np.ndarray:
 def test_prior_is_the_best_constant():
     prior = fit_prior(LABELS)
     everyone = lambda row: score_arrays(LABELS, np.repeat(row[None], len(LABELS), axis=0))["score"]  # noqa: E731
-    assert everyone(prior) < floors(LABELS)["weighted_means"]["score"]
+    assert everyone(prior) < constants(LABELS)["weighted_means"]["score"]
     random = np.random.default_rng(0)
     for _ in range(200):
         assert everyone(prior * np.exp(0.05 * random.normal(size=13))) > everyone(prior) - 1e-4

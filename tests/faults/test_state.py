@@ -342,7 +342,7 @@ def test_verify_looks_at_slices_whatever_else_differs(out, capsys):
 
 
 def test_verify_goes_on_where_the_slice_index_is_damaged(out, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "PART", 7)
+    monkeypatch.setattr(verify, "SLICES_AT_ONCE", 7)
     paths = sorted((out / "01_slices").glob("*/*/*.png"))
     for path in (paths[0], paths[-1]):
         path.write_bytes(b"")

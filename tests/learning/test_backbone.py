@@ -16,8 +16,8 @@ from pipeline.learning.backbone import (
     create_backbone,
     feature_shape,
     load_backbone,
-    normalise,
     save_backbone,
+    standardise,
 )
 from pipeline.learning.fast_layers import speed_up
 from pipeline.learning.weights import read_metadata, read_weights, save_weights
@@ -29,7 +29,7 @@ TINY = "test_resnet"
 def test_grey_values_are_normalised_by_constants():
     pixels = torch.tensor([0, 114, 255], dtype=torch.uint8)
     assert torch.allclose(
-        normalise(pixels), (torch.tensor([0.0, 114, 255]) / 255 - 0.449) / 0.226, atol=1e-6
+        standardise(pixels), (torch.tensor([0.0, 114, 255]) / 255 - 0.449) / 0.226, atol=1e-6
     )
 
 
@@ -185,7 +185,7 @@ def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride):
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_input_gradient_in_parts_is_the_librarys(monkeypatch, dtype, stride):
     # two images at once, the last part is smaller
-    monkeypatch.setattr(layers, "PART", 2 * 6 * 9 * 9)
+    monkeypatch.setattr(layers, "ELEMENTS_AT_ONCE", 2 * 6 * 9 * 9)
     torch.manual_seed(0)
     x, weight = torch.randn(5, 6, 9, 9).double(), torch.randn(6, 1, 3, 3).double()
     y = functional.conv2d(own := x.clone().requires_grad_(), weight, None, stride, 1, 1, 6)

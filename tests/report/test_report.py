@@ -33,7 +33,7 @@ from pipeline.report.charts import (
     chart,
     confusion,
     curve,
-    picture,
+    jpeg_uri,
     score_charts,
     ticks,
 )
@@ -503,7 +503,7 @@ def test_confusion_counts_patients():
 
 
 def test_large_planes_are_shrunk_with_their_aspect():
-    data = base64.b64decode(picture(np.zeros((512, 256), np.uint8)).partition(",")[2])
+    data = base64.b64decode(jpeg_uri(np.zeros((512, 256), np.uint8)).partition(",")[2])
     assert cv2.imdecode(np.frombuffer(data, np.uint8), 0).shape == (192, 96)
 
 

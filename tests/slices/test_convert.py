@@ -22,11 +22,11 @@ import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
 from helpers_stages import content, environment
 
-from pipeline.competition.tables import read_series as read_listed
+from pipeline.competition.tables import decode_series_files as read_listed
 from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import dicom
 from pipeline.slices import store as slice_store
-from pipeline.slices.convert import read_series
+from pipeline.slices.convert import decode_series_files
 from pipeline.slices.sources import SeriesTask, fingerprints, is_whole, list_files, plan
 from pipeline.slices.store import convert_all, convert_series, encode_png
 from pipeline.system import contained
@@ -427,7 +427,7 @@ def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch, lasting):
         return real(data, max_pixels, careful)
 
     monkeypatch.setattr(dicom, "picture", short)
-    _, failed = read_series(list_files(data / "train_images" / "10" / "1", data), PLAIN)
+    _, failed = decode_series_files(list_files(data / "train_images" / "10" / "1", data), PLAIN)
     assert {reason for _, reason in failed} == ({"not readable: MemoryError"} if lasting else set())
     assert "not readable: MemoryError".startswith(slice_store.PASSING)
 

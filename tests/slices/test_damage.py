@@ -25,7 +25,7 @@ from helpers_stages import content, run_stage
 from pipeline.run.config import ConvertConfig
 from pipeline.slices import convert, dicom
 from pipeline.slices import store as slice_store
-from pipeline.slices.convert import read_series
+from pipeline.slices.convert import decode_series_files
 from pipeline.slices.sources import SeriesTask, list_files
 from pipeline.system import pool as parallel
 from pipeline.system.contained import Failure, contained
@@ -130,7 +130,7 @@ def test_a_file_that_brings_dicomsdl_down_is_decoded_by_pydicom(
     deed, what, deaths, tmp_path, monkeypatch
 ):
     folder = small_series(tmp_path)
-    expected, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
+    expected, _ = decode_series_files(list_files(folder, tmp_path), ConvertConfig())
     real, evil = dicom.dicomsdl.open_memory, (folder / "3.dcm").read_bytes()
 
     def open_memory(data, copy):
@@ -171,7 +171,9 @@ def test_a_file_that_brings_every_decoder_down_is_quarantined_with_the_reason(
         "picture",
         lambda data, *more: deed(signal.SIGSEGV) if data == evil else real(data, *more),
     )
-    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(timeout_s=2))
+    slices, quarantined = decode_series_files(
+        list_files(folder, tmp_path), ConvertConfig(timeout_s=2)
+    )
     assert [item.instance_number for item in slices] == [1, 2, 4, 5]
     assert [path for path, _ in quarantined] == [str(folder / "3.dcm")]
     assert quarantined[0][1].startswith(reason)
@@ -206,7 +208,9 @@ def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "SPARE_BYTES", 10_000)
     with open(folder / "3.dcm", "ab") as handle:
         handle.write(bytes(1 << 20))
-    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig(max_pixels=1280))
+    slices, quarantined = decode_series_files(
+        list_files(folder, tmp_path), ConvertConfig(max_pixels=1280)
+    )
     assert [item.instance_number for item in slices] == [1, 2, 4, 5]
     assert quarantined == [
         (
@@ -218,7 +222,7 @@ def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
 
 def test_a_child_that_is_killed_from_outside_changes_nothing(tmp_path, monkeypatch):
     folder = small_series(tmp_path)
-    expected, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
+    expected, _ = decode_series_files(list_files(folder, tmp_path), ConvertConfig())
     mark, real = tmp_path / "killed", dicom.picture
 
     def killed_once(*arguments):
@@ -228,7 +232,7 @@ def test_a_child_that_is_killed_from_outside_changes_nothing(tmp_path, monkeypat
         return real(*arguments)
 
     monkeypatch.setattr(dicom, "picture", killed_once)
-    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig())
+    slices, quarantined = decode_series_files(list_files(folder, tmp_path), ConvertConfig())
     assert quarantined == []
     assert [item[:-1] for item in slices] == [item[:-1] for item in expected]
 

@@ -15,7 +15,7 @@ from pydicom.sequence import Sequence
 from pipeline.run.config import ConvertConfig
 from pipeline.slices import dicom, window
 from pipeline.slices import geometry as series
-from pipeline.slices.convert import read_series
+from pipeline.slices.convert import decode_series_files
 from pipeline.slices.dicom import picture
 from pipeline.slices.dicom_header import Unreadable, read_header
 from pipeline.slices.sources import list_files
@@ -71,7 +71,7 @@ def test_every_kind_of_pixel_equals_pydicom_after_the_window(syntax, tmp_path):
                         )[::y, ::x]
                         if bits == 8 and syntax in ("j2k", "jpegls"):
                             narrow.add(number)
-    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig())
+    slices, quarantined = decode_series_files(list_files(folder, tmp_path), ConvertConfig())
     assert quarantined == []
     assert len(slices) == len(expected) == 2 * (5 if syntax == "jpeg" else 6) * 4 * 2 * 4
     for item in slices:
@@ -130,7 +130,7 @@ def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(path, t
     folder = tmp_path / "train_images" / "1" / "2"
     folder.mkdir(parents=True)
     (folder / "1.dcm").write_bytes(path.read_bytes())
-    slices, quarantined = read_series(list_files(folder, tmp_path), ConvertConfig())
+    slices, quarantined = decode_series_files(list_files(folder, tmp_path), ConvertConfig())
     assert len(slices) + len(quarantined) == 1
     ds = pydicom.dcmread(path, force=True)
     if slices:
@@ -470,7 +470,7 @@ def test_rle_segments_may_be_padded_with_many_zeros():
 
 def test_a_good_series_is_read_in_order(tmp_path):
     write_series(tmp_path / "train_images" / "1" / "2", 4, syntax="explicit", first=9)
-    slices, quarantined = read_series(
+    slices, quarantined = decode_series_files(
         list_files(tmp_path / "train_images" / "1" / "2", tmp_path), ConvertConfig()
     )
     assert [item.instance_number for item in slices] == [9, 10, 11, 12]

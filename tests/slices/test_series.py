@@ -13,7 +13,7 @@ from helpers_dicom import dataset, to_bytes
 
 from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import nifti
-from pipeline.slices.convert import pictures, read_series
+from pipeline.slices.convert import decode_series_files, pictures
 from pipeline.slices.dicom_header import Unreadable
 from pipeline.slices.geometry import Placement, arrange, is_cut, is_transposed, orient
 from pipeline.slices.sources import Listing, fingerprints, list_files, plan
@@ -218,7 +218,7 @@ def test_a_transposed_picture_swaps_its_spacing_too(tmp_path):
         }
         ds = dataset(words, InstanceNumber=k + 1, **tags)
         (folder / f"{k + 1}.dcm").write_bytes(to_bytes(ds))
-    slices, _ = read_series(list_files(folder, tmp_path), ConvertConfig())
+    slices, _ = decode_series_files(list_files(folder, tmp_path), ConvertConfig())
     shapes = {
         item.instance_number: (item.rows, item.cols, item.spacing_y_mm, item.spacing_x_mm)
         for item in slices
@@ -307,10 +307,10 @@ def test_nifti_gives_what_dicom_gives(axes, tmp_path):
     hu = volume(np.random.default_rng(1))
     write_dicom_series(tmp_path / "unlabelled" / "a" / "1", hu, flip=axes[0] == "R")
     write_nifti(tmp_path / "unlabelled" / "b.nii.gz", hu, axes)
-    dicom, bad = read_series(
+    dicom, bad = decode_series_files(
         list_files(tmp_path / "unlabelled" / "a" / "1", tmp_path), ConvertConfig()
     )
-    other, worse = read_series(
+    other, worse = decode_series_files(
         list_files(tmp_path / "unlabelled" / "b.nii.gz", tmp_path), ConvertConfig()
     )
     assert bad == worse == []

@@ -41,7 +41,7 @@ def plant(fault: str) -> None:
     if fault == "storm":
         pretrain.save_checkpoint = slow
 
-    def broken(run: step.Run, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def broken(run: step.State, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if run.step == 2 and fault == "storm":
             os.kill(os.getpid(), signal.SIGTERM)
         if run.step == 2 and fault == "error" and run.world.rank == 1:

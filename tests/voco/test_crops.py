@@ -13,7 +13,7 @@ from pipeline.run.config import VocoConfig
 from pipeline.system.errors import InputError
 from pipeline.voco.crops import base_boxes, cut, overlap_labels, random_boxes, turn
 from pipeline.voco.data import VocoSamples, batches, choose_volumes, evaluation_batches
-from pipeline.volumes.sampling import resize_planes, spread
+from pipeline.volumes.sampling import evenly, resize_planes
 
 
 @settings(max_examples=40, deadline=None)
@@ -45,8 +45,8 @@ def test_random_centres_are_uniform_over_all_places():
 
 
 def test_slices_are_spread_evenly():
-    assert spread(96, 32).tolist() == list(range(1, 96, 3))
-    assert spread(5, 5).tolist() == [0, 1, 2, 3, 4]
+    assert evenly(96, 32).tolist() == list(range(1, 96, 3))
+    assert evenly(5, 5).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_planes_are_resized_by_area():
@@ -173,5 +173,5 @@ def test_evaluation_crops_are_fixed_and_plain(store):
         torch.cat([batch["crops"] for batch in evaluation_batches(samples, 2)]) for _ in range(2)
     )
     assert torch.equal(first, again)
-    volume = np.load(store / "6_12.npy")[spread(12, 3)]
+    volume = np.load(store / "6_12.npy")[evenly(12, 3)]
     assert np.array_equal(first[0, 2:].numpy(), cut(volume, samples.base))
