@@ -1,14 +1,15 @@
 """Make the phantom data set of the demo: a seeded procedural abdomen with injuries, as DICOM.
 
-Reads   the config's `phantom` section and `seed` Writes  <out>/data/phantom/ in the competition's
-layout: train_images/, test_images/, unlabelled/, train.csv,
-        train_series_meta.csv, image_level_labels.csv, test_series_meta.csv, sample_submission.csv,
-        phantom_truth.csv (labels of the test patients) and phantom_organs.csv (organs in view by
-        slice), for evaluation only, manifest.json
+Reads   the config's `phantom` section and `seed`
+Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_images/, unlabelled/,
+        train.csv, train_series_meta.csv, image_level_labels.csv, test_series_meta.csv,
+        sample_submission.csv, phantom_truth.csv (labels of the test patients) and
+        phantom_organs.csv (organs in view by slice), for evaluation only, manifest.json
 Skipped when --data names a data set or the config has `phantom: null`.
 """
 
 from pipeline.phantom.version import DRAWING
+from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.stage import Stage
 from pipeline.system.console import log, progress
@@ -48,4 +49,4 @@ def run(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "data/phantom", __doc__, run))
+    raise SystemExit(main(__file__, layout.PHANTOM, __doc__, run))

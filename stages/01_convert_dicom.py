@@ -3,15 +3,16 @@
 Reads   <data>/train_series_meta.csv, <data>/train_images/<patient>/<series>/*.dcm,
         <data>/unlabelled/<patient>/<series>/*.dcm and <data>/unlabelled/[<folder>/]*.nii[.gz]
 Writes  <out>/01_slices/<patient>/<series>/<instance>.png, index.parquet, quarantine.csv,
-manifest.json
+        manifest.json
 
 Series that are done and unchanged are skipped. --scheduler tcp://HOST:PORT converts on a Dask
-cluster; data and output folders must be on a file system that all its machines share under the same
-path.
+cluster; data and output folders must be on a file system that all its machines share under the
+same path.
 """
 
 import argparse
 
+from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.manifest import digest
 from pipeline.run.stage import Stage
@@ -55,8 +56,8 @@ def run(stage: Stage) -> None:
         stage.options.scheduler,
         stage.options.force,
     )
-    stage.finish(counts, outputs=[slice_store.INDEX, slice_store.QUARANTINE])
+    stage.finish(counts, outputs=[layout.INDEX, layout.QUARANTINE])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "01_slices", __doc__, run, add_flags))
+    raise SystemExit(main(__file__, layout.SLICES, __doc__, run, add_flags))

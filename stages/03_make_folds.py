@@ -1,9 +1,11 @@
 """Divide the labelled patients into folds, once.
 
 Reads   train.csv and train_series_meta.csv of the data folder.
-Writes  03_folds/folds.csv (patient_id,fold); prints how many patients of each class every fold has.
+Writes  03_folds/folds.csv (patient_id,fold); prints how many patients of each class every fold
+        has.
 """
 
+from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.stage import Stage
 from pipeline.system.files import atomic_path
@@ -21,14 +23,14 @@ def run(stage: Stage) -> None:
 
     labels, series = tables.read_labels(data), tables.read_series(data, "train")
     table = folds.make_folds(labels, series, stage.config.folds.count, stage.config.seed)
-    with atomic_path(stage.folder / "folds.csv") as path:
+    with atomic_path(stage.folder / layout.FOLD_TABLE) as path:
         table.write_csv(path)
     counts = folds.class_counts(
-        folds.read_folds(stage.folder / "folds.csv", labels), labels, series
+        folds.read_folds(stage.folder / layout.FOLD_TABLE, labels), labels, series
     )
     print(folds.format_counts(counts), flush=True)
-    stage.finish({"patients": table.height, "folds": counts.to_dicts()}, ["folds.csv"])
+    stage.finish({"patients": table.height, "folds": counts.to_dicts()}, [layout.FOLD_TABLE])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "03_folds", __doc__, run))
+    raise SystemExit(main(__file__, layout.FOLDS, __doc__, run))

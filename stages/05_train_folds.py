@@ -1,12 +1,12 @@
-"""Stage 05: train one CNN-LSTM per fold; with `--fold K` that one only. On a CPU folds train side
-by side, one process each, on `--jobs` cores together; on GPUs one after the other, or spread
-over the ranks of torchrun.
+"""Stage 05: train one CNN-LSTM per fold; with `--fold K` that one only. On a CPU folds train side by
+side, one process each, on `--jobs` cores together; on GPUs one after the other, or spread over the
+ranks of torchrun.
 
 Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, <out>/04_voco2d/backbone.safetensors
-(train.init=voco2d),
-        train.csv and, where present, image_level_labels.csv of the data folder
+        (train.init=voco2d), train.csv and, where present, image_level_labels.csv of the data
+        folder
 Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.parquet (series
-level), manifest.json
+        level), manifest.json
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.classifier.side_by_side import train_side_by_side
+from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.manifest import read_manifest
 from pipeline.run.stage import Stage
@@ -41,7 +42,9 @@ def run(stage: Stage) -> None:
             f"--fold {stage.options.fold}",
             f"choose one of {[*folds]}",
         )
-    upstream = ["02_volumes", "03_folds"] + (["04_voco2d"] if config.train.init == "voco2d" else [])
+    upstream = [layout.VOLUMES, layout.FOLDS] + (
+        [layout.VOCO] if config.train.init == "voco2d" else []
+    )
     weights = (
         [Path(config.model.weights)]
         if config.model.weights and config.train.init == "imagenet"
@@ -55,7 +58,9 @@ def run(stage: Stage) -> None:
     # whatever the rank: any may be the first to change a fold and the last to end
     stage.writer = True
     with stage.lock(PATIENCE_S):
-        known = all((stage.folder / f"fold{fold}" / "manifest.json").is_file() for fold in folds)
+        known = all(
+            (stage.folder / layout.fold_folder(fold) / layout.MANIFEST).is_file() for fold in folds
+        )
         stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
     mine = stage.share(folds) if stage.options.fold is None else [stage.options.fold]
     if stage.options.force and not parent_stage():
@@ -73,17 +78,17 @@ def run(stage: Stage) -> None:
 
 
 def _train(stage: Stage, fold: int, inputs: dict[str, Any]) -> None:
-    part = stage.part(f"fold{fold}")
+    part = stage.part(layout.fold_folder(fold))
     with part.lock():
         if part.current(inputs, SECTIONS):
             return
         with stage.lock(PATIENCE_S):
             # also one that another rank has written since
             stage.current(inputs, SECTIONS, whole=False)
-        from pipeline.classifier.train import LOG, MODEL, OOF, run_fold
+        from pipeline.classifier.train import run_fold
 
-        part.finish(run_fold(part, fold), outputs=[MODEL, OOF, LOG])
+        part.finish(run_fold(part, fold), outputs=[layout.MODEL, layout.OOF, layout.LOG])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "05_folds", __doc__, run, add_flags, exclusive=False))
+    raise SystemExit(main(__file__, layout.CLASSIFIERS, __doc__, run, add_flags, exclusive=False))

@@ -1,27 +1,26 @@
 """Stage 06: blend, aggregate, calibrate and score out-of-fold predictions; prints the score table
 against its floors.
 
-Reads   <out>/05_folds/fold<K>/oof.parquet, <out>/03_folds/folds.csv, <out>/02_volumes/index.parquet
-and train.csv;
-        with --oof A.csv [B.csv ...] (patient_id, series_id, 13 columns) those files and train.csv,
-        no earlier stage
+Reads   <out>/05_folds/fold<K>/oof.parquet, <out>/03_folds/folds.csv,
+        <out>/02_volumes/index.parquet and train.csv; with --oof A.csv [B.csv ...] (patient_id,
+        series_id, 13 columns) those files and train.csv, no earlier stage
 Writes  <out>/06_oof/: oof_predictions.csv (blended, uncalibrated, series level), scores.json,
-calibration.json,
-        patients.parquet (labels, raw and nested predictions), precision_recall.png,
-        reliability.png, confusion.png
+        calibration.json, patients.parquet (labels, raw and nested predictions),
+        precision_recall.png, reliability.png, confusion.png
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.manifest import digest
 from pipeline.run.stage import Stage
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_path, write_json
 
-TABLES = ["oof_predictions.csv", "scores.json", "calibration.json", "patients.parquet"]
+TABLES = [layout.OOF_TABLE, layout.SCORE_TABLE, layout.CALIBRATION, "patients.parquet"]
 PICTURES = ["precision_recall.png", "reliability.png", "confusion.png"]
 
 
@@ -40,7 +39,7 @@ def gather(stage: Stage) -> dict[str, object]:
     """Fingerprint of what is scored."""
     labels = stage.data / "train.csv"
     if not stage.options.oof:
-        return stage.inputs("02_volumes", "03_folds", "05_folds", files=[labels])
+        return stage.inputs(layout.VOLUMES, layout.FOLDS, layout.CLASSIFIERS, files=[labels])
     for path in stage.options.oof:
         if not path.is_file():
             raise InputError(
@@ -60,7 +59,7 @@ def run(stage: Stage) -> None:
         from pipeline.evaluation.scoring import summary
 
         print(
-            summary(json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))),
+            summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))),
             flush=True,
         )
         return
@@ -74,7 +73,8 @@ def run(stage: Stage) -> None:
         folds = scoring.nested_folds(series, labels, stage.config)
     else:
         series, folds = scoring.read_trained(
-            *(stage.upstream(name) for name in ("03_folds", "05_folds", "02_volumes")), labels
+            *(stage.upstream(name) for name in (layout.FOLDS, layout.CLASSIFIERS, layout.VOLUMES)),
+            labels,
         )
     outcome = scoring.score_oof(series, labels, folds, stage.config)
     with atomic_path(stage.folder / TABLES[0]) as path:
@@ -95,4 +95,4 @@ def run(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "06_oof", __doc__, run, add_flags))
+    raise SystemExit(main(__file__, layout.SCORES, __doc__, run, add_flags))

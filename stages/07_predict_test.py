@@ -5,11 +5,12 @@ Reads   test_series_meta.csv, sample_submission.csv and test_images/ of the data
         05_folds/fold<K>/model.safetensors and 06_oof/calibration.json below `--models` (default:
         <out>)
 Writes  <out>/07_submission/submission.csv, fallbacks.csv (who got the prior, and why),
-manifest.json
+        manifest.json
 """
 
 import argparse
 
+from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.stage import Stage
 from pipeline.system.console import log
@@ -40,13 +41,15 @@ def run(stage: Stage) -> None:
     data = stage.image_data
     tasks = test_tasks(data, read_series(data, "test"))
     inputs = stage.inputs(
-        "05_folds", "06_oof", files=[data / "sample_submission.csv", data / "test_series_meta.csv"]
+        layout.CLASSIFIERS,
+        layout.SCORES,
+        files=[data / "sample_submission.csv", data / "test_series_meta.csv"],
     )
     from pipeline.evaluation.calibration import Calibration
     from pipeline.submission.writer import SubmissionWriter, check_submission, is_settled
 
-    sample, path = read_sample_submission(data), stage.folder / "submission.csv"
-    calibration = Calibration.of_run(stage.upstream("06_oof"), inputs["05_folds"])
+    sample, path = read_sample_submission(data), stage.folder / layout.SUBMISSION_TABLE
+    calibration = Calibration.of_run(stage.upstream(layout.SCORES), inputs[layout.CLASSIFIERS])
     writer = SubmissionWriter(sample, calibration.prior)
     if not path.exists():
         # everyone has the prior before anything can go wrong, the listing of all test files
@@ -64,9 +67,9 @@ def run(stage: Stage) -> None:
         tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started
     )
     check_submission(path, sample)
-    stage.finish(counts, outputs=["submission.csv", "fallbacks.csv"])
+    stage.finish(counts, outputs=[layout.SUBMISSION_TABLE, layout.FALLBACKS])
     log(f"submission: {path}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "07_submission", __doc__, run, add_flags))
+    raise SystemExit(main(__file__, layout.SUBMISSION, __doc__, run, add_flags))

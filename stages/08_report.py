@@ -2,11 +2,13 @@
 scores, errors, cost.
 
 Reads   the manifests, logs, tables and pictures of all finished stages below <out>,
-image_level_labels.csv of the data folder Writes  <out>/08_report/index.html, manifest.json
+        image_level_labels.csv of the data folder
+Writes  <out>/08_report/index.html, manifest.json
 """
 
 import shlex
 
+from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.manifest import digest
 from pipeline.run.stage import Stage
@@ -14,7 +16,11 @@ from pipeline.system.console import log
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_text
 
-MANIFESTS = ("data/phantom/manifest.json", "0*/manifest.json", "05_folds/fold*/manifest.json")
+MANIFESTS = (
+    f"{layout.PHANTOM}/{layout.MANIFEST}",
+    f"0*/{layout.MANIFEST}",
+    f"{layout.CLASSIFIERS}/fold*/{layout.MANIFEST}",
+)
 
 
 def flags_of(stage: Stage) -> str:
@@ -36,7 +42,7 @@ def run(stage: Stage) -> None:
         for pattern in MANIFESTS
         for path in sorted(stage.out.glob(pattern))
     }
-    found.pop("08_report/manifest.json", None)
+    found.pop(f"{layout.REPORT}/{layout.MANIFEST}", None)
     if not found:
         raise InputError(
             "nothing to report", str(stage.out), "run ./run_all.sh or earlier stages first"
@@ -49,10 +55,10 @@ def run(stage: Stage) -> None:
     from pipeline.report.page import render
 
     page = render(find_run(stage.out, stage.config, data, flags))
-    write_text(stage.folder / "index.html", page)
-    stage.finish({"stages": len(found), "bytes": len(page.encode())}, ["index.html"])
+    write_text(stage.folder / layout.PAGE, page)
+    stage.finish({"stages": len(found), "bytes": len(page.encode())}, [layout.PAGE])
     log(f"report: {stage.folder / 'index.html'}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, "08_report", __doc__, run))
+    raise SystemExit(main(__file__, layout.REPORT, __doc__, run))

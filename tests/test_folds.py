@@ -13,6 +13,7 @@ from helpers_scores import label_frame, one_hot
 from pipeline import folds
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS
+from pipeline.run import layout
 from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +142,7 @@ def test_stage_03_writes_once_and_then_only_reads(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "fold 3" in first.stdout
     assert "bowel_injury" in first.stdout
-    path = tmp_path / "out" / "03_folds" / "folds.csv"
+    path = tmp_path / "out" / layout.FOLDS / "folds.csv"
     found, stamp = folds.read_folds(path, labels), path.stat().st_mtime_ns
     assert_balanced(found, labels, series_of(labels), 4)
     again = run_stage(tmp_path, "folds.count=4")
@@ -164,7 +165,7 @@ def test_stage_03_refuses_wrong_tables(tmp_path):
             f"error: patient '10000' is there twice, {tmp_path}/train.csv row 42 column patient_id"
         )
     )
-    assert not (tmp_path / "out" / "03_folds" / "folds.csv").exists()
+    assert not (tmp_path / "out" / layout.FOLDS / "folds.csv").exists()
 
 
 @pytest.mark.skipif(

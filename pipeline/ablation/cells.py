@@ -15,31 +15,34 @@ from pathlib import Path
 
 import polars as pl
 
+from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
 from ..system.console import log
 from ..system.errors import InputError
 from ..system.files import atomic_path, write_text
 from ..system.machine import world_size
-from .grid import BACKBONE, LOG, OOF, Cell, backbone_part, declared_cells, part_with, pretrainings
+from .grid import Cell, backbone_part, declared_cells, part_with, pretrainings
 
 SECTIONS = ("seed", "model", "train")
 
 
 def backbone_is_current(part: Stage) -> bool:
     """Whether a pretraining is up to date."""
-    return part.current(part.inputs("02_volumes"), ("seed", "model", "pretrain"))
+    return part.current(part.inputs(layout.VOLUMES), ("seed", "model", "pretrain"))
 
 
 def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
     """Whether a cell is up to date; its pretraining must be."""
     inputs = part.inputs(
-        "02_volumes",
-        "03_folds",
+        layout.VOLUMES,
+        layout.FOLDS,
         files=[part.data / "train.csv", part.data / "image_level_labels.csv"],
     )
     backbone = (
-        {"backbone": digest(backbone_part(stage, cell).folder / BACKBONE)} if cell.backbone else {}
+        {"backbone": digest(backbone_part(stage, cell).folder / layout.BACKBONE)}
+        if cell.backbone
+        else {}
     )
     return part.current(inputs | backbone, SECTIONS)
 
@@ -58,13 +61,13 @@ def pretrain_backbone(part: Stage) -> None:
 
         world = World(0, 1, pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))))
         counts = pretrain(
-            part.config, part.upstream("02_volumes"), part.folder, world, fresh=part.options.force
+            part.config, part.upstream(layout.VOLUMES), part.folder, world, fresh=part.options.force
         )
-        rates = pl.Series([row["samples_per_s"] for row in read_log(part.folder / LOG)])
+        rates = pl.Series([row["samples_per_s"] for row in read_log(part.folder / layout.LOG)])
         counts["training_s"] = round(
             part.config.pretrain.steps * part.config.pretrain.batch * (1 / rates).mean(), 1
         )
-        part.finish(counts, [BACKBONE, LOG])
+        part.finish(counts, [layout.BACKBONE, layout.LOG])
         for checkpoint in part.folder.rglob("*.ckpt"):
             checkpoint.unlink()
 
@@ -79,20 +82,22 @@ def train_cell(stage: Stage, cell: Cell) -> None:
             return
         from ..classifier.train import run_fold
 
-        pretrained = backbone_part(stage, cell).folder / BACKBONE if cell.backbone else None
+        pretrained = backbone_part(stage, cell).folder / layout.BACKBONE if cell.backbone else None
         _forget_another_run(part.folder, part.fingerprint)
-        folds = [part.part(f"fold{fold}") for fold in range(cell.config.folds.count)]
+        folds = [part.part(layout.fold_folder(fold)) for fold in range(cell.config.folds.count)]
         for fold in folds:
             fold.config = cell.config
         counts = [run_fold(fold, number, pretrained) for number, fold in enumerate(folds)]
-        rows = list(_log_lines([fold.folder / LOG for fold in folds]))
-        with atomic_path(part.folder / OOF) as path:
-            pl.concat([pl.read_parquet(fold.folder / OOF) for fold in folds]).write_parquet(path)
-        write_text(part.folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = list(_log_lines([fold.folder / layout.LOG for fold in folds]))
+        with atomic_path(part.folder / layout.OOF) as path:
+            pl.concat([pl.read_parquet(fold.folder / layout.OOF) for fold in folds]).write_parquet(
+                path
+            )
+        write_text(part.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in rows))
         seconds = round(sum(row["seconds"] for row in rows), 1)
         part.finish(
             {"training_s": seconds, "train_series": sum(one["train_series"] for one in counts)},
-            [OOF, LOG],
+            [layout.OOF, layout.LOG],
         )
         for fold in folds:
             shutil.rmtree(fold.folder)

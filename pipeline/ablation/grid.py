@@ -10,8 +10,6 @@ from ..run.presets import derive
 from ..run.stage import Stage
 from ..system.errors import InputError
 
-OOF, LOG, BACKBONE = "oof.parquet", "log.jsonl", "backbone.safetensors"
-
 
 @dataclass(frozen=True, eq=False)
 class Cell:

@@ -21,13 +21,14 @@ from ..classifier.data import SLICE_NAMES, SLICE_TARGETS
 from ..competition.tables import read_labels
 from ..folds import read_folds
 from ..learning.backbone import create_backbone, load_backbone, standardise
+from ..run import layout
 from ..run.config import Config
 from ..run.stage import Stage
 from ..system.console import log
 from ..system.files import atomic_path, write_text
 from ..system.machine import pick_device, seed_everything
 from ..volumes.sampling import slice_positions, take_slices
-from .grid import BACKBONE, Cell, backbone_part, pretrainings
+from .grid import Cell, backbone_part, pretrainings
 
 PATIENTS = 400  # at most, the first in the order of their ids (which are random numbers)
 BATCH = 256
@@ -54,13 +55,13 @@ def read_slices(stage: Stage) -> Slices:
     organs where the phantom tells.
     """
     folder, config, labels = (
-        stage.upstream("02_volumes"),
+        stage.upstream(layout.VOLUMES),
         stage.config.train,
         read_labels(stage.data),
     )
-    folds = dict(read_folds(stage.upstream("03_folds") / "folds.csv").iter_rows())
+    folds = dict(read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE).iter_rows())
     index = (
-        pl.read_parquet(folder / "index.parquet")
+        pl.read_parquet(folder / layout.INDEX)
         .filter(pl.col("source") == "train")
         .sort("patient_id", "series_id")
     )
@@ -170,7 +171,12 @@ def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Confi
             seen.add(start)
             yield f"start_{cell.start}", cell.seed, cell.config, None
     for cell in found:
-        yield cell.variant, cell.seed, cell.config, backbone_part(stage, cell).folder / BACKBONE
+        yield (
+            cell.variant,
+            cell.seed,
+            cell.config,
+            backbone_part(stage, cell).folder / layout.BACKBONE,
+        )
 
 
 def judge(features: np.ndarray, slices: Slices, neighbours: int) -> Iterator[dict[str, Any]]:
@@ -239,9 +245,9 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
             ]
         shown.setdefault(name, features)
         log(f"probes: {name}, seed {seed} done")
-    write_text(stage.folder / "probes.csv", pl.DataFrame(rows).write_csv())
+    write_text(stage.folder / layout.PROBES, pl.DataFrame(rows).write_csv())
     draw(shown, slices, stage.folder / "probes.png")
-    return ["probes.csv", "probes.png"]
+    return [layout.PROBES, "probes.png"]
 
 
 def draw(features: Mapping[str, np.ndarray], slices: Slices, path: Path) -> None:

@@ -7,11 +7,12 @@ from threadpoolctl import threadpool_limits
 from ..competition.metric import score_arrays
 from ..competition.tables import read_labels
 from ..competition.targets import COLUMNS, SCORE_KEYS
+from ..run import layout
 from ..run.manifest import read_manifest
 from ..run.stage import Stage
 from ..system.console import progress
 from ..system.files import write_json, write_text
-from .grid import OOF, Cell, backbone_part
+from .grid import Cell, backbone_part
 from .statistics import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
 
 
@@ -25,11 +26,11 @@ def read_cells(
     from ..folds import read_folds
 
     labels = read_labels(stage.data)
-    folds, found = read_folds(stage.upstream("03_folds") / "folds.csv", labels), {}
+    folds, found = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels), {}
     with threadpool_limits(1):
         for cell in progress(cells, len(cells), "calibration", "cells"):
             frames = nested(
-                {"cell": pl.read_parquet(stage.folder / cell.name / OOF)},
+                {"cell": pl.read_parquet(stage.folder / cell.name / layout.OOF)},
                 labels,
                 folds,
                 stage.config.score,
@@ -101,8 +102,8 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
         "costs": costs.to_dicts(),
         "sentences": [sentence(row) for row in compared],
     }
-    write_json(stage.folder / "table.json", result)
-    write_text(stage.folder / "table.md", markdown(result))
-    write_text(stage.folder / "table.csv", pl.DataFrame(list(long_rows(result))).write_csv())
-    write_text(stage.folder / "cells.csv", table.write_csv())
-    return ["table.json", "table.md", "table.csv", "cells.csv"]
+    write_json(stage.folder / layout.TABLE_JSON, result)
+    write_text(stage.folder / layout.TABLE_MD, markdown(result))
+    write_text(stage.folder / layout.TABLE, pl.DataFrame(list(long_rows(result))).write_csv())
+    write_text(stage.folder / layout.CELLS, table.write_csv())
+    return [layout.TABLE_JSON, layout.TABLE_MD, layout.TABLE, layout.CELLS]

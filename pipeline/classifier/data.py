@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..competition.targets import COLUMNS
+from ..run import layout
 from ..run.config import TrainConfig
 from ..volumes.sampling import bins, slice_positions, take_slices
 from .augment import VolumeAugment
@@ -64,7 +65,7 @@ def labelled_series(
     A series of an injured patient without any slice label of that injury says nothing about its
     slices: not `known`.
     """
-    index = pl.read_parquet(folder / "index.parquet").filter(pl.col("source") == "train")
+    index = pl.read_parquet(folder / layout.INDEX).filter(pl.col("source") == "train")
     # a resumed run must find the same order
     index = index.join(labels, on="patient_id", how="inner", maintain_order="left")
     marks: dict[tuple[str, str], list[tuple[int, int]]] = {}

@@ -10,14 +10,13 @@ import numpy as np
 
 from ..competition.tables import read_labels, read_slice_labels
 from ..folds import label_subset, read_folds
+from ..run import layout
 from ..run.config import Config
 from ..run.manifest import read_manifest
 from ..run.stage import Stage
 from ..system.errors import InputError
 from ..system.files import remove_folder
 from .data import Series, labelled_series
-
-CHECKPOINT = "last.ckpt"  # of a fold that is being trained
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
         labels asked for and absent.
     """
     labels = read_labels(part.data)
-    folds = dict(read_folds(part.upstream("03_folds") / "folds.csv", labels).iter_rows())
+    folds = dict(read_folds(part.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels).iter_rows())
     if fold not in folds.values():
         raise InputError(
             f"there is no fold {fold}",
@@ -52,14 +51,14 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
         raise InputError(
             "train.slice_loss needs slice labels", where, "add the table or set train.slice_loss=0"
         )
-    series = labelled_series(part.upstream("02_volumes"), labels, slice_labels)
+    series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels)
     held_out = [one for one in series if folds[one.patient_id] == fold]
     train = [one for one in series if folds[one.patient_id] != fold]
     for side, name in ((held_out, "held-out"), (train, "training")):
         if not side:
             raise InputError(
                 f"fold {fold} has no {name} series",
-                str(part.out / "02_volumes"),
+                str(part.out / layout.VOLUMES),
                 "check stage 01's quarantine.csv",
             )
     return FoldData(fold, _subset(train, part.config), held_out, part.fingerprint)
@@ -82,17 +81,17 @@ def start_anew(
     """Take manifest and checkpoint from all `folds` at once: one that a stopped `--force` did not
     come to must not look finished.
     """
-    for part in (stage.part(f"fold{fold}") for fold in folds):
+    for part in (stage.part(layout.fold_folder(fold)) for fold in folds):
         with part.lock():
             part.current(inputs, sections, whole=False)
-            (part.folder / CHECKPOINT).unlink(missing_ok=True)
+            (part.folder / layout.LAST).unlink(missing_ok=True)
 
 
 def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) -> None:
     """Write the manifest of all folds, unless a fold is not done; folds that the config no longer
     has go.
     """
-    names = [f"fold{fold}" for fold in range(stage.config.folds.count)]
+    names = [layout.fold_folder(fold) for fold in range(stage.config.folds.count)]
     if not all(stage.part(name).made_from(inputs, sections) for name in names):
         return
     for path in stage.folder.glob("fold*"):
@@ -105,7 +104,5 @@ def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) 
     counts = {name: (manifest or {})["counts"] for name, manifest in manifests.items()}
     stage.finish(
         counts,
-        outputs=[
-            f"{name}/{file}" for name in names for file in ("oof.parquet", "model.safetensors")
-        ],
+        outputs=[f"{name}/{file}" for name in names for file in (layout.OOF, layout.MODEL)],
     )

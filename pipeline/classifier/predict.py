@@ -12,6 +12,7 @@ from torch import Tensor
 from ..learning.backbone import create_backbone, feature_shape, standardise
 from ..learning.checkpoint import load_weights, read_metadata
 from ..learning.optimise import autocast
+from ..run import layout
 from ..run.config import (
     Config,
     ConvertConfig,
@@ -63,7 +64,7 @@ def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, Trained]
         config = Trained(**{name: json.loads(metadata[name]) for name in Trained.model_fields})
     except (KeyError, ValueError) as fault:
         raise InputError(
-            "not a classifier of stage 05", str(path), "run stages/05_train_folds.py"
+            "not a classifier of stage 05", str(path), f"run {layout.script(layout.CLASSIFIERS)}"
         ) from fault
     model = build_model(config)
     load_weights(model, path)

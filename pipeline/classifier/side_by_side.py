@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..run import layout
 from ..run.stage import Stage
 from ..system.errors import Ended
 from ..system.machine import pick_device
@@ -55,7 +56,8 @@ def train_side_by_side(
     todo = [
         fold
         for fold in folds
-        if stage.options.force or not stage.part(f"fold{fold}").made_from(inputs, sections)
+        if stage.options.force
+        or not stage.part(layout.fold_folder(fold)).made_from(inputs, sections)
     ]
     at_once = min(stage.jobs, stage.config.folds.count)
     if (

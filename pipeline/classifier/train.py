@@ -29,18 +29,17 @@ from ..learning.optimise import (
     load_scaler,
     warmup_cosine,
 )
+from ..run import layout
 from ..run.config import Config, decisive
 from ..run.stage import Stage
 from ..system.console import log, progress
 from ..system.files import atomic_path, write_text
 from ..system.machine import pick_device, seed_everything, world_size
 from .data import SeriesDataset, make_loader
-from .fold import CHECKPOINT, FoldData, gather_fold
+from .fold import FoldData, gather_fold
 from .loss import InjuryLoss
 from .model import CnnLstm, parameter_groups
 from .predict import build_model, describe, predict
-
-MODEL, LOG, OOF = "model.safetensors", "log.jsonl", "oof.parquet"
 
 
 class FoldTrainer:
@@ -305,15 +304,17 @@ class FoldTrainer:
         """
         score = self.history[-1]["score"]
         if self.options.patience and score < self.best:
-            save_checkpoint(self.folder / "best.ckpt", {"model": self.final_model.state_dict()})
+            save_checkpoint(self.folder / layout.BEST, {"model": self.final_model.state_dict()})
         self.best = min(self.best, score)
         self.save_state()
-        write_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.history))
+        write_text(
+            self.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in self.history)
+        )
 
     def save_state(self) -> None:
         """Everything that a resumed run needs."""
         save_checkpoint(
-            self.folder / CHECKPOINT,
+            self.folder / layout.LAST,
             {
                 "model": self.model.state_dict(),
                 "averaged": self.averaged.state_dict() if self.averaged else None,
@@ -329,7 +330,7 @@ class FoldTrainer:
 
     def resume(self) -> None:
         """Take up the last checkpoint where it belongs to this very config and fold."""
-        state = load_checkpoint(self.folder / CHECKPOINT)
+        state = load_checkpoint(self.folder / layout.LAST)
         if state is None:
             return
         if state["identity"] != self._identity():
@@ -376,7 +377,7 @@ class FoldTrainer:
         )
 
     def _load_best(self) -> None:
-        state = load_checkpoint(self.folder / "best.ckpt")
+        state = load_checkpoint(self.folder / layout.BEST)
         if state is not None:
             self.final_model.load_state_dict(state["model"])
 
@@ -396,8 +397,8 @@ def train_fold(
     folder.mkdir(parents=True, exist_ok=True)
     trainer = FoldTrainer(config, data, folder, device, pretrained)
     trainer.run()
-    save_weights(folder / MODEL, trainer.final_model, describe(config))
-    with atomic_path(folder / OOF) as temporary, loading():
+    save_weights(folder / layout.MODEL, trainer.final_model, describe(config))
+    with atomic_path(folder / layout.OOF) as temporary, loading():
         trainer.predict_held_out().write_parquet(temporary)
     kept = trainer.kept
     return {
@@ -419,8 +420,8 @@ def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str
         torch.set_num_threads(part.jobs)
     data = gather_fold(part, fold)
     if part.options.force:
-        (part.folder / CHECKPOINT).unlink(missing_ok=True)
+        (part.folder / layout.LAST).unlink(missing_ok=True)
     if config.train.init == "voco2d" and pretrained is None:
-        pretrained = part.upstream("04_voco2d") / "backbone.safetensors"
+        pretrained = part.upstream(layout.VOCO) / layout.BACKBONE
     device = pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0)))
     return train_fold(config, data, part.folder, device, pretrained)

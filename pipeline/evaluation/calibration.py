@@ -30,6 +30,7 @@ from ..competition.metric import (
     value_frame,
 )
 from ..competition.targets import COLUMNS, TARGET_NAMES, TARGETS, group_slices
+from ..run import layout
 from ..run.manifest import read_manifest
 from ..system.errors import InputError
 
@@ -66,7 +67,9 @@ class Calibration:
                 f"the calibration is of {len(self.models)} models, predictions are of {len(series)}"
             )
             raise InputError(
-                what, "calibration.json", "run stages/06_score_oof.py on the models that predict"
+                what,
+                layout.CALIBRATION,
+                f"run {layout.script(layout.SCORES)} on the models that predict",
             )
         patients = aggregate(blend(series, self.weights), self.aggregate)
         return with_values(patients, self.apply(patients.select(COLUMNS).to_numpy()))
@@ -76,12 +79,14 @@ class Calibration:
         """What stage 06 left in `folder` for the models that `Stage.inputs` knows as `trained`;
         InputError where it is of others.
         """
-        path = folder / "calibration.json"
+        path = folder / layout.CALIBRATION
         try:
             found = cls.from_json(json.loads(path.read_text(encoding="utf-8")), path)
         except ValueError as fault:
             raise InputError(
-                f"not a calibration ({fault})", str(path), "run stages/06_score_oof.py again"
+                f"not a calibration ({fault})",
+                str(path),
+                f"run {layout.script(layout.SCORES)} again",
             ) from fault
         if len(found.models) > 1:
             what = (
@@ -91,14 +96,15 @@ class Calibration:
             raise InputError(
                 what,
                 str(path),
-                "run stages/06_score_oof.py --force without --oof, and blend submissions instead",
+                f"run {layout.script(layout.SCORES)} --force without --oof,"
+                " and blend submissions instead",
             )
-        if (read_manifest(folder) or {"inputs": {}})["inputs"].get("05_folds") != trained:
+        if (read_manifest(folder) or {"inputs": {}})["inputs"].get(layout.CLASSIFIERS) != trained:
             what = (
-                "the calibration is of other predictions than those of the models that 05_folds"
-                " holds now"
+                "the calibration is of other predictions than those of the models that"
+                f" {layout.CLASSIFIERS} holds now"
             )
-            raise InputError(what, str(path), "run stages/06_score_oof.py without --oof")
+            raise InputError(what, str(path), f"run {layout.script(layout.SCORES)} without --oof")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +120,7 @@ class Calibration:
 
     @classmethod
     def from_json(
-        cls, values: dict[str, Any], path: Path | str = "calibration.json"
+        cls, values: dict[str, Any], path: Path | str = layout.CALIBRATION
     ) -> "Calibration":
         """The inverse of `to_json`; InputError where a key is missing or a value is no finite
         number.
@@ -133,7 +139,9 @@ class Calibration:
             found = cls(models=tuple(values["models"]), aggregate=values["aggregate"], **parts)
         except (KeyError, TypeError, ValueError) as fault:
             raise InputError(
-                f"not a calibration ({fault})", str(path), "run stages/06_score_oof.py again"
+                f"not a calibration ({fault})",
+                str(path),
+                f"run {layout.script(layout.SCORES)} again",
             ) from fault
         if found.weights.shape != (len(TARGETS), len(found.models)) or not all(
             np.isfinite(part).all() for part in parts.values()
@@ -141,7 +149,7 @@ class Calibration:
             raise InputError(
                 "not a calibration (wrong number of weights, or not finite)",
                 str(path),
-                "run stages/06_score_oof.py again",
+                f"run {layout.script(layout.SCORES)} again",
             )
         return found
 

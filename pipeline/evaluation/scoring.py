@@ -20,6 +20,7 @@ from ..competition.metric import aggregate, constants, format_table, require_pat
 from ..competition.strict_table import KEY, ROW, Table
 from ..competition.targets import COLUMNS, SCORE_KEYS
 from ..folds import make_folds, read_folds
+from ..run import layout
 from ..run.config import Config, ScoreConfig
 from ..run.manifest import trained_files
 from ..system.console import log
@@ -87,12 +88,12 @@ def read_trained(
     """The run's own OOF tables under the name `folds`, and `patient_id, fold`. Patients without a
     volume may be missing.
     """
-    frame = pl.concat([_read(path) for path in trained_files(trained, "oof.parquet")])
+    frame = pl.concat([_read(path) for path in trained_files(trained, layout.OOF)])
     table = Table(f"{trained}/fold*/oof.parquet", frame)
     strict_table.check_unique(table, *SERIES)
-    index = pl.read_parquet(volumes / "index.parquet").filter(pl.col("source") == "train")
+    index = pl.read_parquet(volumes / layout.INDEX).filter(pl.col("source") == "train")
     require_patients(labels.join(index, on=KEY, how="semi", maintain_order="left"), table)
-    drawn = read_folds(folds / "folds.csv", labels)
+    drawn = read_folds(folds / layout.FOLD_TABLE, labels)
     moved = frame.join(drawn, on=KEY, suffix="_drawn").filter(
         pl.col("fold") != pl.col("fold_drawn")
     )
@@ -101,7 +102,7 @@ def read_trained(
             f"patient {moved[KEY][0]!r} was held out in fold {moved['fold'][0]}, not"
             f" {moved['fold_drawn'][0]} as folds.csv says"
         )
-        raise InputError(what, table.name, "run stages/05_train_folds.py again")
+        raise InputError(what, table.name, f"run {layout.script(layout.CLASSIFIERS)} again")
     return {"folds": frame.drop(ROW)}, drawn
 
 

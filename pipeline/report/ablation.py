@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from ..ablation.statistics import FIGURES, text, verdict
+from ..run import layout
 from .charts import data_uri, ticks
 
 STYLES = {"better": "c3", "worse": "c2", "no difference shown": "soft"}
@@ -16,7 +17,7 @@ def comparison(folder: Path) -> dict[str, Any]:
     """Figures and cost of every variant, differences of every pair, forest plots, and the sentences
     that they support.
     """
-    found = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / layout.TABLE_JSON).read_text(encoding="utf-8"))
     costs = {row["variant"]: row for row in found["costs"]}
     variants = [
         {
@@ -79,7 +80,7 @@ def probe_table(folder: Path) -> dict[str, Any]:
     """Probe values by question and probe for every backbone and kind of statistics: mean, least and
     most over the seeds.
     """
-    table = pl.read_csv(folder / "probes.csv")
+    table = pl.read_csv(folder / layout.PROBES)
     keys, value = ["backbone", "statistics"], pl.col("value")
     spread = [value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high")]
     found = table.group_by("question", "probe", "figure", *keys, maintain_order=True).agg(spread)

@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from ..run import layout
 from ..run.config import Config
 from ..run.layout import MAKERS
 from ..run.manifest import broken_outputs, read_manifest
@@ -27,7 +28,7 @@ class Run:
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """Records of a stage's log.jsonl, none where it has none."""
-        path = self.out / name / "log.jsonl"
+        path = self.out / name / layout.LOG
         return (
             [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             if path.is_file()
@@ -37,19 +38,19 @@ class Run:
     def index(self) -> pl.DataFrame | None:
         """The volume index, None where stage 02 has not run."""
         return (
-            pl.read_parquet(self.out / "02_volumes" / "index.parquet")
-            if "02_volumes" in self.manifests
+            pl.read_parquet(self.out / layout.VOLUMES / layout.INDEX)
+            if layout.VOLUMES in self.manifests
             else None
         )
 
 
 def find_run(out: Path, config: Config, data: Path | None, flags: str) -> Run:
     """The run below `out` with the stages that have finished, each fold as a stage of its own."""
-    folds = [f"05_folds/fold{k}" for k in range(config.folds.count)]
+    folds = [f"{layout.CLASSIFIERS}/{layout.fold_folder(k)}" for k in range(config.folds.count)]
     names = [
         name
         for name in [*MAKERS, *folds]
-        if name not in ("08_report", "data/phantom" if data else "")
+        if name not in (layout.REPORT, layout.PHANTOM if data else "")
     ]
     found = {
         name: manifest

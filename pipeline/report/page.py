@@ -7,6 +7,7 @@ every value is escaped.
 
 from pathlib import Path
 
+from ..run import layout
 from .inputs import Run
 from .sections import (
     ablation,
@@ -35,15 +36,15 @@ def render(run: Run) -> str:
     )
     page.filters["duration"] = duration
     needs = {
-        conversion: "01_slices",
-        montage: "02_volumes",
-        pretraining: "04_voco2d",
-        training: "05_folds/fold",
-        scores: "06_oof",
-        worst: "06_oof",
-        test: "07_submission",
-        ablation: "09_ablation",
-        probes: "09_ablation",
+        conversion: layout.SLICES,
+        montage: layout.VOLUMES,
+        pretraining: layout.VOCO,
+        training: f"{layout.CLASSIFIERS}/fold",
+        scores: layout.SCORES,
+        worst: layout.SCORES,
+        test: layout.SUBMISSION,
+        ablation: layout.ABLATION,
+        probes: layout.ABLATION,
         facts: "",
         cost: "",
     }

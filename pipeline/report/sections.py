@@ -12,6 +12,7 @@ from ..competition.metric import WEIGHTS, loss_terms, normalise
 from ..competition.tables import read_slice_labels
 from ..competition.targets import COLUMNS, SCORE_KEYS, TARGET_NAMES, TARGETS, group_slices
 from ..evaluation.metrics import METRICS, Interval, interval, resamples
+from ..run import layout
 from ..run.config import resolved
 from ..run.layout import MAKERS
 from ..run.manifest import digest
@@ -47,11 +48,11 @@ def facts(run: Run) -> dict[str, str]:
         (
             manifest["config"]
             for name, manifest in run.manifests.items()
-            if name.startswith("05_folds/")
+            if name.startswith(f"{layout.CLASSIFIERS}/")
         ),
         None,
     )
-    converted = run.manifests.get("01_slices", {}).get("counts")
+    converted = run.manifests.get(layout.SLICES, {}).get("counts")
     patients = (
         {}
         if index is None
@@ -93,8 +94,8 @@ def conversion(run: Run) -> dict[str, Any]:
     """Counts of stage 01, and the quarantined files by reason."""
     from pydicom.uid import UID
 
-    counts = run.manifests["01_slices"]["counts"]
-    lost = pl.read_csv(run.out / "01_slices" / "quarantine.csv", infer_schema=False)
+    counts = run.manifests[layout.SLICES]["counts"]
+    lost = pl.read_csv(run.out / layout.SLICES / layout.QUARANTINE, infer_schema=False)
     groups = lost.group_by(
         pl.col("reason").str.split(":").list.first().alias("kind"), maintain_order=True
     )
@@ -117,7 +118,7 @@ def _pictures(run: Run, row: dict[str, Any], planes: list[int]) -> list[dict[str
     """Planes of the volume of an index row, each with the instance number of its nearest slice;
     none where the file is gone.
     """
-    path = run.out / "02_volumes" / row["path"]
+    path = run.out / layout.VOLUMES / row["path"]
     if not path.is_file():
         return []
     volume = np.load(path, mmap_mode="r")
@@ -151,7 +152,7 @@ def montage(run: Run) -> list[dict[str, Any]]:
 
 def pretraining(run: Run) -> dict[str, Any]:
     """Curves and pictures of stage 04."""
-    manifest, records = run.manifests["04_voco2d"], run.log("04_voco2d")
+    manifest, records = run.manifests[layout.VOCO], run.log(layout.VOCO)
     options = manifest["config"]["pretrain"]
     boxes = random_boxes(options["image_size"], options["grid"], 4096, np.random.default_rng(0))
     overlap = overlap_labels(boxes, base_boxes(options["image_size"], options["grid"]))
@@ -174,7 +175,7 @@ def pretraining(run: Run) -> dict[str, Any]:
         charts.append(chart(title, "step", [Line("", "c1", curve(records, "step", key))]))
     pictures = {
         path.stem: figures.data_uri(path.read_bytes(), "png")
-        for path in (run.out / "04_voco2d").glob("*.png")
+        for path in (run.out / layout.VOCO).glob("*.png")
     }
     return {
         "counts": manifest["counts"],
@@ -190,7 +191,7 @@ def training(run: Run) -> dict[str, Any]:
     logs = {
         name.rpartition("/fold")[2]: run.log(name)
         for name in run.manifests
-        if name.startswith("05_folds/fold")
+        if name.startswith(f"{layout.CLASSIFIERS}/fold")
     }
     loss, held = (
         [
@@ -200,7 +201,7 @@ def training(run: Run) -> dict[str, Any]:
         for key in ("loss", "score")
     )
     rows = [row for rows in logs.values() for row in rows]
-    if "06_oof" in run.manifests:
+    if layout.SCORES in run.manifests:
         floor, last = (
             _read_scores(run)["floors"]["weighted_means"]["score"],
             max((row["epoch"] for row in rows), default=1),
@@ -227,12 +228,12 @@ def training(run: Run) -> dict[str, Any]:
 
 
 def _read_scores(run: Run) -> dict[str, Any]:
-    return json.loads((run.out / "06_oof" / "scores.json").read_text(encoding="utf-8"))
+    return json.loads((run.out / layout.SCORES / layout.SCORE_TABLE).read_text(encoding="utf-8"))
 
 
 def _predictions(run: Run) -> tuple[pl.DataFrame, list[np.ndarray]]:
     """patients.parquet, and of it labels, raw and nested probabilities (N, 13)."""
-    table = pl.read_parquet(run.out / "06_oof" / "patients.parquet")
+    table = pl.read_parquet(run.out / layout.SCORES / "patients.parquet")
     return table, [
         table.select(pl.col(f"{kind}_{c}").cast(pl.Float64) for c in COLUMNS).to_numpy()
         for kind in ("label", "raw", "nested")
@@ -258,7 +259,7 @@ def scores(run: Run) -> dict[str, Any]:
     """Rows of the score table (`best`: position of the lowest honest value), metrics, charts and
     confusion tables.
     """
-    found, options = _read_scores(run), run.manifests["06_oof"]["config"]
+    found, options = _read_scores(run), run.manifests[layout.SCORES]["config"]
     labels, raw, nested = _predictions(run)[1]
     columns = {**found["floors"], **{name: found[name] for name in ("raw", "nested", "in_sample")}}
     table = {key: [column[key] for column in columns.values()] for key in SCORE_KEYS}
@@ -359,23 +360,23 @@ def _marked_series(run: Run, patient: str, marks: pl.DataFrame | None) -> dict[s
 
 def test(run: Run) -> dict[str, Any]:
     """Counts of stage 07, and its fallbacks by reason."""
-    reasons = pl.read_csv(run.out / "07_submission" / "fallbacks.csv", infer_schema=False)[
+    reasons = pl.read_csv(run.out / layout.SUBMISSION / layout.FALLBACKS, infer_schema=False)[
         "reason"
     ].to_list()
     return {
-        "counts": run.manifests["07_submission"]["counts"],
+        "counts": run.manifests[layout.SUBMISSION]["counts"],
         "reasons": Counter(reasons).most_common(SHOWN),
     }
 
 
 def ablation(run: Run) -> dict[str, Any]:
     """Comparison of variants by stage 09."""
-    return report_ablation.comparison(run.out / "09_ablation")
+    return report_ablation.comparison(run.out / layout.ABLATION)
 
 
 def probes(run: Run) -> dict[str, Any]:
     """Probes of frozen backbones by stage 09."""
-    return report_ablation.probe_table(run.out / "09_ablation")
+    return report_ablation.probe_table(run.out / layout.ABLATION)
 
 
 def cost(run: Run) -> dict[str, Any]:
@@ -393,7 +394,7 @@ def cost(run: Run) -> dict[str, Any]:
             if one in run.manifests
         }
         stale = [one for one, value in made.items() if value != manifest["inputs"][one]]
-        if name != "05_folds":  # its folds are listed
+        if name != layout.CLASSIFIERS:  # its folds are listed
             rows.append(
                 {
                     **manifest,
@@ -410,7 +411,7 @@ def cost(run: Run) -> dict[str, Any]:
             for name, script in MAKERS.items()
             if any(one.startswith(name) for one in run.manifests)
         }
-        | {"08_report"}
+        | {layout.REPORT}
     )
     total = sum(row["seconds"] for row in rows) - _side_by_side(run)
     return {
@@ -426,11 +427,11 @@ def _side_by_side(run: Run) -> float:
     """Seconds by which folds that trained side by side, in one sitting, took less than their
     sum.
     """
-    whole = run.manifests.get("05_folds", {"seconds": 0.0})["seconds"]
+    whole = run.manifests.get(layout.CLASSIFIERS, {"seconds": 0.0})["seconds"]
     folds = [
         manifest["seconds"]
         for name, manifest in run.manifests.items()
-        if name.startswith("05_folds/")
+        if name.startswith(f"{layout.CLASSIFIERS}/")
     ]
     return max(0.0, sum(folds) - whole) if folds and whole >= max(folds) else 0.0
 

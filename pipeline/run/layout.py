@@ -1,14 +1,66 @@
-"""Names of the stage folders of a run, of the files in them, and of the scripts that make them."""
+"""Names of the folders and files of a run, and of the scripts that make them: the one place.
 
+Paths are relative to the run's folder, `outputs/<config name>/` or `--out`.
+"""
+
+PHANTOM = "data/phantom"
+SLICES = "01_slices"
+VOLUMES = "02_volumes"
+FOLDS = "03_folds"
+VOCO = "04_voco2d"
+CLASSIFIERS = "05_folds"
+SCORES = "06_oof"
+SUBMISSION = "07_submission"
+REPORT = "08_report"
+ABLATION = "09_ablation"
+
+# folder of a stage: its script, in the order of the stages
 MAKERS = {
-    "data/phantom": "00_make_phantom",
-    "01_slices": "01_convert_dicom",
-    "02_volumes": "02_build_volumes",
-    "03_folds": "03_make_folds",
-    "04_voco2d": "04_pretrain_voco2d",
-    "05_folds": "05_train_folds",
-    "06_oof": "06_score_oof",
-    "07_submission": "07_predict_test",
-    "08_report": "08_report",
-    "09_ablation": "09_ablate",
+    PHANTOM: "00_make_phantom",
+    SLICES: "01_convert_dicom",
+    VOLUMES: "02_build_volumes",
+    FOLDS: "03_make_folds",
+    VOCO: "04_pretrain_voco2d",
+    CLASSIFIERS: "05_train_folds",
+    SCORES: "06_score_oof",
+    SUBMISSION: "07_predict_test",
+    REPORT: "08_report",
+    ABLATION: "09_ablate",
 }
+
+MANIFEST = "manifest.json"  # of every stage folder, written last
+INDEX = "index.parquet"  # of slices, and of volumes
+QUARANTINE = "quarantine.csv"  # files that became no slice
+SIDECAR = "series.json"  # of one series' slices
+FOLD_TABLE = "folds.csv"
+BACKBONE = "backbone.safetensors"
+MODEL = "model.safetensors"  # of one fold
+LAST, BEST = "last.ckpt", "best.ckpt"
+LOG = "log.jsonl"
+OOF = "oof.parquet"  # out-of-fold predictions of one fold, one row a series
+OOF_TABLE = "oof_predictions.csv"  # blended, uncalibrated, one row a series
+SCORE_TABLE = "scores.json"
+CALIBRATION = "calibration.json"
+SUBMISSION_TABLE = "submission.csv"
+FALLBACKS = (
+    "fallbacks.csv"  # patients of the test set who got less than a prediction from all series
+)
+PAGE = "index.html"
+CELLS, TABLE, TABLE_JSON, TABLE_MD, PROBES = (
+    "cells.csv",
+    "table.csv",
+    "table.json",
+    "table.md",
+    "probes.csv",
+)
+
+
+def fold_folder(fold: int) -> str:
+    """Name of one fold's folder within `CLASSIFIERS`."""
+    return f"fold{fold}"
+
+
+def script(folder: str) -> str:
+    """The script that makes a stage folder, or a folder in it: `05_folds/fold0` -> its path."""
+    stage = folder if folder in MAKERS else folder.split("/")[0]
+    return f"stages/{MAKERS[stage]}.py"

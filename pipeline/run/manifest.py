@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.console import log
+from . import layout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished stage folder, or None where the stage did not finish or wrote
     another schema.
     """
-    path = folder / "manifest.json"
+    path = folder / layout.MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

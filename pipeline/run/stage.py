@@ -14,7 +14,7 @@ from ..system.console import log
 from ..system.errors import InputError
 from ..system.files import disk_errors, remove_temporaries, write_json
 from ..system.machine import cpu_count, device_used, peak_mb, world_size
-from .layout import MAKERS
+from . import layout
 from .locks import holders, try_lock
 from .manifest import ROOT, SCHEMA, broken_outputs, digest, git_commit, read_manifest, versions
 
@@ -71,7 +71,7 @@ class Stage:
                     f"config '{self.config.name}' has no phantom",
                     "give --data /path/to/rsna",
                 )
-            return self.upstream("data/phantom", lambda file: "/" not in file)
+            return self.upstream(layout.PHANTOM, lambda file: "/" not in file)
         folder = Path(self.options.data).resolve()
         if not folder.is_dir():
             raise InputError(
@@ -87,7 +87,7 @@ class Stage:
         return (
             self.data
             if self.real_data or not self.config.phantom
-            else self.upstream("data/phantom", lambda file: True)
+            else self.upstream(layout.PHANTOM, lambda file: True)
         )
 
     def part(self, name: str) -> "Stage":
@@ -117,19 +117,14 @@ class Stage:
             return folder
         if folder.is_relative_to(self.out):
             self.reading.enter_context(self._held(self._lock_file(name), fcntl.LOCK_SH))
-        manifest, maker = (
-            read_manifest(folder),
-            MAKERS[name if name in MAKERS else name.split("/")[0]],
-        )
+        manifest, maker = read_manifest(folder), layout.script(name)
         if manifest is None:
-            raise InputError(
-                f"{name} is missing or unfinished", str(folder), f"run stages/{maker}.py first"
-            )
+            raise InputError(f"{name} is missing or unfinished", str(folder), f"run {maker} first")
         if broken := list(filter(needed, broken_outputs(folder, manifest))):
             raise InputError(
                 f"a file of {name} is missing or has another size",
                 str(folder / broken[0]),
-                f"run stages/{maker}.py again",
+                f"run {maker} again",
             )
         self._checked.add((name, needed("/")))
         return folder
@@ -197,7 +192,7 @@ class Stage:
             log(f"{self.name}: up to date")
             return True
         if self.writer:
-            for name in ("manifest.json", *broken):
+            for name in (layout.MANIFEST, *broken):
                 (self.folder / name).unlink(missing_ok=True)
             remove_temporaries(self.folder)
             remove_temporaries(self.folder.parent, of=self.folder.name)
@@ -231,7 +226,7 @@ class Stage:
             "versions": versions(),
             "git": git_commit(),
         }
-        write_json(self.folder / "manifest.json", manifest)
+        write_json(self.folder / layout.MANIFEST, manifest)
         log(f"{self.name}: done in {seconds:.1f} s")
 
     def lock(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:

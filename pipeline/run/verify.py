@@ -16,6 +16,7 @@ from typing import Any
 from ..system.console import progress
 from ..system.errors import InputError
 from ..system.machine import cpu_count
+from . import layout
 from .command import parser
 from .layout import MAKERS
 from .manifest import ROOT, SCHEMA, digest, read_manifest
@@ -59,7 +60,7 @@ def _slices(folder: Path, threads: ThreadPoolExecutor) -> Iterator[str]:
     """
     import polars as pl
 
-    index = pl.read_parquet(folder / "index.parquet", columns=["png", "crc32"])
+    index = pl.read_parquet(folder / layout.INDEX, columns=["png", "crc32"])
 
     def answers() -> Iterator[str | None]:
         for part in index.iter_slices(SLICES_AT_ONCE):
@@ -84,7 +85,9 @@ def _chain(out: Path, manifests: dict[str, dict[str, Any] | None]) -> Iterator[s
                 yield f"{out / name}: made from another {source} than this one"
             # it may have its --models elsewhere
             elif (
-                source not in manifests and not (out / source).is_dir() and name != "07_submission"
+                source not in manifests
+                and not (out / source).is_dir()
+                and name != layout.SUBMISSION
             ):
                 yield f"{out / source}: missing, {name} was made from it"
 
@@ -126,7 +129,7 @@ def differences(out: Path) -> Iterator[str]:
             if line
         }
         yield from wrong.values()
-        index = out / "01_slices" / "index.parquet"
+        index = out / layout.SLICES / layout.INDEX
         if manifests.get(index.parent) and index not in wrong:
             yield from _slices(index.parent, threads)
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..system.console import log
 from ..system.errors import InputError
@@ -19,7 +20,6 @@ from ..system.errors import InputError
 NIFTI = (".nii", ".nii.gz")
 LABELS = "labels"  # folders of label maps, `labelsTr` and so on, start with this
 LONGEST = 200  # bytes of <patient>_<series>, which with its endings must be a file name (255)
-SIDECAR = "series.json"  # marks a finished series folder of stage 01
 VERSION = 5  # raised when the same file would become another picture or another row
 # raised when the same slices would become another volume; here, where stage 02 sees it without its
 # libraries
@@ -153,7 +153,7 @@ def is_whole(target: Path, tasks: Sequence[SeriesTask]) -> bool:
             names = os.listdir(target / task.name)
         except OSError:
             return None
-        return sum(name.endswith(".png") for name in names) if SIDECAR in names else None
+        return sum(name.endswith(".png") for name in names) if layout.SIDECAR in names else None
 
     manifest = read_manifest(target)
     if manifest is None:

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 from isal import isal_zlib
 
+from ..run import layout
 from ..run.config import ConvertConfig, resolved
 from ..run.manifest import digest
 from ..system.console import log, progress, timed
@@ -27,9 +28,8 @@ from ..system.errors import InputError
 from ..system.files import atomic_folder, atomic_path, remove_folder, remove_temporaries, write_text
 from ..system.pool import KILLED, spread
 from .convert import SliceImage, arranged, pictures
-from .sources import SIDECAR, VERSION, SeriesTask, list_files, printable, series_folders
+from .sources import VERSION, SeriesTask, list_files, printable, series_folders
 
-INDEX, QUARANTINE = "index.parquet", "quarantine.csv"
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
 COLUMNS = {
     "instance_number": pl.Int64,
@@ -148,7 +148,7 @@ def convert_series(
                 {(os.path.relpath(file, data), reason) for file, reason in failed}
             ),
         }
-        (folder / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+        (folder / layout.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return sidecar
 
 
@@ -167,7 +167,7 @@ def _lost(
         "quarantine": [(os.path.relpath(task.path, data), reason)],
     }
     with atomic_folder(target / task.name) as folder:
-        (folder / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+        (folder / layout.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return sidecar
 
 
@@ -190,7 +190,7 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     files at every start; a raised convert.timeout_s, other data or --force make it work.
     """
     try:
-        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        sidecar = json.loads((folder / layout.SIDECAR).read_text(encoding="utf-8"))
         pictures = _picture_bytes(folder)
     except (OSError, ValueError):
         return None
@@ -234,7 +234,8 @@ def convert_all(
         if force:  # now, lest a stopped run goes on with old ones
             list(
                 threads.map(
-                    lambda task: (target / task.name / SIDECAR).unlink(missing_ok=True), tasks
+                    lambda task: (target / task.name / layout.SIDECAR).unlink(missing_ok=True),
+                    tasks,
                 )
             )
         done: list[Any] = list(threads.map(known, tasks, prints))
@@ -254,12 +255,12 @@ def convert_all(
         os.sync()  # no picture was synced by itself, and soon a manifest vouches for all
     remove_temporaries(target, depth=1)  # of workers that were killed
     index = pl.concat([sidecar["rows"] for sidecar in done])
-    with atomic_path(target / INDEX) as temporary:
+    with atomic_path(target / layout.INDEX) as temporary:
         index.write_parquet(temporary)
     quarantine = sorted(tuple(row) for sidecar in done for row in sidecar["quarantine"])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *quarantine])
-    write_text(target / QUARANTINE, printable(text.getvalue()))
+    write_text(target / layout.QUARANTINE, printable(text.getvalue()))
     return _summary(index, quarantine, [done[k] for k in missing], seconds)
 
 

@@ -19,6 +19,7 @@ from ..classifier.predict import load_classifier, predict
 from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
+from ..run import layout
 from ..run.config import Config, PredictConfig, TrainConfig, decisive, resolved
 from ..run.manifest import trained_files
 from ..run.stage import Stage
@@ -72,7 +73,7 @@ def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
     each other wherever the decoding processes hold one of them up.
     """
     device = pick_device(stage.device_name)
-    paths = trained_files(stage.upstream("05_folds"), "model.safetensors")
+    paths = trained_files(stage.upstream(layout.CLASSIFIERS), layout.MODEL)
     models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
     for path, config in zip(paths, configs, strict=True):
         if decisive("train", config.train) != decisive("train", configs[0].train):
@@ -219,7 +220,7 @@ def predict_test(
         table = pl.DataFrame(
             filling.problems, schema=["patient_id", "series_id", "reason"], orient="row"
         )
-        write_text(path.with_name("fallbacks.csv"), table.write_csv())
+        write_text(path.with_name(layout.FALLBACKS), table.write_csv())
     for patient, series, reason in filling.problems[:20]:
         log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
     if filling.failed and not filling.answered:

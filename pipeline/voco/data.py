@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..run import layout
 from ..run.config import VocoConfig
 from ..system.errors import InputError
 from ..volumes.sampling import evenly, resize_planes
@@ -55,7 +56,7 @@ def choose_volumes(
         raise InputError(
             f"{len(table)} volumes are too few for pretrain.batch={config.batch} and a held-out"
             " quarter",
-            "02_volumes",
+            layout.VOLUMES,
             "add data or lower pretrain.batch",
         )
     return training, held

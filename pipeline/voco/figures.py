@@ -10,6 +10,7 @@ import torch
 
 from ..learning.checkpoint import load_checkpoint
 from ..learning.distributed import World
+from ..run import layout
 from ..run.config import Config
 from ..system.files import atomic_path
 from .crops import base_boxes, cut, overlap_labels, random_boxes
@@ -25,16 +26,14 @@ WINDOWS = 9  # positions an axis of the similarity maps
 
 def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) -> list[str]:
     """Write crops.png and similarity.png into `folder`; returns their names."""
-    _, held = choose_volumes(
-        pl.read_parquet(volumes / "index.parquet"), config.pretrain, config.seed
-    )
+    _, held = choose_volumes(pl.read_parquet(volumes / layout.INDEX), config.pretrain, config.seed)
     planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
     options = config.pretrain
     rng = np.random.default_rng([config.seed, EVALUATION])
     boxes = random_boxes(options.image_size, options.grid, CROPS_SHOWN, rng)
     run = start(config, World(0, 1, device))
     maps = [similarity_maps(run.teacher, planes, boxes, device)]
-    if state := load_checkpoint(folder / "best.ckpt"):
+    if state := load_checkpoint(folder / layout.BEST):
         run.restore(state)
     maps.append(similarity_maps(run.teacher, planes, boxes, device))
     draw_crops(planes, boxes, base_boxes(options.image_size, options.grid), folder / "crops.png")

@@ -18,6 +18,7 @@ from ..learning.checkpoint import load_checkpoint, newest_checkpoint, save_check
 from ..learning.distributed import World, peers
 from ..learning.interrupt import StopSignal, loading
 from ..learning.log import json_log
+from ..run import layout
 from ..run.config import Config
 from ..system.console import log, progress
 from ..system.machine import seed_everything
@@ -29,7 +30,7 @@ EARLIER = "earlier"  # folder of checkpoints that a run with other settings left
 
 def resume(run: State, folder: Path) -> None:
     """Go on from the newest whole checkpoint of this run; another run's is named and not used."""
-    state = newest_checkpoint(folder / "last.ckpt", run.config.pretrain.keep)
+    state = newest_checkpoint(folder / layout.LAST, run.config.pretrain.keep)
     if state is None:
         return
     changed = [name for name, value in run.identity.items() if state["identity"].get(name) != value]
@@ -66,7 +67,7 @@ def usable_best(run: State, folder: Path) -> dict[str, Any] | None:
     """The best checkpoint of this very run, None where there is none, a damaged one or another
     run's.
     """
-    state = load_checkpoint(folder / "best.ckpt")
+    state = load_checkpoint(folder / layout.BEST)
     return state if state and state["identity"] == run.identity else None
 
 
@@ -85,9 +86,7 @@ def pretrain(
     """
     options = config.pretrain
     world.check_divides(options.batch, "pretrain.batch")
-    training, held = choose_volumes(
-        pl.read_parquet(volumes / "index.parquet"), options, config.seed
-    )
+    training, held = choose_volumes(pl.read_parquet(volumes / layout.INDEX), options, config.seed)
     run = start(config, world, volumes)
     if not fresh:
         resume(run, folder)
@@ -125,7 +124,7 @@ def pretrain(
                 stop.leave()
     if world.main:
         run.restore(usable_best(run, folder) or run.state())
-        export(run, samples, folder / "backbone.safetensors")
+        export(run, samples, folder / layout.BACKBONE)
     return {
         "volumes": len(training),
         "held_out": len(held),
@@ -153,12 +152,12 @@ def _finish_step(
         )
         if record["position_accuracy"] > run.best and not run.flat:
             run.best = record["position_accuracy"]
-            save_checkpoint(folder / "best.ckpt", run.state())
-            export(run, samples, folder / "backbone.safetensors")
+            save_checkpoint(folder / layout.BEST, run.state())
+            export(run, samples, folder / layout.BACKBONE)
     if run.step % options.log_every == 0 or "position_accuracy" in record or stopping:
         write(record)
     if ((run.step % options.checkpoint_every == 0 or last) and not run.flat) or stopping:
-        save_checkpoint(folder / "last.ckpt", run.state(), options.keep)
+        save_checkpoint(folder / layout.LAST, run.state(), options.keep)
 
 
 def _watch_collapse(run: State, std: float, last: bool) -> None:
@@ -217,7 +216,7 @@ def _writers(folder: Path, run: State) -> Iterator[Callable[[dict[str, Any]], No
 
     start = run.step
     with (
-        json_log(folder / "log.jsonl", lambda record: record["step"] <= start) as write,
+        json_log(folder / layout.LOG, lambda record: record["step"] <= start) as write,
         SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) as board,
     ):
 

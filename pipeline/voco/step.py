@@ -11,6 +11,7 @@ from torch import nn
 from ..learning import optimise
 from ..learning.backbone import create_backbone
 from ..learning.distributed import World, sync_batch_norm
+from ..run import layout
 from ..run.config import Config, resolved
 from ..run.manifest import digest
 from ..system.errors import InputError
@@ -99,7 +100,7 @@ def identity(config: Config, volumes: Path | None) -> dict[str, Any]:
         **resolved(config.model),
         "start": weights,
         **section,
-        "volumes": volumes and digest(volumes / "index.parquet"),
+        "volumes": volumes and digest(volumes / layout.INDEX),
     }
 
 

@@ -13,9 +13,10 @@ import cv2
 import numpy as np
 import polars as pl
 
+from ..run import layout
 from ..run.config import VolumeConfig, resolved
 from ..run.manifest import digest
-from ..slices.sources import SIDECAR, VOLUME_VERSION
+from ..slices.sources import VOLUME_VERSION
 from ..system.console import log, progress
 from ..system.contained import Failure
 from ..system.errors import InputError
@@ -23,7 +24,6 @@ from ..system.files import atomic_path, remove_temporaries, write_json
 from ..system.pool import spread
 from .build import Volume, build_volume, common_size
 
-INDEX = "index.parquet"
 PIXEL_MM = (0.05, 10.0)  # spacings outside are damage
 SLICE_COLUMNS = (
     "patient_id",
@@ -72,7 +72,7 @@ def read_slice(path: Path) -> np.ndarray:
     image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if image is None:
         raise InputError(
-            "slice missing or damaged", str(path), "run stages/01_convert_dicom.py again"
+            "slice missing or damaged", str(path), f"run {layout.script(layout.SLICES)} again"
         )
     return image
 
@@ -105,7 +105,7 @@ def build_series(
     except InputError:
         with contextlib.suppress(OSError):  # of a read-only folder
             # so that stage 01 makes this series again
-            (source / patient / series / SIDECAR).unlink()
+            (source / patient / series / layout.SIDECAR).unlink()
         raise
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         np.save(handle, volume.array)
@@ -169,7 +169,7 @@ def build_all(
 
     Returns the manifest's counts and the digest of every volume by file name.
     """
-    slices = pl.read_parquet(source / INDEX, columns=list(SLICE_COLUMNS))
+    slices = pl.read_parquet(source / layout.INDEX, columns=list(SLICE_COLUMNS))
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target)
     # now, lest a stopped run goes on with old ones
@@ -188,7 +188,7 @@ def build_all(
             )
     remove_temporaries(target)  # of workers that were killed
     table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
-    with atomic_path(target / INDEX) as temporary:
+    with atomic_path(target / layout.INDEX) as temporary:
         table.write_parquet(temporary)
     _remove_orphans(target, set(table["path"]))
     counts = {

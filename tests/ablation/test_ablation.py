@@ -28,6 +28,7 @@ from pipeline.ablation.statistics import (
 from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
 from pipeline.evaluation.metrics import resamples
 from pipeline.folds import label_subset
+from pipeline.run import layout
 from pipeline.run.command import parser
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import derive, load_config
@@ -329,10 +330,12 @@ def ablated(smoke, tmp_path_factory) -> Iterator[Path]:
         smoke,
         out,
         ignore=shutil.ignore_patterns(
-            "01_slices", "train_images", "test_images", "unlabelled", "0[4-8]_*"
+            layout.SLICES, "train_images", "test_images", "unlabelled", "0[4-8]_*"
         ),
     )
-    shutil.copytree(smoke / "01_slices", out / "01_slices", ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(
+        smoke / layout.SLICES, out / layout.SLICES, ignore=shutil.ignore_patterns("*.png")
+    )
     done = run_stage("09", "--config", "smoke", "--out", str(out), *GRID)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "| voco2d − scratch |" in done.stdout
@@ -340,11 +343,11 @@ def ablated(smoke, tmp_path_factory) -> Iterator[Path]:
 
 
 def test_every_cell_keeps_its_out_of_fold_rows_and_nothing_heavy(ablated):
-    index = pl.read_parquet(ablated / "02_volumes" / "index.parquet").filter(
+    index = pl.read_parquet(ablated / layout.VOLUMES / "index.parquet").filter(
         pl.col("source") == "train"
     )
     for variant in ("scratch", "voco2d"):
-        folder = ablated / "09_ablation" / variant / "seed1"
+        folder = ablated / layout.ABLATION / variant / "seed1"
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json",
             "oof.parquet",
@@ -355,17 +358,17 @@ def test_every_cell_keeps_its_out_of_fold_rows_and_nothing_heavy(ablated):
             index["series_id"]
         ), "held-out patients are all there"
     counts = {
-        name: read_manifest(ablated / "09_ablation" / name / "seed1")["counts"]
+        name: read_manifest(ablated / layout.ABLATION / name / "seed1")["counts"]
         for name in ("scratch", "voco2d")
     }
     assert counts["voco2d"]["train_series"] < 0.7 * counts["scratch"]["train_series"], (
         "half of the training patients"
     )
-    assert not list((ablated / "09_ablation").rglob("*.ckpt"))
+    assert not list((ablated / layout.ABLATION).rglob("*.ckpt"))
 
 
 def test_tables_agree_with_the_cells(ablated):
-    folder = ablated / "09_ablation"
+    folder = ablated / layout.ABLATION
     cells = pl.read_csv(folder / "cells.csv")
     table = pl.read_csv(folder / "table.csv").filter(pl.col("figure") == "score").row(0, named=True)
     score = dict(cells.select("variant", "score").iter_rows())
@@ -382,7 +385,7 @@ def test_tables_agree_with_the_cells(ablated):
 
 
 def test_probes_answer_for_both_statistics_before_and_after(ablated):
-    table = pl.read_csv(ablated / "09_ablation" / "probes.csv")
+    table = pl.read_csv(ablated / layout.ABLATION / "probes.csv")
     assert set(table["backbone"]) == {"start_scratch", "voco2d"}
     assert set(table["statistics"]) == {"stored", "settled"}
     assert {"height", "liver", "spleen"} <= set(table["question"])
@@ -390,7 +393,7 @@ def test_probes_answer_for_both_statistics_before_and_after(ablated):
 
 
 def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
-    folder = ablated / "09_ablation"
+    folder = ablated / layout.ABLATION
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("oof.parquet")}
     cell = folder / "scratch" / "seed1"
     rows = pl.read_parquet(cell / "oof.parquet")
@@ -426,7 +429,7 @@ def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
     shares = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        stage = Stage("09_ablation", config, parser("09", "").parse_args([]))
+        stage = Stage(layout.ABLATION, config, parser("09", "").parse_args([]))
         shares += [cell.name for cell in stage.share(declared_cells(config))]
     assert sorted(shares) == sorted(names)
 
@@ -493,7 +496,7 @@ def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
         "train.init=scratch",
     )
     stage = Stage(
-        "09_ablation",
+        layout.ABLATION,
         load_config("smoke", grid),
         parser("09", "").parse_args(["--out", str(tmp_path)]),
     )
@@ -533,7 +536,7 @@ def test_several_ranks_refuse_to_force(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = parser("09", "").parse_args(["--out", str(tmp_path), "--force"])
     with pytest.raises(InputError, match="--force works in a single process only"):
-        run_cells(Stage("09_ablation", load_config("smoke"), options))
+        run_cells(Stage(layout.ABLATION, load_config("smoke"), options))
 
 
 def test_settled_statistics_are_plain_averages_over_whole_slices():
@@ -587,7 +590,7 @@ def test_probes_find_what_is_planted_and_nothing_in_noise():
 def test_organs_of_the_phantom_lie_where_they_belong(smoke):
     ids = {"patient_id": pl.String, "series_id": pl.String}
     table = pl.read_csv(smoke / "data" / "phantom" / "phantom_organs.csv", schema_overrides=ids)
-    slices = pl.read_parquet(smoke / "01_slices" / "index.parquet")
+    slices = pl.read_parquet(smoke / layout.SLICES / "index.parquet")
     joined = table.join(slices, on=["patient_id", "series_id", "instance_number"])
     middle = dict(joined.group_by("organ").agg(pl.col("order").mean()).iter_rows())
     assert set(middle) == {"liver", "spleen", "left kidney", "right kidney"}

@@ -40,6 +40,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from scipy import ndimage
 
+from pipeline.run import layout
 from pipeline.run.config import ConvertConfig
 from pipeline.slices import dicom, window
 from pipeline.slices import store as slice_store
@@ -276,9 +277,9 @@ def damage(data: Path, rounds: int, slices: int = 1000) -> None:
     mixed = convert_all(tasks, prints, data, data / "mixed", CONFIG, 2)
     seconds, index = (
         time.perf_counter() - begun,
-        pl.read_parquet(data / "mixed" / slice_store.INDEX),
+        pl.read_parquet(data / "mixed" / layout.INDEX),
     )
-    for png in pl.read_parquet(data / "clean" / slice_store.INDEX)["png"]:
+    for png in pl.read_parquet(data / "clean" / layout.INDEX)["png"]:
         assert (data / "clean" / png).read_bytes() == (data / "mixed" / png).read_bytes(), png
     assert len(index) + mixed["quarantined"] == clean["slices"] + slices
     print(
@@ -330,7 +331,7 @@ def index(data: Path, rounds: int, slices: int = 319) -> None:
         time.perf_counter() - started,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-    size = (data / "out" / slice_store.INDEX).stat().st_size / 1e6
+    size = (data / "out" / layout.INDEX).stat().st_size / 1e6
     print(
         f"{counts['series']} series, {counts['slices']} rows: {seconds:.1f} s, peak {peak:.0f} MiB"
         f" ({before:.0f} before), {size:.1f} MB"

@@ -22,11 +22,12 @@ from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.classifier.fold import gather_fold
 from pipeline.classifier.predict import describe, load_classifier
-from pipeline.classifier.train import LOG, MODEL, OOF
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
 from pipeline.learning.checkpoint import save_weights
+from pipeline.run import layout
 from pipeline.run.command import parser
+from pipeline.run.layout import LOG, MODEL, OOF
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Stage
@@ -40,7 +41,13 @@ SCRIPT, CPU = ROOT / "stages" / "05_train_folds.py", torch.device("cpu")
 def out(smoke, tmp_path) -> Path:
     """What stage 05 reads of the smoke run."""
     return copy(
-        smoke, tmp_path / "run", "01_slices", "05_folds", "06_oof", "07_submission", "08_report"
+        smoke,
+        tmp_path / "run",
+        layout.SLICES,
+        layout.CLASSIFIERS,
+        layout.SCORES,
+        layout.SUBMISSION,
+        layout.REPORT,
     )
 
 
@@ -62,7 +69,7 @@ def stage_05(out, monkeypatch):
         )
         script = runpy.run_path(str(SCRIPT))
         return script["main"](
-            str(SCRIPT), "05_folds", "", script["run"], script["add_flags"], exclusive=False
+            str(SCRIPT), layout.CLASSIFIERS, "", script["run"], script["add_flags"], exclusive=False
         )
 
     def train(part: Stage, fold: int) -> dict[str, int]:
@@ -80,16 +87,16 @@ def stage_05(out, monkeypatch):
 
 def assert_whole(out: Path, folds: int = 2) -> None:
     """The manifest of all is there and lists each fold's files as they are now."""
-    listed = read_manifest(out / "05_folds")["outputs"]
+    listed = read_manifest(out / layout.CLASSIFIERS)["outputs"]
     assert list(listed) == [f"fold{fold}/{name}" for fold in range(folds) for name in (OOF, MODEL)]
     for name, entry in listed.items():
-        assert entry["digest"] == digest(out / "05_folds" / name), name
+        assert entry["digest"] == digest(out / layout.CLASSIFIERS / name), name
 
 
 @pytest.mark.parametrize("ranks", [(0, 1), (1, 0)])
 def test_the_rank_that_ends_last_writes_the_manifest(out, stage_05, ranks):
     for rank in ranks:
-        assert read_manifest(out / "05_folds") is None
+        assert read_manifest(out / layout.CLASSIFIERS) is None
         assert stage_05(rank=rank, world=2) == 0
     assert stage_05.trained == list(ranks)
     assert_whole(out)
@@ -105,7 +112,7 @@ def test_no_manifest_vouches_for_a_fold_that_another_rank_is_changing(out, stage
     def other_rank() -> None:
         stage_05.meanwhile = lambda: None
         assert stage_05("--force", rank=1 - stage_05.trained[-1], world=2) == 0
-        assert read_manifest(out / "05_folds") is None
+        assert read_manifest(out / layout.CLASSIFIERS) is None
 
     for rank in (0, 1):
         stage_05.meanwhile = other_rank
@@ -122,11 +129,11 @@ def test_forced_training_that_is_stopped_leaves_no_old_fold(out, stage_05):
     def stop() -> None:
         raise KeyboardInterrupt
 
-    (out / "05_folds" / "fold1" / "last.ckpt").touch()
+    (out / layout.CLASSIFIERS / "fold1" / "last.ckpt").touch()
     stage_05.meanwhile = stop
     assert stage_05("--force") == 130
-    assert not list((out / "05_folds").rglob("manifest.json"))
-    assert not list((out / "05_folds").rglob("last.ckpt"))
+    assert not list((out / layout.CLASSIFIERS).rglob("manifest.json"))
+    assert not list((out / layout.CLASSIFIERS).rglob("last.ckpt"))
     stage_05.meanwhile, stage_05.trained[:] = lambda: None, []
     assert stage_05() == 0
     assert stage_05.trained == [0, 1]
@@ -145,7 +152,7 @@ def test_with_patience_the_aggregation_that_chooses_the_epoch_counts(out, stage_
 def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_05, monkeypatch):
     monkeypatch.setattr("pipeline.classifier.fold.read_manifest", lambda folder: None)
     assert stage_05() == 0
-    assert not (out / "05_folds" / "manifest.json").exists()
+    assert not (out / layout.CLASSIFIERS / "manifest.json").exists()
 
 
 def test_torchrun_spreads_the_folds(out):
@@ -171,7 +178,9 @@ def test_torchrun_spreads_the_folds(out):
     assert done.returncode == 0, done.stderr
     assert_whole(out)
     assert set(
-        pl.concat(pl.read_parquet(out / "05_folds" / f"fold{k}" / OOF) for k in (0, 1))["fold"]
+        pl.concat(pl.read_parquet(out / layout.CLASSIFIERS / f"fold{k}" / OOF) for k in (0, 1))[
+            "fold"
+        ]
     ) == {0, 1}
 
 
@@ -182,7 +191,7 @@ def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
             "05", "--config", "smoke", "--out", str(out), "--jobs", "1", "--fold", fold
         )
         assert done.returncode == 0, done.stderr
-    assert products(out / "05_folds") == products(smoke / "05_folds")
+    assert products(out / layout.CLASSIFIERS) == products(smoke / layout.CLASSIFIERS)
 
 
 def processes_of(run, folds: str) -> list[psutil.Process]:
@@ -207,7 +216,7 @@ def processes_of(run, folds: str) -> list[psutil.Process]:
 def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(smoke, out):
     run = start("05", out, "train.epochs=200")
     killed, other = processes_of(run, "01")
-    wait_for(out / "05_folds" / "fold1" / "log.jsonl", run)
+    wait_for(out / layout.CLASSIFIERS / "fold1" / "log.jsonl", run)
     killed.kill()
     code, text = end(run)
     assert code == 1, text
@@ -215,10 +224,10 @@ def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(
         "error: fold 0 was brought down by SIGKILL (out of memory?), run the same command again"
     ]
     assert not other.is_running()
-    assert (out / "05_folds" / "fold1" / "last.ckpt").exists()
-    assert not (out / "05_folds" / "manifest.json").exists()
+    assert (out / layout.CLASSIFIERS / "fold1" / "last.ckpt").exists()
+    assert not (out / layout.CLASSIFIERS / "manifest.json").exists()
     assert run_stage("05", "--config", "smoke", "--out", str(out), "--jobs", "2").returncode == 0
-    assert products(out / "05_folds") == products(smoke / "05_folds")
+    assert products(out / layout.CLASSIFIERS) == products(smoke / layout.CLASSIFIERS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -227,7 +236,7 @@ def test_folds_end_with_their_stage(out, number):
     run = start("05", out, "train.epochs=2000", "train.workers=1")
     processes_of(run, "01")
     for fold in "01":
-        wait_for(out / "05_folds" / f"fold{fold}" / "log.jsonl", run)
+        wait_for(out / layout.CLASSIFIERS / f"fold{fold}" / "log.jsonl", run)
     # a terminal sends Ctrl-C to all
     os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)
     if not (gone := none_alive(run.pid)):
@@ -238,7 +247,7 @@ def test_folds_end_with_their_stage(out, number):
     if number != signal.SIGKILL:
         assert plain_lines(text) == ["stopped: run the same command again to go on"]
         for fold in "01":
-            assert (out / "05_folds" / f"fold{fold}" / "last.ckpt").exists()
+            assert (out / layout.CLASSIFIERS / f"fold{fold}" / "last.ckpt").exists()
         assert text.count("checkpoint written") == 2
 
 
@@ -252,13 +261,13 @@ def test_fewer_folds_leave_none_of_the_others_behind(out, stage_05):
         )
         assert stage_05(f"folds.count={count}") == 0
         assert_whole(out, count)
-    assert not (out / "05_folds" / "fold2").exists()
+    assert not (out / layout.CLASSIFIERS / "fold2").exists()
 
 
 def test_what_changes_no_result_trains_nothing_again(out, stage_05):
     assert stage_05() == 0
     assert stage_05("train.workers=1") == 0
-    (out / "05_folds" / "fold1" / "manifest.json").unlink()
+    (out / layout.CLASSIFIERS / "fold1" / "manifest.json").unlink()
     assert stage_05("train.workers=1", "train.compile=true") == 0
     assert stage_05.trained == [0, 1, 1]
     assert_whole(out)
@@ -273,9 +282,9 @@ def test_a_fold_that_is_not_there_is_refused_and_changes_nothing(out, stage_05, 
 
 def test_a_fold_that_lost_a_file_is_not_vouched_for(out, stage_05):
     assert stage_05() == 0
-    (out / "05_folds" / "fold1" / MODEL).unlink()
+    (out / layout.CLASSIFIERS / "fold1" / MODEL).unlink()
     assert stage_05("--fold", "0") == 0
-    assert read_manifest(out / "05_folds") is None
+    assert read_manifest(out / layout.CLASSIFIERS) is None
     assert stage_05() == 0
     assert stage_05.trained == [0, 1, 1]
     assert_whole(out)
@@ -284,13 +293,13 @@ def test_a_fold_that_lost_a_file_is_not_vouched_for(out, stage_05):
 def test_a_fold_that_is_made_again_is_listed_anew(out, stage_05):
     """Its log is no file that later stages depend on, so the manifest of all still looked whole."""
     assert stage_05() == 0
-    (out / "05_folds" / "fold1" / LOG).write_text("")
+    (out / layout.CLASSIFIERS / "fold1" / LOG).write_text("")
     assert stage_05() == 0
     assert stage_05.trained == [0, 1, 1]
     assert_whole(out)
 
 
-def stage_of(out: Path, name: str = "05_folds", *arguments: str) -> Stage:
+def stage_of(out: Path, name: str = layout.CLASSIFIERS, *arguments: str) -> Stage:
     return Stage(
         name, load_config("smoke"), parser(name, "").parse_args(["--out", str(out), *arguments])
     )
@@ -298,10 +307,10 @@ def stage_of(out: Path, name: str = "05_folds", *arguments: str) -> Stage:
 
 def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
     stage, seen = stage_of(out), []
-    index = pl.read_parquet(out / "02_volumes" / "index.parquet").filter(
+    index = pl.read_parquet(out / layout.VOLUMES / "index.parquet").filter(
         pl.col("source") == "train"
     )
-    drawn = dict(read_folds(out / "03_folds" / "folds.csv").iter_rows())
+    drawn = dict(read_folds(out / layout.FOLDS / "folds.csv").iter_rows())
     with stage.reading:
         for fold in (0, 1):
             found = gather_fold(stage.part(f"fold{fold}"), fold)
@@ -325,7 +334,7 @@ def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
 )
 def test_a_patient_in_no_fold_or_in_two_is_refused(out, line, message):
     """One who joined train.csv after stage 03, say."""
-    path, stage = out / "03_folds" / "folds.csv", stage_of(out)
+    path, stage = out / layout.FOLDS / "folds.csv", stage_of(out)
     patient = read_labels(out / "data" / "phantom")["patient_id"][3]
     kept = [
         row
@@ -344,12 +353,14 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
     """Not a fold of an earlier run that lies beside it; models that differ only in who fed them are
     alike.
     """
-    shutil.copytree(smoke / "05_folds", tmp_path / "05_folds")
-    shutil.copytree(tmp_path / "05_folds" / "fold1", tmp_path / "05_folds" / "fold2")
-    model, config = load_classifier(path := tmp_path / "05_folds" / "fold1" / MODEL, CPU)
+    shutil.copytree(smoke / layout.CLASSIFIERS, tmp_path / layout.CLASSIFIERS)
+    shutil.copytree(
+        tmp_path / layout.CLASSIFIERS / "fold1", tmp_path / layout.CLASSIFIERS / "fold2"
+    )
+    model, config = load_classifier(path := tmp_path / layout.CLASSIFIERS / "fold1" / MODEL, CPU)
     fed = config.model_copy(update={"train": config.train.model_copy(update={"workers": 7})})
     save_weights(path, model, describe(fed))
-    stage = stage_of(tmp_path, "07_submission", "--device", "cpu")
+    stage = stage_of(tmp_path, layout.SUBMISSION, "--device", "cpu")
     with stage.reading:
         assert len(load_ensemble(stage, None).models) == 2
     other = config.model_copy(update={"train": config.train.model_copy(update={"crop": 0.1})})

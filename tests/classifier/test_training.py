@@ -16,9 +16,10 @@ from pipeline.classifier import train as training
 from pipeline.classifier.data import Series, labelled_series
 from pipeline.classifier.fold import FoldData
 from pipeline.classifier.predict import load_classifier
-from pipeline.classifier.train import MODEL, OOF, FoldTrainer, train_fold
+from pipeline.classifier.train import FoldTrainer, train_fold
 from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.learning.optimise import NonFiniteLoss
+from pipeline.run.layout import MODEL, OOF
 from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError, TrainingStopped
 

@@ -18,6 +18,7 @@ from pipeline.competition.metric import WEIGHTS, aggregate, constants, normalise
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
 from pipeline.evaluation import calibration, figures, scoring
 from pipeline.evaluation.calibration import Calibration, fit, fit_prior, objective
+from pipeline.run import layout
 from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError
 
@@ -396,7 +397,7 @@ def test_stage_06_blends_files_of_others(tmp_path):
     paths, labels = write_oof(tmp_path)
     done = run_stage(tmp_path, "score.nested_folds=3", "--oof", *map(str, paths))
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out" / "06_oof"
+    folder = tmp_path / "out" / layout.SCORES
     scores = json.loads((folder / "scores.json").read_text())
     for name in ("raw", "nested", "in_sample"):
         assert tuple(scores[name]) == SCORE_KEYS
@@ -470,26 +471,28 @@ def test_stage_06_scores_the_runs_own_folds(tmp_path):
     assert early.returncode == 2
     assert "run stages/02_build_volumes.py first" in early.stderr
     out = tmp_path / "out"
-    for name in ("02_volumes", "03_folds"):
+    for name in (layout.VOLUMES, layout.FOLDS):
         finished(out / name)
     table = table.filter(pl.col("patient_id") != absent)
     table.select("patient_id", "series_id", source=pl.lit("train")).write_parquet(
-        out / "02_volumes" / "index.parquet"
+        out / layout.VOLUMES / "index.parquet"
     )
-    folds.write_csv(out / "03_folds" / "folds.csv")
+    folds.write_csv(out / layout.FOLDS / "folds.csv")
     for fold, part in [
         *table.join(folds, on="patient_id").group_by("fold"),
         ((2,), table.with_columns(fold=2)),
     ]:
-        (out / "05_folds" / f"fold{fold[0]}").mkdir(parents=True)
-        part.write_parquet(out / "05_folds" / f"fold{fold[0]}" / "oof.parquet")
+        (out / layout.CLASSIFIERS / f"fold{fold[0]}").mkdir(parents=True)
+        part.write_parquet(out / layout.CLASSIFIERS / f"fold{fold[0]}" / "oof.parquet")
     # fold2 is one of an earlier run with more of them
-    finished(out / "05_folds", "fold0/oof.parquet", "fold1/oof.parquet")
+    finished(out / layout.CLASSIFIERS, "fold0/oof.parquet", "fold1/oof.parquet")
     done = run_stage(tmp_path)
     assert done.returncode == 0, done.stderr
-    scores = json.loads((out / "06_oof" / "scores.json").read_text())
+    scores = json.loads((out / layout.SCORES / "scores.json").read_text())
     assert scores["counts"]["without_series"] == 1
     assert scores["nested"]["score"] < scores["raw"]["score"]
-    folds.with_columns(fold=1 - pl.col("fold")).write_csv(out / "03_folds" / "folds.csv")
+    folds.with_columns(fold=1 - pl.col("fold")).write_csv(out / layout.FOLDS / "folds.csv")
     with pytest.raises(InputError, match=r"was held out in fold \d, not \d as folds.csv says"):
-        scoring.read_trained(out / "03_folds", out / "05_folds", out / "02_volumes", labels)
+        scoring.read_trained(
+            out / layout.FOLDS, out / layout.CLASSIFIERS, out / layout.VOLUMES, labels
+        )

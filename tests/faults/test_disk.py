@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers_faults import FOLDERS, copy, products, refused, run, temporaries
 
+from pipeline.run import layout
 from pipeline.system.errors import InputError
 from pipeline.system.files import disk_errors
 
@@ -79,16 +80,16 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(smoke, tmp_
 
 
 def test_a_read_only_output_is_one_line(smoke, tmp_path):
-    out, what = copy(smoke, tmp_path / "run", "03_folds"), "the output is read-only"
+    out, what = copy(smoke, tmp_path / "run", layout.FOLDS), "the output is read-only"
     refused(*run("03", out, fault=f"refuse:{errno.EROFS}:{out}"), what, str(out))
     refused(
         *run("03", out, fault=f"refuse:{errno.EACCES}:{out}/03"),
         "permission denied",
-        str(out / "03_folds"),
+        str(out / layout.FOLDS),
     )
-    assert not (out / "03_folds").exists()
-    shutil.rmtree(out / "01_slices")
-    refused(*run("01", out, fault=f"refuse:{errno.EROFS}:{out}/01"), what, str(out / "01_slices"))
+    assert not (out / layout.FOLDS).exists()
+    shutil.rmtree(out / layout.SLICES)
+    refused(*run("01", out, fault=f"refuse:{errno.EROFS}:{out}/01"), what, str(out / layout.SLICES))
 
 
 def test_a_file_where_the_output_should_be_is_one_line(tmp_path):

@@ -18,6 +18,7 @@ from helpers_faults import copy, refused, run
 from pydicom import dcmread
 from safetensors.torch import load_file, save_file
 
+from pipeline.run import layout
 from pipeline.run.manifest import read_manifest
 
 HTML = "<script>alert(1)<b>"
@@ -68,7 +69,7 @@ def test_ids_with_path_parts_never_become_paths(tmp_path, patient, series, colum
         where,
         "use plain ids such as 10004",
     )
-    assert not (tmp_path / "run" / "01_slices").exists()
+    assert not (tmp_path / "run" / layout.SLICES).exists()
 
 
 def billion(plain: bytes) -> bytes:
@@ -110,9 +111,9 @@ def test_hostile_files_cost_themselves_only(tmp_path):
     out = tmp_path / "run"
     code, text = run("01", out, "--data", str(data), "--jobs", "1")
     assert code == 0, text
-    reasons = dict(pl.read_csv(out / "01_slices" / "quarantine.csv").iter_rows())
+    reasons = dict(pl.read_csv(out / layout.SLICES / "quarantine.csv").iter_rows())
     base = f"train_images/{HTML}/7"
-    assert pl.read_parquet(out / "01_slices" / "index.parquet")["png"].to_list() == [
+    assert pl.read_parquet(out / layout.SLICES / "index.parquet")["png"].to_list() == [
         f"{HTML}/7/1.png"
     ]
     assert (
@@ -125,10 +126,10 @@ def test_hostile_files_cost_themselves_only(tmp_path):
         "cut off: the deflated data set has no end, or is too large"
     )
     assert reasons[f"{base}/5.dcm"].startswith("colour")
-    assert read_manifest(out / "01_slices")["peak_mb"] < ROOM_MB, "a bomb must not go off"
+    assert read_manifest(out / layout.SLICES)["peak_mb"] < ROOM_MB, "a bomb must not go off"
     code, text = run("08", out, "--data", str(data))
     assert code == 0, text
-    page = (out / "08_report" / "index.html").read_text()
+    page = (out / layout.REPORT / "index.html").read_text()
     assert HTML not in page
     assert TAG not in page
     assert "&lt;script&gt;alert(1)&lt;b&gt;" in page
@@ -137,7 +138,7 @@ def test_hostile_files_cost_themselves_only(tmp_path):
 def test_code_in_a_checkpoint_is_never_run(smoke, tmp_path):
     out, mark = copy(smoke, tmp_path / "run"), tmp_path / "ran"
     for name in ("last.ckpt", "last.1.ckpt", "last.2.ckpt"):
-        torch.save({"identity": Code(mark)}, out / "04_voco2d" / name)
+        torch.save({"identity": Code(mark)}, out / layout.VOCO / name)
     code, text = run("04", out, "pretrain.steps=1")
     assert code == 0, text
     assert "last.ckpt is damaged and not used" in text
@@ -211,9 +212,9 @@ def test_a_link_that_replaces_the_output_is_not_followed_out(smoke, tmp_path):
     cleaning.
     """
     out, precious = copy(smoke, tmp_path / "run"), tmp_path / "precious"
-    shutil.copytree(smoke / "03_folds", precious)
-    (out / "03_folds" / ".x.tmp-1").symlink_to(precious)
+    shutil.copytree(smoke / layout.FOLDS, precious)
+    (out / layout.FOLDS / ".x.tmp-1").symlink_to(precious)
     code, text = run("03", out, "--force")
     assert code == 0, text
-    assert not (out / "03_folds" / ".x.tmp-1").is_symlink()
+    assert not (out / layout.FOLDS / ".x.tmp-1").is_symlink()
     assert (precious / "folds.csv").is_file()

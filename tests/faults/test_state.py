@@ -29,7 +29,7 @@ from helpers_faults import (
 from helpers_stages import content
 
 from pipeline.learning.optimise import check_finite
-from pipeline.run import verify
+from pipeline.run import layout, verify
 from pipeline.run.command import main, parser
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
@@ -82,11 +82,11 @@ def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
 
 
 def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
-    index = pl.read_parquet(out / "01_slices" / "index.parquet")
-    path = out / "01_slices" / index.filter(pl.col("flags") == "")["png"][0]
+    index = pl.read_parquet(out / layout.SLICES / "index.parquet")
+    path = out / layout.SLICES / index.filter(pl.col("flags") == "")["png"][0]
     whole, picture = path.read_bytes(), content(path)
-    (out / "02_volumes" / "index.parquet").unlink()
-    for volume in (out / "02_volumes").glob(f"{path.parent.parent.name}_*.npy"):
+    (out / layout.VOLUMES / "index.parquet").unlink()
+    for volume in (out / layout.VOLUMES).glob(f"{path.parent.parent.name}_*.npy"):
         volume.unlink()
     path.write_bytes(whole[: len(whole) // 2])
     for _ in range(2):
@@ -98,7 +98,7 @@ def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
         )
     assert run("01", out)[0] == 0
     assert (
-        read_manifest(out / "01_slices")["counts"]["converted_now"]
+        read_manifest(out / layout.SLICES)["counts"]["converted_now"]
         == index.filter(pl.col("series_id") == path.parent.name).height
     )
     assert content(path) == picture, "the stage that makes it mends it, and nothing else"
@@ -111,7 +111,7 @@ def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
 )
 def test_a_manifest_that_is_not_ours_counts_as_none(smoke, tmp_path, changes, capfd):
     path = tmp_path / "manifest.json"
-    path.write_text((smoke / "03_folds" / "manifest.json").read_text())
+    path.write_text((smoke / layout.FOLDS / "manifest.json").read_text())
     assert read_manifest(tmp_path)
     rewrite(path, **changes)
     assert read_manifest(tmp_path) is None
@@ -119,7 +119,7 @@ def test_a_manifest_that_is_not_ours_counts_as_none(smoke, tmp_path, changes, ca
 
 
 def test_a_stage_with_a_manifest_of_another_version_runs_again(out):
-    path = out / "03_folds" / "manifest.json"
+    path = out / layout.FOLDS / "manifest.json"
     rewrite(path, schema=0)
     code, text = run("06", out)
     refused(code, text, "03_folds is missing or unfinished", "run stages/03_make_folds.py first")
@@ -165,7 +165,7 @@ def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch
     from pipeline.volumes import store as volume_store
 
     config, target = load_config("smoke").volume, tmp_path / "volumes"
-    source = smoke / "01_slices"
+    source = smoke / layout.SLICES
     build = lambda options: volume_store.build_all(source, target, options, 1)[1]  # noqa: E731
     before = build(config)
     monkeypatch.setattr(
@@ -198,7 +198,7 @@ def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_pat
     """While a stage is made nobody else makes it, and while it is read nobody changes it."""
     process = start("06", out, "--force", fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
     wait_for(tmp_path / "mark", process)
-    for stage, held in (("06", "06_oof"), ("03", "03_folds")):
+    for stage, held in (("06", layout.SCORES), ("03", layout.FOLDS)):
         refused(
             *run(stage, out, "--force"),
             f"another run holds {held}",
@@ -267,7 +267,7 @@ def test_training_that_went_wrong_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
         "sys.argv", ["05_train_folds.py", "--config", "smoke", "--out", str(tmp_path)]
     )
-    assert main("05_train_folds.py", "05_folds", "", run_stage) == 1
+    assert main("05_train_folds.py", layout.CLASSIFIERS, "", run_stage) == 1
     (line,) = plain_lines(capfd.readouterr().err)
     assert line.startswith(
         "error: non-finite loss at step 12: liver nan, kidney 0.5; batch 10004/21057; the last"
@@ -276,11 +276,11 @@ def test_training_that_went_wrong_is_one_line(tmp_path, monkeypatch, capfd):
 
 
 def test_a_clock_that_jumps_back_changes_nothing(smoke, tmp_path):
-    out = copy(smoke, tmp_path / "run", "03_folds")
+    out = copy(smoke, tmp_path / "run", layout.FOLDS)
     code, text = run("03", out, fault="clock:86400")
     assert code == 0, text
     assert products(out) == products(smoke)
-    assert 0 <= read_manifest(out / "03_folds")["seconds"] < 3600
+    assert 0 <= read_manifest(out / layout.FOLDS)["seconds"] < 3600
     assert run("01", out)[0] == 0
     path = first(out, "data/phantom/train_images/*/*/*.dcm")
     os.utime(path, (0, 0))
@@ -298,24 +298,24 @@ def test_verify_names_what_differs(out, capsys):
     assert verified(out, capsys) == (0, f"{out}: whole\n")
     volume, cut, gone = (
         first(out, "02_volumes/*.npy"),
-        out / "06_oof" / "scores.json",
-        out / "03_folds" / "folds.csv",
+        out / layout.SCORES / "scores.json",
+        out / layout.FOLDS / "folds.csv",
     )
     data = bytearray(volume.read_bytes())
     data[-1] ^= 1
     volume.write_bytes(data)
     cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
-    rewrite(out / "08_report" / "manifest.json", schema=0)
-    (out / "07_submission" / "manifest.json").unlink()
+    rewrite(out / layout.REPORT / "manifest.json", schema=0)
+    (out / layout.SUBMISSION / "manifest.json").unlink()
     code, text = verified(out, capsys)
     assert code == 1
     for path, what in (
         (volume, "same size, other contents"),
         (cut, "bytes, not"),
         (gone, "missing"),
-        (out / "08_report" / "manifest.json", "of version"),
-        (out / "07_submission", "unfinished"),
+        (out / layout.REPORT / "manifest.json", "of version"),
+        (out / layout.SUBMISSION, "unfinished"),
     ):
         assert any(line.startswith(f"{path}: ") and what in line for line in text.splitlines()), (
             path,
@@ -325,32 +325,32 @@ def test_verify_names_what_differs(out, capsys):
 
 
 def test_verify_sees_altered_slices_and_chains(out, capsys):
-    path, other = sorted((out / "01_slices").glob("*/*/*.png"))[:2]
+    path, other = sorted((out / layout.SLICES).glob("*/*/*.png"))[:2]
     path.write_bytes(other.read_bytes())
     code, text = verified(out, capsys)
     assert code == 1
     assert f"{path}: other pixels" in text
-    rewrite(out / "03_folds" / "manifest.json", outputs={})
+    rewrite(out / layout.FOLDS / "manifest.json", outputs={})
     assert f"{out / '06_oof'}: made from another 03_folds" in verified(out, capsys)[1]
 
 
 def test_verify_looks_at_slices_whatever_else_differs(out, capsys):
-    path, other = sorted((out / "01_slices").glob("*/*/*.png"))[:2]
+    path, other = sorted((out / layout.SLICES).glob("*/*/*.png"))[:2]
     path.write_bytes(other.read_bytes())
-    (out / "03_folds" / "folds.csv").unlink()
+    (out / layout.FOLDS / "folds.csv").unlink()
     assert f"{path}: other pixels" in verified(out, capsys)[1]
 
 
 def test_verify_goes_on_where_the_slice_index_is_damaged(out, capsys, monkeypatch):
     monkeypatch.setattr(verify, "SLICES_AT_ONCE", 7)
-    paths = sorted((out / "01_slices").glob("*/*/*.png"))
+    paths = sorted((out / layout.SLICES).glob("*/*/*.png"))
     for path in (paths[0], paths[-1]):
         path.write_bytes(b"")
     text = verified(out, capsys)[1]
     assert all(f"{path}: not readable" in text for path in (paths[0], paths[-1])), (
         "in whichever part they are"
     )
-    index = out / "01_slices" / "index.parquet"
+    index = out / layout.SLICES / "index.parquet"
     index.write_bytes(bytes(index.stat().st_size))
     code, text = verified(out, capsys)
     assert (code, text.count(str(index))) == (1, 1)
@@ -360,7 +360,9 @@ def test_verify_goes_on_where_the_slice_index_is_damaged(out, capsys, monkeypatc
 def test_the_holder_of_a_lock_is_one_that_lives(tmp_path):
     """Readers share a lock: the last of them to come may have ended long before the others."""
     stage = Stage(
-        "05_folds", load_config("smoke"), parser("05", "").parse_args(["--out", str(tmp_path)])
+        layout.CLASSIFIERS,
+        load_config("smoke"),
+        parser("05", "").parse_args(["--out", str(tmp_path)]),
     )
     path = stage._lock_file(stage.name)
     path.write_text(

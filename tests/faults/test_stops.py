@@ -25,6 +25,7 @@ from helpers_faults import (
 )
 
 from pipeline.learning.interrupt import StopSignal
+from pipeline.run import layout
 from pipeline.system.pool import spread
 
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
@@ -66,7 +67,7 @@ def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):
         assert not temporaries(out)
         assert products(out) == products(smoke)
     if stage == "04":
-        assert (out / "04_voco2d" / "last.ckpt").exists(), "a stop writes a checkpoint"
+        assert (out / layout.VOCO / "last.ckpt").exists(), "a stop writes a checkpoint"
 
 
 def is_deaf(_: int) -> bool:
@@ -106,7 +107,7 @@ def test_training_leaves_an_ignored_ctrl_c_ignored():
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_run_all_hands_a_stop_on_to_its_stage(smoke, tmp_path, number):
-    out = copy(smoke, tmp_path / "run", "03_folds")
+    out = copy(smoke, tmp_path / "run", layout.FOLDS)
     process = start("run_all", out, fault=f"pause:{tmp_path / 'mark'}:folds.csv.tmp-")
     wait_for(tmp_path / "mark", process)
     os.kill(process.pid, number)
@@ -114,7 +115,7 @@ def test_run_all_hands_a_stop_on_to_its_stage(smoke, tmp_path, number):
     assert code == 128 + number, text
     assert plain_lines(text) == [LINE], text
     assert none_alive(process.pid), "the stage must not go on alone"
-    assert not (out / "03_folds" / "manifest.json").exists()
+    assert not (out / layout.FOLDS / "manifest.json").exists()
 
 
 def test_killed_at_random_moments_the_run_ends_with_the_same_submission(smoke, tmp_path):
@@ -128,7 +129,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_submission(smoke, t
         "--reference",
         str(smoke),
         "--begin",
-        "06_oof",
+        layout.SCORES,
         "--work",
         str(tmp_path),
     ]

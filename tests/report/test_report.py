@@ -40,14 +40,15 @@ from pipeline.report.charts import (
 from pipeline.report.inputs import find_run
 from pipeline.report.page import render
 from pipeline.report.sections import duration, reduction, worst
+from pipeline.run import layout
 
 FOLDERS = {
-    "01_slices": "conversion",
-    "02_volumes": "montage",
-    "04_voco2d": "pretraining",
-    "05_folds": "training",
-    "06_oof": "scores",
-    "07_submission": "test",
+    layout.SLICES: "conversion",
+    layout.VOLUMES: "montage",
+    layout.VOCO: "pretraining",
+    layout.CLASSIFIERS: "training",
+    layout.SCORES: "scores",
+    layout.SUBMISSION: "test",
 }
 CHROMIUM = next(
     (
@@ -241,20 +242,20 @@ def test_logs_removed_after_scoring_cost_the_curves_only(copy):
 
 
 def test_folds_of_an_earlier_larger_count_are_not_shown(copy):
-    shutil.copytree(copy / "05_folds" / "fold1", copy / "05_folds" / "fold7")
+    shutil.copytree(copy / layout.CLASSIFIERS / "fold1", copy / layout.CLASSIFIERS / "fold7")
     assert "fold 7" not in page_of(copy)
 
 
 def test_a_grid_without_comparisons_makes_a_page(copy):
-    table = json.loads((copy / "09_ablation" / "table.json").read_text())
-    (copy / "09_ablation" / "table.json").write_text(
+    table = json.loads((copy / layout.ABLATION / "table.json").read_text())
+    (copy / layout.ABLATION / "table.json").write_text(
         json.dumps({**table, "compared": [], "sentences": []})
     )
     assert "ablation" in Page(page_of(copy)).sections
 
 
 def test_without_an_ablation_nobody_hears_of_it(copy):
-    shutil.rmtree(copy / "09_ablation")
+    shutil.rmtree(copy / layout.ABLATION)
     page = Page(page_of(copy))
     assert not {"ablation", "probes"} & set(page.sections)
     assert not [one for one in page.all("a") if one["href"] in ("#ablation", "#probes")]
@@ -276,7 +277,7 @@ def test_ablation_says_what_its_intervals_support_and_no_more(html):
 
 
 def test_forest_puts_differences_on_one_axis(out):
-    compared = json.loads((out / "09_ablation" / "table.json").read_text())["compared"]
+    compared = json.loads((out / layout.ABLATION / "table.json").read_text())["compared"]
     drawn = forest(compared, "score")
     same, better = drawn["rows"]
     assert same["low"] == same["value"] == same["high"] == drawn["zero"]
@@ -289,8 +290,8 @@ def test_forest_puts_differences_on_one_axis(out):
 
 
 def test_scores_alone_make_a_page(copy):
-    for folder in (*FOLDERS, "09_ablation", "data"):
-        if folder != "06_oof":
+    for folder in (*FOLDERS, layout.ABLATION, "data"):
+        if folder != layout.SCORES:
             shutil.rmtree(copy / folder)
     page = Page(page_of(copy))
     assert "Patient" in page.sections["worst"]
@@ -298,13 +299,13 @@ def test_scores_alone_make_a_page(copy):
 
 
 def test_volumes_removed_after_training_cost_the_pictures_only(copy):
-    for path in (copy / "02_volumes").glob("*.npy"):
+    for path in (copy / layout.VOLUMES).glob("*.npy"):
         path.unlink()
     assert "series" in Page(page_of(copy)).sections["montage"]
 
 
 def test_headline_is_the_nested_score_with_its_interval(out, html):
-    scores = json.loads((out / "06_oof" / "scores.json").read_text())
+    scores = json.loads((out / layout.SCORES / "scores.json").read_text())
     text = " ".join(Page(html).sections["summary"].split())
     found = scores["intervals"]["nested"]["score"]
     assert (
@@ -351,7 +352,7 @@ def test_lowest_honest_value_of_each_row_is_marked(html):
 
 def test_worst_errors_are_ordered_by_their_part_of_the_score(out):
     errors = worst(find_run(out, smoke_config(), None, ""))
-    table = pl.read_parquet(out / "06_oof" / "patients.parquet")
+    table = pl.read_parquet(out / layout.SCORES / "patients.parquet")
     labels, nested = (
         table.select(pl.col(f"^{kind}_.*$")).to_numpy().astype(float)
         for kind in ("label", "nested")
@@ -397,7 +398,7 @@ def test_worst_errors_show_the_labelled_slice_and_evenly_chosen_ones(out):
 
 def test_stage_older_than_its_input_is_named(copy):
     assert "run it again" not in page_of(copy)
-    write_manifest(copy, "02_volumes", {"volumes": 1}, inputs={"01_slices": "an older digest"})
+    write_manifest(copy, layout.VOLUMES, {"volumes": 1}, inputs={layout.SLICES: "an older digest"})
     assert "made before 01_slices was last made" in Page(page_of(copy)).sections["cost"]
 
 
@@ -415,7 +416,7 @@ def test_cost_sums_the_stages_and_repeats_the_command(html):
 )
 def test_folds_that_trained_side_by_side_count_once(copy, seconds, text):
     """In one sitting of 70 s; one after the other; the last of several sittings."""
-    write_manifest(copy, "05_folds", {"fold0": {}, "fold1": {}}, seconds=seconds)
+    write_manifest(copy, layout.CLASSIFIERS, {"fold0": {}, "fold1": {}}, seconds=seconds)
     assert text in " ".join(Page(page_of(copy)).sections["cost"].split())
 
 
@@ -511,21 +512,21 @@ def test_stage_writes_skips_and_notices_a_changed_stage(copy):
     arguments = ("--config", "smoke", "--out", str(copy))
     first = run_stage("08", *arguments)
     assert first.returncode == 0, first.stderr
-    page = (copy / "08_report" / "index.html").read_text()
+    page = (copy / layout.REPORT / "index.html").read_text()
     assert f"--out {copy}" in page
     again = run_stage("08", *arguments)
     assert "up to date" in again.stderr
     write_manifest(
         copy,
-        "07_submission",
+        layout.SUBMISSION,
         {
-            **json.loads((copy / "07_submission" / "manifest.json").read_text())["counts"],
+            **json.loads((copy / layout.SUBMISSION / "manifest.json").read_text())["counts"],
             "predicted": 8,
         },
     )
     third = run_stage("08", *arguments)
     assert "up to date" not in third.stderr
-    assert "8 of 9 test patients" in (copy / "08_report" / "index.html").read_text()
+    assert "8 of 9 test patients" in (copy / layout.REPORT / "index.html").read_text()
 
 
 def test_nothing_to_report_is_one_line(tmp_path):

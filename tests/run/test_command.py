@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from helpers_stages import ROOT
 
+from pipeline.run import layout
 from pipeline.run.command import parser
 from pipeline.run.config import LABOUR, decisive
 from pipeline.run.presets import load_config
@@ -15,7 +16,7 @@ from pipeline.system.errors import InputError
 
 def stage(tmp_path, *overrides):
     return Stage(
-        "05_folds",
+        layout.CLASSIFIERS,
         load_config("smoke", overrides),
         parser("05", "").parse_args(["--out", str(tmp_path)]),
     )
@@ -44,7 +45,7 @@ def test_decisive_keys_are_all_but_those_of_labour():
 @pytest.mark.parametrize("jobs", ["-1", "0"])
 def test_jobs_of_0_and_less_mean_all_cores(tmp_path, jobs):
     options = parser("01", "").parse_args(["--out", str(tmp_path), "--jobs", jobs])
-    assert Stage("01_slices", load_config("smoke"), options).jobs >= 1
+    assert Stage(layout.SLICES, load_config("smoke"), options).jobs >= 1
     assert options.jobs == 0
 
 

@@ -23,6 +23,7 @@ from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, wri
 from helpers_stages import content, environment
 
 from pipeline.competition.tables import decode_series_files as read_listed
+from pipeline.run import layout
 from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import dicom
 from pipeline.slices import store as slice_store
@@ -102,7 +103,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_stage_writes_pictures_index_and_quarantine(tmp_path):
-    data, out = make_data(tmp_path / "data"), tmp_path / "out" / "01_slices"
+    data, out = make_data(tmp_path / "data"), tmp_path / "out" / layout.SLICES
     code, log = run(data, tmp_path / "out")
     assert code == 0, log
     index = pl.read_parquet(out / "index.parquet")
@@ -309,7 +310,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
     assert error.startswith("error: the disk is full, ")
-    assert tree(out / "01_slices") == {}
+    assert tree(out / layout.SLICES) == {}
     monkeypatch.undo()
     assert run(data, out)[0] == 0
 
@@ -353,14 +354,14 @@ def test_a_lost_picture_is_made_again_and_nothing_else(tmp_path):
 def test_the_stage_notices_a_removed_picture(tmp_path):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     assert run(data, out)[0] == 0
-    clean = tree(out / "01_slices")
+    clean = tree(out / layout.SLICES)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("series.json")}
-    (out / "01_slices" / "20" / "3" / "9.png").unlink()
+    (out / layout.SLICES / "20" / "3" / "9.png").unlink()
     code, log = run(data, out)
     assert (code, "up to date" in log) == (0, False), log
-    assert tree(out / "01_slices") == clean
+    assert tree(out / layout.SLICES) == clean
     made = [path for path in before if path.stat().st_mtime_ns != before[path]]
-    assert made == [out / "01_slices" / "20" / "3" / "series.json"]
+    assert made == [out / layout.SLICES / "20" / "3" / "series.json"]
     assert "up to date" in run(data, out)[1]
 
 
@@ -393,7 +394,7 @@ def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, m
     """The stage is up to date with it, not before every start again at the same hopeless series;
     other work tries it once more.
     """
-    data, out = make_data(tmp_path / "data"), tmp_path / "out" / "01_slices"
+    data, out = make_data(tmp_path / "data"), tmp_path / "out" / layout.SLICES
     real = slice_store.spread
 
     def deadly(work, tasks, *more):
@@ -552,12 +553,12 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
     assert killed.returncode == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in out.rglob("[0-9]/series.json")}
     assert len(done) == done_before
-    assert not (out / "01_slices" / "manifest.json").exists()
+    assert not (out / layout.SLICES / "manifest.json").exists()
     code, log = run(data, out)
     assert code == 0, log
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert tree(out / "01_slices") == tree(tmp_path / "whole" / "01_slices")
-    counts = json.loads((out / "01_slices" / "manifest.json").read_text())["counts"]
+    assert tree(out / layout.SLICES) == tree(tmp_path / "whole" / layout.SLICES)
+    counts = json.loads((out / layout.SLICES / "manifest.json").read_text())["counts"]
     assert counts["converted_now"] == 60 * (6 - done_before)
 
 
@@ -589,13 +590,13 @@ def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path
     distributed = pytest.importorskip("distributed")
     data = slow_phantom(tmp_path / "data")
     assert run(data, tmp_path / "one")[0] == 0
-    expected = tree(tmp_path / "one" / "01_slices")
+    expected = tree(tmp_path / "one" / layout.SLICES)
     workers = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0}
     with distributed.LocalCluster(**workers, dashboard_address=None, silence_logs=50) as cluster:
         address = cluster.scheduler_address
         code, log = run(data, tmp_path / "cluster", "--scheduler", address)
         assert code == 0, log
-        assert tree(tmp_path / "cluster" / "01_slices") == expected
+        assert tree(tmp_path / "cluster" / layout.SLICES) == expected
         monkeypatch.setattr(slice_store, "convert_series", convert_or_die)
         made, _ = convert(data, tmp_path / "again", scheduler=address)
         assert made == [f"1/{k}" for k in range(6)]

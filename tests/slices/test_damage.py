@@ -22,6 +22,7 @@ from benchmarks.damage import damaged as damaged_copy
 from helpers_dicom import dataset, pattern, to_bytes, write_series
 from helpers_stages import content, run_stage
 
+from pipeline.run import layout
 from pipeline.run.config import ConvertConfig
 from pipeline.slices import convert, dicom
 from pipeline.slices import store as slice_store
@@ -60,7 +61,7 @@ def make(data: Path, damaged: int) -> None:
 def test_a_thousand_damaged_files_among_good_ones(tmp_path, capsys):
     results = {}
     for name, damaged in (("clean", 0), ("mixed", DAMAGED)):
-        data, out = tmp_path / name, tmp_path / f"out-{name}" / "01_slices"
+        data, out = tmp_path / name, tmp_path / f"out-{name}" / layout.SLICES
         make(data, damaged)
         start = time.perf_counter()
         done = run_stage(

@@ -26,6 +26,7 @@ from pipeline.competition.metric import aggregate, value_frame
 from pipeline.competition.tables import read_sample_submission, read_series
 from pipeline.competition.targets import COLUMNS
 from pipeline.evaluation.calibration import Calibration
+from pipeline.run import layout
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import load_config
 from pipeline.slices.sources import SeriesTask
@@ -339,20 +340,20 @@ def start(smoke: Path, out: Path) -> subprocess.Popen:
 def assert_as_if_nothing_had_happened(smoke: Path, out: Path) -> None:
     given = read_sample_submission(smoke / "data" / "phantom")
     pair = [
-        check_submission(folder / "07_submission" / "submission.csv", given)
+        check_submission(folder / layout.SUBMISSION / "submission.csv", given)
         .select(COLUMNS)
         .to_numpy()
         for folder in (smoke, out)
     ]
     assert np.allclose(*pair, atol=1e-5)
-    assert (out / "07_submission" / "fallbacks.csv").read_text() == (
-        smoke / "07_submission" / "fallbacks.csv"
+    assert (out / layout.SUBMISSION / "fallbacks.csv").read_text() == (
+        smoke / layout.SUBMISSION / "fallbacks.csv"
     ).read_text()
 
 
 def test_killed_at_any_moment_the_file_is_valid_and_the_next_run_completes_it(smoke, tmp_path):
     path, given = (
-        tmp_path / "07_submission" / "submission.csv",
+        tmp_path / layout.SUBMISSION / "submission.csv",
         read_sample_submission(smoke / "data" / "phantom"),
     )
     for pause_s in (0.0, 3.0):  # once with the prior only, once somewhere in loading or predicting
@@ -394,13 +395,16 @@ def test_decoding_processes_that_are_killed_change_nothing(smoke, tmp_path):
 
 
 def copy_models(smoke: Path, folder: Path) -> Path:
-    for name in ("05_folds", "06_oof"):
+    for name in (layout.CLASSIFIERS, layout.SCORES):
         shutil.copytree(smoke / name, folder / name)
     return folder
 
 
 def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke, tmp_path):
-    models, oof = copy_models(smoke, tmp_path / "models"), smoke / "06_oof" / "oof_predictions.csv"
+    models, oof = (
+        copy_models(smoke, tmp_path / "models"),
+        smoke / layout.SCORES / "oof_predictions.csv",
+    )
     data = str(smoke / "data" / "phantom")
     shutil.copy(oof, tmp_path / "other.csv")
     blended = run_stage(
@@ -462,16 +466,16 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
         r" --oof\n",
         done.stderr,
     )
-    assert not (tmp_path / "out" / "07_submission" / "submission.csv").exists()
+    assert not (tmp_path / "out" / layout.SUBMISSION / "submission.csv").exists()
 
 
 def test_a_calibration_from_before_the_models_were_trained_again_is_refused(smoke):
-    trained = read_manifest(smoke / "06_oof")["inputs"]["05_folds"]
-    assert Calibration.of_run(smoke / "06_oof", trained).models == ("folds",)
+    trained = read_manifest(smoke / layout.SCORES)["inputs"][layout.CLASSIFIERS]
+    assert Calibration.of_run(smoke / layout.SCORES, trained).models == ("folds",)
     with pytest.raises(
         InputError, match="other predictions than those of the models that 05_folds holds now"
     ):
-        Calibration.of_run(smoke / "06_oof", trained[::-1])
+        Calibration.of_run(smoke / layout.SCORES, trained[::-1])
 
 
 def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smoke):
@@ -480,14 +484,14 @@ def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smok
     """
     config, data = load_config("smoke"), smoke / "data" / "phantom"
     given = check_submission(
-        smoke / "07_submission" / "submission.csv", read_sample_submission(data)
+        smoke / layout.SUBMISSION / "submission.csv", read_sample_submission(data)
     )
     calibration = Calibration.from_json(
-        json.loads((smoke / "06_oof" / "calibration.json").read_text())
+        json.loads((smoke / layout.SCORES / "calibration.json").read_text())
     )
     models = [
         load_classifier(path, torch.device("cpu"))
-        for path in sorted((smoke / "05_folds").glob("fold*/model.safetensors"))
+        for path in sorted((smoke / layout.CLASSIFIERS).glob("fold*/model.safetensors"))
     ]
     tasks = tasks_of(data, read_series(data, "test"))
     volumes = [
@@ -556,14 +560,14 @@ def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         ],
     )
     parts = runpy.run_path(str(script))
-    return parts["main"](str(script), "07_submission", "", parts["run"], parts["add_flags"])
+    return parts["main"](str(script), layout.SUBMISSION, "", parts["run"], parts["add_flags"])
 
 
 def test_the_prior_is_there_before_any_test_file_is_looked_at(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.slices.sources.fingerprints", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stage_07(smoke, tmp_path, monkeypatch)
-    path = tmp_path / "07_submission" / "submission.csv"
+    path = tmp_path / layout.SUBMISSION / "submission.csv"
     given = read_sample_submission(smoke / "data" / "phantom")
     assert check_submission(path, given).select(COLUMNS).n_unique() == 1
     path.write_text("of an earlier run")

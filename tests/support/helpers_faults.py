@@ -13,20 +13,22 @@ from pathlib import Path
 
 from helpers_stages import ROOT, STAGES, content, environment
 
+from pipeline.run import layout
+
 SHIM = Path(__file__).parents[1] / "tools" / "shim"
 PATIENCE_S = 240  # for what takes seconds on an idle machine
 # files that hold times
 CHANGING = ("manifest.json", "log.jsonl", ".lock", ".ckpt", "tfevents", "index.html")
 FOLDERS = {
-    "00": "data/phantom",
-    "01": "01_slices",
-    "02": "02_volumes",
-    "03": "03_folds",
-    "04": "04_voco2d",
-    "05": "05_folds",
-    "06": "06_oof",
-    "07": "07_submission",
-    "08": "08_report",
+    "00": layout.PHANTOM,
+    "01": layout.SLICES,
+    "02": layout.VOLUMES,
+    "03": layout.FOLDS,
+    "04": layout.VOCO,
+    "05": layout.CLASSIFIERS,
+    "06": layout.SCORES,
+    "07": layout.SUBMISSION,
+    "08": layout.REPORT,
 }
 
 

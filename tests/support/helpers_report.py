@@ -14,6 +14,7 @@ from pipeline.ablation.statistics import cell_draws, compare, sentence
 from pipeline.competition.targets import COLUMNS, TARGET_NAMES
 from pipeline.evaluation.scoring import score_oof
 from pipeline.folds import make_folds
+from pipeline.run import layout
 from pipeline.run.config import Config, resolved
 from pipeline.run.presets import load_config
 from pipeline.system.files import write_json
@@ -74,12 +75,12 @@ def write_run(out: Path) -> pl.DataFrame:
     outcome = score_oof({"folds": series}, labels, folds, config)
     write_manifest(
         out,
-        "06_oof",
+        layout.SCORES,
         outcome.scores["counts"],
         config={"seed": config.seed, "score": resolved(config.score)},
     )
-    write_json(out / "06_oof" / "scores.json", outcome.scores)
-    outcome.patients.write_parquet(out / "06_oof" / "patients.parquet")
+    write_json(out / layout.SCORES / "scores.json", outcome.scores)
+    outcome.patients.write_parquet(out / layout.SCORES / "patients.parquet")
     counts = {
         "patients": 9,
         "series": 10,
@@ -88,8 +89,8 @@ def write_run(out: Path) -> pl.DataFrame:
         "fallbacks": 3,
         "patients_per_hour": 1234.5,
     }
-    write_manifest(out, "07_submission", counts)
-    (out / "07_submission" / "fallbacks.csv").write_text(
+    write_manifest(out, layout.SUBMISSION, counts)
+    (out / layout.SUBMISSION / "fallbacks.csv").write_text(
         "patient_id,series_id,reason\n1,2,<b>bad</b>\n1,,prior\n3,,prior\n"
     )
     write_ablation(out, truth)
@@ -114,7 +115,7 @@ def write_ablation(out: Path, truth: np.ndarray) -> None:
         for name in signal
     ]
     write_json(
-        out / "09_ablation" / "table.json",
+        out / layout.ABLATION / "table.json",
         {
             "patients": len(truth),
             "seeds": [1, 2],
@@ -140,9 +141,9 @@ def write_ablation(out: Path, truth: np.ndarray) -> None:
         for kind in ("stored", "settled")
         for question in ("liver", "height")
     ]
-    pl.DataFrame(rows).write_csv(out / "09_ablation" / "probes.csv")
-    cv2.imwrite(str(out / "09_ablation" / "probes.png"), np.full((600, 1100, 3), 200, np.uint8))
-    write_manifest(out, "09_ablation", {"cells": 6, "variants": 3})
+    pl.DataFrame(rows).write_csv(out / layout.ABLATION / "probes.csv")
+    cv2.imwrite(str(out / layout.ABLATION / "probes.png"), np.full((600, 1100, 3), 200, np.uint8))
+    write_manifest(out, layout.ABLATION, {"cells": 6, "variants": 3})
 
 
 def write_conversion(out: Path) -> None:
@@ -161,20 +162,20 @@ def write_conversion(out: Path) -> None:
         "slices_per_s": 99.5,
         "mb_per_s": 4.5,
     }
-    write_manifest(out, "01_slices", counts)
+    write_manifest(out, layout.SLICES, counts)
     lines = [
         "path,reason",
         f"{EVIL_PATH},damaged RLE: <i>why</i>",
         *(f"x/{k}.dcm,damaged RLE: why" for k in range(7)),
     ]
-    (out / "01_slices" / "quarantine.csv").write_text("\n".join(lines) + "\n")
+    (out / layout.SLICES / "quarantine.csv").write_text("\n".join(lines) + "\n")
 
 
 def write_volumes(out: Path, labels: pl.DataFrame, series: pl.DataFrame) -> None:
     """Stage 02: one volume a series and one unlabelled, plane k the constant 20 k; slice labels of
     the first patient.
     """
-    folder, rows = out / "02_volumes", []
+    folder, rows = out / layout.VOLUMES, []
     folder.mkdir(parents=True)
     volume = np.broadcast_to(20 * np.arange(DEPTH, dtype=np.uint8)[:, None, None], (DEPTH, 20, 24))
     for number, (patient, one) in enumerate(
@@ -197,7 +198,7 @@ def write_volumes(out: Path, labels: pl.DataFrame, series: pl.DataFrame) -> None
             }
         )
     pl.DataFrame(rows, schema=INDEX_SCHEMA).write_parquet(folder / "index.parquet")
-    write_manifest(out, "02_volumes", {"volumes": len(rows)})
+    write_manifest(out, layout.VOLUMES, {"volumes": len(rows)})
     marked = series.filter(pl.col("patient_id") == labels["patient_id"][0])["series_id"][0]
     (out / "data" / "phantom").mkdir(parents=True)
     table = {
@@ -215,7 +216,7 @@ def write_training(out: Path, config: Config) -> None:
 
     write_manifest(
         out,
-        "04_voco2d",
+        layout.VOCO,
         {"volumes": 20, "held_out": 4, "steps": 6, "position_accuracy": 0.5},
         config={"pretrain": resolved(config.pretrain)},
     )
@@ -235,8 +236,8 @@ def write_training(out: Path, config: Config) -> None:
         for k in range(1, 7)
     ]
     for name in ("crops", "similarity"):
-        cv2.imwrite(str(out / "04_voco2d" / f"{name}.png"), np.full((300, 1500, 3), 200, np.uint8))
-    (out / "04_voco2d" / "log.jsonl").write_text(
+        cv2.imwrite(str(out / layout.VOCO / f"{name}.png"), np.full((300, 1500, 3), 200, np.uint8))
+    (out / layout.VOCO / "log.jsonl").write_text(
         "".join(json.dumps(record) + "\n" for record in steps)
     )
     for fold in range(2):
@@ -259,6 +260,6 @@ def write_training(out: Path, config: Config) -> None:
             {"fold": fold},
             config={"model": resolved(config.model), "train": resolved(config.train)},
         )
-        (out / "05_folds" / f"fold{fold}" / "log.jsonl").write_text(
+        (out / layout.CLASSIFIERS / f"fold{fold}" / "log.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows)
         )

@@ -27,6 +27,7 @@ from pipeline.learning.checkpoint import load_checkpoint, newest_checkpoint, sav
 from pipeline.learning.distributed import PeerLost, World
 from pipeline.learning.log import read_log
 from pipeline.learning.optimise import Collapse, NonFiniteLoss
+from pipeline.run import layout
 from pipeline.run.manifest import SCHEMA
 from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError
@@ -46,7 +47,7 @@ HELPER = Path(__file__).parents[1] / "support" / "helpers_gloo.py"
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
     """Twelve volumes with a gradient and a bright organ, so that places differ."""
-    folder = tmp_path_factory.mktemp("run") / "02_volumes"
+    folder = tmp_path_factory.mktemp("run") / layout.VOLUMES
     folder.mkdir()
     rng, rows = np.random.default_rng(0), []
     y, x = np.mgrid[0:48, 0:48] / 48
@@ -573,7 +574,7 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
     """
     monkeypatch.setattr(optimise, "adamw", descent)
     loop.pretrain(load_config("smoke", DESCENT), volumes, tmp_path, ALONE)
-    folder = volumes.parent / "04_voco2d"
+    folder = volumes.parent / layout.VOCO
     shutil.rmtree(folder, ignore_errors=True)
     stopped = ranks(volumes, "storm")
     assert (folder / "last.ckpt").exists(), stopped.stderr
@@ -602,12 +603,12 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
 
 
 def test_a_ranks_failure_ends_all_with_its_message(volumes):
-    shutil.rmtree(volumes.parent / "04_voco2d", ignore_errors=True)
+    shutil.rmtree(volumes.parent / layout.VOCO, ignore_errors=True)
     done = ranks(volumes, "error")
     assert done.returncode != 0
     assert "error: planted fault, rank 1, see what the others do" in done.stderr
     assert "error: another process of this run has ended" in done.stderr
-    assert not (volumes.parent / "04_voco2d" / "manifest.json").exists()
+    assert not (volumes.parent / layout.VOCO / "manifest.json").exists()
 
 
 def test_pictures_are_drawn(volumes, unbroken, tmp_path):

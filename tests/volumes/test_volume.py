@@ -8,10 +8,11 @@ import polars as pl
 import pytest
 
 from pipeline.run.config import VolumeConfig
+from pipeline.run.layout import INDEX
 from pipeline.run.manifest import digest
 from pipeline.volumes import store as volume_store
 from pipeline.volumes.build import build_volume, common_size, letterbox, plane_weights
-from pipeline.volumes.store import INDEX, build_all, usable
+from pipeline.volumes.store import build_all, usable
 
 SMALL = VolumeConfig(depth=8, height=64, width=64)
 

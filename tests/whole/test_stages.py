@@ -10,6 +10,7 @@ from helpers_stages import STAGES, run_all, run_stage
 
 from pipeline.competition.tables import read_labels, read_sample_submission
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS
+from pipeline.run import layout
 from pipeline.run.layout import MAKERS
 from pipeline.run.manifest import read_manifest
 from pipeline.submission.writer import check_submission
@@ -18,7 +19,7 @@ SMOKE = ("--config", "smoke", "--out")
 
 
 def test_run_leaves_a_manifest_in_every_stage_folder(smoke):
-    for folder in sorted(MAKERS.keys() - {"09_ablation"}):  # which run_all.sh does not run
+    for folder in sorted(MAKERS.keys() - {layout.ABLATION}):  # which run_all.sh does not run
         manifest = read_manifest(smoke / folder)
         assert manifest is not None, folder
         assert {
@@ -69,7 +70,7 @@ def test_second_run_skips_everything_touches_nothing_and_imports_nothing_heavy(s
 
 def test_submission_is_the_samples_in_columns_order_and_patients(smoke):
     sample = read_sample_submission(smoke / "data" / "phantom")
-    table = check_submission(smoke / "07_submission" / "submission.csv", sample)
+    table = check_submission(smoke / layout.SUBMISSION / "submission.csv", sample)
     assert table.height == 4
     assert table.select(COLUMNS).to_numpy().std(0).max() > 0, "patients differ"
 
@@ -77,9 +78,12 @@ def test_submission_is_the_samples_in_columns_order_and_patients(smoke):
 def test_out_of_fold_predictions_cover_every_series_once(smoke):
     labels = read_labels(smoke / "data" / "phantom")
     oof = pl.concat(
-        [pl.read_parquet(path) for path in sorted((smoke / "05_folds").glob("fold*/oof.parquet"))]
+        [
+            pl.read_parquet(path)
+            for path in sorted((smoke / layout.CLASSIFIERS).glob("fold*/oof.parquet"))
+        ]
     )
-    volumes = pl.read_parquet(smoke / "02_volumes" / "index.parquet").filter(
+    volumes = pl.read_parquet(smoke / layout.VOLUMES / "index.parquet").filter(
         pl.col("source") == "train"
     )
     assert sorted(zip(oof["patient_id"], oof["series_id"], strict=True)) == sorted(
@@ -88,7 +92,7 @@ def test_out_of_fold_predictions_cover_every_series_once(smoke):
     assert set(oof["patient_id"]) == set(labels["patient_id"])
     folds = dict(
         pl.read_csv(
-            smoke / "03_folds" / "folds.csv", schema_overrides={"patient_id": pl.String}
+            smoke / layout.FOLDS / "folds.csv", schema_overrides={"patient_id": pl.String}
         ).iter_rows()
     )
     assert all(
@@ -98,7 +102,7 @@ def test_out_of_fold_predictions_cover_every_series_once(smoke):
 
 
 def test_scores_hold_every_table(smoke):
-    scores = json.loads((smoke / "06_oof" / "scores.json").read_text())
+    scores = json.loads((smoke / layout.SCORES / "scores.json").read_text())
     for table in (scores["raw"], scores["nested"], scores["in_sample"], *scores["floors"].values()):
         assert set(SCORE_KEYS) <= set(table)
     assert set(scores["floors"]) == {"uniform", "class_means", "weighted_means"}
@@ -106,7 +110,7 @@ def test_scores_hold_every_table(smoke):
 
 
 def test_pretraining_never_reads_labels(smoke):
-    inputs = read_manifest(smoke / "04_voco2d")["inputs"]
+    inputs = read_manifest(smoke / layout.VOCO)["inputs"]
     assert not any("train.csv" in key or "folds" in key for key in inputs)
 
 
@@ -118,7 +122,7 @@ def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
 
     config = load_config("smoke")
     row = (
-        pl.read_parquet(smoke / "02_volumes" / "index.parquet")
+        pl.read_parquet(smoke / layout.VOLUMES / "index.parquet")
         .filter(pl.col("source") == "train")
         .row(0, named=True)
     )
@@ -130,7 +134,7 @@ def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
         str(data / "train_images" / row["patient_id"] / row["series_id"]),
     )
     decoded = decode_series(task, data, config.convert, config.volume)
-    assert np.array_equal(decoded.volume, np.load(smoke / "02_volumes" / row["path"]))
+    assert np.array_equal(decoded.volume, np.load(smoke / layout.VOLUMES / row["path"]))
 
 
 @pytest.mark.parametrize("script", STAGES, ids=lambda path: path.stem)
@@ -189,7 +193,7 @@ def test_changed_key_redoes_what_depends_on_it_and_nothing_else(smoke, tmp_path)
 def test_truncated_artifact_is_made_again(smoke, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(smoke, out)
-    target = out / "06_oof" / "calibration.json"
+    target = out / layout.SCORES / "calibration.json"
     whole = target.read_bytes()
     target.write_bytes(whole[:20])
     done = run_stage("06", *SMOKE, str(out))
@@ -225,8 +229,8 @@ def test_time_budget_gives_a_valid_file_with_the_prior(smoke, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     sample = read_sample_submission(smoke / "data" / "phantom")
-    table = check_submission(out / "07_submission" / "submission.csv", sample)
-    late = pl.read_csv(out / "07_submission" / "fallbacks.csv")
+    table = check_submission(out / layout.SUBMISSION / "submission.csv", sample)
+    late = pl.read_csv(out / layout.SUBMISSION / "fallbacks.csv")
     assert late.height >= 1
     assert late["reason"].str.contains("budget").all()
     assert table.height == sample.height
@@ -268,7 +272,7 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = check_submission(
-        tmp_path / "out" / "07_submission" / "submission.csv", read_sample_submission(data)
+        tmp_path / "out" / layout.SUBMISSION / "submission.csv", read_sample_submission(data)
     )
     rows = (
         table.filter(pl.col("patient_id").is_in([broken, gone, empty])).select(COLUMNS).to_numpy()
@@ -276,7 +280,7 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
     assert np.allclose(rows, rows[0]), "all three have the prior"
     ids = {"patient_id": pl.String, "series_id": pl.String}
     reported = (
-        pl.read_csv(tmp_path / "out" / "07_submission" / "fallbacks.csv", schema_overrides=ids)
+        pl.read_csv(tmp_path / "out" / layout.SUBMISSION / "fallbacks.csv", schema_overrides=ids)
         .fill_null("")
         .rows()
     )
@@ -289,7 +293,7 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
         (patient, "no usable series: prior") for patient in (broken, gone, empty)
     )
     untouched = check_submission(
-        smoke / "07_submission" / "submission.csv", read_sample_submission(data)
+        smoke / layout.SUBMISSION / "submission.csv", read_sample_submission(data)
     )
     rest = ~pl.col("patient_id").is_in([broken, gone, empty])
     pair = [frame.filter(rest).select(COLUMNS).to_numpy() for frame in (table, untouched)]
