@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .competition import strict_table
+from .competition import strict_table, tables
 from .competition.strict_table import KEY, ROW
 from .competition.targets import COLUMNS
+from .run import layout
+from .run.stage import Stage, stage_function
 from .system.errors import InputError
+from .system.files import atomic_path
 
 SEEDS = 16
 CLASS_TOLERANCE = 0.15
@@ -38,7 +41,7 @@ def imbalance(folds: np.ndarray, matrix: np.ndarray, count: int) -> float:
     return float((np.abs(counts - share) / np.maximum(1.0, CLASS_TOLERANCE * share)).max())
 
 
-def make_folds(
+def stratified_folds(
     labels: pl.DataFrame, series: pl.DataFrame, count: int, seed: int, key: str = "folds.count"
 ) -> pl.DataFrame:
     """`patient_id, fold` (0..count-1) of the labelled patients; the same for any order of the rows.
@@ -152,3 +155,20 @@ def format_counts(counts: pl.DataFrame) -> str:
         for name in counts.columns[1:]
     ]
     return "\n".join(lines)
+
+
+@stage_function(layout.FOLDS)
+def make_folds(stage: Stage) -> None:
+    """Stage 03: divide the labelled patients into folds unless that was done from these tables."""
+    data = stage.data
+    if stage.current(
+        stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"]), ["folds", "seed"]
+    ):
+        return
+    labels, series = tables.read_labels(data), tables.read_series(data, "train")
+    table = stratified_folds(labels, series, stage.config.folds.count, stage.config.seed)
+    with atomic_path(stage.folder / layout.FOLD_TABLE) as path:
+        table.write_csv(path)
+    counts = class_counts(read_folds(stage.folder / layout.FOLD_TABLE, labels), labels, series)
+    print(format_counts(counts), flush=True)
+    stage.finish({"patients": table.height, "folds": counts.to_dicts()}, [layout.FOLD_TABLE])

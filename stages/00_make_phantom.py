@@ -8,45 +8,8 @@ Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_ima
 Skipped when --data names a data set or the config has `phantom: null`.
 """
 
-from pipeline.phantom.version import DRAWING
-from pipeline.run import layout
+from pipeline.phantom.stage import make_phantom
 from pipeline.run.command import main
-from pipeline.run.stage import Stage
-from pipeline.system.console import log, progress
-from pipeline.system.files import atomic_folder
-
-
-def run(stage: Stage) -> None:
-    """Write the data set whole, under a temporary name first."""
-    config = stage.config.phantom
-    if stage.real_data or config is None:
-        log(
-            f"{stage.name}: skipped, "
-            + (
-                f"--data names {stage.options.data}"
-                if stage.real_data
-                else "the config has `phantom: null`"
-            )
-        )
-        return
-    if stage.current({"seed": stage.config.seed, **DRAWING}, ["phantom"]):
-        return
-    from pipeline.phantom.dataset import write_dataset
-
-    with atomic_folder(stage.folder) as folder:
-        counts, files = write_dataset(
-            config,
-            stage.config.seed,
-            folder,
-            stage.jobs,
-            lambda items, n: progress(items, n, stage.name, "patients"),
-        )
-    log(
-        f"{stage.name}: {counts['patients']} patients, {counts['series']} series,"
-        f" {counts['slices']} slices"
-    )
-    stage.finish(counts, files)
-
 
 if __name__ == "__main__":
-    raise SystemExit(main(__file__, layout.PHANTOM, __doc__, run))
+    raise SystemExit(main(__file__, make_phantom, __doc__))

@@ -57,7 +57,7 @@ def assert_balanced(
 def test_every_class_has_its_share(patients, count):
     labels = label_frame(one_hot(patients, seed=1))
     series = series_of(labels)
-    found = folds.make_folds(labels, series, count, seed=7)
+    found = folds.stratified_folds(labels, series, count, seed=7)
     assert found["patient_id"].sort().to_list() == labels["patient_id"].to_list()
     assert set(found["fold"]) == set(range(count))
     assert_balanced(found, labels, series, count)
@@ -66,11 +66,13 @@ def test_every_class_has_its_share(patients, count):
 def test_seed_decides_and_row_order_does_not():
     labels = label_frame(one_hot(80))
     series = series_of(labels)
-    found = folds.make_folds(labels, series, 4, seed=1)
+    found = folds.stratified_folds(labels, series, 4, seed=1)
     assert found.equals(
-        folds.make_folds(labels.sample(fraction=1, shuffle=True, seed=3), series[::-1], 4, seed=1)
+        folds.stratified_folds(
+            labels.sample(fraction=1, shuffle=True, seed=3), series[::-1], 4, seed=1
+        )
     )
-    assert not found.equals(folds.make_folds(labels, series, 4, seed=2))
+    assert not found.equals(folds.stratified_folds(labels, series, 4, seed=2))
 
 
 def test_derived_seeds_are_tried_until_the_balance_is_right(monkeypatch):
@@ -83,7 +85,7 @@ def test_derived_seeds_are_tried_until_the_balance_is_right(monkeypatch):
             folds, "imbalance", lambda found, *_, excess=excess: excess[found.tobytes()]
         )
         assert (
-            folds.make_folds(labels, series_of(labels), 2, 0)["fold"].to_list()
+            folds.stratified_folds(labels, series_of(labels), 2, 0)["fold"].to_list()
             == draws[chosen].tolist()
         )
 
@@ -99,7 +101,7 @@ def test_imbalance_by_hand():
 def test_errors(tmp_path):
     labels = label_frame(one_hot(9))
     with pytest.raises(InputError, match="9 patients are too few for 5 folds"):
-        folds.make_folds(labels, series_of(labels), 5, 0)
+        folds.stratified_folds(labels, series_of(labels), 5, 0)
     path = tmp_path / "folds.csv"
     path.write_text("patient_id,fold\n10000,0\n10001,1\n10000,1\n")
     with pytest.raises(
@@ -178,4 +180,4 @@ def test_the_real_table_in_five_folds():
     """
     data = Path(os.environ["VOCO2D_RSNA_META"])
     labels, series = tables.read_labels(data), tables.read_series(data, "train")
-    assert_balanced(folds.make_folds(labels, series, 5, 42), labels, series, 5)
+    assert_balanced(folds.stratified_folds(labels, series, 5, 42), labels, series, 5)

@@ -4,7 +4,7 @@ needs.
 
 from dataclasses import dataclass
 
-from ..run.config import Config, decisive, resolved
+from ..run.config import Config, decisive
 from ..run.manifest import digest
 from ..run.presets import derive
 from ..run.stage import Stage
@@ -60,8 +60,8 @@ def declared_cells(config: Config) -> list[Cell]:
 
 def pretraining_key(config: Config) -> str:
     """Cells with the same key share one pretraining."""
-    tree = resolved(config)
-    return digest({name: decisive(name, tree[name]) for name in ("seed", "model", "pretrain")})[:12]
+    sections = ("seed", "model", "pretrain")
+    return digest({name: decisive(getattr(config, name)) for name in sections})[:12]
 
 
 def pretrainings(cells: list[Cell]) -> dict[str, Cell]:

@@ -1,21 +1,24 @@
-"""Parts of a stage side by side: its script once more for each part, in processes that end with the
-stage.
+"""Folds side by side: stage 05 once more for each of them, in processes that end with the stage.
 
 On a CPU a small model gains next to nothing from a second thread, and loses much when anything else
 wants the core; two models that train side by side, one thread each, lose nothing.
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..run import layout
+from ..run.config import resolved
+from ..run.manifest import ROOT
 from ..run.stage import Stage
 from ..system.errors import Ended
 from ..system.machine import pick_device
@@ -67,18 +70,20 @@ def train_side_by_side(
         or pick_device(stage.device_name).type != "cpu"
     ):
         return False
-    run_side_by_side(
-        {
-            f"fold {fold}": ("--fold", str(fold), "--jobs", str(stage.jobs // at_once))
-            for fold in todo
-        },
-        at_once,
-    )
+    options, cores = stage.options, str(stage.jobs // at_once)
+    flags = ["--out", str(stage.out), "--device", options.device]
+    flags += ["--data", str(options.data)] if stage.real_data else []
+    flags += ["--force"] if options.force else []
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as settings:  # JSON is YAML
+        json.dump(resolved(stage.config), settings)
+        settings.flush()
+        flags += ["--config", settings.name, "--jobs", cores, "--fold"]
+        run_side_by_side({f"fold {k}": [*flags, str(k)] for k in todo}, at_once)
     return True
 
 
 def run_side_by_side(parts: dict[str, Sequence[str]], at_once: int) -> None:
-    """Run this script with its own arguments and those of each part, `at_once` processes at a time.
+    """Run stage 05 with the arguments of each part, `at_once` processes at a time.
 
     A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the
     others.
@@ -146,8 +151,11 @@ def _end(running: Sequence[Part]) -> None:
 def _start(name: str, arguments: Sequence[str]) -> Part:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    command = [sys.executable, *sys.argv, *arguments]
+    command = [sys.executable, "-m", "pipeline.classifier", *arguments]
+    # the package may be importable here for another reason than an installation
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = part_environment(writer) | {"PYTHONPATH": path}
     with interrupts_blocked():
-        process = subprocess.Popen(command, env=part_environment(writer), pass_fds=[writer])
+        process = subprocess.Popen(command, env=environment, pass_fds=[writer])
     os.close(writer)
     return Part(name, process, reader)

@@ -361,8 +361,8 @@ class FoldTrainer:
         held_out = [series.series_id for series in self.data.held_out]
         return json.dumps(
             {
-                "train": decisive("train", self.options),
-                "model": decisive("model", self.config.model),
+                "train": decisive(self.options),
+                "model": decisive(self.config.model),
                 "seed": self.config.seed,
                 "held_out": held_out,
                 "fingerprint": self.data.fingerprint,

@@ -19,7 +19,7 @@ from ..competition import strict_table, tables
 from ..competition.metric import aggregate, constants, format_table, require_patients, score_arrays
 from ..competition.strict_table import KEY, ROW, Table
 from ..competition.targets import COLUMNS, SCORE_KEYS
-from ..folds import make_folds, read_folds
+from ..folds import read_folds, stratified_folds
 from ..run import layout
 from ..run.config import Config, ScoreConfig
 from ..run.manifest import trained_files
@@ -124,7 +124,7 @@ def nested_folds(
         "the OOF tables do not share one fold column: nested folds are drawn"
         f" (score.nested_folds={config.score.nested_folds})"
     )
-    return make_folds(
+    return stratified_folds(
         labels,
         next(iter(series.values())),
         config.score.nested_folds,
@@ -193,7 +193,7 @@ def _of(series: dict[str, pl.DataFrame], patients: pl.DataFrame) -> dict[str, pl
     }
 
 
-def score_oof(
+def score_predictions(
     series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config
 ) -> Outcome:
     """Everything that stage 06 reports, from aligned series tables, labels and `patient_id,

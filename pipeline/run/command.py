@@ -5,6 +5,7 @@ of a traceback, clean stops.
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..system.errors import Ended, InputError, TrainingStopped
-from ..system.files import disk_errors
 from ..system.processes import end_with, parent_stage
-from .stage import Stage
+from .stage import StageFunction
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
 
@@ -42,6 +42,20 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     return flags
 
 
+def add_scheduler(flags: argparse.ArgumentParser) -> None:
+    """The flag of the stages that can work on a cluster."""
+    flags.add_argument(
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="Dask scheduler to work on (default: processes on this machine)",
+    )
+
+
+def add_fold(flags: argparse.ArgumentParser) -> None:
+    """The flag of the stage that trains folds."""
+    flags.add_argument("--fold", type=int, help="train this fold only")
+
+
 def _jobs(text: str) -> int:
     """The value of `--jobs`; 0 and less mean all cores, as for joblib."""
     return max(0, int(text))
@@ -49,15 +63,13 @@ def _jobs(text: str) -> int:
 
 def main(
     script: str,
-    folder: str,
+    stage: StageFunction,
     doc: str | None,
-    run: Callable[[Stage], None],
-    extend: Callable[[argparse.ArgumentParser], None] | None = None,
-    exclusive: bool = True,
+    extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> int:
-    """Entry point of a stage script: parse, lock (unless not `exclusive`), run. Exit code 0 done, 1
-    training went wrong, 2 the user's input is wrong, 130 or 143 stopped by Ctrl-C or SIGTERM,
-    each with one line and no traceback.
+    """Entry point of a stage script: parse its flags (those that `extend` adds go to the stage as
+    arguments of its own) and run it. Exit code 0 done, 1 training went wrong, 2 the user's input is
+    wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, each with one line and no traceback.
     """
     flags = parser(Path(script).stem, doc or "")
     if extend:
@@ -65,7 +77,7 @@ def main(
     options = flags.parse_intermixed_args()
     with _stops() as received:
         try:
-            _run_stage(folder, options, run, exclusive)
+            _run_stage(stage, options)
         except BaseException as fault:  # after a signal: whatever a library made of it
             code = 130 if isinstance(fault, KeyboardInterrupt) else getattr(fault, "code", None)
             code = 128 + received[0] if received else code
@@ -87,21 +99,22 @@ def main(
     return 0
 
 
-def _run_stage(
-    folder: str, options: argparse.Namespace, run: Callable[[Stage], None], exclusive: bool
-) -> None:
+def _run_stage(stage: StageFunction, options: argparse.Namespace) -> None:
     # here: a Ctrl-C is answered in one line from the first moment on
     from .presets import load_config
 
     if part := parent_stage():
         end_with(part[0])
-    stage = Stage(folder, load_config(options.config, options.overrides), options)
-    with (
-        disk_errors(stage.folder),
-        stage.reading,
-        stage.lock() if exclusive else contextlib.nullcontext(),
-    ):
-        run(stage)
+    given = vars(options) | {"command": repeating(options)}
+    config = load_config(given.pop("config"), given.pop("overrides"))
+    stage(config, **given)
+
+
+def repeating(options: argparse.Namespace) -> str:
+    """The flags of a command line that repeats this run."""
+    given = (("--config", options.config), ("--data", options.data), ("--out", options.out))
+    flags = [part for flag, value in given if value for part in (flag, value)]
+    return shlex.join(flags + options.overrides)
 
 
 def _say(line: str, code: int) -> int:

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..competition.targets import TARGET_NAMES
 
 Init = Literal["scratch", "imagenet", "voco2d"]
-# keys that change no result
-LABOUR = {
-    "pretrain": ("workers", "compile", "activation_checkpointing"),
-    "train": ("workers", "compile"),
-}
+# Marks on fields. HOW: says how the work is done and changes no result: it enters no fingerprint.
+# RESUMABLE: changes the result, but may change between two sittings of one pretraining.
+# ADDED: newer than the first finished runs; at its default it enters no fingerprint, so that what
+# was finished before it was there stays up to date. New keys need it (tests/run/test_command.py).
+HOW, RESUMABLE, ADDED = {"how": True}, {"resumable": True}, {"added": True}
 
 
 class Section(BaseModel):
@@ -88,9 +88,9 @@ class ModelConfig(Section):
 
 
 class VocoConfig(Section):
-    """Stage 04, the names of SPEC section 8."""
+    """Stage 04: 2D-VoCo in the notation of docs/method.md."""
 
-    steps: int = Field(250_000, ge=1)
+    steps: int = Field(250_000, ge=1, json_schema_extra=RESUMABLE)
     batch: int = Field(4, ge=2, description="volumes a step")
     slices: int = Field(32, ge=1, description="S, spread evenly over z")
     image_size: int = Field(192, ge=24)
@@ -135,16 +135,19 @@ class VocoConfig(Section):
         True, description="use the competition's own series (their labels are never read)"
     )
     holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
-    eval_every: int = Field(1000, ge=1)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep: int = Field(3, ge=1, description="last checkpoints kept")
-    log_every: int = Field(1, ge=1)
+    eval_every: int = Field(1000, ge=1, json_schema_extra=RESUMABLE)
+    checkpoint_every: int = Field(1000, ge=1, json_schema_extra=RESUMABLE)
+    keep: int = Field(3, ge=1, description="last checkpoints kept", json_schema_extra=RESUMABLE)
+    log_every: int = Field(1, ge=1, json_schema_extra=RESUMABLE)
     collapse_std: float = Field(
         0.02,
         ge=0,
         description="embedding standard deviation (1: spread out) below which they have collapsed",
+        json_schema_extra=RESUMABLE,
     )
-    collapse_patience: int = Field(500, ge=1, description="steps of collapse before the run stops")
+    collapse_patience: int = Field(
+        500, ge=1, description="steps of collapse before the run stops", json_schema_extra=RESUMABLE
+    )
     settle: int = Field(
         32,
         ge=0,
@@ -152,11 +155,12 @@ class VocoConfig(Section):
             "batches of whole slices that the exported batch-norm statistics are taken from, 0: of"
             " crops"
         ),
+        json_schema_extra=RESUMABLE,
     )
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, json_schema_extra=HOW)
     amp: bool = True
-    compile: bool = False
-    activation_checkpointing: bool = False
+    compile: bool = Field(False, json_schema_extra=HOW)
+    activation_checkpointing: bool = Field(False, json_schema_extra=HOW)
 
 
 class AugmentConfig(Section):
@@ -176,7 +180,7 @@ class AugmentConfig(Section):
 
 
 class TrainConfig(Section):
-    """Stage 05, the names of SPEC section 9."""
+    """Stage 05: one CNN-LSTM a fold."""
 
     targets: tuple[str, ...] = TARGET_NAMES
     init: Init = "voco2d"
@@ -214,8 +218,8 @@ class TrainConfig(Section):
     ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, 0: off")
     patience: int = Field(0, ge=0, description="epochs without improvement before stopping, 0: off")
     amp: bool = True
-    compile: bool = False
-    workers: int = Field(2, ge=0)
+    compile: bool = Field(False, json_schema_extra=HOW)
+    workers: int = Field(2, ge=0, json_schema_extra=HOW)
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -355,13 +359,29 @@ def resolved(section: BaseModel | dict[str, Any] | None) -> Any:
     return section
 
 
-def decisive(name: str, section: BaseModel | dict[str, Any] | None) -> Any:
-    """Section `name` as plain values without the keys that say how the work is done and not what
-    comes out: for fingerprints.
+def marked(section: type[BaseModel], *marks: dict[str, bool]) -> set[str]:
+    """Names of the fields of a section that bear one of `marks`."""
+    return {
+        name
+        for name, field in section.model_fields.items()
+        if isinstance(extra := field.json_schema_extra, dict)
+        and any(mark.items() <= extra.items() for mark in marks)
+    }
+
+
+def decisive(section: Any, *left_out: dict[str, bool]) -> Any:
+    """A section (or a plain value) as plain values, without the keys that do not decide what comes
+    out: those marked HOW or with one of `left_out`, and those ADDED while at their defaults.
     """
-    values = resolved(section)
-    return (
-        {key: value for key, value in values.items() if key not in LABOUR[name]}
-        if name in LABOUR
-        else values
-    )
+    if not isinstance(section, BaseModel):
+        return section
+    fields, plain = type(section).model_fields, resolved(section)
+    for name in marked(type(section), HOW, *left_out):
+        del plain[name]
+    for name in marked(type(section), ADDED):
+        if getattr(section, name) == fields[name].get_default(call_default_factory=True):
+            plain.pop(name, None)
+    for name in plain:
+        if isinstance(value := getattr(section, name), BaseModel):
+            plain[name] = decisive(value, *left_out)
+    return plain

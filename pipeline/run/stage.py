@@ -1,12 +1,12 @@
 """Stage folders: manifests, fingerprints and locks."""
 
-import argparse
 import contextlib
 import fcntl
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,19 +24,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a stage is run, apart from its config: the flags that all stage scripts share."""
+
+    out: Path | str | None = None  # the run's folder (default: outputs/<config name>)
+    data: Path | str | None = None  # a data set in the competition's layout (default: the phantom)
+    jobs: int = 0  # processes, or threads where one process computes; 0: all cores
+    device: str = "auto"  # auto, cpu or cuda
+    force: bool = False  # run even where up to date
+    models: Path | str | None = None  # the run whose models and calibration predict (default: out)
+    command: str = ""  # flags of the command line that repeats the run, for the report
+
+
 class Stage:
     """One run of one stage: resolved options, its folder under `--out`, and its manifest.
 
-    A stage script asks `current(...)` first, imports what is heavy only after that, works, and
-    calls `finish(...)`.
+    A stage asks `current(...)` first, imports what is heavy only after that, works, and calls
+    `finish(...)`.
     """
 
-    def __init__(self, name: str, config: "Config", options: argparse.Namespace) -> None:
+    def __init__(self, name: str, config: "Config", options: Options = Options()) -> None:  # noqa: B008
         self.name, self.config, self.options = name, config, options
         self.out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
         self.folder = self.out / name
-        self.jobs: int = options.jobs or cpu_count()
-        self.device_name: str = options.device
+        self.jobs = options.jobs or cpu_count()
+        self.device_name = options.device
         self.rank = int(os.environ.get("RANK", 0))
         self.writer = self.rank == 0
         self.started = time.monotonic()
@@ -50,11 +63,6 @@ class Stage:
     def fingerprint(self) -> str:
         """Of the inputs and config sections given to `current`, empty before."""
         return self._state.get("fingerprint", "")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The config sections given to `current`."""
-        return self._state["config"]
 
     @property
     def real_data(self) -> bool:
@@ -72,7 +80,7 @@ class Stage:
                     "give --data /path/to/rsna",
                 )
             return self.upstream(layout.PHANTOM, lambda file: "/" not in file)
-        folder = Path(self.options.data).resolve()
+        folder = Path(self.options.data or "").resolve()
         if not folder.is_dir():
             raise InputError(
                 "no such data folder", str(folder), "give --data the folder that holds train.csv"
@@ -111,7 +119,7 @@ class Stage:
             InputError: naming the script that makes it, when it is not finished or one of its
             `needed` files is not whole.
         """
-        models = None if name.startswith("data/") else getattr(self.options, "models", None)
+        models = None if name.startswith("data/") else self.options.models
         folder = Path(models or self.out) / name
         if (name, needed("/")) in self._checked:
             return folder
@@ -145,8 +153,7 @@ class Stage:
         # late: stage scripts answer a Ctrl-C in one line from the first moment on
         from .config import decisive
 
-        tree = self.config.model_dump(mode="json")
-        config = {name: decisive(name, tree[name]) for name in sections}
+        config = {name: decisive(getattr(self.config, name)) for name in sections}
         return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
 
     def made_from(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:
@@ -262,3 +269,54 @@ class Stage:
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
             yield
+
+
+class StageFunction:
+    """A stage as a function with plain arguments, for scripts and notebooks alike."""
+
+    def __init__(self, folder: str, run: Callable[..., None], exclusive: bool) -> None:
+        self.folder, self.run, self.exclusive = folder, run, exclusive
+        self.__doc__, self.__name__ = run.__doc__, run.__name__
+
+    def __call__(
+        self,
+        config: "Config | Path | str" = "demo",
+        *,
+        out: Path | str | None = None,
+        data: Path | str | None = None,
+        jobs: int = 0,
+        device: str = "auto",
+        force: bool = False,
+        models: Path | str | None = None,
+        command: str = "",
+        **own: Any,
+    ) -> Path:
+        """Run the stage unless it is up to date and return its folder.
+
+        `config` is a preset's name, a YAML file or a config; `own` are the arguments that only this
+        stage has. The other arguments are those of `Options`.
+
+        Raises:
+            InputError: the user's input is wrong.
+            TrainingStopped: training went wrong; the last good checkpoint is kept.
+        """
+        # late: stage scripts answer a Ctrl-C in one line from the first moment on
+        from .config import Config
+        from .presets import load_config
+
+        checked = config if isinstance(config, Config) else load_config(config)
+        options = Options(out, data, jobs, device, force, models, command)
+        stage = Stage(self.folder, checked, options)
+        lock = stage.lock() if self.exclusive else contextlib.nullcontext()
+        with disk_errors(stage.folder), stage.reading, lock:
+            self.run(stage, **own)
+        return stage.folder
+
+
+def stage_function(
+    folder: str, exclusive: bool = True
+) -> Callable[[Callable[..., None]], StageFunction]:
+    """Decorator of a function that takes a `Stage` and arguments of its own: the stage of `folder`,
+    callable with plain arguments. One that is not `exclusive` locks what it writes by itself.
+    """
+    return lambda run: StageFunction(folder, run, exclusive)

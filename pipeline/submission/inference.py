@@ -76,7 +76,7 @@ def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
     paths = trained_files(stage.upstream(layout.CLASSIFIERS), layout.MODEL)
     models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
     for path, config in zip(paths, configs, strict=True):
-        if decisive("train", config.train) != decisive("train", configs[0].train):
+        if decisive(config.train) != decisive(configs[0].train):
             raise InputError(
                 "the fold models were trained with different options",
                 f"{paths[0]} and {path}",
@@ -185,7 +185,7 @@ class Filling:
             )
 
 
-def predict_test(
+def fill_submission(
     tasks: Sequence[SeriesTask],
     data: Path,
     writer: SubmissionWriter,

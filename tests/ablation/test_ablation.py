@@ -29,10 +29,9 @@ from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
 from pipeline.evaluation.metrics import resamples
 from pipeline.folds import label_subset
 from pipeline.run import layout
-from pipeline.run.command import parser
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import derive, load_config
-from pipeline.run.stage import Stage
+from pipeline.run.stage import Options, Stage
 from pipeline.system.errors import InputError
 
 ALL = {"a": TARGET_NAMES, "b": TARGET_NAMES}
@@ -429,7 +428,7 @@ def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
     shares = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        stage = Stage(layout.ABLATION, config, parser("09", "").parse_args([]))
+        stage = Stage(layout.ABLATION, config)
         shares += [cell.name for cell in stage.share(declared_cells(config))]
     assert sorted(shares) == sorted(names)
 
@@ -441,7 +440,7 @@ def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, mo
     part = Stage(
         "09_ablation/a/seed1",
         load_config("smoke"),
-        parser("09", "").parse_args(["--out", str(tmp_path)]),
+        Options(out=tmp_path),
     )
     naps = []
 
@@ -473,7 +472,7 @@ def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
     part = Stage(
         "09_ablation/a/seed1",
         load_config("smoke"),
-        parser("09", "").parse_args(["--out", str(tmp_path)]),
+        Options(out=tmp_path),
     )
     fingerprint = part.fingerprint_of({}, ["seed"])
     write_json(
@@ -498,7 +497,7 @@ def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
     stage = Stage(
         layout.ABLATION,
         load_config("smoke", grid),
-        parser("09", "").parse_args(["--out", str(tmp_path)]),
+        Options(out=tmp_path),
     )
     cells = grid.declared_cells(stage.config)
     asked = []
@@ -534,7 +533,7 @@ def test_several_ranks_refuse_to_force(tmp_path, monkeypatch):
     from pipeline.ablation.cells import run_cells
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    options = parser("09", "").parse_args(["--out", str(tmp_path), "--force"])
+    options = Options(out=tmp_path, force=True)
     with pytest.raises(InputError, match="--force works in a single process only"):
         run_cells(Stage(layout.ABLATION, load_config("smoke"), options))
 

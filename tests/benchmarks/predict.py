@@ -28,7 +28,7 @@ from pipeline.phantom.anatomy import Scan, make_scan
 from pipeline.phantom.dataset import SeriesPlan, write_series
 from pipeline.run.config import Config, PhantomConfig
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Stage
+from pipeline.run.stage import Options, Stage
 from pipeline.system.files import write_json
 from pipeline.system.machine import seed_everything
 
@@ -63,7 +63,7 @@ def write_data(data: Path, scan: Scan, patients: int) -> None:
 
 def write_models(out: Path, config: Config) -> None:
     """What stages 05 and 06 leave: untrained fold models and a calibration that changes nothing."""
-    options = argparse.Namespace(out=out, data=None, models=None, jobs=1, device="cpu", force=True)
+    options = Options(out=out, jobs=1, device="cpu", force=True)
     folds, scores = (Stage(name, config, options) for name in ("05_folds", "06_oof"))
     names = [f"fold{k}/model.safetensors" for k in range(config.folds.count)]
     folds.current({}, [])

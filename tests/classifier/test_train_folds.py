@@ -5,7 +5,6 @@ manifest, and it lists what is there.
 import contextlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -22,15 +21,16 @@ from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.classifier.fold import gather_fold
 from pipeline.classifier.predict import describe, load_classifier
+from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
 from pipeline.learning.checkpoint import save_weights
 from pipeline.run import layout
-from pipeline.run.command import parser
+from pipeline.run.command import add_fold, main
 from pipeline.run.layout import LOG, MODEL, OOF
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Stage
+from pipeline.run.stage import Options, Stage
 from pipeline.submission.inference import load_ensemble
 from pipeline.system.errors import InputError
 
@@ -67,10 +67,7 @@ def stage_05(out, monkeypatch):
             "sys.argv",
             [str(SCRIPT), "--config", "smoke", "--out", str(out), "--jobs", "1", *arguments],
         )
-        script = runpy.run_path(str(SCRIPT))
-        return script["main"](
-            str(SCRIPT), layout.CLASSIFIERS, "", script["run"], script["add_flags"], exclusive=False
-        )
+        return main(str(SCRIPT), train_folds, "", add_fold)
 
     def train(part: Stage, fold: int) -> dict[str, int]:
         call.trained.append(fold)
@@ -299,10 +296,8 @@ def test_a_fold_that_is_made_again_is_listed_anew(out, stage_05):
     assert_whole(out)
 
 
-def stage_of(out: Path, name: str = layout.CLASSIFIERS, *arguments: str) -> Stage:
-    return Stage(
-        name, load_config("smoke"), parser(name, "").parse_args(["--out", str(out), *arguments])
-    )
+def stage_of(out: Path, name: str = layout.CLASSIFIERS, **options: object) -> Stage:
+    return Stage(name, load_config("smoke"), Options(out=out, **options))
 
 
 def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
@@ -360,7 +355,7 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
     model, config = load_classifier(path := tmp_path / layout.CLASSIFIERS / "fold1" / MODEL, CPU)
     fed = config.model_copy(update={"train": config.train.model_copy(update={"workers": 7})})
     save_weights(path, model, describe(fed))
-    stage = stage_of(tmp_path, layout.SUBMISSION, "--device", "cpu")
+    stage = stage_of(tmp_path, layout.SUBMISSION, device="cpu")
     with stage.reading:
         assert len(load_ensemble(stage, None).models) == 2
     other = config.model_copy(update={"train": config.train.model_copy(update={"crop": 0.1})})

@@ -236,7 +236,7 @@ def miscalibrated(
 
 def test_nested_calibration_improves_the_held_out_score():
     tables, labels = miscalibrated()
-    outcome = scoring.score_oof(tables, labels, folds_of(labels), CONFIG)
+    outcome = scoring.score_predictions(tables, labels, folds_of(labels), CONFIG)
     assert outcome.scores["nested"]["score"] < 0.8 * outcome.scores["raw"]["score"]
     assert outcome.scores["in_sample"]["score"] < outcome.scores["nested"]["score"]
 
@@ -295,7 +295,7 @@ def test_noise_gains_in_sample_and_not_nested():
         )
         for m in range(6)
     }
-    scores = scoring.score_oof(tables, labels, folds_of(labels), CONFIG).scores
+    scores = scoring.score_predictions(tables, labels, folds_of(labels), CONFIG).scores
     constant = score_arrays(LABELS, np.repeat(prior[None], 120, axis=0))["score"]
     assert scores["in_sample"]["score"] < constant < scores["nested"]["score"]
 
@@ -307,7 +307,7 @@ def test_patients_without_series_get_the_prior_of_the_others():
     found = scoring.nested(tables, labels, folds_of(labels), CONFIG.score)
     row = found["nested"].filter(patient_id=absent).select(COLUMNS).to_numpy()[0]
     np.testing.assert_allclose(row, fit_prior(LABELS[np.arange(120) % 3 != 4 % 3]))
-    outcome = scoring.score_oof(tables, labels, folds_of(labels), CONFIG)
+    outcome = scoring.score_predictions(tables, labels, folds_of(labels), CONFIG)
     assert outcome.scores["counts"]["without_series"] == 1
     assert outcome.patients.height == 120
 
@@ -444,7 +444,9 @@ def test_stage_06_blends_files_of_others(tmp_path):
 
 def test_scoring_twice_gives_the_same_bytes(tmp_path):
     tables, labels = miscalibrated(2, patients=40)
-    first, second = (scoring.score_oof(tables, labels, folds_of(labels), CONFIG) for _ in range(2))
+    first, second = (
+        scoring.score_predictions(tables, labels, folds_of(labels), CONFIG) for _ in range(2)
+    )
     assert json.dumps([first.scores, first.parameters]) == json.dumps(
         [second.scores, second.parameters]
     )

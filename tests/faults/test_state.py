@@ -30,10 +30,10 @@ from helpers_stages import content
 
 from pipeline.learning.optimise import check_finite
 from pipeline.run import layout, verify
-from pipeline.run.command import main, parser
+from pipeline.run.command import main
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Stage
+from pipeline.run.stage import Options, Stage
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_folder
 from pipeline.system.machine import peak_mb
@@ -362,7 +362,7 @@ def test_the_holder_of_a_lock_is_one_that_lives(tmp_path):
     stage = Stage(
         layout.CLASSIFIERS,
         load_config("smoke"),
-        parser("05", "").parse_args(["--out", str(tmp_path)]),
+        Options(out=tmp_path),
     )
     path = stage._lock_file(stage.name)
     path.write_text(

@@ -1,16 +1,27 @@
 """The command line and presets: flags, names, and which keys make a result another one."""
 
 import errno
+import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from helpers_stages import ROOT
+from pydantic import BaseModel, Field
 
 from pipeline.run import layout
 from pipeline.run.command import parser
-from pipeline.run.config import LABOUR, decisive
+from pipeline.run.config import (
+    ADDED,
+    HOW,
+    Config,
+    PhantomConfig,
+    Section,
+    decisive,
+    marked,
+)
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Stage
+from pipeline.run.stage import Options, Stage
 from pipeline.system.errors import InputError
 
 
@@ -18,35 +29,67 @@ def stage(tmp_path, *overrides):
     return Stage(
         layout.CLASSIFIERS,
         load_config("smoke", overrides),
-        parser("05", "").parse_args(["--out", str(tmp_path)]),
+        Options(out=tmp_path),
     )
 
 
-@pytest.mark.parametrize("section", sorted(LABOUR))
+@pytest.mark.parametrize("section", ["pretrain", "train"])
 def test_how_the_work_is_done_enters_no_fingerprint(tmp_path, section):
     before = stage(tmp_path).fingerprint_of({}, ["seed", section])
-    assert (
-        stage(tmp_path, f"{section}.workers=3", f"{section}.compile=true").fingerprint_of(
-            {}, ["seed", section]
-        )
-        == before
-    )
+    how = [f"{section}.workers=3", f"{section}.compile=true"]
+    assert stage(tmp_path, *how).fingerprint_of({}, ["seed", section]) == before
     assert stage(tmp_path, f"{section}.lr=0.3").fingerprint_of({}, ["seed", section]) != before
 
 
-def test_decisive_keys_are_all_but_those_of_labour():
+def test_decisive_keys_are_all_but_those_that_say_how():
     config = load_config("smoke")
-    for name, keys in LABOUR.items():
+    how = {
+        "pretrain": {"workers", "compile", "activation_checkpointing"},
+        "train": {"workers", "compile"},
+        "volume": set(),
+    }
+    for name, keys in how.items():
         section = getattr(config, name)
-        assert set(decisive(name, section)) == set(type(section).model_fields) - set(keys)
-    assert decisive("seed", config.seed) == config.seed
+        assert set(decisive(section)) == set(type(section).model_fields) - keys
+    assert decisive(config.seed) == config.seed
+    assert decisive(config.train)["augment"] == config.train.augment.model_dump(mode="json")
+
+
+class Grown(Section):
+    """A section of which finished runs knew `old` alone."""
+
+    old: int = 1
+    new: int = Field(2, json_schema_extra=ADDED)
+
+
+class Whole(Section):
+    """Holds it, as `train` holds `augment`."""
+
+    part: Grown = Grown()
+
+
+def test_a_new_key_at_its_default_leaves_fingerprints_as_they_were():
+    assert decisive(Grown(old=5)) == {"old": 5}
+    assert decisive(Whole()) == {"part": {"old": 1}}
+    assert decisive(Grown(new=3)) == {"old": 1, "new": 3}
+
+
+def test_a_key_that_finished_runs_do_not_know_is_marked_as_added():
+    """Without the mark every finished folder of every user would be made again."""
+    known = json.loads((Path(__file__).parent / "keys_of_0.1.json").read_text())
+    for name, field in Config.model_fields.items():
+        section = getattr(Config(name="x", phantom=PhantomConfig()), name)
+        if not isinstance(section, BaseModel) or name not in known:
+            continue
+        fresh = set(type(section).model_fields) - set(known[name])
+        assert fresh <= marked(type(section), ADDED, HOW), (name, field)
 
 
 @pytest.mark.parametrize("jobs", ["-1", "0"])
 def test_jobs_of_0_and_less_mean_all_cores(tmp_path, jobs):
     options = parser("01", "").parse_args(["--out", str(tmp_path), "--jobs", jobs])
-    assert Stage(layout.SLICES, load_config("smoke"), options).jobs >= 1
     assert options.jobs == 0
+    assert Stage(layout.SLICES, load_config("smoke"), Options(jobs=options.jobs)).jobs >= 1
 
 
 def test_only_a_presets_own_path_falls_back_on_its_name(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ way.
 import contextlib
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -27,13 +26,15 @@ from pipeline.competition.tables import read_sample_submission, read_series
 from pipeline.competition.targets import COLUMNS
 from pipeline.evaluation.calibration import Calibration
 from pipeline.run import layout
+from pipeline.run.command import main
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import load_config
 from pipeline.slices.sources import SeriesTask
 from pipeline.slices.sources import test_tasks as tasks_of
 from pipeline.submission import decode_ahead, inference
 from pipeline.submission.decode_ahead import Decoded
-from pipeline.submission.inference import Ensemble, predict_test
+from pipeline.submission.inference import Ensemble, fill_submission
+from pipeline.submission.stage import predict_test
 from pipeline.submission.writer import SubmissionWriter, check_submission, is_settled
 from pipeline.system.errors import InputError
 from pipeline.volumes.sampling import slice_positions, take_slices
@@ -70,7 +71,7 @@ def predicted(monkeypatch, folder, items, budget=None):
     monkeypatch.setattr(inference, "Ahead", lambda *given: SimpleNamespace(until=until))
     config = load_config("smoke", [] if budget is None else [f"predict.time_budget_h={budget}"])
     writer, path = SubmissionWriter(sample(), PRIOR), folder / "submission.csv"
-    counts = predict_test(
+    counts = fill_submission(
         TASKS, folder, writer, Known((), None, SAME, None, None), config, path, 1, time.monotonic()
     )
     rows, fallbacks = written(folder)
@@ -229,7 +230,7 @@ def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(
     )
     tasks = [SeriesTask("9", "5", "test", "nowhere"), *TASKS]
     writer, path = SubmissionWriter(sample(), PRIOR), tmp_path / "submission.csv"
-    counts = predict_test(
+    counts = fill_submission(
         tasks,
         tmp_path,
         writer,
@@ -257,7 +258,7 @@ def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
         inference, "Ahead", lambda *given: SimpleNamespace(until=lambda deadline: iter(()))
     )
     writer = SubmissionWriter(sample(), PRIOR)
-    counts = predict_test(
+    counts = fill_submission(
         [],
         tmp_path,
         writer,
@@ -559,8 +560,8 @@ def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
             str(out),
         ],
     )
-    parts = runpy.run_path(str(script))
-    return parts["main"](str(script), layout.SUBMISSION, "", parts["run"], parts["add_flags"])
+    add_models = lambda flags: flags.add_argument("--models")  # noqa: E731
+    return main(str(script), predict_test, "", add_models)
 
 
 def test_the_prior_is_there_before_any_test_file_is_looked_at(smoke, tmp_path, monkeypatch):

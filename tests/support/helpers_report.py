@@ -12,8 +12,8 @@ from helpers_scores import label_frame, one_hot, predicted, series_frame
 
 from pipeline.ablation.statistics import cell_draws, compare, sentence
 from pipeline.competition.targets import COLUMNS, TARGET_NAMES
-from pipeline.evaluation.scoring import score_oof
-from pipeline.folds import make_folds
+from pipeline.evaluation.scoring import score_predictions
+from pipeline.folds import stratified_folds
 from pipeline.run import layout
 from pipeline.run.config import Config, resolved
 from pipeline.run.presets import load_config
@@ -71,8 +71,8 @@ def write_run(out: Path) -> pl.DataFrame:
     write_conversion(out)
     write_volumes(out, labels, series)
     write_training(out, config)
-    folds = make_folds(labels, series, 2, 0)
-    outcome = score_oof({"folds": series}, labels, folds, config)
+    folds = stratified_folds(labels, series, 2, 0)
+    outcome = score_predictions({"folds": series}, labels, folds, config)
     write_manifest(
         out,
         layout.SCORES,

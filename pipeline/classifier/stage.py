@@ -1,0 +1,70 @@
+"""Stage 05: one classifier a fold."""
+
+from pathlib import Path
+from typing import Any
+
+from ..run import layout
+from ..run.manifest import read_manifest
+from ..run.stage import Stage, stage_function
+from ..system.errors import InputError
+from ..system.processes import parent_stage
+from .side_by_side import train_side_by_side
+
+SECTIONS = ("seed", "model", "train")
+# another process may be at another fold, and write the manifest of all at the same time
+PATIENCE_S = 10.0
+
+
+@stage_function(layout.CLASSIFIERS, exclusive=False)
+def train_folds(stage: Stage, fold: int | None = None) -> None:
+    """Train the folds that are not up to date, or the one `fold`; of several processes the one that
+    ends last writes the manifest of all.
+    """
+    config, folds = stage.config, range(stage.config.folds.count)
+    if fold not in (None, *folds):
+        raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {[*folds]}")
+    upstream = [layout.VOLUMES, layout.FOLDS] + (
+        [layout.VOCO] if config.train.init == "voco2d" else []
+    )
+    weights = (
+        [Path(config.model.weights)]
+        if config.model.weights and config.train.init == "imagenet"
+        else []
+    )
+    inputs = stage.inputs(
+        *upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv", *weights]
+    )
+    if config.train.patience:
+        inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
+    # whatever the rank: any may be the first to change a fold and the last to end
+    stage.writer = True
+    with stage.lock(PATIENCE_S):
+        manifests = [stage.folder / layout.fold_folder(k) / layout.MANIFEST for k in folds]
+        known = all(path.is_file() for path in manifests)
+        stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
+    mine = stage.share(folds) if fold is None else [fold]
+    if stage.options.force and not parent_stage():
+        from .fold import start_anew
+
+        start_anew(stage, mine, inputs, SECTIONS)
+    if not train_side_by_side(stage, mine, inputs, SECTIONS):
+        for number in mine:
+            _train(stage, number, inputs)
+    with stage.lock(PATIENCE_S):
+        if read_manifest(stage.folder) is None and not parent_stage():
+            from .fold import finish_folds
+
+            finish_folds(stage, inputs, SECTIONS)
+
+
+def _train(stage: Stage, fold: int, inputs: dict[str, Any]) -> None:
+    part = stage.part(layout.fold_folder(fold))
+    with part.lock():
+        if part.current(inputs, SECTIONS):
+            return
+        with stage.lock(PATIENCE_S):
+            # also one that another rank has written since
+            stage.current(inputs, SECTIONS, whole=False)
+        from .train import run_fold
+
+        part.finish(run_fold(part, fold), outputs=[layout.MODEL, layout.OOF, layout.LOG])

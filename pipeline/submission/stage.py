@@ -1,0 +1,53 @@
+"""Stage 07: predictions of the test patients."""
+
+from ..run import layout
+from ..run.stage import Stage, stage_function
+from ..system.console import log
+
+SECTIONS = ("convert", "volume", "score", "predict")
+
+
+@stage_function(layout.SUBMISSION)
+def predict_test(stage: Stage) -> None:
+    """Predict unless the submission is up to date."""
+    from ..competition.tables import has_test, read_sample_submission, read_series
+
+    if not has_test(stage.data):
+        log(
+            f"{stage.name}: skipped, {stage.data} has no test_series_meta.csv and"
+            " sample_submission.csv"
+        )
+        return
+    from ..slices.sources import fingerprints, test_tasks
+
+    data = stage.image_data
+    tasks = test_tasks(data, read_series(data, "test"))
+    inputs = stage.inputs(
+        layout.CLASSIFIERS,
+        layout.SCORES,
+        files=[data / "sample_submission.csv", data / "test_series_meta.csv"],
+    )
+    from ..evaluation.calibration import Calibration
+    from .writer import SubmissionWriter, check_submission, is_settled
+
+    sample, path = read_sample_submission(data), stage.folder / layout.SUBMISSION_TABLE
+    calibration = Calibration.of_run(stage.upstream(layout.SCORES), inputs[layout.CLASSIFIERS])
+    writer = SubmissionWriter(sample, calibration.prior)
+    if not path.exists():
+        # everyone has the prior before anything can go wrong, the listing of all test files
+        # included
+        writer.write(path)
+    if stage.current(
+        inputs | {"series": fingerprints(tasks, data)}, SECTIONS, is_settled(stage.folder)
+    ):
+        return
+    writer.write(path)
+    from .inference import fill_submission, load_ensemble
+
+    ensemble = load_ensemble(stage, calibration)
+    counts = fill_submission(
+        tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started
+    )
+    check_submission(path, sample)
+    stage.finish(counts, outputs=[layout.SUBMISSION_TABLE, layout.FALLBACKS])
+    log(f"submission: {path}")
