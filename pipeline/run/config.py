@@ -46,7 +46,7 @@ class PhantomConfig(Section):
 
 
 class ConvertConfig(Section):
-    """Stage 01. The intensity window is fixed by the contract and no option."""
+    """Stage 01. The intensity window is fixed and no option."""
 
     flip_hfs: bool = Field(
         False, description="rotate by PatientPosition FFS/HFP too (off: orientation tags decide)"
@@ -88,7 +88,7 @@ class ModelConfig(Section):
 
 
 class VocoConfig(Section):
-    """Stage 04, the names of SPEC section 8."""
+    """Stage 04: 2D-VoCo (docs/method.md)."""
 
     steps: int = Field(250_000, ge=1)
     batch: int = Field(4, ge=2, description="volumes a step")
@@ -176,7 +176,7 @@ class AugmentConfig(Section):
 
 
 class TrainConfig(Section):
-    """Stage 05, the names of SPEC section 9."""
+    """Stage 05: the CNN-LSTM of each fold."""
 
     targets: tuple[str, ...] = TARGET_NAMES
     init: Init = "voco2d"
