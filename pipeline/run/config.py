@@ -46,7 +46,7 @@ class PhantomConfig(Section):
 
 
 class ConvertConfig(Section):
-    """Stage 01. The intensity window is fixed by the contract and no option."""
+    """Stage 01. The intensity window is fixed and no option."""
 
     flip_hfs: bool = Field(
         False, description="rotate by PatientPosition FFS/HFP too (off: orientation tags decide)"

@@ -231,7 +231,7 @@ def write_series(
 def naive_window(
     stored: np.ndarray, slope: float = 1.0, intercept: float = -1024.0, inverted: bool = False
 ) -> np.ndarray:
-    """The pixel rule of the contract, spelled out on signed stored values in float64."""
+    """The pixel rule, spelled out on signed stored values in float64."""
     hu = stored.astype(np.float64) * slope + intercept
     image = np.clip(np.rint((hu + 150) * 255 / 400), 0, 255).astype(np.uint8)
     return 255 - image if inverted else image

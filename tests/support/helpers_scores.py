@@ -56,7 +56,7 @@ def series_frame(
 
 
 def naive_score(labels: list[list[float]], rows: list[list[float]]) -> dict[str, float]:
-    """Section 10 of the contract read aloud: plain loops over Python floats."""
+    """The competition's metric read aloud: plain loops over Python floats."""
     import math
 
     eps, table, where = 2.0**-52, {}, group_slices()

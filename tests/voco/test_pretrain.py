@@ -240,7 +240,7 @@ def test_without_settling_the_teachers_statistics_are_exported(volumes, tmp_path
     )
 
 
-def test_the_log_says_what_the_contract_asks(unbroken):
+def test_the_log_says_what_the_method_page_lists(unbroken):
     records = read_log(unbroken[0] / "log.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     wanted = {
