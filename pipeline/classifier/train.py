@@ -11,29 +11,28 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..competition import metric
 from ..competition.targets import COLUMNS
 from ..learning.backbone import load_backbone, standardise
 from ..learning.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal, loading
+from ..learning.log import open_log
 from ..learning.optimise import (
     NonFiniteLoss,
+    Update,
     adamw,
     autocast,
-    check_finite,
-    check_scale,
     ema_update,
     grad_scaler,
-    load_scaler,
     warmup_cosine,
 )
 from ..run import layout
 from ..run.config import Config, decisive
 from ..run.stage import Stage
 from ..system.console import log, progress
-from ..system.files import atomic_path, write_text
+from ..system.files import atomic_path
 from ..system.machine import pick_device, seed_everything, world_size
 from .data import SeriesDataset, make_loader
 from .fold import FoldData, gather_fold
@@ -73,10 +72,13 @@ class FoldTrainer:
         self.model.to(device, memory_format=torch.channels_last)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.loss = InjuryLoss(self.options, labels).to(device)
-        self.optimiser = adamw(
-            parameter_groups(self.model, self.options), self.options.lr, self.options.weight_decay
+        groups = parameter_groups(self.model, self.options)
+        self.update = Update(
+            self.model.parameters(),
+            adamw(groups, self.options.lr, self.options.weight_decay),
+            grad_scaler(device, self.options.amp),
+            self.options.clip,
         )
-        self.scaler = grad_scaler(device, self.options.amp)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
         self.dataset = SeriesDataset(
             data.train, self.options, config.seed + data.fold, augment=True
@@ -118,12 +120,13 @@ class FoldTrainer:
         had not stopped.
         """
         self.resume()
-        with self.stop, loading():
+        with self.stop, loading(), open_log(self.folder, self.history, "epoch") as write:
             while self.epoch < self.options.epochs and not self._out_of_patience():
                 row = self.train_epoch() | self.validate()
                 self.epoch += 1
                 self.history.append(row)
                 self.save()
+                write(row)
                 log(
                     f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss"
                     f" {row['loss']:.4f}, held-out score {row['score']:.4f},"
@@ -229,8 +232,7 @@ class FoldTrainer:
     def step(self, step: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
         """One optimiser step over the micro-batches of one large batch; returns the loss terms."""
         seed_everything(self.config.seed, self.data.fold, step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate(step) * group["factor"]
+        self.update.set_rate(self.learning_rate(step))
         full = sum(len(batch["labels"]) for batch in micro)
         sums: dict[str, Tensor] = {}
         for batch in micro:
@@ -240,20 +242,12 @@ class FoldTrainer:
             with autocast(self.device, self.options.amp):
                 outputs = self.forward(standardise(batch["slices"]))
             terms = self.loss(outputs, batch["labels"], batch["planes"], batch["known"], full)
-            self.scaler.scale(sum(terms.values())).backward()
+            self.update.backward(sum(terms.values()))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         values = {name: float(value) for name, value in sums.items()}
-        self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
-        check_finite(
-            step, values if self.scaler.is_enabled() else {**values, "gradient": float(norm)}, ids
-        )
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        check_scale(self.scaler, step, ids)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.update.apply(step, values, ids)
         if self.averaged is not None:
             ema_update(self.averaged, self.model, min(self.options.ema, (1 + step) / (10 + step)))
         return values
@@ -299,17 +293,12 @@ class FoldTrainer:
         return pl.DataFrame(ids).hstack(frame)
 
     def save(self) -> None:
-        """Checkpoint after an epoch, with the best weights beside it where early stopping is on,
-        and the log.
-        """
+        """Checkpoint after an epoch, with the best weights beside it where early stopping is on."""
         score = self.history[-1]["score"]
         if self.options.patience and score < self.best:
             save_checkpoint(self.folder / layout.BEST, {"model": self.final_model.state_dict()})
         self.best = min(self.best, score)
         self.save_state()
-        write_text(
-            self.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in self.history)
-        )
 
     def save_state(self) -> None:
         """Everything that a resumed run needs."""
@@ -318,8 +307,7 @@ class FoldTrainer:
             {
                 "model": self.model.state_dict(),
                 "averaged": self.averaged.state_dict() if self.averaged else None,
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
+                **self.update.state(),
                 "epoch": self.epoch,
                 "best": self.best,
                 "history": self.history,
@@ -342,8 +330,7 @@ class FoldTrainer:
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        load_scaler(self.scaler, state["scaler"])
+        self.update.restore(state)
         self.epoch, self.best, self.history, self.tally = (
             state["epoch"],
             state["best"],

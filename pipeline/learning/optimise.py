@@ -1,6 +1,4 @@
-"""What training loops share: schedules, averaging, precision, optimiser, stopping at step
-boundaries, the log.
-"""
+"""What training loops share: schedules, averaging, precision, the optimiser and its step."""
 
 import contextlib
 import math
@@ -133,6 +131,58 @@ def check_finite(step: int, terms: Mapping[str, float], ids: Iterable[str]) -> N
             f"non-finite loss at step {step}: {values}; batch {', '.join(ids)}; the last checkpoint"
             " is kept"
         )
+
+
+class Update:
+    """One optimiser step, the same in every loop: `set_rate`, `backward` once for each part of the
+    batch, `apply`.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimiser: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        clip: float,
+    ) -> None:
+        self.parameters, self.clip = list(parameters), clip
+        self.optimiser, self.scaler = optimiser, scaler
+
+    def set_rate(self, rate: float) -> None:
+        """Learning rate of the coming step; a group may have a `factor` of its own."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group.get("factor", 1.0)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss to those that are there."""
+        self.scaler.scale(loss).backward()
+
+    def apply(self, step: int, terms: Mapping[str, float], ids: Iterable[str]) -> None:
+        """Clip the gradients to the norm `clip`, take the step and forget them.
+
+        Raises:
+            NonFiniteLoss: a term or, without loss scaling, the gradient is not finite; no parameter
+            has changed then. With loss scaling: overflows that no scale prevents.
+        """
+        ids = list(ids)
+        self.scaler.unscale_(self.optimiser)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        # float16 overflows now and then: the scaler leaves such a step out and scales by less
+        checked = terms if self.scaler.is_enabled() else {**terms, "gradient": float(norm)}
+        check_finite(step, checked, ids)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        check_scale(self.scaler, step, ids)
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self.optimiser.load_state_dict(state["optimiser"])
+        load_scaler(self.scaler, state["scaler"])
 
 
 @contextlib.contextmanager

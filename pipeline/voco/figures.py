@@ -32,10 +32,10 @@ def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) 
     rng = np.random.default_rng([config.seed, EVALUATION])
     boxes = random_boxes(options.image_size, options.grid, CROPS_SHOWN, rng)
     run = start(config, World(0, 1, device))
-    maps = [similarity_maps(run.teacher, planes, boxes, device)]
+    maps = [similarity_maps(run.method.teacher, planes, boxes, device)]
     if state := load_checkpoint(folder / layout.BEST):
         run.restore(state)
-    maps.append(similarity_maps(run.teacher, planes, boxes, device))
+    maps.append(similarity_maps(run.method.teacher, planes, boxes, device))
     draw_crops(planes, boxes, base_boxes(options.image_size, options.grid), folder / "crops.png")
     draw_similarity(planes, boxes, maps, folder / "similarity.png")
     return ["crops.png", "similarity.png"]

@@ -5,7 +5,7 @@ repeats an unbroken one.
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from ..learning.backbone import create_backbone, save_backbone, standardise
 from ..learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..learning.distributed import World, peers
 from ..learning.interrupt import StopSignal, loading
-from ..learning.log import json_log
+from ..learning.log import Record, open_log, read_log
 from ..run import layout
 from ..run.config import Config
 from ..system.console import log, progress
 from ..system.machine import seed_everything
 from .data import VocoSamples, batches, choose_volumes
-from .step import State, position_accuracy, start, train_step
+from .step import State, start, train_step
 
 EARLIER = "earlier"  # folder of checkpoints that a run with other settings left
 
@@ -96,7 +96,7 @@ def pretrain(
     world.agree(run.step, "the step of last.ckpt", f"{folder} must be one folder for all")
     if world.main and run.step == 0:
         _set_aside(folder, keep=not fresh)
-    with StopSignal(world.size > 1) as stop, loading(), peers(), _writers(folder, run) as write:
+    with StopSignal(world.size > 1) as stop, loading(), peers(), _log(folder, run) as write:
         stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
         steps = range(run.step, options.steps)
         for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:
@@ -129,7 +129,7 @@ def pretrain(
         "volumes": len(training),
         "held_out": len(held),
         "steps": options.steps,
-        "position_accuracy": round(run.best, 4),
+        run.method.merit: round(run.best, 4),
     }
 
 
@@ -139,22 +139,22 @@ def _finish_step(
     samples: VocoSamples,
     evaluation: VocoSamples,
     folder: Path,
-    write: Callable[[dict[str, Any]], None],
+    write: Callable[[Record], None],
     stopping: bool,
 ) -> None:
-    options, last = run.config.pretrain, run.step == run.config.pretrain.steps
-    _watch_collapse(run, record["std"], last)
+    options, merit = run.config.pretrain, run.method.merit
+    last = run.step == options.steps
+    if "std" in record:
+        _watch_collapse(run, record["std"], last)
     if not run.world.main:
         return
     if run.step % options.eval_every == 0 or last:
-        record["position_accuracy"] = round(
-            position_accuracy(run.teacher, evaluation, run.world.device, options.amp), 4
-        )
-        if record["position_accuracy"] > run.best and not run.flat:
-            run.best = record["position_accuracy"]
+        record[merit] = round(run.method.evaluate(evaluation), 4)
+        if record[merit] > run.best and not run.flat:
+            run.best = record[merit]
             save_checkpoint(folder / layout.BEST, run.state())
             export(run, samples, folder / layout.BACKBONE)
-    if run.step % options.log_every == 0 or "position_accuracy" in record or stopping:
+    if run.step % options.log_every == 0 or merit in record or stopping:
         write(record)
     if ((run.step % options.checkpoint_every == 0 or last) and not run.flat) or stopping:
         save_checkpoint(folder / layout.LAST, run.state(), options.keep)
@@ -178,7 +178,7 @@ def _watch_collapse(run: State, std: float, last: bool) -> None:
 
 @torch.no_grad()
 def export(run: State, samples: VocoSamples, path: Path) -> None:
-    """Write the teacher's backbone, its batch-norm statistics taken anew from whole slices: a
+    """Write the method's backbone, its batch-norm statistics taken anew from whole slices: a
     crop's border is most of a small map.
 
     A plain copy is written: the run's own layers may wait for other ranks, and its statistics stay
@@ -187,7 +187,7 @@ def export(run: State, samples: VocoSamples, path: Path) -> None:
     config, device = run.config, run.world.device
     seed_everything(config.seed)
     backbone = create_backbone(config.model.backbone).to(device, memory_format=torch.channels_last)
-    backbone.load_state_dict(run.teacher.backbone.state_dict())
+    backbone.load_state_dict(run.method.backbone.state_dict())
     slices = (
         standardise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle)
     )
@@ -198,31 +198,17 @@ def export(run: State, samples: VocoSamples, path: Path) -> None:
         "kind": "voco2d",
         "backbone": config.model.backbone,
         "step": str(run.step),
-        "position_accuracy": f"{run.best:.4f}",
+        run.method.merit: f"{run.best:.4f}",
         "statistics": "whole slices" if config.pretrain.settle else "crops",
     }
     save_backbone(backbone, path, metadata)
 
 
-@contextlib.contextmanager
-def _writers(folder: Path, run: State) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """One writer for log.jsonl and TensorBoard; both keep what came before the step that this
-    sitting starts from.
+def _log(folder: Path, run: State) -> contextlib.AbstractContextManager[Callable[[Record], None]]:
+    """Where records go: nowhere but on the main rank; what came after the checkpoint that this
+    sitting starts from is dropped.
     """
     if not run.world.main:
-        yield lambda record: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    start = run.step
-    with (
-        json_log(folder / layout.LOG, lambda record: record["step"] <= start) as write,
-        SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) as board,
-    ):
-
-        def both(record: dict[str, Any]) -> None:
-            write(record)
-            for name, value in record.items():
-                board.add_scalar(name, value, record["step"])
-
-        yield both
+        return contextlib.nullcontext(lambda record: None)
+    kept = [record for record in read_log(folder / layout.LOG) if record["step"] <= run.step]
+    return open_log(folder, kept, "step")

@@ -251,7 +251,7 @@ def test_non_finite_gradient_of_a_finite_loss_stops_before_the_weights_are_lost(
 
 def test_float16_gradients_that_never_become_finite_stop_training(data, tmp_path):
     run = trainer(data, tmp_path / "fold", "train.amp=false")
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-6)
+    run.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-6)
     run.model.heads["liver"].bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLoss, match=r"non-finite gradients at step 2 .*batch s\d"):
         run.run()
@@ -263,10 +263,10 @@ def test_a_checkpoint_of_another_type_of_number_is_taken_up(data, tmp_path):
     """
     trainer(data, tmp_path / "fold", "train.epochs=1").run()
     other = trainer(data, tmp_path / "fold", "train.epochs=1")
-    other.scaler = torch.amp.GradScaler("cpu")
+    other.update.scaler = torch.amp.GradScaler("cpu")
     other.resume()
     assert other.epoch == 1
-    assert other.scaler.get_scale() == 2**16
+    assert other.update.scaler.get_scale() == 2**16
 
 
 def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(
@@ -286,7 +286,8 @@ def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(
     monkeypatch.setattr(FoldTrainer, "predict_held_out", killed_at_last)
     with pytest.raises(TrainingStopped, match="a process that loads data was killed"):
         train_fold(config("train.epochs=1"), data, tmp_path, CPU, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "log.jsonl", MODEL]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["last.ckpt", "log.jsonl", MODEL, "tensorboard"]
 
 
 def test_series_keep_the_order_of_the_index(tmp_path):

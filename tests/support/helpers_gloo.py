@@ -16,7 +16,9 @@ import torch
 
 from pipeline.learning import optimise
 from pipeline.system.errors import InputError
-from pipeline.voco import pretrain, step
+from pipeline.voco import pretrain
+from pipeline.voco.data import Batch
+from pipeline.voco.voco2d import Voco2D
 
 STAGE = Path(__file__).resolve().parents[2] / "stages" / "04_pretrain_voco2d.py"
 
@@ -31,7 +33,7 @@ def plant(fault: str) -> None:
     step 3, and another one to the rank that writes the checkpoint, which takes its time. `none`:
     nothing.
     """
-    forward, save = step.forward, pretrain.save_checkpoint
+    loss, save = Voco2D.loss, pretrain.save_checkpoint
 
     def slow(*given: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -41,15 +43,15 @@ def plant(fault: str) -> None:
     if fault == "storm":
         pretrain.save_checkpoint = slow
 
-    def broken(run: step.State, batch: pretrain.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        if run.step == 2 and fault == "storm":
+    def broken(method: Voco2D, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if step == 2 and fault == "storm":
             os.kill(os.getpid(), signal.SIGTERM)
-        if run.step == 2 and fault == "error" and run.world.rank == 1:
+        if step == 2 and fault == "error" and method.world.rank == 1:
             raise InputError("planted fault", "rank 1", "see what the others do")
-        return forward(run, batch)
+        return loss(method, batch, step)
 
     if fault != "none":
-        step.forward = broken
+        Voco2D.loss = broken
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from pipeline.voco import step as voco_step
 from pipeline.voco.data import VocoSamples, batches
 from pipeline.voco.figures import draw_all
 from pipeline.voco.model import make_teacher
+from pipeline.voco.voco2d import Voco2D
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = ("model.backbone=test_resnet", "pretrain.batch=4", "pretrain.holdout=2", "pretrain.lr=1e-3")
@@ -106,11 +107,13 @@ def test_loss_of_a_step_is_that_of_plain_loops(volumes, pool):
     batch = samples[0]
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in run.teacher.parameters():
+        for parameter in run.method.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * parameter.std().nan_to_num(0))
         # (B, G, R + K, E)
-        student, teacher = (net(batch["crops"]).tolist() for net in (run.student, run.teacher))
-    loss, stats = voco_step.forward(run, batch)
+        student, teacher = (
+            net(batch["crops"]).tolist() for net in (run.method.student, run.method.teacher)
+        )
+    loss, stats = run.method.loss(batch, run.step)
     terms = []
     for b, labels in enumerate(batch["overlap"].tolist()):
         for own, taught, own_after, taught_after in zip(
@@ -130,27 +133,34 @@ def test_teacher_is_the_hand_computed_average_after_three_steps(volumes):
     would take one.
     """
     run, samples = trained("pretrain.ema_final=0.3", "pretrain.lr=0.05", volumes=volumes)
-    expected = {name: tensor.double().clone() for name, tensor in run.teacher.state_dict().items()}
-    run.teacher.requires_grad_(True)
+    expected = {
+        name: tensor.double().clone() for name, tensor in run.method.teacher.state_dict().items()
+    }
+    run.method.teacher.requires_grad_(True)
     for step in range(3):
         momentum = voco_step.train_step(run, samples[step])[0]["momentum"]
         assert momentum == pytest.approx((0.9, 0.6 + 0.3 * 3**0.5 / 2, 0.75)[step])
-        for name, tensor in run.student.state_dict().items():
+        for name, tensor in run.method.student.state_dict().items():
             old = expected[name]
             expected[name] = (
                 momentum * old + (1 - momentum) * tensor
                 if tensor.is_floating_point()
                 else tensor.double()
             )
-    statistics = [name for name, _ in run.teacher.named_buffers() if "running" in name]
+    statistics = [name for name, _ in run.method.teacher.named_buffers() if "running" in name]
     assert len(statistics) > 8
-    for name, tensor in run.teacher.state_dict().items():
+    for name, tensor in run.method.teacher.state_dict().items():
         np.testing.assert_allclose(
             tensor.double(), expected[name], rtol=1e-4, atol=1e-6, err_msg=name
         )
-    assert all(parameter.grad is None for parameter in run.teacher.parameters())
-    assert not any(parameter.requires_grad for parameter in make_teacher(run.student).parameters())
-    distant = run.student.state_dict()[statistics[0]] - run.teacher.state_dict()[statistics[0]]
+    assert all(parameter.grad is None for parameter in run.method.teacher.parameters())
+    assert not any(
+        parameter.requires_grad for parameter in make_teacher(run.method.student).parameters()
+    )
+    distant = (
+        run.method.student.state_dict()[statistics[0]]
+        - run.method.teacher.state_dict()[statistics[0]]
+    )
     assert distant.abs().max() > 1e-3, "otherwise nothing was averaged"
 
 
@@ -184,13 +194,14 @@ def test_exported_statistics_are_the_averages_over_whole_slices(volumes, tmp_pat
     """
     run, samples = trained("pretrain.settle=3", "pretrain.amp=false", volumes=volumes)
     voco_step.train_step(run, samples[0])
-    before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in run.method.teacher.state_dict().items()}
     for name in ("first", "again"):
         loop.export(run, samples, tmp_path / name)
         torch.rand(7), loop.seed_everything(9)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
     assert all(
-        torch.equal(before[name], tensor) for name, tensor in run.teacher.state_dict().items()
+        torch.equal(before[name], tensor)
+        for name, tensor in run.method.teacher.state_dict().items()
     )
     plain = timm.create_model("test_resnet", in_chans=1, num_classes=0, global_pool="").double()
     plain.load_state_dict(load_file(tmp_path / "first"))
@@ -235,7 +246,7 @@ def test_without_settling_the_teachers_statistics_are_exported(volumes, tmp_path
     loop.export(run, samples, tmp_path / "backbone")
     state = load_file(tmp_path / "backbone")
     assert all(
-        torch.equal(run.teacher.backbone.state_dict()[name], tensor)
+        torch.equal(run.method.teacher.backbone.state_dict()[name], tensor)
         for name, tensor in state.items()
     )
 
@@ -266,14 +277,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(volumes, unbroken, tmp_p
     """SIGTERM in the middle of step 2: that step ends, the state is saved, and the rest repeats bit
     for bit.
     """
-    config, forward = load_config("smoke", TINY), voco_step.forward
+    config, loss = load_config("smoke", TINY), Voco2D.loss
 
-    def stopping(run, batch):
-        if run.step == 1:
+    def stopping(method, batch, step):
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(run, batch)
+        return loss(method, batch, step)
 
-    monkeypatch.setattr(voco_step, "forward", stopping)
+    monkeypatch.setattr(Voco2D, "loss", stopping)
     with pytest.raises(SystemExit) as stop:
         loop.pretrain(config, volumes, tmp_path, ALONE)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -314,13 +325,13 @@ def test_a_signal_to_the_whole_group_reaches_the_workers_without_ending_them(vol
 
 def test_every_random_number_of_a_step_follows_from_seed_and_step(volumes, monkeypatch):
     """Stochastic depth and dropout of a backbone draw from the global generators."""
-    forward, draws = voco_step.forward, []
+    loss, draws = Voco2D.loss, []
 
-    def drawing(run, batch):
+    def drawing(method, batch, step):
         draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
-        return forward(run, batch)
+        return loss(method, batch, step)
 
-    monkeypatch.setattr(voco_step, "forward", drawing)
+    monkeypatch.setattr(Voco2D, "loss", drawing)
     run, samples = trained(volumes=volumes)
     for step in (0, 1, 1):
         run.step = step
@@ -457,15 +468,15 @@ def test_a_float16_run_takes_up_a_checkpoint_of_another_type(volumes, tmp_path, 
 def test_float16_gradients_that_stay_non_finite_end_the_run(volumes, monkeypatch):
     half_precision(monkeypatch)
     run, samples = trained(volumes=volumes)
-    run.student.projector[0].weight.register_hook(lambda gradient: gradient * float("inf"))
-    before = run.student.projector[-1].weight.clone()
+    run.method.student.projector[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = run.method.student.projector[-1].weight.clone()
     for _ in range(24):
         voco_step.train_step(run, samples[0])
     with pytest.raises(
         NonFiniteLoss, match="non-finite gradients at step 25 though the loss is scaled by 0.00195"
     ):
         voco_step.train_step(run, samples[0])
-    assert torch.equal(run.student.projector[-1].weight, before)
+    assert torch.equal(run.method.student.projector[-1].weight, before)
 
 
 @pytest.mark.parametrize(("amount", "fault"), [(float("nan"), NonFiniteLoss), (0.0, Collapse)])
@@ -480,16 +491,18 @@ def test_faults_end_the_run_and_keep_the_last_good_state(
     def broken(run, batch, stopping=False):
         if run.step >= 3:
             with torch.no_grad():
-                run.student.projector[-1].weight.mul_(amount)
-                run.student.projector[-1].bias.fill_(1.0)
+                run.method.student.projector[-1].weight.mul_(amount)
+                run.method.student.projector[-1].bias.fill_(1.0)
         return step(run, batch, stopping)
 
     monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(
         fault,
-        match="step 4.*p[0-9]+_0.npy"
-        if fault is NonFiniteLoss
-        else "collapsed for 2 steps until step 5",
+        match=(
+            "step 4.*p[0-9]+_0.npy"
+            if fault is NonFiniteLoss
+            else "collapsed for 2 steps until step 5"
+        ),
     ):
         loop.pretrain(config, volumes, tmp_path, ALONE)
     state = load_checkpoint(tmp_path / "last.ckpt")
@@ -588,11 +601,11 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
     assert done.stderr.count("04_voco2d: done") == 1
     assert len(list((folder / "tensorboard").iterdir())) == 2, "one process of each sitting writes"
     one, two = (
-        [[record[name] for name in voco_step.STATS] for record in read_log(path / "log.jsonl")]
+        [[record[name] for name in Voco2D.stats] for record in read_log(path / "log.jsonl")]
         for path in (tmp_path, folder)
     )
     np.testing.assert_allclose(two, one, rtol=5e-4, atol=1e-4)
-    begun = voco_step.start(load_config("smoke", DESCENT), ALONE).student.state_dict()
+    begun = voco_step.start(load_config("smoke", DESCENT), ALONE).method.student.state_dict()
     learnt, other = (load_checkpoint(path / "last.ckpt")["student"] for path in (tmp_path, folder))
     for name, tensor in begun.items():
         moved = (learnt[name] - tensor).float().norm()

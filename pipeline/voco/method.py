@@ -1,0 +1,78 @@
+"""What a method of pretraining brings to the loop: networks, a loss, a figure of merit.
+
+The loop (`pretrain.py`), the step (`step.py`), data and checkpoints know nothing else of it.
+A new method is a subclass in a file of its own and a line in `METHODS` (docs/extending.md).
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..learning.backbone import create_backbone
+from ..learning.distributed import World, sync_batch_norm
+from ..run.config import Config
+from ..system.errors import InputError
+from .data import Batch, VocoSamples
+
+
+class Method(ABC):
+    """A method of pretraining at work; `student` is what the optimiser trains."""
+
+    stats: ClassVar[tuple[str, ...]]  # names of the figures of `loss`, the loss itself first
+    merit: ClassVar[str]  # name of what `evaluate` returns, in the log and in the manifest
+    student: nn.Module
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.options, self.world = config, config.pretrain, world
+
+    def first_backbone(self) -> nn.Module:
+        """The backbone that training starts from."""
+        model = self.config.model
+        return create_backbone(model.backbone, self.options.init, model.weights)
+
+    def prepared(self, network: nn.Module) -> nn.Module:
+        """A network to train, on the run's device, the same on every rank."""
+        network = network.to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.world.broadcast(network)
+        return network
+
+    def shared(self, network: nn.Module) -> nn.Module:
+        """The same with batch norms over all ranks."""
+        return sync_batch_norm(network, self.world)
+
+    @property
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds, by name."""
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """What is exported."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's loss, to differentiate, and the figures `stats` of its part of the batch."""
+
+    @abstractmethod
+    def evaluate(self, samples: VocoSamples) -> float:
+        """A figure of held-out volumes, larger is better: the best backbone is chosen by it."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """What follows the optimiser's step, e.g. an averaged teacher; returns figures to log."""
+        return {}
+
+    def recompute_activations(self, backbone: nn.Module) -> None:
+        """Recompute activations in the backward pass where `pretrain.activation_checkpointing` is
+        on.
+        """
+        if not self.options.activation_checkpointing:
+            return
+        try:
+            backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AssertionError, AttributeError) as fault:
+            what = f"{self.config.model.backbone} cannot recompute its activations"
+            remedy = "set it to false or choose another model.backbone"
+            raise InputError(what, "pretrain.activation_checkpointing=true", remedy) from fault

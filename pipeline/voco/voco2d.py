@@ -1,0 +1,123 @@
+"""2D-VoCo: a student and its averaged teacher, contrasted by where their crops lie."""
+
+import torch
+from torch import nn
+
+from ..learning import optimise
+from ..learning.distributed import World
+from ..run.config import Config
+from .data import Batch, VocoSamples, evaluation_batches
+from .losses import similarity
+from .method import Method
+from .model import (
+    Embeddings,
+    VocoNet,
+    correlation,
+    dropout_mask,
+    make_teacher,
+    spread_of,
+    voco_terms,
+)
+
+EVALUATION_CROPS = 8  # random crops of each held-out volume
+TOLERANCE = 0.1  # of overlap, within which a base crop counts as the right one
+
+
+class Voco2D(Method):
+    """Position contrast between random and base crops (docs/method.md)."""
+
+    stats = ("loss", "intra", "inter", "reg", "std", "correlation")
+    merit = "position_accuracy"
+    student: VocoNet
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
+        student = VocoNet(self.first_backbone(), crop, options.width, options.pool)
+        student = self.prepared(student)
+        self.teacher: VocoNet = self.shared(make_teacher(student))
+        self.student = self.shared(student).train()
+        self.recompute_activations(self.student.backbone)
+        if options.compile:
+            self.student.backbone.compile()
+            self.teacher.backbone.compile()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Student and teacher."""
+        return {"student": self.student, "teacher": self.teacher}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The teacher's."""
+        return self.teacher.backbone
+
+    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted sum of intra, inter and regularisation."""
+        options, world = self.options, self.world
+        crops = batch["crops"].to(world.device, non_blocking=True)  # (B, P, S, h, w)
+        overlap = batch["overlap"].to(world.device, non_blocking=True)  # (B, R, K)
+        keep = self._dropout(crops, step)
+        with optimise.autocast(world.device, options.amp):
+            student = Embeddings.split(self.student(crops, keep), options.random_crops)
+            with torch.no_grad():
+                teacher = Embeddings.split(self.teacher(crops), options.random_crops)
+        everyone, following = world.gather(student.base), self._following(len(crops))
+        others = (everyone[following], world.gather(teacher.base)[following])
+        terms = voco_terms(student, teacher, overlap, *others)
+        loss = (
+            options.intra * terms["intra"]
+            + options.inter * terms["inter"]
+            + options.regularisation * terms["reg"]
+        )
+        correlated = correlation(world.gather(terms["similarity"]), world.gather(overlap))
+        three = [terms[name] for name in ("intra", "inter", "reg")]
+        figures = [loss, *three, spread_of(everyone), correlated]
+        return loss, torch.stack([value.detach() for value in figures])
+
+    def _dropout(self, crops: torch.Tensor, step: int) -> torch.Tensor | None:
+        """This rank's part (B, groups, P, features) of the batch's dropout mask."""
+        options, world = self.options, self.world
+        B, P, S = crops.shape[:3]
+        if not options.dropout:
+            return None
+        groups = 1 if options.pool == "clip" else S
+        shape = (options.batch, groups, P, self.student.features)
+        mask = dropout_mask(shape, options.dropout, self.config.seed, step, world.device)
+        return mask[world.rank * B : (world.rank + 1) * B]
+
+    def _following(self, B: int) -> torch.Tensor:
+        """For each volume of this rank the number of the next one in the batch over all ranks."""
+        first = self.world.rank * B + 1
+        return torch.arange(first, first + B, device=self.world.device) % self.options.batch
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """The teacher follows the student."""
+        options = self.options
+        momentum = optimise.momentum_at(
+            step, options.steps, options.ema_momentum, options.ema_final
+        )
+        optimise.ema_update(self.teacher, self.student, momentum)
+        return {"momentum": momentum}
+
+    def evaluate(self, samples: VocoSamples) -> float:
+        """The teacher's position accuracy."""
+        return position_accuracy(self.teacher, samples, self.world.device, self.options.amp)
+
+
+@torch.no_grad()
+def position_accuracy(net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool) -> float:
+    """Share of held-out random crops whose most similar base crop overlaps them within 0.1 of the
+    largest overlap.
+    """
+    right = []
+    net.eval()
+    for batch in evaluation_batches(samples, EVALUATION_CROPS):
+        with optimise.autocast(device, amp):
+            found = Embeddings.split(net(batch["crops"].to(device)), EVALUATION_CROPS)
+        chosen = similarity(found.random, found.base).mean(1).argmax(-1).cpu()  # (1, R)
+        overlap = batch["overlap"]
+        reached = overlap.gather(2, chosen[..., None])[..., 0]
+        right.append(reached >= overlap.amax(2) - TOLERANCE - 1e-6)
+    net.train()
+    return torch.cat(right).float().mean().item()
