@@ -1,28 +1,30 @@
 """The report's sections on stage 09: tables, forest plots and probes as plain values."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from ..ablation.statistics import FIGURES, text, verdict
+from ..competition.targets import TARGETS
 from ..run import layout
 from .charts import data_uri, ticks
+from .inputs import Run
 
 STYLES = {"better": "c3", "worse": "c2", "no difference shown": "soft"}
 
 
-def comparison(folder: Path) -> dict[str, Any]:
+def comparison(run: Run) -> dict[str, Any]:
     """Figures and cost of every variant, differences of every pair, forest plots, and the sentences
     that they support.
     """
-    found = json.loads((folder / layout.TABLE_JSON).read_text(encoding="utf-8"))
+    path = run.out / layout.ABLATION / layout.TABLE_JSON
+    found = json.loads(path.read_text(encoding="utf-8"))
     costs = {row["variant"]: row for row in found["costs"]}
     variants = [
         {
             "name": row["variant"],
-            "targets": row["targets"],
+            "only": [] if len(row["targets"]) == len(TARGETS) else row["targets"],
             "cells": [text(part["own"]) for part in row["figures"].values()],
             **costs[row["variant"]],
         }
@@ -76,10 +78,11 @@ def forest(compared: list[dict[str, Any]], figure: str) -> dict[str, Any]:
     }
 
 
-def probe_table(folder: Path) -> dict[str, Any]:
+def probe_table(run: Run) -> dict[str, Any]:
     """Probe values by question and probe for every backbone and kind of statistics: mean, least and
     most over the seeds.
     """
+    folder = run.out / layout.ABLATION
     table = pl.read_csv(folder / layout.PROBES)
     keys, value = ["backbone", "statistics"], pl.col("value")
     spread = [value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high")]

@@ -4,31 +4,25 @@ that colours follow the reader's theme.
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import cv2
 import numpy as np
 import polars as pl
 
-from ..competition.targets import ANY_INJURY, TARGET_NAMES, TARGETS, group_slices
-from ..evaluation.metrics import binary_problems, ranking, reliability
+from ..evaluation.curves import Line
 
 LEFT, RIGHT, TOP, BOTTOM = 36, 292, 8, 160  # frame of a chart within its 300 x 190 view box
 SIDE = 192  # pixels of the longer side of a picture
 POINTS = 200  # of one line
+COLOURS = 6  # of the page: its CSS classes c1 to c6
 Chart = dict[str, Any]
 
 
-class Line(NamedTuple):
-    """Points of one line; `style` is one of the page's CSS classes c1 to c6 and rule, `name` goes
-    to the legend ("": it does not).
-    """
-
-    name: str
-    style: str
-    points: Sequence[Sequence[float]]
-    dots: bool = False
+def colour(number: int) -> str:
+    """CSS class of line 0, 1, ...: after c6 they start again."""
+    return f"c{number % COLOURS + 1}"
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -99,63 +93,6 @@ def curve(records: Iterable[dict[str, Any]], x: str, y: str) -> list[list[float]
         for part in np.array_split(table, min(POINTS, max(1, len(table))))
         if len(part)
     ]
-
-
-def score_charts(
-    labels: np.ndarray, raw: np.ndarray, nested: np.ndarray
-) -> tuple[list[Chart], list[Chart]]:
-    """Precision-recall and reliability charts of the five targets and `any_injury` for labels and
-    probabilities (N, 13).
-
-    The dotted line is the share of injured in the former, agreement in the latter.
-    """
-    found, calibrated = [], []
-    for before, after in zip(
-        binary_problems(labels, raw), binary_problems(labels, nested), strict=True
-    ):
-        name, truth, probability, _ = after
-        if name not in (*TARGET_NAMES, ANY_INJURY):
-            continue
-        _, hits, starts = ranking(truth, probability)
-        ends = np.append(starts[1:], len(hits)) - 1
-        recall, precision = (
-            np.cumsum(hits)[ends] / max(hits.sum(), 1),
-            np.cumsum(hits)[ends] / (ends + 1),
-        )
-        # as average precision sums
-        steps = np.stack(
-            [np.insert(np.repeat(recall, 2), 0, 0)[:-1], np.repeat(precision, 2)], axis=1
-        )
-        lines = [Line("", "rule", [(0, truth.mean()), (1, truth.mean())]), Line("", "c1", steps)]
-        found.append(chart(name.replace("_", " "), "recall", lines, unit=True))
-        bins = [np.stack(reliability(*problem[1:]), axis=1) for problem in (before, after)]
-        lines = [
-            Line("", "rule", [(0, 0), (1, 1)]),
-            Line("raw", "c2", bins[0], True),
-            Line("nested", "c1", bins[1], True),
-        ]
-        calibrated.append(chart(name.replace("_", " "), "predicted probability", lines, unit=True))
-    return found, calibrated
-
-
-def confusion(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
-    """For each target (count, share of the row) of true class (row) by most probable class
-    (column).
-    """
-    tables = []
-    for target, where in zip(TARGETS, group_slices().values(), strict=True):
-        counts = (
-            labels[:, where].T @ np.eye(len(target.classes))[probabilities[:, where].argmax(axis=1)]
-        )
-        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        tables.append(
-            {
-                "name": target.name,
-                "classes": target.classes,
-                "cells": np.stack([counts, share], axis=2).round(2).tolist(),
-            }
-        )
-    return tables
 
 
 def jpeg_uri(plane: np.ndarray) -> str:

@@ -35,13 +35,16 @@ class Run:
             else []
         )
 
-    def index(self) -> pl.DataFrame | None:
-        """The volume index, None where stage 02 has not run."""
-        return (
-            pl.read_parquet(self.out / layout.VOLUMES / layout.INDEX)
-            if layout.VOLUMES in self.manifests
-            else None
-        )
+    def index(self) -> pl.DataFrame:
+        """The volume index, empty where stage 02 has not run."""
+        if layout.VOLUMES not in self.manifests:
+            return pl.DataFrame(schema={"patient_id": pl.String, "source": pl.String})
+        return pl.read_parquet(self.out / layout.VOLUMES / layout.INDEX)
+
+    def scores(self) -> dict[str, Any]:
+        """The score tables of stage 06."""
+        path = self.out / layout.SCORES / layout.SCORE_TABLE
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def find_run(out: Path, config: Config, data: Path | None, flags: str) -> Run:

@@ -5,26 +5,29 @@ A section whose stage has not run is None, and the template says so. Nothing is 
 every value is escaped.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..run import layout
+from . import ablation, cost, data, scores, training
 from .inputs import Run
-from .sections import (
-    ablation,
-    conversion,
-    cost,
-    duration,
-    facts,
-    montage,
-    pretraining,
-    probes,
-    scores,
-    test,
-    training,
-    worst,
-)
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
+# name in the template: what gathers its values, and the stage that has to have run
+SECTIONS: dict[str, tuple[Callable[[Run], Any], str]] = {
+    "facts": (cost.facts, ""),
+    "conversion": (data.conversion, layout.SLICES),
+    "montage": (data.montage, layout.VOLUMES),
+    "pretraining": (training.pretraining, layout.VOCO),
+    "training": (training.training, f"{layout.CLASSIFIERS}/fold"),
+    "scores": (scores.scores, layout.SCORES),
+    "worst": (scores.worst, layout.SCORES),
+    "test": (data.test_predictions, layout.SUBMISSION),
+    "ablation": (ablation.comparison, layout.ABLATION),
+    "probes": (ablation.probe_table, layout.ABLATION),
+    "cost": (cost.cost, ""),
+}
 
 
 def render(run: Run) -> str:
@@ -34,24 +37,11 @@ def render(run: Run) -> str:
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page.filters["duration"] = duration
-    needs = {
-        conversion: layout.SLICES,
-        montage: layout.VOLUMES,
-        pretraining: layout.VOCO,
-        training: f"{layout.CLASSIFIERS}/fold",
-        scores: layout.SCORES,
-        worst: layout.SCORES,
-        test: layout.SUBMISSION,
-        ablation: layout.ABLATION,
-        probes: layout.ABLATION,
-        facts: "",
-        cost: "",
-    }
+    page.filters["duration"] = cost.duration
     names = ("", *run.manifests)
     values = {
-        make.__name__: make(run) if any(one.startswith(stage) for one in names) else None
-        for make, stage in needs.items()
+        name: gather(run) if any(one.startswith(stage) for one in names) else None
+        for name, (gather, stage) in SECTIONS.items()
     }
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=run.config.name, **values

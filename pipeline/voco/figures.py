@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from ..learning.checkpoint import load_checkpoint
 from ..learning.distributed import World
 from ..run import layout
 from ..run.config import Config
-from ..system.files import atomic_path
+from ..system.pictures import write_picture
 from .crops import base_boxes, cut, overlap_labels, random_boxes
 from .data import EVALUATION, VocoSamples, choose_volumes
 from .losses import similarity
@@ -63,26 +66,26 @@ def draw_crops(planes: np.ndarray, boxes: np.ndarray, base: np.ndarray, path: Pa
     """The middle slice with its grid and random boxes; each base crop says how much of each random
     one lies in it.
     """
-    figure, axis = _figure(1, 1, 4.5)
-    axis = axis[0][0]
-    _show(axis, planes, "base crops, random crops and their labels")
-    labels = overlap_labels(boxes, base)
-    for k, (y0, x0, y1, x1) in enumerate(base):
-        axis.add_patch(_rectangle(y0, x0, y1, x1, "white", 0.8))
-        for r in range(len(boxes)):
-            if labels[r, k]:
-                y = y0 + (r + 1) * (y1 - y0) * 0.18
-                axis.text(
-                    x0 + 2,
-                    y,
-                    f"{labels[r, k]:.2f}",
-                    color=COLOURS[r % len(COLOURS)],
-                    fontsize=9,
-                    weight="bold",
-                )
-    for r, box in enumerate(boxes):
-        axis.add_patch(_rectangle(*box, COLOURS[r % len(COLOURS)], 2.0))
-    _save(figure, path)
+    figure, axes = _figure(1, 1, 4.5)
+    _show(axes[0, 0], planes, "base crops, random crops and their labels")
+    for box in base:
+        _frame(axes[0, 0], box, "white", 0.8)
+    for r, (box, labels) in enumerate(zip(boxes, overlap_labels(boxes, base), strict=True)):
+        _frame(axes[0, 0], box, COLOURS[r % len(COLOURS)], 2.0)
+        for k in np.flatnonzero(labels):
+            y0, x0, y1, x1 = base[k]
+            axes[0, 0].text(
+                x0 + 0.05 * (x1 - x0),
+                y0 + (r + 1) / (len(boxes) + 1) * (y1 - y0),
+                f"{labels[k]:.2f}",
+                color=COLOURS[r % len(COLOURS)],
+                va="center",
+                fontsize=9,
+                weight="bold",
+                # a frame of the same colour may pass behind the number
+                path_effects=[withStroke(linewidth=4, foreground="black")],
+            )
+    write_picture(figure, path)
 
 
 def draw_similarity(
@@ -97,11 +100,11 @@ def draw_similarity(
     edge = (side - (size - side) / (WINDOWS - 1)) / 2
     extent = (edge, size - edge, size - edge, edge)
     for r, box in enumerate(boxes):
-        _show(axes[r][0], planes, "crop")
-        axes[r][0].add_patch(_rectangle(*box, COLOURS[r % len(COLOURS)], 2.0))
+        _show(axes[r, 0], planes, "crop")
+        _frame(axes[r, 0], box, COLOURS[r % len(COLOURS)], 2.0)
         for column, (title, found) in enumerate(zip(("before", "after"), maps, strict=True), 1):
-            _show(axes[r][column], planes, f"similarity {title}")
-            axes[r][column].imshow(
+            _show(axes[r, column], planes, f"similarity {title}")
+            axes[r, column].imshow(
                 found[r],
                 extent=extent,
                 vmin=0,
@@ -110,18 +113,17 @@ def draw_similarity(
                 alpha=0.75,
                 interpolation="bilinear",
             )
-            axes[r][column].set(xlim=(0, size), ylim=(size, 0))
-    _save(figure, path)
+            axes[r, column].set(xlim=(0, size), ylim=(size, 0))
+    write_picture(figure, path)
 
 
-def _figure(rows: int, columns: int, size: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
+def _figure(rows: int, columns: int, size: float) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), `size` inches each."""
     figure = Figure((size * columns, size * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _show(axis: Any, planes: np.ndarray, title: str) -> None:
+def _show(axis: Axes, planes: np.ndarray, title: str) -> None:
     axis.imshow(
         planes[len(planes) // 2],
         cmap="gray",
@@ -133,12 +135,8 @@ def _show(axis: Any, planes: np.ndarray, title: str) -> None:
     axis.axis("off")
 
 
-def _rectangle(y0: float, x0: float, y1: float, x1: float, colour: str, width: float) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=width)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+def _frame(axis: Axes, box: np.ndarray, colour: str, width: float) -> None:
+    """The outline of a box (y0, x0, y1, x1), whole at the plane's edge too."""
+    y0, x0, y1, x1 = box.tolist()
+    outline = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=width)
+    axis.add_patch(outline).set_clip_on(False)

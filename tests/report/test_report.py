@@ -22,6 +22,7 @@ from helpers_stages import run_stage
 
 from pipeline.competition.metric import WEIGHTS
 from pipeline.competition.targets import TARGET_NAMES
+from pipeline.evaluation.curves import Line
 from pipeline.report.ablation import forest
 from pipeline.report.charts import (
     BOTTOM,
@@ -29,17 +30,16 @@ from pipeline.report.charts import (
     POINTS,
     RIGHT,
     TOP,
-    Line,
     chart,
-    confusion,
+    colour,
     curve,
     jpeg_uri,
-    score_charts,
     ticks,
 )
+from pipeline.report.cost import duration
 from pipeline.report.inputs import find_run
 from pipeline.report.page import render
-from pipeline.report.sections import duration, reduction, worst
+from pipeline.report.scores import confusion, reduction, score_charts, worst
 from pipeline.run import layout
 
 FOLDERS = {
@@ -152,6 +152,32 @@ def test_every_picture_has_alt_text_and_decodes_and_every_figure_a_caption(html)
         re.search(r"<figcaption>.{20,}</figcaption>", figure, re.DOTALL) for figure in figures
     )
     assert all(attributes.get("aria-label") for attributes in page.all("svg"))
+
+
+def test_headings_never_skip_a_level(html):
+    levels = [int(tag[1]) for tag, _ in Page(html).tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert set(levels) == {1, 2, 3, 4}
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_every_column_and_every_row_of_a_table_has_a_header(html):
+    rows: list[list[tuple[str, str | None]]] = []
+    for tag, attributes in Page(html).tags:
+        if tag == "table":
+            expected = "col"
+        elif tag == "tr":
+            rows.append([("row of", expected)])
+            expected = "row"
+        elif tag in ("th", "td"):
+            rows[-1].append((tag, attributes.get("scope")))
+    kinds = Counter(kind for (_, kind), *_ in rows)
+    assert kinds["col"] == html.count("</table>") > 15
+    assert kinds["row"] > kinds["col"]
+    for (_, kind), first, *others in rows:
+        assert first == ("th", kind)
+        assert set(others) == {("th", "col") if kind == "col" else ("td", None)}
 
 
 def test_what_comes_from_data_is_text_and_never_markup(html):
@@ -338,7 +364,9 @@ def test_reduction_is_that_of_two_scores_and_its_resamples_are_paired():
 
 def test_lowest_honest_value_of_each_row_is_marked(html):
     rows = re.findall(
-        r"<tr><td>(bowel|score|liver|kidney|spleen|extravasation|any injury)(<td[^\n]*?)</tr>", html
+        r'<tr><th scope="row">(bowel|score|liver|kidney|spleen|extravasation|any injury)'
+        r"(<td[^\n]*?)</tr>",
+        html,
     )
     rows = [cells for _, cells in rows if cells.count("<td") == 8]
     assert len(rows) == 7
@@ -458,6 +486,10 @@ def test_chart_puts_points_where_they_belong():
     assert chart("empty", "x", [])["lines"] == []
 
 
+def test_more_lines_than_colours_start_again():
+    assert [colour(k) for k in (0, 5, 6)] == ["c1", "c6", "c1"]
+
+
 def test_curve_thins_by_means_and_leaves_gaps_out():
     records = [
         {"step": k, "loss": float(k % 2), **({"rare": 1.0} if k == 7 else {})}
@@ -475,14 +507,14 @@ def test_curve_thins_by_means_and_leaves_gaps_out():
 
 
 def test_area_under_the_drawn_precision_recall_curve_is_the_average_precision():
-    from sklearn.metrics import average_precision_score
+    from sklearn.metrics import auc, average_precision_score
 
     labels = one_hot(80)
     values = predicted(labels, 1.2)
     found, calibrated = score_charts(labels, values, values)
     assert [one["title"] for one in found] == [*TARGET_NAMES, "any injury"]
     x, y = np.array(found[0]["lines"][1]["points"]).T
-    area = np.trapezoid((BOTTOM - y) / (BOTTOM - TOP), (x - LEFT) / (RIGHT - LEFT))
+    area = auc((x - LEFT) / (RIGHT - LEFT), (BOTTOM - y) / (BOTTOM - TOP))
     assert area == pytest.approx(average_precision_score(labels[:, 1], values[:, 1]), abs=0.005)
     share = (BOTTOM - found[0]["lines"][0]["points"][0][1]) / (BOTTOM - TOP)
     assert share == pytest.approx(labels[:, 1].mean(), abs=0.002)
