@@ -20,7 +20,7 @@ from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
 from ..system.console import log
 from ..system.errors import InputError
-from ..system.files import atomic_path, write_text
+from ..system.files import atomic_path, remove_folder, write_text
 from ..system.machine import world_size
 from .grid import Cell, backbone_part, declared_cells, part_with, pretrainings
 
@@ -174,6 +174,17 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
     return left_out
 
 
+def _start_anew(stage: Stage, cells: list[Cell], shared: list[Cell]) -> None:
+    """Remove all that is to be made again at once: what a stopped `--force` did not come to must
+    not look finished.
+    """
+    (stage.folder / layout.MANIFEST).unlink(missing_ok=True)
+    parts = [part_with(stage, cell.name, cell.config) for cell in cells]
+    for part in [*parts, *(backbone_part(stage, cell) for cell in shared)]:
+        with part.lock():
+            remove_folder(part.folder)
+
+
 def run_cells(stage: Stage) -> list[Cell]:
     """Pretrain and train everything that is not up to date, shared out over the ranks; returns the
     grid when all of it is there.
@@ -185,6 +196,8 @@ def run_cells(stage: Stage) -> list[Cell]:
         )
     cells = startable(stage, declared_cells(stage.config))
     shared = list(pretrainings(cells).values())
+    if stage.options.force:
+        _start_anew(stage, cells, shared)
     own, mine = stage.share(shared), stage.share(cells)
     for cell in own:
         pretrain_backbone(backbone_part(stage, cell))

@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..competition.targets import COLUMNS
 from ..learning.backbone import create_backbone, feature_shape, standardise
 from ..learning.checkpoint import load_weights, read_metadata
 from ..learning.optimise import autocast
@@ -23,6 +25,7 @@ from ..run.config import (
     resolved,
 )
 from ..system.errors import InputError
+from ..volumes.sampling import slice_positions, take_slices
 from .model import CnnLstm, probabilities
 
 
@@ -52,7 +55,7 @@ def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
     return CnnLstm(backbone, channels, config.train)
 
 
-def load_classifier(path: Path, device: torch.device) -> tuple[CnnLstm, Trained]:
+def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[CnnLstm, Trained]:
     """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to
     predict, with its config.
 
@@ -86,3 +89,21 @@ def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[s
             0
         )
     return predict(model, slices, False, flips) if amp and not outputs.isfinite().all() else outputs
+
+
+def as_batch(volume: np.ndarray, options: TrainConfig, device: torch.device) -> Tensor:
+    """The slices (1, S, H, W) uint8 that a classifier trained with `options` looks at in a volume
+    (D, H, W) uint8.
+    """
+    slices = take_slices(volume, slice_positions(len(volume), options.slices), options)
+    return torch.from_numpy(slices)[None].to(device)
+
+
+def predict_volume(
+    model: CnnLstm, volume: np.ndarray, options: TrainConfig, flips: Sequence[str] = ()
+) -> dict[str, float]:
+    """Uncalibrated probabilities of one volume (D, H, W) uint8, as stage 02 stores it, by the 13
+    columns of a submission.
+    """
+    batch = as_batch(volume, options, next(model.parameters()).device)
+    return dict(zip(COLUMNS, predict(model, batch, options.amp, flips)[0].tolist(), strict=True))

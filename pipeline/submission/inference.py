@@ -15,7 +15,7 @@ import polars as pl
 import torch
 
 from ..classifier.model import CnnLstm
-from ..classifier.predict import load_classifier, predict
+from ..classifier.predict import as_batch, load_classifier, predict
 from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
@@ -28,7 +28,6 @@ from ..system.console import log
 from ..system.errors import InputError
 from ..system.files import write_text
 from ..system.machine import pick_device
-from ..volumes.sampling import slice_positions, take_slices
 from .decode_ahead import Ahead, Decoded
 from .writer import SubmissionWriter
 
@@ -47,10 +46,7 @@ class Ensemble:
 
     def series(self, volume: np.ndarray, flips: Sequence[str]) -> np.ndarray:
         """Probabilities (13,) of one volume: mean over the fold models and flips."""
-        slices = take_slices(
-            volume, slice_positions(len(volume), self.options.slices), self.options
-        )
-        batch = torch.from_numpy(slices)[None].to(self.device)
+        batch = as_batch(volume, self.options, self.device)
         answers = self.threads.map(
             lambda model: predict(model, batch, self.options.amp, flips)[0], self.models
         )
