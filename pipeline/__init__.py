@@ -1,6 +1,6 @@
 """VoCo2D: raw abdominal-trauma CT to a scored Kaggle submission, with 2D-VoCo pretraining.
 
-The method is that of arXiv 2601.14593. What a notebook needs can be imported from here; it is loaded
+The method is that of arXiv 2601.14593. What a notebook needs can be imported from here; it loads
 when it is asked for: `from pipeline import pretrain_voco2d, load_config` (docs/notebook.md).
 """
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import polars as pl
 
@@ -63,10 +64,10 @@ def pretrain_backbone(part: Stage) -> None:
         counts = pretrain(
             part.config, part.upstream(layout.VOLUMES), part.folder, world, fresh=part.options.force
         )
-        rates = pl.Series([row["samples_per_s"] for row in read_log(part.folder / layout.LOG)])
-        counts["training_s"] = round(
-            part.config.pretrain.steps * part.config.pretrain.batch * (1 / rates).mean(), 1
-        )
+        rates = [row["samples_per_s"] for row in read_log(part.folder / layout.LOG)]
+        seconds = fmean(1 / rate for rate in rates)  # of a sample
+        options = part.config.pretrain
+        counts["training_s"] = round(options.steps * options.batch * seconds, 1)
         part.finish(counts, [layout.BACKBONE, layout.LOG])
         for checkpoint in part.folder.rglob("*.ckpt"):
             checkpoint.unlink()

@@ -1,7 +1,7 @@
 """Stage 09: the ablation."""
 
 from ..run import layout
-from ..run.manifest import digest, read_manifest
+from ..run.manifest import digest, finished
 from ..run.stage import Stage, stage_function
 
 
@@ -17,9 +17,7 @@ def ablate(stage: Stage) -> None:
     tables = [
         stage.data / name for name in ("train.csv", "image_level_labels.csv", "phantom_organs.csv")
     ]
-    parts = {
-        cell.name: digest(read_manifest(stage.folder / cell.name)["outputs"]) for cell in cells
-    }
+    parts = {cell.name: digest(finished(stage.folder / cell.name)["outputs"]) for cell in cells}
     if stage.current(
         parts | stage.inputs(layout.FOLDS, files=tables), ["seed", "ablation", "score"]
     ):

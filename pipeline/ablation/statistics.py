@@ -147,9 +147,10 @@ def verdict(difference: Interval, less_is_better: bool, seeds: int) -> str:
     """`better`, `worse`, or `no difference shown` where the interval holds 0 or is not defined, or
     speaks of one seed alone.
     """
-    if seeds == 1 or difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
+    low, high = difference["low"], difference["high"]
+    if seeds == 1 or low is None or high is None or low <= 0 <= high:
         return "no difference shown"
-    return "better" if (difference["high"] < 0) == less_is_better else "worse"
+    return "better" if (high < 0) == less_is_better else "worse"
 
 
 def sentence(row: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from ..competition.metric import score_arrays
 from ..competition.tables import read_labels
 from ..competition.targets import COLUMNS, SCORE_KEYS
 from ..run import layout
-from ..run.manifest import read_manifest
+from ..run.manifest import finished
 from ..run.stage import Stage
 from ..system.console import progress
 from ..system.files import write_json, write_text
@@ -45,9 +45,9 @@ def seconds_of(stage: Stage, cell: Cell) -> dict[str, float]:
     """Seconds spent in training steps: of the cell's folds, and of the pretraining that it starts
     from.
     """
-    own = read_manifest(stage.folder / cell.name)["counts"]["training_s"]
+    own = finished(stage.folder / cell.name)["counts"]["training_s"]
     before = (
-        read_manifest(backbone_part(stage, cell).folder)["counts"]["training_s"]
+        finished(backbone_part(stage, cell).folder)["counts"]["training_s"]
         if cell.backbone
         else 0.0
     )
@@ -62,12 +62,13 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
     draws: dict[str, list[Draws]] = {}
     rows = []
     for cell in cells:
-        targets = cell.config.train.targets
         found = cell_draws(
             labels, probabilities[cell]["nested"], options.bootstrap, stage.config.seed
         )
         draws.setdefault(cell.variant, []).append(found)
-        figures = dict(zip(FIGURES, found.figures(targets)[0].tolist(), strict=True))
+        figures = dict(
+            zip(FIGURES, found.figures(cell.config.train.targets)[0].tolist(), strict=True)
+        )
         losses = dict(
             zip((f"loss_{name}" for name in SCORE_KEYS[:-1]), found.loss[0].tolist(), strict=True)
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..competition.targets import COLUMNS
 from ..run import layout
@@ -93,7 +93,7 @@ def _series(row: dict[str, Any], folder: Path, marks: list[tuple[int, int]]) -> 
     )
 
 
-class SeriesDataset:
+class SeriesDataset(Dataset):
     """Map-style data set: (epoch, index) -> arrays: `slices` (S, h, w) uint8, `labels` (13,),
     `planes` (S, 2), `known` (2,), `item`.
 

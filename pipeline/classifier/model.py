@@ -43,8 +43,8 @@ class CnnLstm(nn.Module):
             }
         )
         self.slice_head = nn.Linear(width, 2) if config.slice_loss else None
-        for head in (*self.heads.values(), *([self.slice_head] if config.slice_loss else [])):
-            nn.init.zeros_(head.weight)
+        for head in filter(None, (*self.heads.values(), self.slice_head)):
+            nn.init.zeros_(head.get_parameter("weight"))
 
     @torch.no_grad()
     def start_at_prior(self, labels: np.ndarray) -> None:
@@ -57,7 +57,7 @@ class CnnLstm(nn.Module):
                 share = np.maximum(labels[:, columns[target.name]].mean(0) * target.weights, 1e-3)
                 logits = np.log(share)
                 bias = logits[1:] - logits[:1] if target.binary else logits - logits.mean()
-                self.heads[target.name].bias.copy_(torch.as_tensor(bias))
+                self.heads[target.name].get_parameter("bias").copy_(torch.as_tensor(bias))
 
     def forward(self, volumes: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Logits per target, and per slice where the model has a slice head."""

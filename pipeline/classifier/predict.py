@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..competition.targets import COLUMNS
-from ..learning.backbone import create_backbone, feature_shape, standardise
+from ..learning.backbone import create_backbone, feature_shape, placed, standardise
 from ..learning.checkpoint import load_weights, read_metadata
 from ..learning.optimise import autocast
 from ..run import layout
@@ -71,7 +71,7 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[Cnn
         ) from fault
     model = build_model(config)
     load_weights(model, path)
-    return model.to(device, memory_format=torch.channels_last).eval(), config
+    return placed(model, device).eval(), config
 
 
 @torch.inference_mode()

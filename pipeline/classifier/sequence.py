@@ -74,7 +74,7 @@ class Independent(nn.Module):
         return self.layers(x)
 
 
-def sequence_model(width: int, config: TrainConfig) -> nn.Module:
+def sequence_model(width: int, config: TrainConfig) -> Recurrent | Transformer | Independent:
     """The model over z that `train.sequence` names."""
     if config.sequence == "transformer":
         return Transformer(width, config)

@@ -95,7 +95,8 @@ def run_side_by_side(parts: dict[str, Sequence[str]], at_once: int) -> None:
     # late: it brings torch, which a stage that is up to date does without
     from ..learning.interrupt import StopSignal
 
-    waiting, running = list(parts.items()), []
+    waiting = list(parts.items())
+    running: list[Part] = []
     with StopSignal() as stop:
         try:
             while (waiting or running) and not stop.signum:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..competition import metric
 from ..competition.targets import COLUMNS
-from ..learning.backbone import load_backbone, standardise
+from ..learning.backbone import load_backbone, placed, standardise
 from ..learning.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal, loading
 from ..learning.log import open_log
@@ -69,7 +69,7 @@ class FoldTrainer:
             log(f"fold {data.fold}: {load_backbone(self.model.backbone, pretrained)}")
         labels = np.stack([series.labels for series in data.train])
         self.model.start_at_prior(labels)
-        self.model.to(device, memory_format=torch.channels_last)
+        placed(self.model, device)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.loss = InjuryLoss(self.options, labels).to(device)
         groups = parameter_groups(self.model, self.options)

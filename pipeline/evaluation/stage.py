@@ -56,7 +56,9 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
         folds = scoring.nested_folds(series, labels, stage.config)
     else:
         series, folds = scoring.read_trained(
-            *(stage.upstream(name) for name in (layout.FOLDS, layout.CLASSIFIERS, layout.VOLUMES)),
+            stage.upstream(layout.FOLDS),
+            stage.upstream(layout.CLASSIFIERS),
+            stage.upstream(layout.VOLUMES),
             labels,
         )
     outcome = scoring.score_predictions(series, labels, folds, stage.config)

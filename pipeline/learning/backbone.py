@@ -4,6 +4,7 @@ spatial map out.
 
 import difflib
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -12,10 +13,16 @@ from ..system.errors import InputError
 from .fast_layers import speed_up
 from .weights import load_weights, match, read_weights, save_weights
 
+N = TypeVar("N", bound=nn.Module)
 # of ImageNet, mean over R, G and B: what pretrained stems summed over RGB expect
 GREY_MEAN, GREY_STD = 0.449, 0.226
 # how timm's families are told that the image size varies
-EXTRAS = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
+EXTRAS: tuple[dict[str, Any], ...] = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
+
+
+def placed(network: N, device: torch.device | str) -> N:
+    """The network itself on `device`, its weights in the order of memory that convolutions like."""
+    return network.to(device).to(memory_format=torch.channels_last)
 
 
 def standardise(pixels: torch.Tensor) -> torch.Tensor:
@@ -52,7 +59,7 @@ def create_backbone(name: str, init: str = "scratch", weights: str | None = None
 def _build(name: str, pretrained: bool) -> nn.Module:
     import timm
 
-    options = {"in_chans": 1, "num_classes": 0, "global_pool": ""}
+    options: dict[str, Any] = {"in_chans": 1, "num_classes": 0, "global_pool": ""}
     for extra in EXTRAS:
         try:
             backbone = timm.create_model(name, **options, **extra)
@@ -84,8 +91,8 @@ def _imagenet_state(backbone: nn.Module, path: str) -> dict[str, torch.Tensor]:
     from timm.models import adapt_input_conv
 
     state, _ = read_weights(path)
-    heads = backbone.pretrained_cfg.get("classifier") or ()
-    stems = backbone.pretrained_cfg.get("first_conv") or ()
+    known = cast(dict[str, Any], backbone.pretrained_cfg)
+    heads, stems = known.get("classifier") or (), known.get("first_conv") or ()
     for head in (heads,) if isinstance(heads, str) else heads:
         state.pop(f"{head}.weight", None), state.pop(f"{head}.bias", None)
     for stem in (stems,) if isinstance(stems, str) else stems:

@@ -16,6 +16,7 @@ from ..system.errors import InputError, TrainingStopped
 from ..system.machine import pick_device, world_size
 
 T = TypeVar("T")
+N = TypeVar("N", bound=nn.Module)
 
 
 class PeerLost(TrainingStopped):
@@ -172,7 +173,7 @@ def of_rank_0(value: T) -> T:
     return found[0]
 
 
-def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
+def sync_batch_norm(module: N, world: World) -> N:
     """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers on
     GPUs, our own on CPUs.
     """

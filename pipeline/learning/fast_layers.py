@@ -67,7 +67,7 @@ class _NormAct(BatchNormAct2d):
             or self.momentum is None
         ):
             return super().forward(x)
-        self.num_batches_tracked.add_(1)
+        self.get_buffer("num_batches_tracked").add_(1)
         options = (
             self.running_mean,
             self.running_var,

@@ -185,6 +185,11 @@ class Update:
         load_scaler(self.scaler, state["scaler"])
 
 
+def _counter(layer: nn.modules.batchnorm._BatchNorm) -> torch.Tensor:
+    """The number of batches that a batch norm has seen."""
+    return layer.get_buffer("num_batches_tracked")
+
+
 @contextlib.contextmanager
 def fixed_statistics(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch norms as they are: for backward passes that recompute
@@ -193,7 +198,7 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
     norms = [
         layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     ]
-    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in norms]
+    before = [(layer.momentum, _counter(layer).clone()) for layer in norms]
     for layer in norms:
         layer.momentum = 0.0
     try:
@@ -201,4 +206,4 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (momentum, count) in zip(norms, before, strict=True):
             layer.momentum = momentum
-            layer.num_batches_tracked.copy_(count)
+            _counter(layer).copy_(count)

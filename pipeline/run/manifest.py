@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.console import log
+from ..system.errors import InputError
 from . import layout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     ):
         log(f"{path} is damaged: the stage runs again")
         return None
+    return manifest
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """The manifest of a stage folder that is known to be finished.
+
+    Raises:
+        InputError: it is not, or not any more.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError("unfinished, or being made again", str(folder), "run its stage first")
     return manifest
 
 

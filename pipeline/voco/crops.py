@@ -4,11 +4,11 @@ shares of area.
 Boxes are (y0, x0, y1, x1) in pixels, ends excluded; a box is the same in every slice of its volume.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-Boxes = TypeVar("Boxes")  # numpy array or torch tensor
+Boxes = TypeVar("Boxes", bound=Any)  # numpy array or torch tensor
 
 
 def base_boxes(size: int, grid: int) -> np.ndarray:

@@ -47,7 +47,8 @@ def choose_volumes(
         ],
     ]
     table = index.filter(pl.col("patient_id").is_in(chosen)).sort("patient_id", "series_id")
-    limit, held = min(config.holdout, len(table) // 4), []
+    limit = min(config.holdout, len(table) // 4)
+    held: list[str] = []
     for patient in rng.permutation(sorted(set(table["patient_id"]))):
         paths = table.filter(pl.col("patient_id") == patient)["path"].to_list()
         held += paths if len(held) + len(paths) <= limit else []
@@ -207,12 +208,12 @@ def batches(samples: VocoSamples, start: int, steps: int, pinned: bool) -> Itera
     when asked for).
     """
     workers = samples.config.workers
-    options = {"prefetch_factor": 4, "worker_init_fn": _start_worker} if workers else {}
     yield from DataLoader(
         samples,
         batch_size=None,
         sampler=range(start, steps),
         num_workers=workers,
         pin_memory=pinned,
-        **options,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_start_worker,
     )

@@ -21,6 +21,7 @@ from .data import EVALUATION, VocoSamples, choose_volumes
 from .losses import similarity
 from .model import VocoNet
 from .step import start
+from .voco2d import Voco2D
 
 COLOURS = ("tab:orange", "tab:cyan", "tab:pink", "tab:olive")
 CROPS_SHOWN = 4  # random crops
@@ -35,6 +36,8 @@ def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) 
     rng = np.random.default_rng([config.seed, EVALUATION])
     boxes = random_boxes(options.image_size, options.grid, CROPS_SHOWN, rng)
     run = start(config, World(0, 1, device))
+    if not isinstance(run.method, Voco2D):
+        return []
     maps = [similarity_maps(run.method.teacher, planes, boxes, device)]
     if state := load_checkpoint(folder / layout.BEST):
         run.restore(state)

@@ -5,16 +5,18 @@ A new method is a subclass in a file of its own and a line in `METHODS` (docs/ex
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
 
-from ..learning.backbone import create_backbone
-from ..learning.distributed import World, sync_batch_norm
+from ..learning.backbone import create_backbone, placed
+from ..learning.distributed import World
 from ..run.config import Config
 from ..system.errors import InputError
 from .data import Batch, VocoSamples
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class Method(ABC):
@@ -32,15 +34,11 @@ class Method(ABC):
         model = self.config.model
         return create_backbone(model.backbone, self.options.init, model.weights)
 
-    def prepared(self, network: nn.Module) -> nn.Module:
+    def prepared(self, network: N) -> N:
         """A network to train, on the run's device, the same on every rank."""
-        network = network.to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = placed(network, self.world.device)
         self.world.broadcast(network)
         return network
-
-    def shared(self, network: nn.Module) -> nn.Module:
-        """The same with batch norms over all ranks."""
-        return sync_batch_norm(network, self.world)
 
     @property
     @abstractmethod

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 
 from ..learning import optimise
-from ..learning.backbone import create_backbone, save_backbone, standardise
+from ..learning.backbone import create_backbone, placed, save_backbone, standardise
 from ..learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..learning.distributed import World, peers
 from ..learning.interrupt import StopSignal, loading
@@ -186,7 +186,7 @@ def export(run: State, samples: VocoSamples, path: Path) -> None:
     """
     config, device = run.config, run.world.device
     seed_everything(config.seed)
-    backbone = create_backbone(config.model.backbone).to(device, memory_format=torch.channels_last)
+    backbone = placed(create_backbone(config.model.backbone), device)
     backbone.load_state_dict(run.method.backbone.state_dict())
     slices = (
         standardise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..learning import optimise
-from ..learning.distributed import World
+from ..learning.distributed import World, sync_batch_norm
 from ..run.config import Config
 from .data import Batch, VocoSamples, evaluation_batches
 from .losses import similarity
@@ -35,8 +35,8 @@ class Voco2D(Method):
         options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
         student = VocoNet(self.first_backbone(), crop, options.width, options.pool)
         student = self.prepared(student)
-        self.teacher: VocoNet = self.shared(make_teacher(student))
-        self.student = self.shared(student).train()
+        self.teacher: VocoNet = sync_batch_norm(make_teacher(student), world)
+        self.student = sync_batch_norm(student, world).train()
         self.recompute_activations(self.student.backbone)
         if options.compile:
             self.student.backbone.compile()
