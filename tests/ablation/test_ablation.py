@@ -33,6 +33,7 @@ from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import derive, load_config
 from pipeline.run.stage import Options, Stage
 from pipeline.system.errors import InputError
+from pipeline.system.files import write_json
 
 ALL = {"a": TARGET_NAMES, "b": TARGET_NAMES}
 
@@ -435,7 +436,6 @@ def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
 
 def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, monkeypatch):
     from pipeline.ablation import cells as ablation
-    from pipeline.system.files import write_json
 
     part = Stage(
         "09_ablation/a/seed1",
@@ -467,7 +467,6 @@ def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, mo
 def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
     """The other rank removes the manifest of a cell that lost a file a moment later."""
     from pipeline.ablation import cells as ablation
-    from pipeline.system.files import write_json
 
     part = Stage(
         "09_ablation/a/seed1",
@@ -488,6 +487,7 @@ def test_a_rank_waits_until_the_files_are_there(tmp_path, monkeypatch):
 
 def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
     from pipeline.ablation import cells as ablation
+    from pipeline.ablation.grid import declared_cells
 
     grid = (
         "ablation.variants={scratch: {}, one: {train.init: imagenet}}",
@@ -499,7 +499,7 @@ def test_rank_0_decides_what_is_out_of_reach(tmp_path, monkeypatch, capfd):
         load_config("smoke", grid),
         Options(out=tmp_path),
     )
-    cells = grid.declared_cells(stage.config)
+    cells = declared_cells(stage.config)
     asked = []
     monkeypatch.setattr(
         "pipeline.learning.distributed.of_rank_0",
@@ -536,6 +536,35 @@ def test_several_ranks_refuse_to_force(tmp_path, monkeypatch):
     options = Options(out=tmp_path, force=True)
     with pytest.raises(InputError, match="--force works in a single process only"):
         run_cells(Stage(layout.ABLATION, load_config("smoke"), options))
+
+
+def test_a_forced_ablation_that_is_stopped_leaves_nothing_that_looks_finished(
+    tmp_path, monkeypatch
+):
+    """Else the same command without --force would take cells that it had not come to for new."""
+    from pipeline.ablation import cells as ablation
+
+    variants = (
+        "ablation.variants={a: {}, b: {train.sequence: none}}",
+        "ablation.reference=a",
+        "train.init=voco2d",
+    )
+    stage = Stage(layout.ABLATION, load_config("smoke", variants), Options(tmp_path, force=True))
+    cells = ablation.declared_cells(stage.config)
+    folders = [stage.folder, *(stage.folder / cell.name for cell in cells)]
+    folders += [ablation.backbone_part(stage, cell).folder for cell in cells]
+    for folder in folders:
+        write_json(folder / layout.MANIFEST, {"of": "an earlier run"})
+        (folder / layout.LAST).touch()
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "pretrain_backbone", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ablation.run_cells(stage)
+    assert not list(stage.folder.rglob(layout.MANIFEST))
+    assert not list(stage.folder.glob(f"*/*/{layout.LAST}"))
 
 
 def test_settled_statistics_are_plain_averages_over_whole_slices():
