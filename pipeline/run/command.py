@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..system.console import show_log
 from ..system.errors import Ended, InputError, TrainingStopped
 from ..system.processes import end_with, parent_stage
 from .stage import StageFunction
@@ -75,6 +76,7 @@ def main(
     if extend:
         extend(flags)
     options = flags.parse_intermixed_args()
+    show_log()
     with _stops() as received:
         try:
             _run_stage(stage, options)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..system.console import progress
+from ..system.console import progress, show_log
 from ..system.errors import InputError
 from ..system.machine import cpu_count
 from . import layout
@@ -139,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser("run_all", __doc__ or "")
     flags.add_argument("--verify", action="store_true", help="what this command does")
     options = flags.parse_intermixed_args(arguments)
+    show_log()
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
         config = load_config(options.config, options.overrides)
