@@ -127,6 +127,10 @@ def _say(line: str, code: int) -> int:
     return code
 
 
+def _ignore(fault: Any) -> None:
+    """A hook that says nothing."""
+
+
 @contextlib.contextmanager
 def _stops() -> Iterator[list[int]]:
     """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143); yields the list of those
@@ -141,7 +145,7 @@ def _stops() -> Iterator[list[int]]:
         """Note the signal and raise its exception, again and again until this process ends."""
         if signum != signal.SIGALRM:
             received.append(signum)
-        sys.unraisablehook = threading.excepthook = lambda fault: None  # of what is being torn down
+        sys.unraisablehook = threading.excepthook = _ignore  # what is being torn down has to say
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 

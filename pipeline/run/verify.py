@@ -79,9 +79,10 @@ def _chain(out: Path, manifests: dict[str, dict[str, Any] | None]) -> Iterator[s
         if (out / name).is_dir() and name not in manifests
     )
     for name, manifest in manifests.items():
-        for source in MAKERS.keys() & (manifest or {}).get("inputs", {}).keys():
+        inputs = (manifest or {}).get("inputs", {})
+        for source in MAKERS.keys() & inputs.keys():
             made = manifests.get(source)
-            if made and digest(made["outputs"]) != manifest["inputs"][source]:
+            if made and digest(made["outputs"]) != inputs[source]:
                 yield f"{out / name}: made from another {source} than this one"
             # it may have its --models elsewhere
             elif (
