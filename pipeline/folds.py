@@ -125,11 +125,9 @@ def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
         .frame.with_columns(pl.col("fold").cast(pl.Int64))
         .drop(ROW)
     )
-    missing = (
-        labels.join(frame, on=KEY, how="anti", maintain_order="left")[KEY]
-        if labels is not None
-        else []
-    )
+    if labels is None:
+        return frame
+    missing = labels.join(frame, on=KEY, how="anti", maintain_order="left")[KEY]
     if len(missing):
         raise InputError(
             f"patient {missing[0]!r} is in no fold",

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from helpers_stages import run_all
 
+from pipeline.system.console import show_log
+
+show_log()  # the tests read lines as a stage prints them
+
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -7,7 +7,7 @@ import polars as pl
 
 from ..system.errors import InputError
 from . import tables
-from .strict_table import KEY, Table
+from .strict_table import KEY, Table, check_unique, frame_table
 from .targets import ANY_INJURY, ANY_INJURY_WEIGHTS, COLUMNS, SCORE_KEYS, TARGETS, group_slices
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -114,7 +114,7 @@ def align(solution: Table, submission: Table) -> tuple[np.ndarray, np.ndarray]:
         InputError: any fault of either table, patients missing from the submission or not in the
         solution.
     """
-    tables.check_unique(solution, KEY)
+    check_unique(solution, KEY)
     labels = tables.check_labels(solution).frame
     predictions = tables.check_predictions(submission)
     require_patients(labels, Table(submission.name, predictions))
@@ -141,8 +141,8 @@ def score(solution: pl.DataFrame, submission: pl.DataFrame) -> dict[str, float]:
     in any row order.
     """
     columns = [KEY, *COLUMNS]
-    solved = tables.frame_table(solution, "solution", columns, [ANY_INJURY])
-    return score_arrays(*align(solved, tables.frame_table(submission, "submission", columns)))
+    solved = frame_table(solution, "solution", columns, [ANY_INJURY])
+    return score_arrays(*align(solved, frame_table(submission, "submission", columns)))
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:

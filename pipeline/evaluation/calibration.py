@@ -1,5 +1,5 @@
-"""Blend weights and calibration that minimise the official score, fitted with analytic gradients in
-float64.
+"""Blend weights and calibration that minimise the official score, fitted with exact gradients
+(torch's autograd) in float64.
 
 Models are blended at series level with weights of their own for every target (a model may be good
 at one and not at another), series are aggregated to patients, and of each target's
@@ -14,30 +14,33 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from threadpoolctl import threadpool_limits
 
 from ..competition.metric import (
     EPSILON,
     HEALTHY,
     WEIGHTS,
     aggregate,
-    any_injury,
-    loss_terms,
     normalise,
     value_frame,
 )
-from ..competition.targets import COLUMNS, TARGET_NAMES, TARGETS, group_slices
+from ..competition.targets import ANY_INJURY_WEIGHTS, COLUMNS, TARGET_NAMES, TARGETS, group_slices
 from ..run import layout
 from ..run.manifest import read_manifest
 from ..system.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
 STRENGTH = 0.2
 SMALLEST = 1e-7
 GROUP_SLICES = list(group_slices().values())
-GROUP_OF = np.repeat(np.arange(len(TARGETS)), [len(target.classes) for target in TARGETS])
+SIZES = [len(target.classes) for target in TARGETS]
+GROUP_OF = np.repeat(np.arange(len(TARGETS)), SIZES)
 FREE_COLUMNS = np.array([column for column in range(len(COLUMNS)) if column not in HEALTHY])
 
 
@@ -186,39 +189,39 @@ def blend(series: Sequence[pl.DataFrame], weights: np.ndarray) -> pl.DataFrame:
     return with_values(series[0], mix(stack, weights))
 
 
-def _unpack(vector: np.ndarray, models: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _unpack(
+    vector: "torch.Tensor", models: int
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Weights (5, M), inverse temperatures (5,) and biases (13,) of the free parameters, all zero
     for "leave it as it is".
     """
-    shares = np.exp(vector[: 5 * models].reshape(5, models))
-    bias = np.zeros(len(COLUMNS))
-    bias[FREE_COLUMNS] = vector[5 * models + 5 :]
-    return (
-        shares / shares.sum(axis=1, keepdims=True),
-        np.exp(vector[5 * models : 5 * models + 5]),
-        bias,
-    )
+    targets = len(TARGETS)
+    shares, sharpness, free = vector.split([targets * models, targets, len(FREE_COLUMNS)])
+    bias = vector.new_zeros(len(COLUMNS))
+    bias[FREE_COLUMNS] = free
+    return shares.reshape(targets, models).softmax(dim=1), sharpness.exp(), bias
 
 
-def loss_and_slope(
-    labels: np.ndarray, probabilities: np.ndarray, joint: bool
-) -> tuple[float, np.ndarray]:
-    """Official score of (N, 13) softmax outputs and its gradient by their logits (N, 13); without
-    `any_injury` unless `joint`.
+def score_of_logits(
+    logits: "torch.Tensor", labels: "torch.Tensor", joint: bool = True
+) -> "torch.Tensor":
+    """Official score, to be differentiated, of logits and labels (13, N); without `any_injury`
+    unless `joint`.
     """
-    loss, weight = loss_terms(labels, probabilities)
-    weight = weight / weight.sum(axis=0) / weight.shape[1]
-    if not joint:
-        weight[:, -1] = 0.0
-    slope = (probabilities - labels) * weight[:, GROUP_OF]
-    risks, rows = 1.0 - probabilities[:, HEALTHY], np.arange(len(labels))
-    top = risks.argmax(axis=1)
-    risk = np.clip(risks[rows, top], EPSILON, 1.0 - EPSILON)
-    outer = weight[:, -1] * np.where(any_injury(labels) > 0.5, -1.0 / risk, 1.0 / (1.0 - risk))
-    chosen = GROUP_OF[None] == top[:, None]
-    healthy = np.isin(np.arange(len(COLUMNS)), HEALTHY)
-    slope += chosen * (outer * (1.0 - risk))[:, None] * (probabilities - healthy)
-    return float((loss * weight).sum()), slope
+    import torch
+
+    probabilities = torch.cat([part.softmax(dim=0) for part in logits.split(SIZES)])
+    weights = labels * torch.from_numpy(WEIGHTS)[:, None]
+    true = [part.sum(dim=0) for part in (labels * probabilities).split(SIZES)]
+    weight = [part.sum(dim=0) for part in weights.split(SIZES)]
+    if joint:
+        injured = (labels[HEALTHY] < 0.5).any(dim=0)
+        risk = (1.0 - probabilities[HEALTHY]).max(dim=0).values
+        true.append(torch.where(injured, risk, 1.0 - risk))
+        weight.append(torch.from_numpy(np.array(ANY_INJURY_WEIGHTS))[injured.long()])
+    loss = -torch.stack(true).clamp(EPSILON, 1.0 - EPSILON).log()
+    means = (loss * torch.stack(weight)).sum(dim=1) / torch.stack(weight).sum(dim=1)
+    return means.sum() / (len(TARGETS) + 1)
 
 
 def objective(
@@ -227,38 +230,40 @@ def objective(
     """Penalised score of the free parameters and its gradient, for normalised model outputs (M, N,
     13) and labels (N, 13).
     """
-    models = len(stack)
-    weights, sharpness, bias = _unpack(vector, models)
-    mixed = mix(stack, weights)
-    x = logarithm(mixed)
-    value, slope = loss_and_slope(labels, softmax(x * sharpness[GROUP_OF] + bias), joint)
-    by_column = (slope * x).sum(axis=0)
-    by_sharpness = sharpness * np.array([by_column[where].sum() for where in GROUP_SLICES])
-    by_mixed = slope * sharpness[GROUP_OF] * (mixed > SMALLEST) / np.maximum(mixed, SMALLEST)
-    columns = np.einsum("nc,mnc->cm", by_mixed, stack)
-    by_weight = np.stack([columns[where].sum(axis=0) for where in GROUP_SLICES])
-    by_share = weights * (by_weight - (weights * by_weight).sum(axis=1, keepdims=True))
-    gradient = np.concatenate([by_share.ravel(), by_sharpness, slope.sum(axis=0)[FREE_COLUMNS]])
-    penalty = STRENGTH / len(labels)
-    return value + penalty * float(vector @ vector), gradient + 2 * penalty * vector
+    import torch
+
+    free = torch.tensor(vector, requires_grad=True)
+    weights, sharpness, bias = _unpack(free, len(stack))
+    # patients last: the few classes of a target are summed over, so long rows are far quicker
+    mixed = (torch.from_numpy(stack).mT * weights[GROUP_OF].T[:, :, None]).sum(dim=0)
+    logits = mixed.clamp(min=SMALLEST).log() * sharpness[GROUP_OF, None] + bias[:, None]
+    value = score_of_logits(logits, torch.from_numpy(labels).T, joint)
+    value = value + STRENGTH / len(labels) * free.square().sum()
+    (gradient,) = torch.autograd.grad(value, free)
+    return value.item(), gradient.numpy()
 
 
 def _minimise(stack: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Best weights (5, M), inverse temperatures (5,) and biases (13,)."""
+    import torch
     from scipy.optimize import minimize
 
-    start = np.zeros(5 * len(stack) + 5 + len(FREE_COLUMNS))
-    for joint in (False, True):
-        found = minimize(
-            objective,
-            start,
-            args=(stack, labels, joint),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=[(-8, 8)] * len(start),
-            options={"maxiter": 500},
-        )
-        start = found.x
-    return _unpack(start, len(stack))
+    stack, labels = np.array(stack), np.array(labels)  # polars' own memory is read-only
+    found = np.zeros(len(TARGETS) * (len(stack) + 1) + len(FREE_COLUMNS))
+    # one thread: sums over more would depend on their number
+    with threadpool_limits(1):
+        for joint in (False, True):
+            found = minimize(
+                objective,
+                found,
+                args=(stack, labels, joint),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[(-8, 8)] * len(found),
+                options={"maxiter": 500},
+            ).x
+    weights, sharpness, bias = _unpack(torch.from_numpy(found), len(stack))
+    return weights.numpy(), sharpness.numpy(), bias.numpy()
 
 
 def fit_prior(labels: np.ndarray) -> np.ndarray:
@@ -281,9 +286,8 @@ def fit(
     `labels`, with or without series.
     """
     tables = list(series.values())
-    weights, sharpness, bias = _unpack(
-        np.zeros(5 * len(tables) + 5 + len(FREE_COLUMNS)), len(tables)
-    )
+    weights = np.full((len(TARGETS), len(tables)), 1.0 / len(tables))
+    sharpness, bias = np.ones(len(TARGETS)), np.zeros(len(COLUMNS))
     truth = labels.select(COLUMNS).cast(pl.Float64).to_numpy()
     if calibrate:
         patients = [aggregate(table, how) for table in tables]

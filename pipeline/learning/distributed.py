@@ -197,6 +197,14 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     world: World
+    momentum: float
+    # there where statistics are tracked
+    num_batches_tracked: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    # of timm's
+    drop: nn.Module
+    act: nn.Module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..system.console import show_log
 from ..system.errors import Ended, InputError, TrainingStopped
 from ..system.processes import end_with, parent_stage
 from .stage import StageFunction
@@ -75,6 +76,7 @@ def main(
     if extend:
         extend(flags)
     options = flags.parse_intermixed_args()
+    show_log()
     with _stops() as received:
         try:
             _run_stage(stage, options)
@@ -125,6 +127,10 @@ def _say(line: str, code: int) -> int:
     return code
 
 
+def _ignore(fault: Any) -> None:
+    """A hook that says nothing."""
+
+
 @contextlib.contextmanager
 def _stops() -> Iterator[list[int]]:
     """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143); yields the list of those
@@ -139,7 +145,7 @@ def _stops() -> Iterator[list[int]]:
         """Note the signal and raise its exception, again and again until this process ends."""
         if signum != signal.SIGALRM:
             received.append(signum)
-        sys.unraisablehook = threading.excepthook = lambda fault: None  # of what is being torn down
+        sys.unraisablehook = threading.excepthook = _ignore  # what is being torn down has to say
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 

@@ -4,6 +4,7 @@ import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 
 from ..competition.targets import TARGET_NAMES
 
@@ -12,7 +13,9 @@ Init = Literal["scratch", "imagenet", "voco2d"]
 # RESUMABLE: changes the result, but may change between two sittings of one pretraining.
 # ADDED: newer than the first finished runs; at its default it enters no fingerprint, so that what
 # was finished before it was there stays up to date. New keys need it (tests/run/test_command.py).
-HOW, RESUMABLE, ADDED = {"how": True}, {"resumable": True}, {"added": True}
+HOW: JsonDict = {"how": True}
+RESUMABLE: JsonDict = {"resumable": True}
+ADDED: JsonDict = {"added": True}
 
 
 class Section(BaseModel):
@@ -359,7 +362,7 @@ def resolved(section: BaseModel | dict[str, Any] | None) -> Any:
     return section
 
 
-def marked(section: type[BaseModel], *marks: dict[str, bool]) -> set[str]:
+def marked(section: type[BaseModel], *marks: JsonDict) -> set[str]:
     """Names of the fields of a section that bear one of `marks`."""
     return {
         name
@@ -369,7 +372,7 @@ def marked(section: type[BaseModel], *marks: dict[str, bool]) -> set[str]:
     }
 
 
-def decisive(section: Any, *left_out: dict[str, bool]) -> Any:
+def decisive(section: Any, *left_out: JsonDict) -> Any:
     """A section (or a plain value) as plain values, without the keys that do not decide what comes
     out: those marked HOW or with one of `left_out`, and those ADDED while at their defaults.
     """

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..system.console import progress
+from ..system.console import progress, show_log
 from ..system.errors import InputError
 from ..system.machine import cpu_count
 from . import layout
@@ -79,9 +79,10 @@ def _chain(out: Path, manifests: dict[str, dict[str, Any] | None]) -> Iterator[s
         if (out / name).is_dir() and name not in manifests
     )
     for name, manifest in manifests.items():
-        for source in MAKERS.keys() & (manifest or {}).get("inputs", {}).keys():
+        inputs = (manifest or {}).get("inputs", {})
+        for source in MAKERS.keys() & inputs.keys():
             made = manifests.get(source)
-            if made and digest(made["outputs"]) != manifest["inputs"][source]:
+            if made and digest(made["outputs"]) != inputs[source]:
                 yield f"{out / name}: made from another {source} than this one"
             # it may have its --models elsewhere
             elif (
@@ -139,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser("run_all", __doc__ or "")
     flags.add_argument("--verify", action="store_true", help="what this command does")
     options = flags.parse_intermixed_args(arguments)
+    show_log()
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
         config = load_config(options.config, options.overrides)

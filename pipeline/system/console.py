@@ -1,15 +1,44 @@
-"""What a run says while it works: log lines, progress and timings."""
+"""What a run says while it works: log lines, progress and timings.
 
+Lines go to the logger `voco2d` of the standard library, so whoever imports the package hears as
+much of it as they ask `logging` for; stage scripts print them by `show_log`.
+"""
+
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 from .machine import T
 
+LOGGER = logging.getLogger("voco2d")
+
+
+class _StandardError(logging.Handler):
+    """Prints to whatever `sys.stderr` is at the time; an error of the print is the caller's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Print this process's log to standard error from now on, one time-stamped line a message."""
+    if not log_is_shown():
+        handler = _StandardError()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        LOGGER.addHandler(handler)
+        LOGGER.setLevel(logging.INFO)
+        LOGGER.propagate = False
+
+
+def log_is_shown() -> bool:
+    """True after `show_log`."""
+    return any(isinstance(handler, _StandardError) for handler in LOGGER.handlers)
+
 
 def log(message: str) -> None:
-    """Print one time-stamped line to standard error."""
-    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+    """Log one line: of level WARNING where it begins with `warning:`, else INFO."""
+    LOGGER.log(logging.WARNING if message.startswith("warning:") else logging.INFO, message)
 
 
 def progress(

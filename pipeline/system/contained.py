@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -91,9 +92,9 @@ def _serve(
     pipe.send(answers)
 
 
-def _fork(*work: Any) -> tuple[int, Connection]:
-    """Start a child that runs `_serve(*work, pipe)`: its process id and the pipe that its answers
-    come through.
+def _fork(serve: Callable[[Connection], None]) -> tuple[int, Connection]:
+    """Start a child that runs `serve(pipe)`: its process id and the pipe that its answers come
+    through.
     """
     if cv2 := sys.modules.get("cv2"):
         # its threads do not outlive a fork: a child that changes their number would wait for them
@@ -105,7 +106,7 @@ def _fork(*work: Any) -> tuple[int, Connection]:
         try:
             _die_with(parent)
             reader.close()
-            _serve(*work, writer)
+            serve(writer)
             code = 0
         finally:
             os._exit(code)
@@ -145,7 +146,7 @@ def contained(
     at, strikes, wait_s = 0, 0, WAIT_S
     while at < len(items):
         end = at + 1 if strikes else len(items)
-        pid, pipe = _fork(work, items[at:end], strikes >= CAREFUL, limit_s, wait_s)
+        pid, pipe = _fork(partial(_serve, work, items[at:end], strikes >= CAREFUL, limit_s, wait_s))
         try:
             for answer in _answers(pipe):
                 at, strikes = at + 1, 0

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .console import log
+from .console import log, log_is_shown, show_log
 from .contained import Failure
 from .errors import InputError
 from .processes import end_with, interrupts_blocked
@@ -80,8 +80,10 @@ def _start_trackers() -> None:
 
 
 def _call(
-    work: Callable[[Any], Any], k: int, task: Any, parent: int | None
+    work: Callable[[Any], Any], k: int, task: Any, parent: int | None, shown: bool
 ) -> tuple[int | None, Any]:
+    if shown:
+        show_log()
     if parent is not None:
         end_with(parent)
     try:
@@ -109,7 +111,7 @@ def _round(
     def calls() -> Iterator[Any]:
         for k, task in list(tasks.items()):
             begun.add(k)
-            yield joblib.delayed(_call)(work, k, task, parent)
+            yield joblib.delayed(_call)(work, k, task, parent, log_is_shown())
 
     # by whoever stops early, on purpose
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")

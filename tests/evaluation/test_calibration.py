@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 from scipy.optimize import approx_fprime
 
@@ -37,23 +38,51 @@ def stack(models: int, patients: int = 120) -> np.ndarray:
     )
 
 
+def free_parameters(models: int) -> int:
+    """Weights of each model and a temperature for every target, a bias for every class but
+    healthy.
+    """
+    return len(TARGETS) * (models + 1) + len(COLUMNS) - len(TARGETS)
+
+
+def slow_objective(
+    vector: np.ndarray, outputs: np.ndarray, labels: np.ndarray, joint: bool
+) -> float:
+    """The penalised score in numpy, target by target, by the official score of the calibrated
+    outputs.
+    """
+    models, values = len(outputs), np.empty(labels.shape)
+    shares = np.exp(vector[: len(TARGETS) * models].reshape(len(TARGETS), models))
+    sharpness, biases = np.split(vector[shares.size :], [len(TARGETS)])
+    for number, where in enumerate(group_slices().values()):
+        mixed = np.average(outputs[:, :, where], axis=0, weights=shares[number])
+        bias, biases = np.split(np.append(0.0, biases), [mixed.shape[1]])
+        values[:, where] = mixed ** np.exp(sharpness[number]) * np.exp(bias)
+    table = score_arrays(labels, values)
+    parts = [value for key, value in table.items() if key in SCORE_KEYS[: -1 if joint else -2]]
+    return sum(parts) / len(SCORE_KEYS[:-1]) + calibration.STRENGTH / len(labels) * (
+        vector @ vector
+    )
+
+
 @pytest.mark.parametrize("models", [1, 3])
 @pytest.mark.parametrize("joint", [False, True])
 def test_gradient_equals_finite_differences(models, joint):
     outputs = stack(models)
-    vector = np.random.default_rng(0).normal(size=5 * models + 13) * 0.3
-    gradient = objective(vector, outputs, LABELS, joint)[1]
-    numeric = approx_fprime(vector, lambda x: objective(x, outputs, LABELS, joint)[0], 1e-7)
-    np.testing.assert_allclose(gradient, numeric, atol=2e-7)
+    vector = np.random.default_rng(0).normal(size=free_parameters(models)) * 0.3
+    value, gradient = objective(vector, outputs, LABELS, joint)
+    slow = lambda x: slow_objective(x, outputs, LABELS, joint)  # noqa: E731
+    assert value == pytest.approx(slow(vector), rel=1e-12)
+    np.testing.assert_allclose(gradient, approx_fprime(vector, slow, 1e-7), atol=2e-7)
 
 
 def test_objective_is_the_official_score(monkeypatch):
     monkeypatch.setattr(calibration, "STRENGTH", 0.0)
     outputs = stack(1)
-    assert objective(np.zeros(18), outputs, LABELS)[0] == pytest.approx(
+    assert objective(np.zeros(free_parameters(1)), outputs, LABELS)[0] == pytest.approx(
         score_arrays(LABELS, outputs[0])["score"], rel=1e-12
     )
-    only_targets = objective(np.zeros(18), outputs, LABELS, joint=False)[0]
+    only_targets = objective(np.zeros(free_parameters(1)), outputs, LABELS, joint=False)[0]
     assert only_targets == pytest.approx(
         sum(score_arrays(LABELS, outputs[0])[target.name] for target in TARGETS) / 6
     )
@@ -66,7 +95,8 @@ def test_the_joint_fit_serves_any_injury():
     outputs = predicted(LABELS, 0.5)
     table = series_frame(label_frame(LABELS), outputs)
     both = fit({"a": table}, label_frame(LABELS), "mean").apply(outputs)
-    alone = calibration._unpack(minimum(outputs[None], joint=False), 1)
+    free = torch.from_numpy(minimum(outputs[None], joint=False))
+    alone = [part.numpy() for part in calibration._unpack(free, 1)]
     separate = Calibration(
         ("a",), "mean", alone[0], 1 / alone[1], alone[2], LABELS.mean(axis=0)
     ).apply(outputs)
@@ -79,7 +109,7 @@ def test_the_joint_fit_serves_any_injury():
 def minimum(outputs: np.ndarray, joint: bool) -> np.ndarray:
     from scipy.optimize import minimize
 
-    start = np.zeros(5 * len(outputs) + 13)
+    start = np.zeros(free_parameters(len(outputs)))
     return minimize(objective, start, args=(outputs, LABELS, joint), jac=True, method="L-BFGS-B").x
 
 

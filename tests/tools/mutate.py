@@ -311,7 +311,7 @@ GUARDS = (
     ),
     (
         "pipeline/run/verify.py",
-        'digest(made["outputs"]) != manifest["inputs"][source]',
+        'digest(made["outputs"]) != inputs[source]',
         "False",
         STATE + "verify_sees",
     ),
