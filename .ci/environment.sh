@@ -12,12 +12,18 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${EXTRAS:-}
 python=.venv/bin/python
-stamp=".venv/.installed${extras:+-$extras}"
+stamp=".venv/.installed-$extras"
 begun=.venv/.begun # there while something is being installed: a stop can leave a package that only looks whole
 
 usable() { [ ! -e "$begun" ] && "$python" -m pip --version >/dev/null 2>&1; }
-up_to_date() {
-    [ ! -e "$begun" ] && cmp -s <(cat requirements.txt pyproject.toml) "$stamp" && "$python" -c '' 2>/dev/null
+lists() { cat requirements.txt pyproject.toml; }
+up_to_date() { # what was installed with extras serves without them too
+    local one
+    if [ -e "$begun" ] || ! "$python" -c '' 2>/dev/null; then return 1; fi
+    for one in "$stamp" .venv/.installed-*; do
+        if [ "$one" = "$stamp" ] || [ -z "$extras" ]; then cmp -s <(lists) "$one" && return; fi
+    done
+    return 1
 }
 
 find_base() { # the name of a Python that the project supports
@@ -65,7 +71,8 @@ if ! up_to_date; then
         echo "error: the installation failed, $PWD/.venv, see above, mend it and run the same command again" >&2
         exit 2
     fi
-    cat requirements.txt pyproject.toml >"$stamp"
+    rm -f .venv/.installed-*
+    lists >"$stamp"
     rm "$begun"
 fi
 echo "$PWD/$python"
