@@ -6,9 +6,7 @@
 set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=$(bash "$root/.ci/environment.sh")
-fi
+PYTHON=$(bash "$root/.ci/environment.sh")
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 case " $* " in *" --verify "*) exec "$PYTHON" -m pipeline.run.verify "$@" ;; esac
 child=

@@ -11,6 +11,13 @@ from pipeline.system.console import show_log
 show_log()  # the tests read lines as a stage prints them
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses a run of the whole path, through whatever fixture, is slow."""
+    for item in items:
+        if "smoke" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a finished run of the smoke preset; tests only read it. VOCO2D_SMOKE names

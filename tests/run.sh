@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Make the environment with the test extras, lint, run the tests. PYTHON=/path/to/python uses that interpreter as it is.
+# Make the environment with the test extras, lint, check types, run the tests; arguments go to pytest.
+#   ./tests/run.sh [--fast] [...]   --fast leaves out what is marked slow: runs of the pipeline, processes, whatever takes seconds
+# PYTHON=/path/to/python uses that interpreter as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=$(EXTRAS=test bash .ci/environment.sh)
-fi
+fast=()
+[ "${1:-}" != --fast ] || { fast=(-m "not slow"); shift; }
+PYTHON=$(EXTRAS='test' bash .ci/environment.sh)
 "$PYTHON" -m ruff check pipeline stages tests
+"$PYTHON" -m ruff format --check pipeline stages tests
+"$PYTHON" -m mypy
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait make a busy machine several times slower
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest "${fast[@]}" "$@"

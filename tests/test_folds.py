@@ -136,6 +136,7 @@ def run_stage(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_stage_03_writes_once_and_then_only_reads(tmp_path):
     labels = label_frame(one_hot(40))
     labels.write_csv(tmp_path / "train.csv")
@@ -154,6 +155,7 @@ def test_stage_03_writes_once_and_then_only_reads(tmp_path):
     assert set(folds.read_folds(path)["fold"]) == {0, 1}
 
 
+@pytest.mark.slow
 def test_stage_03_refuses_wrong_tables(tmp_path):
     labels = label_frame(one_hot(40))
     pl.concat([labels, labels[:1]]).write_csv(tmp_path / "train.csv")

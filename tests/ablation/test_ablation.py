@@ -272,6 +272,7 @@ def test_label_subsets_are_nested_stratified_and_whatever_the_order(seed):
     assert subsets[0] != label_subset(names, labels, 0.1, seed + 1)
 
 
+@pytest.mark.slow
 def test_variants_are_checked_before_anything_runs(tmp_path):
     with pytest.raises(InputError, match="'other' is none of the variants"):
         load_config("smoke", ["ablation.variants={a: {}}", "ablation.reference=other"])

@@ -56,6 +56,7 @@ def trainer(data, folder, *overrides):
     return FoldTrainer(config(*overrides), data, folder, CPU, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "other"),
     [
@@ -85,6 +86,7 @@ def test_resuming_equals_not_stopping(data, tmp_path, overrides, other):
         assert torch.equal(tensor, second.final_model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(data, tmp_path):
     """Nor does accumulation over the end of an epoch: 6 series in batches of 2 by fours are a step
     of 8 and one of 2.
@@ -129,6 +131,7 @@ def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
         assert tensor.requires_grad != torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.slow
 def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
     made, original = [], training.make_loader
     monkeypatch.setattr(
@@ -331,6 +334,7 @@ def test_frozen_backbone_stays_as_it_was(data, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "at"),
     [((), 2), (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4), ((), "held-out")],

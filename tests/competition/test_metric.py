@@ -136,6 +136,7 @@ def test_wrong_solutions_are_refused_too():
         score(solution.with_columns(bowel_injury=1), solution)
 
 
+@pytest.mark.slow
 def test_command_prints_the_table_and_refuses_in_one_line(tmp_path):
     labels = one_hot(12)
     label_frame(labels).write_csv(tmp_path / "train.csv")

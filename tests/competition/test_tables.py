@@ -82,7 +82,7 @@ def test_accepts_byte_order_mark_and_windows_line_ends(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "parts"),
     [
-        (b"", ["not readable as a table (empty CSV)", "train.csv"]),
+        (b"", ["not readable as a table (empty", "train.csv"]),
         ([HEADER], ["no rows"]),
         (("\n".join(ROWS) + "\n10010,").encode() + b"\xe9\n", ["not UTF-8", "row 6"]),
         ([*ROWS, f"10010,{HEALTHY},1"], ["more cells than the header's 15", "row 6"]),

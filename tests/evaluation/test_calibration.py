@@ -271,6 +271,7 @@ def test_nested_calibration_improves_the_held_out_score():
     assert outcome.scores["in_sample"]["score"] < outcome.scores["nested"]["score"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mean", "max"])
 def test_what_scores_a_patient_never_saw_the_patient(how):
     """Other labels for the patients of a fold change every prediction but those of that very
@@ -423,6 +424,7 @@ def run_stage(folder: Path, *more: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_stage_06_blends_files_of_others(tmp_path):
     paths, labels = write_oof(tmp_path)
     done = run_stage(tmp_path, "score.nested_folds=3", "--oof", *map(str, paths))
@@ -495,6 +497,7 @@ def finished(folder: Path, *outputs: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_stage_06_scores_the_runs_own_folds(tmp_path):
     tables, labels = miscalibrated(patients=40)
     labels.write_csv(tmp_path / "train.csv")

@@ -92,6 +92,7 @@ def test_a_read_only_output_is_one_line(smoke, tmp_path):
     refused(*run("01", out, fault=f"refuse:{errno.EROFS}:{out}/01"), what, str(out / layout.SLICES))
 
 
+@pytest.mark.slow
 def test_a_file_where_the_output_should_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("something else")
     refused(

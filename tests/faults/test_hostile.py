@@ -53,6 +53,7 @@ def tables(data: Path, *pairs: tuple[str, str]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patient", "series", "column"), [("../../x", "7", "patient_id"), ("1", "a/b", "series_id")]
 )
@@ -92,6 +93,7 @@ def bomb(deflated: bytes) -> bytes:
     return deflated[:start] + blocks[0] + blocks[1] * (BOMB // len(zeros)) + squeeze.flush()
 
 
+@pytest.mark.slow
 def test_hostile_files_cost_themselves_only(tmp_path):
     data, secret = tmp_path / "data", tmp_path / "secret"
     folder, linked = data / "train_images" / HTML / "7", data / "train_images" / HTML / "8"

@@ -74,6 +74,7 @@ def is_deaf(_: int) -> bool:
     return SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+@pytest.mark.slow
 def test_workers_are_deaf_to_ctrl_c():
     """A terminal sends it to them too: each would answer with a traceback of its own."""
     assert [deaf for _, deaf in spread(is_deaf, range(4), jobs=2)] == 4 * [True]

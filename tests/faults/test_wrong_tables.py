@@ -128,6 +128,7 @@ def test_a_missing_column_and_a_doubled_row_are_named(tmp_path, name, choice):
         READ[name](tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "row", "parts"),
     [
@@ -147,6 +148,7 @@ def test_the_stage_scripts_say_so(tmp_path, name, row, parts):
     refused(done.returncode, done.stderr, str(tmp_path / name), *parts)
 
 
+@pytest.mark.slow
 def test_a_mistyped_key_names_the_nearest(tmp_path):
     done = run_stage("03", "--config", "smoke", "--out", str(tmp_path), "train.epoch=3")
     refused(

@@ -96,6 +96,7 @@ def read(path):
     return hu[:: int(direction[4]), :: int(direction[0])]
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_whatever_the_number_of_processes(dataset, tmp_path):
     write_dataset(SMALL, SEED, tmp_path, 2, silent)
     assert tree(tmp_path) == tree(dataset[0])
@@ -541,6 +542,7 @@ def stage(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_stage_writes_skips_and_says_why(tmp_path):
     tiny = [
         "--config",

@@ -540,6 +540,7 @@ def test_large_planes_are_shrunk_with_their_aspect():
     assert cv2.imdecode(np.frombuffer(data, np.uint8), 0).shape == (192, 96)
 
 
+@pytest.mark.slow
 def test_stage_writes_skips_and_notices_a_changed_stage(copy):
     arguments = ("--config", "smoke", "--out", str(copy))
     first = run_stage("08", *arguments)
@@ -561,6 +562,7 @@ def test_stage_writes_skips_and_notices_a_changed_stage(copy):
     assert "8 of 9 test patients" in (copy / layout.REPORT / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_to_report_is_one_line(tmp_path):
     done = run_stage("08", "--config", "smoke", "--out", str(tmp_path))
     assert done.returncode == 2
@@ -589,6 +591,7 @@ def chromium(page: Path, profile: Path, dark: bool = False) -> tuple[str, list[s
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.slow
 @browser
 def test_browser_reports_nothing_on_the_console_and_would_report_a_script(html, tmp_path):
     good, bad = tmp_path / "good.html", tmp_path / "bad.html"
@@ -610,6 +613,7 @@ document.body.dataset.found = JSON.stringify([...document.querySelectorAll("nav 
 </script>"""
 
 
+@pytest.mark.slow
 @browser
 def test_browser_follows_the_contents_list(html, tmp_path):
     copy = tmp_path / "links.html"
@@ -650,6 +654,7 @@ addEventListener("load", () => {
 </script>"""
 
 
+@pytest.mark.slow
 @browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_browser_shows_all_pictures_and_needs_no_sideways_scrolling(html, tmp_path, dark):

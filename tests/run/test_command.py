@@ -3,6 +3,7 @@
 import errno
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,15 @@ def test_help_of_the_whole_run_installs_nothing():
     )
     assert "--verify" in done.stdout
     assert not done.stderr
+
+
+@pytest.mark.parametrize("script", ["run_all.sh", "tests/run.sh"])
+def test_a_system_other_than_linux_is_refused_in_one_line(script, tmp_path):
+    (tmp_path / "uname").write_text("#!/bin/sh\necho Darwin\n")
+    (tmp_path / "uname").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": sys.executable}
+    done = subprocess.run([ROOT / script], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: VoCo2D runs on Linux and WSL, this is Darwin")

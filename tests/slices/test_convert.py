@@ -102,6 +102,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_the_stage_writes_pictures_index_and_quarantine(tmp_path):
     data, out = make_data(tmp_path / "data"), tmp_path / "out" / layout.SLICES
     code, log = run(data, tmp_path / "out")
@@ -283,6 +284,7 @@ def test_png_encoder_is_lossless():
         )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     real = slice_store._write_png
@@ -351,6 +353,7 @@ def test_a_lost_picture_is_made_again_and_nothing_else(tmp_path):
     assert tree(out) == clean
 
 
+@pytest.mark.slow
 def test_the_stage_notices_a_removed_picture(tmp_path):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     assert run(data, out)[0] == 0
@@ -515,6 +518,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "when", "done_before"),
     [
@@ -562,6 +566,7 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
     assert counts["converted_now"] == 60 * (6 - done_before)
 
 
+@pytest.mark.slow
 def test_processes_and_one_process_write_the_same_bytes(tmp_path):
     data = make_data(tmp_path / "data")
     convert(data, tmp_path / "one", jobs=1)
@@ -586,6 +591,7 @@ def build(slices: Path, out: Path, scheduler: str | None) -> dict[str, bytes]:
     return tree(out)
 
 
+@pytest.mark.slow
 def test_dask_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
     data = slow_phantom(tmp_path / "data")
@@ -655,6 +661,7 @@ def test_monochrome1_and_orientation_reach_the_png(tmp_path):
     assert np.array_equal(image, naive_window(stored, inverted=True)[::-1, ::-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt"
 )

@@ -58,6 +58,7 @@ def make(data: Path, damaged: int) -> None:
     (data / "train_series_meta.csv").write_text("\n".join(rows) + "\n")
 
 
+@pytest.mark.slow
 def test_a_thousand_damaged_files_among_good_ones(tmp_path, capsys):
     results = {}
     for name, damaged in (("clean", 0), ("mixed", DAMAGED)):
@@ -118,6 +119,7 @@ def fail(_: int) -> None:
     raise RuntimeError("the decoder says no")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deed", "what", "deaths"),
     [
@@ -158,6 +160,7 @@ def test_a_file_that_brings_dicomsdl_down_is_decoded_by_pydicom(
         assert np.array_equal(picture.image, item.image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deed", "reason"), [(crash, "brought down by SIGSEGV"), (hang, "took longer than 2 s")]
 )
@@ -298,6 +301,7 @@ def test_leaving_early_ends_the_child():
         os.kill(child, 0)
 
 
+@pytest.mark.slow
 def test_an_orphaned_child_does_not_live_on(tmp_path):
     code = (
         "import os, sys, time\nfrom pipeline.parallel import contained\ndef work(item, careful):\n "
@@ -312,6 +316,7 @@ def test_an_orphaned_child_does_not_live_on(tmp_path):
     assert not Path(f"/proc/{child}").exists()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed():
     """A worker handing over more than a pipe holds waits for a reader: it holds the pipe's other
     end itself, so it once waited for ever.
@@ -346,6 +351,7 @@ def square_or_die(task: tuple[str, int]) -> int:
     return number * number
 
 
+@pytest.mark.slow
 def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path, capsys):
     tasks = [
         (str(tmp_path / "once") if k == 3 else "always" if k == 5 else "", k) for k in range(8)
@@ -359,6 +365,7 @@ def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path,
     assert "done again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killer_at_the_start_leaves_the_others_in_parallel(monkeypatch):
     """Only tasks that were begun are done again: three deaths once made the whole rest of a run go
     one by one.

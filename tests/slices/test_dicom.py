@@ -124,6 +124,7 @@ def test_pydicom_gives_the_same_picture_where_dicomsdl_must_not(syntax, signed, 
     assert np.array_equal(fast, safe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.relative_to(DATA).as_posix())
 @pytest.mark.filterwarnings("ignore")
 def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(path, tmp_path):

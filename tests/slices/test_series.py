@@ -361,6 +361,7 @@ def test_nifti_and_dicom_give_equal_volumes(tmp_path):
         assert np.array_equal(array, volumes["unlabelled-a_1.npy"])
 
 
+@pytest.mark.slow
 def test_damaged_nifti_is_quarantined_and_good_files_beside_it_are_not(tmp_path):
     folder, rng = tmp_path / "unlabelled", np.random.default_rng(5)
     write_nifti(folder / "good.nii.gz", volume(rng), "RAS")
@@ -459,6 +460,7 @@ def test_trouble_of_the_machine_is_told_from_damage(fault, reason, tmp_path, mon
         nifti.nifti_slice(tmp_path / "a.nii.gz", 0, 1 << 16)
 
 
+@pytest.mark.slow
 def test_a_nifti_that_takes_too_long_is_not_tried_slice_by_slice(tmp_path, monkeypatch):
     write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(12)), "RAS")
     monkeypatch.setattr(nifti, "nifti_slice", lambda *_: time.sleep(60))

@@ -245,6 +245,7 @@ def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(
     assert written(tmp_path)[1][0] == ("9", "", "not in sample_submission.csv: not predicted")
 
 
+@pytest.mark.slow
 def test_the_end_does_not_wait_for_series_under_way(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(decode_ahead, "decode_series", lambda task, **options: time.sleep(300))
     begun = time.monotonic()

@@ -340,6 +340,7 @@ def test_every_random_number_of_a_step_follows_from_seed_and_step(volumes, monke
     assert not set(draws[0]) & set(draws[1])
 
 
+@pytest.mark.slow
 def test_another_configuration_starts_afresh_and_more_steps_go_on(volumes, tmp_path, capsys):
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=3")), volumes, tmp_path, ALONE)
@@ -354,6 +355,7 @@ def test_another_configuration_starts_afresh_and_more_steps_go_on(volumes, tmp_p
     assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_run_are_set_aside_not_lost(volumes, tmp_path, capsys):
     """Fewer steps than were made, as who follows the advice of 60,000 at step 70,000 asks for, once
     removed them all.
@@ -387,6 +389,7 @@ def test_options_train(volumes, tmp_path, override):
         assert [record["momentum"] for record in records] == pytest.approx([0.9, 0.95])
 
 
+@pytest.mark.slow
 def test_a_fresh_run_killed_at_once_does_not_bring_the_old_one_back(volumes, tmp_path, monkeypatch):
     config = load_config("smoke", (*TINY, "pretrain.steps=2"))
     loop.pretrain(config, volumes, tmp_path, ALONE)
@@ -400,6 +403,7 @@ def test_a_fresh_run_killed_at_once_does_not_bring_the_old_one_back(volumes, tmp
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_made_again(volumes, tmp_path):
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
     (tmp_path / "best.ckpt").write_bytes(b"cut")
@@ -412,6 +416,7 @@ def test_a_damaged_best_checkpoint_is_made_again(volumes, tmp_path):
     assert loop.usable_best(voco_step.start(more, ALONE, volumes), tmp_path) is not None
 
 
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_losses(volumes, tmp_path):
     for name, override in (("plain", "false"), ("less", "true")):
         config = load_config(
@@ -431,6 +436,7 @@ def test_recomputed_activations_give_the_same_losses(volumes, tmp_path):
     assert less == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_recompute_is_refused(volumes):
     options = (
         "model.backbone=dla46_c",
@@ -456,6 +462,7 @@ def half_precision(monkeypatch):
     monkeypatch.setattr(optimise, "amp_dtype", lambda device: torch.float16)
 
 
+@pytest.mark.slow
 def test_a_float16_run_takes_up_a_checkpoint_of_another_type(volumes, tmp_path, monkeypatch):
     loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
     half_precision(monkeypatch)
@@ -465,6 +472,7 @@ def test_a_float16_run_takes_up_a_checkpoint_of_another_type(volumes, tmp_path, 
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_float16_gradients_that_stay_non_finite_end_the_run(volumes, monkeypatch):
     half_precision(monkeypatch)
     run, samples = trained(volumes=volumes)
@@ -576,6 +584,7 @@ def ranks(volumes, fault):
     return subprocess.run(command, env=shared, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
     volumes, tmp_path, monkeypatch
 ):
@@ -615,6 +624,7 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
     )
 
 
+@pytest.mark.slow
 def test_a_ranks_failure_ends_all_with_its_message(volumes):
     shutil.rmtree(volumes.parent / layout.VOCO, ignore_errors=True)
     done = ranks(volumes, "error")

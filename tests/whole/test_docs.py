@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-PAGES = ["README.md", "data/README.md", "outputs/README.md", *PAGES]
+PAGES = ["README.md", ".github/CONTRIBUTING.md", "data/README.md", "outputs/README.md", *PAGES]
 TEXTS = (".cfg", ".css", ".j2", ".md", ".py", ".sh", ".toml", ".yaml", ".yml")
 TRACKED = ("pipeline", "stages", "tests", "docs", ".github", "README.md")
 LINK = re.compile(r"\]\(([^()\s]+)\)")

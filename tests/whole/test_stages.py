@@ -137,6 +137,7 @@ def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
     assert np.array_equal(decoded.volume, np.load(smoke / layout.VOLUMES / row["path"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES, ids=lambda path: path.stem)
 def test_help_says_what_is_read_and_written(script):
     done = run_stage(script.stem, "--help")
@@ -146,6 +147,7 @@ def test_help_says_what_is_read_and_written(script):
     assert len(script.read_text().splitlines()) <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "maker"),
     [
@@ -167,12 +169,14 @@ def test_missing_input_is_one_line_that_names_the_stage(stage, maker, tmp_path):
     assert maker in lines[0]
 
 
+@pytest.mark.slow
 def test_wrong_key_names_the_nearest_one(tmp_path):
     done = run_stage("03", *SMOKE, str(tmp_path), "pretrain.stepz=3")
     assert done.returncode == 2
     assert "did you mean 'pretrain.steps'" in done.stderr
 
 
+@pytest.mark.slow
 def test_paper_preset_asks_for_data(tmp_path):
     done = run_stage("01", "--config", "paper", "--out", str(tmp_path))
     assert done.returncode == 2
