@@ -60,9 +60,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         log(f"{path} was written by another version: the stage runs again")
         return None
-    if not isinstance(manifest.get("fingerprint"), str) or not isinstance(
-        manifest.get("outputs"), dict
-    ):
+    fingerprint, outputs = manifest.get("fingerprint"), manifest.get("outputs")
+    if not isinstance(fingerprint, str) or not isinstance(outputs, dict):
         log(f"{path} is damaged: the stage runs again")
         return None
     return manifest

@@ -28,7 +28,7 @@ ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (
 
 # file, text of the guard, what stands there without it, the test that must fail (below tests/)
 GUARDS = (
-    (ARTIFACTS, '("manifest.json", *broken)', "broken", STATE + "a_killed_redo"),
+    (ARTIFACTS, "(layout.MANIFEST, *broken)", "broken", STATE + "a_killed_redo"),
     (ARTIFACTS, "            remove_temporaries(self.folder)\n", "", STATE + "a_killed_redo"),
     (
         ARTIFACTS,
@@ -52,13 +52,13 @@ GUARDS = (
     ),
     (
         "pipeline/run/manifest.py",
-        'if not isinstance(manifest.get("fingerprint"), str) or',
+        "if not isinstance(fingerprint, str) or",
         "if",
         STATE + "a_manifest_that[changes2]",
     ),
     (
         "pipeline/run/manifest.py",
-        ' or not isinstance(manifest.get("outputs"), dict)',
+        " or not isinstance(outputs, dict)",
         "",
         STATE + "a_manifest_that[changes4]",
     ),
@@ -68,7 +68,7 @@ GUARDS = (
         "    except KeyError:\n",
         STATE + "a_half_written",
     ),
-    (ARTIFACTS, "while not _flock(handle, kind):", "while False:", STATE + "a_second_run"),
+    (ARTIFACTS, "while not try_lock(handle, kind):", "while False:", STATE + "a_second_run"),
     (ARTIFACTS, "if folder.is_relative_to(self.out):", "if False:", STATE + "a_second_run"),
     (COMMAND, "if handler != signal.SIG_IGN:", "if True:", STOPS + "an_ignored"),
     (
@@ -84,14 +84,19 @@ GUARDS = (
         "if isinstance(fault, InputError):",
         STATE + "training_that",
     ),
-    (COMMAND, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
+    (ARTIFACTS, "with disk_errors(stage.folder), stage", "with stage", DISK + "a_read_only"),
     (
         ARTIFACTS,
         "round(time.monotonic() - self.started",
         "round(time.time() - self.started",
         STATE + "a_clock",
     ),
-    (PARALLEL, "            with deaf():\n", "            if True:\n", STOPS + "workers_are"),
+    (
+        PARALLEL,
+        "            with interrupts_blocked():\n",
+        "            if True:\n",
+        STOPS + "workers_are",
+    ),
     (
         PARALLEL,
         '    warnings.filterwarnings("ignore"',
@@ -174,7 +179,7 @@ GUARDS = (
     ),
     (
         "pipeline/classifier/side_by_side.py",
-        "    with deaf():\n",
+        "    with interrupts_blocked():\n",
         "    if True:\n",
         "classifier/test_train_folds.py::test_folds_end[2",
     ),
@@ -186,8 +191,8 @@ GUARDS = (
     ),
     (
         "pipeline/learning/interrupt.py",
-        " if signal.getsignal(number) != signal.SIG_IGN]",
-        "]",
+        "                if signal.getsignal(number) != signal.SIG_IGN\n",
+        "",
         STOPS + "training_leaves",
     ),
     ("pipeline/voco/pretrain.py", "StopSignal(world.size > 1)", "StopSignal()", LOOP + "two_ranks"),
@@ -249,8 +254,8 @@ GUARDS = (
     ),
     (
         "pipeline/slices/dicom_header.py",
-        "(size > max_pixels, ",
-        "(False, ",
+        "            size > max_pixels,",
+        "            False,",
         HOSTILE + "hostile_files",
     ),
     (
@@ -292,7 +297,7 @@ GUARDS = (
     ),
     (
         "pipeline/volumes/store.py",
-        "            (source / patient / series / SIDECAR).unlink()",
+        "            (source / patient / series / layout.SIDECAR).unlink()",
         "            pass",
         STATE + "a_slice",
     ),
@@ -315,7 +320,12 @@ GUARDS = (
         "False",
         STATE + "verify_sees",
     ),
-    ("pipeline/run/verify.py", "and name not in manifests)", "and False)", STATE + "verify_names"),
+    (
+        "pipeline/run/verify.py",
+        "and name not in manifests\n",
+        "and False\n",
+        STATE + "verify_names",
+    ),
     ("pipeline/run/config.py", 'extra="forbid"', 'extra="ignore"', TABLES + "a_mistyped"),
     (
         "pipeline/competition/strict_table.py",
@@ -337,14 +347,14 @@ GUARDS = (
     ),
     (
         "pipeline/competition/tables.py",
-        "rules.append((total > 1,",
-        "rules.append((total > 9,",
+        "            (total > 1,",
+        "            (total > 9,",
         TABLES + "the_stage[train.csv",
     ),
     (
         "pipeline/competition/tables.py",
-        "        table.refuse((wrong,",
-        "        table.refuse((wrong & False,",
+        "                wrong,\n                KEY,",
+        "                wrong & False,\n                KEY,",
         TABLES + "the_stage[train_series",
     ),
 )
