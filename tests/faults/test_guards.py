@@ -1,4 +1,4 @@
-"""`tests/tools/mutate.py` takes guards out of the product: each row must still name what is there."""
+"""`tests/tools/mutate.py` takes guards out of the product: each row must name what is there."""
 
 import sys
 
