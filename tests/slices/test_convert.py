@@ -22,7 +22,7 @@ import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
 from helpers_stages import content, environment
 
-from pipeline.competition.tables import decode_series_files as read_listed
+from pipeline.competition.tables import read_series as read_listed
 from pipeline.run import layout
 from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import dicom
