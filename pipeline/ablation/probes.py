@@ -20,7 +20,13 @@ from torch import nn
 from ..classifier.data import SLICE_NAMES, SLICE_TARGETS
 from ..competition.tables import read_labels
 from ..folds import read_folds
-from ..learning.backbone import create_backbone, load_backbone, standardise
+from ..learning.backbone import (
+    create_backbone,
+    load_backbone,
+    pool_maps,
+    settle,
+    standardise,
+)
 from ..run import layout
 from ..run.config import Config
 from ..run.stage import Stage
@@ -132,16 +138,10 @@ def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], lis
     return found, sorted(set(table["name"]) - set(titles))
 
 
-def settle(backbone: nn.Module, images: np.ndarray, device: torch.device) -> None:
-    """Take the running statistics of all batch norms again, as plain averages over `images` (N, h,
-    w) uint8; evaluation mode after.
-    """
-    # every batch a sample of all slices
-    mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))
-    torch.optim.swa_utils.update_bn(
-        (standardise(part[:, None].to(device)) for part in mixed.split(BATCH)), backbone
-    )
-    backbone.eval()
+def settle_on(backbone: nn.Module, images: np.ndarray, device: torch.device) -> None:
+    """`settle` on `images` (N, h, w) uint8, every batch of them a sample of all series."""
+    mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))[:, None]
+    settle(backbone, mixed.split(BATCH), device)
 
 
 @torch.no_grad()
@@ -155,8 +155,8 @@ def slice_features(backbone: nn.Module, images: np.ndarray, device: torch.device
         maps = backbone(
             standardise(part[:, None].to(device)).contiguous(memory_format=torch.channels_last)
         )
-        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
-        found.append(nn.functional.layer_norm(pooled, pooled.shape[1:]).cpu())
+        features = pool_maps(maps)
+        found.append(nn.functional.layer_norm(features, features.shape[1:]).cpu())
     return torch.cat(found).numpy()
 
 
@@ -237,7 +237,7 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
         backbone = backbone.eval().to(device, memory_format=torch.channels_last)
         for statistics in ("stored", "settled"):
             if statistics == "settled":
-                settle(backbone, slices.images, device)
+                settle_on(backbone, slices.images, device)
             features = slice_features(backbone, slices.images, device)
             own = {"backbone": name, "seed": seed, "statistics": statistics}
             rows += [

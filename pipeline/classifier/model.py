@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..competition.targets import TARGETS, Target, group_slices
+from ..learning.backbone import pool_maps
 from ..run.config import TrainConfig
 from .sequence import PoolZ, sequence_model
 
@@ -65,8 +66,8 @@ class CnnLstm(nn.Module):
         slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
         whole = self.training or torch.is_grad_enabled() or slices.is_cuda
         parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
-        # (B, S, 2C)
-        features = self.norm(torch.cat([self._features(part) for part in parts])).reshape(B, S, -1)
+        features = torch.cat([pool_maps(self.backbone(part)) for part in parts])
+        features = self.norm(features).reshape(B, S, -1)  # (B, S, 2C)
         # (B, S, E): what a slice shows reaches the heads directly too
         states = torch.cat([self.sequence(features), features], 2)
         pooled = self.dropout(self.pool(states))  # (B, E)
@@ -74,13 +75,6 @@ class CnnLstm(nn.Module):
         with torch.autocast(volumes.device.type, enabled=False):
             logits = {name: head(pooled.float()) for name, head in self.heads.items()}
             return logits, self.slice_head(states.float()) if self.slice_head is not None else None
-
-    def _features(self, slices: Tensor) -> Tensor:
-        """(N, 1, H, W) to (N, 2C): an organ fills the mean of a slice, a small lesion shows in its
-        maximum.
-        """
-        maps = self.backbone(slices)  # (N, C, h, w)
-        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
 
 
 def probabilities(logits: dict[str, Tensor]) -> Tensor:

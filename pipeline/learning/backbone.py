@@ -3,6 +3,7 @@ spatial map out.
 """
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -143,6 +144,20 @@ def feature_shape(backbone: nn.Module, size: int) -> tuple[int, int, int]:
         ) from fault
     backbone.train(training)
     return tuple(shape[1:])
+
+
+def pool_maps(maps: torch.Tensor) -> torch.Tensor:
+    """(N, C, h, w) to (N, 2C) float32, the features of a slice: an organ fills the mean of its map,
+    a small lesion shows in the maximum.
+    """
+    return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
+
+
+def settle(backbone: nn.Module, batches: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Take the running statistics of all batch norms again, as plain averages over `batches` of
+    slices (N, 1, h, w) uint8.
+    """
+    torch.optim.swa_utils.update_bn((standardise(batch.to(device)) for batch in batches), backbone)
 
 
 def load_backbone(backbone: nn.Module, path: Path | str) -> str:

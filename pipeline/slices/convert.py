@@ -1,27 +1,28 @@
-"""Series of DICOM files, and NIfTI files, to oriented, ordered 8-bit slices in memory;
-`slice_store` writes the same to disk.
+"""Series of any registered kind (`readers`) to ordered 8-bit slices in memory; `store` writes the
+same to disk.
 
-    listing = list_files(folder, data) slices, quarantined = read_series(listing, config)
+    listing = list_files(folder, data)
+    slices, quarantined = decode_series_files(listing, config)
 
-Every picture is made in a contained child process (`parallel.contained`), so a file that crashes,
+Every picture is made in a contained child process (`system.contained`), so a file that crashes,
 hangs or fools a decoder costs that file only, and the rest of its series is what it would have been
 without it.
 """
 
-import os
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32
 
 from ..run.config import ConvertConfig
 from ..system.contained import Failure, contained
-from . import dicom, nifti
-from . import geometry as series
-from .dicom_header import SPARE_BYTES, Unreadable
-from .sources import NIFTI, Listing, instance_of
+from .geometry import Placement, arrange, is_cut
+from .readers import SliceRead, Unreadable, reader_of
+from .sources import Listing
+from .window import grey
 
 
 class SliceImage(NamedTuple):
@@ -29,7 +30,7 @@ class SliceImage(NamedTuple):
     picture.
 
     `instance_number` is the number in the file's name, else the tag's. `z_mm` grows towards the
-    head, None where the series has no positions. `flags` are those of `series`, joined by commas.
+    head, None where the series has no positions. `flags` are those of `geometry`, joined by commas.
     `crc32` is that of the pixels, by which stage 02 notices a change. `image` is uint8 (rows,
     cols), None where it went to disk.
     """
@@ -50,59 +51,23 @@ class SliceImage(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What a child answers for one slice: `placement` holds the fields of `series.Placement`."""
+    """What a child answers for one slice: the facts of its `SliceRead`, and its picture."""
 
-    shape: tuple[int, int]
-    spacing: tuple[float | None, ...]
-    placement: tuple[Any, ...]
+    shape: tuple[int, ...]
+    spacing: Sequence[float | None]
+    placement: Placement
     decoder: str
     transfer_syntax: str
     crc32: int
     image: np.ndarray | None = None
 
 
-def _from_dicom(file: str, config: ConvertConfig, careful: bool) -> tuple[np.ndarray, Picture]:
-    """The oriented picture of one DICOM file and what is known of it; Unreadable with the reason
-    where there is none.
-    """
-    try:
-        with open(file, "rb", buffering=0) as handle:
-            if os.fstat(handle.fileno()).st_size > 4 * config.max_pixels + SPARE_BYTES:
-                raise Unreadable(
-                    "too large: the file is larger than any picture of convert.max_pixels"
-                )
-            data = handle.read()
-    except OSError as fault:
-        raise Unreadable(f"not readable: {type(fault).__name__}") from None
-    stored, header, decoder = dicom.picture(data, config.max_pixels, careful)
-    image = series.orient(stored, header.orientation, header.patient_position, config.flip_hfs)
-    number, spacing = instance_of(os.path.basename(file)), header.spacing or (None, None)
-    placement = (
-        header.instance if number is None else number,
-        header.position,
-        header.orientation,
-        header.patient_position,
-    )
-    spacing = spacing[::-1] if series.is_transposed(header.orientation) else spacing
+def _windowed(read: SliceRead) -> tuple[np.ndarray, Picture]:
+    """The 8-bit picture of a slice that was read, and what is known of it."""
+    image = grey(read.pixels)
+    placement = read.placement._replace(cut=is_cut(image))
     return image, Picture(
-        image.shape,
-        spacing,
-        (*placement, series.is_cut(image)),
-        decoder,
-        header.transfer_syntax,
-        crc32(image),
-    )
-
-
-def _from_nifti(file: str, k: int, config: ConvertConfig) -> tuple[np.ndarray, Picture]:
-    image, position, orientation, spacing = nifti.nifti_slice(Path(file), k, config.max_pixels)
-    return image, Picture(
-        image.shape,
-        spacing,
-        (k + 1, position, orientation, "", series.is_cut(image)),
-        "nibabel",
-        "NIfTI",
-        crc32(image),
+        image.shape, read.spacing, placement, read.decoder, read.transfer_syntax, crc32(image)
     )
 
 
@@ -115,29 +80,26 @@ def pictures(
     """(file, Picture or Failure) of every slice, made in contained children.
 
     The child hands picture k to `keep` (which writes it), or sends it back as `image` where there
-    is no `keep`. A NIfTI file that brings its children down does so at loading, so its slices are
-    not tried one by one.
+    is no `keep`. A volume that brings its children down does so at loading, so its slices are not
+    tried one by one.
     """
     items = [(file, k) for k, file in enumerate(listing.files)]
-    volume = bool(listing.files) and listing.files[0].endswith(NIFTI)
-    if volume:
+    reader = reader_of(listing.files[0]) if listing.files else None
+    if reader is None:
+        return
+    module = reader.load()  # here, so that no child has to
+    if reader.volume:
+        file = listing.files[0]
         try:
-            items = [
-                (listing.files[0], k)
-                for k in range(nifti.count_slices(Path(listing.files[0]), config.max_pixels))
-            ]
+            count = module.count_slices(Path(file), config.max_pixels)
         except Unreadable as fault:
-            yield listing.files[0], Failure(str(fault))
+            yield file, Failure(str(fault))
             return
+        items = [(file, k) for k in range(count)]
 
     def work(item: tuple[str, int], careful: bool) -> Picture | Failure:
-        file, k = item
         try:
-            image, found = (
-                _from_nifti(file, k, config)
-                if file.endswith(NIFTI)
-                else _from_dicom(file, config, careful)
-            )
+            image, found = _windowed(module.read(*item, config, careful))
         except Unreadable as fault:
             return Failure(str(fault))
         except MemoryError:
@@ -146,12 +108,12 @@ def pictures(
             return Failure("not readable: MemoryError")
         if keep is None:
             return found._replace(image=image)
-        keep(k, image)
+        keep(item[1], image)
         return found
 
     yield from zip(
         (file for file, _ in items),
-        contained(work, items, config.timeout_s, deaths, linked=volume),
+        contained(work, items, config.timeout_s, deaths, linked=reader.volume),
         strict=True,
     )
 
@@ -160,28 +122,33 @@ def arranged(found: Sequence[tuple[str, Picture]], config: ConvertConfig) -> lis
     """The slices of one series, superior first. A slice without any number gets the next free
     one.
     """
-    following = 1 + max((picture.placement[0] or 0 for _, picture in found), default=0)
-    placements = [series.Placement(*picture.placement) for _, picture in found]
-    for k, placement in enumerate(placements):
-        if placement.instance is None:
-            placements[k], following = placement._replace(instance=following), following + 1
+    given = [picture.placement.instance for _, picture in found]
+    free = itertools.count(1 + max((number or 0 for number in given), default=0))
+    numbers = [next(free) if number is None else number for number in given]
+    places = arrange(
+        [
+            picture.placement._replace(instance=number)
+            for (_, picture), number in zip(found, numbers, strict=True)
+        ],
+        config.flip_hfs,
+    )
     slices = [
         SliceImage(
-            placement.instance,
-            place.order,
-            place.z_mm,
-            *picture.shape,
-            *picture.spacing,
-            place.flags,
-            picture.decoder,
-            picture.transfer_syntax,
-            picture.crc32,
-            file,
-            picture.image,
+            instance_number=number,
+            order=place.order,
+            z_mm=place.z_mm,
+            rows=picture.shape[0],
+            cols=picture.shape[1],
+            spacing_y_mm=picture.spacing[0],
+            spacing_x_mm=picture.spacing[1],
+            flags=place.flags,
+            decoder=picture.decoder,
+            transfer_syntax=picture.transfer_syntax,
+            crc32=picture.crc32,
+            file=file,
+            image=picture.image,
         )
-        for (file, picture), placement, place in zip(
-            found, placements, series.arrange(placements, config.flip_hfs), strict=True
-        )
+        for (file, picture), number, place in zip(found, numbers, places, strict=True)
     ]
     return sorted(slices, key=lambda item: item.order)
 

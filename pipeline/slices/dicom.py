@@ -1,5 +1,5 @@
-"""One DICOM file to an 8-bit picture: the decoders and the fixed window, after the gate of
-`dicom_header`. Who decodes what:
+"""One DICOM file to what it stores of one slice: the decoders, after the gate of `dicom_header`.
+Who decodes what:
 
 | pixel data | decoder | why |
 |---|---|---|
@@ -11,7 +11,9 @@
 """
 
 import io
+import os
 import struct
+from typing import Any
 
 import cv2
 import dicomsdl
@@ -19,6 +21,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 
+from ..run.config import ConvertConfig
 from .dicom_header import (
     BIG_ENDIAN,
     ITEM,
@@ -30,12 +33,13 @@ from .dicom_header import (
     SEQUENCE_END,
     SPARE_BYTES,
     Header,
-    Unreadable,
     check,
     element,
     read_header,
 )
-from .window import windowed
+from .geometry import Placement, is_transposed, orient
+from .readers import SliceRead, Unreadable, instance_of
+from .window import Stored
 
 SIZE_DIFFERS = "segment decodes to another size than the picture's"
 
@@ -44,7 +48,8 @@ def _frame(header: Header) -> memoryview:
     """The compressed picture: all fragments behind the offset table, each checked to lie inside the
     file; one alone is not copied.
     """
-    parts, at, data = [], header.start, memoryview(header.data)
+    parts: list[memoryview] = []
+    at, data = header.start, memoryview(header.data)
     while at + 8 <= len(data):
         tag, _, at, length = element(data, at, False, "<")
         if tag == SEQUENCE_END:
@@ -68,8 +73,10 @@ def _segment(segment: memoryview, size: int) -> np.ndarray:
     somewhere, and its pixels may be shifted.
     """
     try:
-        plane = imagecodecs.packbits_decode(
-            segment, out=np.empty(size + len(segment) // 2, np.uint8)
+        # longer than a plane, so that too many runs show; the library's stubs know no arrays
+        plane: Any = imagecodecs.packbits_decode(
+            segment,  # type: ignore[arg-type]
+            out=np.empty(size + len(segment) // 2, np.uint8),  # type: ignore[arg-type]
         )
     except imagecodecs.PackbitsError as fault:
         cut = "CORRUPT" in str(fault)
@@ -175,21 +182,46 @@ def decode(header: Header, careful: bool) -> tuple[np.ndarray, int, str]:
     return stored, header.bits_stored if header.transfer_syntax in JPEG else depth, "dicomsdl"
 
 
-def picture(data: bytes, max_pixels: int, careful: bool = False) -> tuple[np.ndarray, Header, str]:
-    """The windowed picture of one file: uint8 (rows, cols) as stored, its header, and the name of
-    its decoder.
+def picture(data: bytes, max_pixels: int, careful: bool = False) -> tuple[Stored, Header, str]:
+    """The picture that one file stores (rows, cols), its header, and the name of its decoder.
 
-    HU = stored x slope + intercept of this file. MONOCHROME1 is inverted after the window: 255
-    minus the value. WindowCenter and WindowWidth are never read.
+    WindowCenter and WindowWidth are never read.
 
     Raises:
         Unreadable: with the reason for the quarantine.
     """
     header = check(read_header(data, 4 * max_pixels + SPARE_BYTES), max_pixels)
-    stored, bits, decoder = decode(header, careful)
+    words, bits, decoder = decode(header, careful)
     inverted = header.photometric == "MONOCHROME1"
-    return (
-        windowed(stored, bits, header.signed == 1, header.slope, header.intercept, inverted),
-        header,
+    stored = Stored(words, bits, header.signed == 1, header.slope, header.intercept, inverted)
+    return stored, header, decoder
+
+
+def _content(file: str, max_pixels: int) -> bytes:
+    """A whole file, in one read; Unreadable, unread, where it is larger than any picture."""
+    try:
+        with open(file, "rb", buffering=0) as handle:
+            if os.fstat(handle.fileno()).st_size > 4 * max_pixels + SPARE_BYTES:
+                raise Unreadable(
+                    "too large: the file is larger than any picture of convert.max_pixels"
+                )
+            return handle.read()
+    except OSError as fault:
+        raise Unreadable(f"not readable: {type(fault).__name__}") from None
+
+
+def read(file: str, k: int, config: ConvertConfig, careful: bool) -> SliceRead:
+    """The slice of one file: see `readers`. The number in its name counts before the tag's."""
+    stored, header, decoder = picture(_content(file, config.max_pixels), config.max_pixels, careful)
+    orientation, position = header.orientation, header.patient_position
+    words = orient(stored.words, orientation, position, config.flip_hfs)
+    number, spacing = instance_of(os.path.basename(file)), header.spacing or (None, None)
+    return SliceRead(
+        stored._replace(words=words),
+        spacing[::-1] if is_transposed(orientation) else spacing,
+        Placement(
+            header.instance if number is None else number, header.position, orientation, position
+        ),
         decoder,
+        header.transfer_syntax,
     )

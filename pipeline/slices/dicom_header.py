@@ -10,6 +10,8 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .readers import Unreadable
+
 SPARE_BYTES = 64 << 20  # header and offset tables: allowed on top of the pixels
 IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN = (
     f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".1.99", ".2")
@@ -48,16 +50,10 @@ _HEAD, _WORD, _SHORT = (
 )
 
 
-class Unreadable(Exception):
-    """This file becomes no picture. The text is `KIND: DETAIL`, never a value of an identifying
-    tag.
-    """
-
-
 @dataclass(frozen=True)
 class Header:
-    """What section 5 needs of one file. PixelData's value is `data[start:start + length]` (length
-    UNDEFINED: fragments).
+    """What the conversion needs of one file. PixelData's value is `data[start:start + length]`
+    (length UNDEFINED: fragments).
     """
 
     transfer_syntax: str
@@ -81,7 +77,9 @@ class Header:
     instance: int | None = None
 
 
-def element(data: bytes, at: int, explicit: bool, order: str) -> tuple[int, bytes, int, int]:
+def element(
+    data: bytes | memoryview, at: int, explicit: bool, order: str
+) -> tuple[int, bytes, int, int]:
     """Tag, VR, offset and length of the value of the element at `at`; what has no VR is read as
     implicit, as pydicom does.
     """

@@ -30,9 +30,11 @@ AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 class Placement(NamedTuple):
     """What ordering needs of one slice: its number, the tags' position and orientation, and
     `is_cut` of its picture.
+
+    A reader leaves `cut` as it is, and `instance` None where the file says no number.
     """
 
-    instance: int
+    instance: int | None
     position: Sequence[float] | None
     orientation: Sequence[float] | None
     patient_position: str = ""

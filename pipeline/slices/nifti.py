@@ -1,6 +1,4 @@
-"""Unlabelled NIfTI volumes (FLARE 2023 style) as the same oriented 8-bit slices that DICOM series
-become.
-"""
+"""Unlabelled NIfTI volumes (FLARE 2023 style) as the same oriented slices that DICOM series are."""
 
 import functools
 from pathlib import Path
@@ -11,8 +9,10 @@ import numpy as np
 from isal import igzip
 from nibabel import orientations
 
-from .dicom_header import SPARE_BYTES, Unreadable
-from .window import window
+from ..run.config import ConvertConfig
+from .dicom_header import SPARE_BYTES
+from .geometry import Placement
+from .readers import SliceRead, Unreadable
 
 MAX_BYTES = 4 << 30
 # NIfTI counts x to the right and y to the front, DICOM to the left and to the back
@@ -39,7 +39,7 @@ def _open_image(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
     (nibabel's orientation array).
     """
     try:
-        image = nib.load(path, mmap=False)
+        image: Any = nib.load(path, mmap=False)
         if (
             len(image.shape) < 3
             or max(image.shape[3:], default=1) != 1
@@ -114,8 +114,8 @@ def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.nda
 def nifti_slice(
     path: Path, k: int, max_pixels: int
 ) -> tuple[np.ndarray, list[float], list[float], tuple[float, float]]:
-    """Slice `k`, counted from the most superior: windowed uint8 (rows, cols); position, orientation
-    and spacing as DICOM has them.
+    """Slice `k`, counted from the most superior: HU (rows, cols) float64; position, orientation
+    and spacing (y, x) as DICOM has them.
 
     Raises:
         Unreadable: damaged data, or values that are not finite.
@@ -130,9 +130,10 @@ def nifti_slice(
     steps = np.linalg.norm(affine[:3, :2], axis=0)
     orientation = (affine[:3, :2] / steps).T.ravel()
     position = affine[:3] @ [0.0, 0.0, float(k), 1.0]
-    return (
-        np.ascontiguousarray(window(hu)),
-        position.tolist(),
-        orientation.tolist(),
-        (float(steps[1]), float(steps[0])),
-    )
+    return hu, position.tolist(), orientation.tolist(), (float(steps[1]), float(steps[0]))
+
+
+def read(file: str, k: int, config: ConvertConfig, careful: bool) -> SliceRead:
+    """Slice `k` of a file, numbered from 1: see `readers`."""
+    hu, position, orientation, spacing = nifti_slice(Path(file), k, config.max_pixels)
+    return SliceRead(hu, spacing, Placement(k + 1, position, orientation), "nibabel", "NIfTI")

@@ -4,8 +4,7 @@ library is imported.
 
 import contextlib
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +15,9 @@ from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..system.console import log
 from ..system.errors import InputError
+from . import readers
+from .readers import instance_of
 
-NIFTI = (".nii", ".nii.gz")
 LABELS = "labels"  # folders of label maps, `labelsTr` and so on, start with this
 LONGEST = 200  # bytes of <patient>_<series>, which with its endings must be a file name (255)
 VERSION = 5  # raised when the same file would become another picture or another row
@@ -28,8 +28,8 @@ VOLUME_VERSION = 2
 
 @dataclass(frozen=True)
 class SeriesTask:
-    """One series to convert: its ids in the index, and the folder of DICOM files or NIfTI file that
-    it is.
+    """One series to convert: its ids in the index, and the folder of slices or the volume's file
+    that it is.
     """
 
     patient_id: str
@@ -96,29 +96,14 @@ def plan(data: Path, listed: Any) -> list[SeriesTask]:
 
 
 def _unlabelled(folder: Path) -> list[SeriesTask]:
-    """DICOM series <patient>/<series> and NIfTI volumes, also those in a folder such as FLARE's
+    """Series <patient>/<series> and volumes in one file, also those in a folder such as FLARE's
     `imagesTr`; warns of what is ignored.
     """
     tasks = []
     for path in series_folders(folder):
         patient, series = path.split(os.sep)[-2:]
         tasks.append(SeriesTask(f"unlabelled-{patient}", series, "unlabelled", path))
-    for path in sorted(
-        path
-        for pattern in ("[!.]*", "[!.]*/[!.]*")
-        for path in folder.glob(pattern)
-        if path.name.endswith(NIFTI)
-    ):
-        *parents, name = path.relative_to(folder).parts
-        if not (parents and parents[0].startswith(LABELS)):
-            tasks.append(
-                SeriesTask(
-                    "-".join(["unlabelled", *parents, name.partition(".nii")[0]]),
-                    "nifti",
-                    "unlabelled",
-                    str(path),
-                )
-            )
+    tasks += _volumes(folder)
     used = {os.path.relpath(task.path, folder).split(os.sep)[0] for task in tasks}
     useless = sorted(
         str(path) for path in folder.glob("[!.]*") if path.is_dir() and path.name not in used
@@ -126,14 +111,34 @@ def _unlabelled(folder: Path) -> list[SeriesTask]:
     foreign = [task.path for task in tasks if printable(task.name) != task.name]
     endless = [task.path for task in tasks if len(os.fsencode(task.name)) > LONGEST]
     ignored = {*foreign, *endless}
+    wanted = " nor ".join(
+        f"{reader.title} images" if reader.volume else f"<series>/*{reader.endings[0]}"
+        for reader in readers.READERS
+    )
     for paths, what in (
-        (useless, "folders have neither <series>/*.dcm nor NIfTI images"),
+        (useless, f"folders have neither {wanted}"),
         (foreign, "series have names not in UTF-8"),
         (endless, f"series have names of more than {LONGEST} bytes, patient and series together,"),
     ):
         if paths:
             log(f"warning: {len(paths)} {what} and are ignored, e.g. {printable(paths[0])}")
     return [task for task in tasks if task.path not in ignored]
+
+
+def _volumes(folder: Path) -> list[SeriesTask]:
+    """The files in a folder, or one folder deeper, that are a whole series each; label maps are
+    none.
+    """
+    tasks = []
+    for path in sorted(
+        path for pattern in ("[!.]*", "[!.]*/[!.]*") for path in folder.glob(pattern)
+    ):
+        reader = readers.reader_of(path.name)
+        *parents, name = path.relative_to(folder).parts
+        if reader and reader.volume and not (parents and parents[0].startswith(LABELS)):
+            patient = "-".join(["unlabelled", *parents, name.partition(reader.endings[0])[0]])
+            tasks.append(SeriesTask(patient, reader.title.lower(), "unlabelled", str(path)))
+    return tasks
 
 
 def printable(text: str) -> str:
@@ -184,14 +189,17 @@ def fingerprints(tasks: Sequence[SeriesTask], data: Path) -> list[str]:
 
 
 def list_files(path: str | Path, data: str | Path) -> Listing:
-    """The `.dcm` files of a series folder, from one scan of it, or one NIfTI file.
+    """The slices' files of a series folder, from one scan of it, or the one file of a volume.
 
     A link that leads out of the image folder (the first folder below `data`, which itself may be a
     link) is refused.
     """
-    path, found, refused = str(path), [], []
+    path = str(path)
+    found: list[tuple[str, int, int]] = []
+    refused: list[tuple[str, str]] = []
     top = os.path.realpath(os.path.join(data, os.path.relpath(path, data).split(os.sep)[0]))
-    single = path.endswith(NIFTI)
+    reader = readers.reader_of(path)
+    single = reader is not None and reader.volume
     folder = os.path.dirname(path) if single else path
 
     def outside(link: str) -> bool:
@@ -199,9 +207,7 @@ def list_files(path: str | Path, data: str | Path) -> Listing:
 
     try:
         with contextlib.nullcontext([Path(path)]) if single else os.scandir(folder) as entries:
-            for entry in [] if outside(folder) else entries:
-                if not single and not entry.name.lower().endswith(".dcm"):
-                    continue
+            for entry in _of_one_kind([] if outside(folder) else entries, single):
                 if entry.is_symlink() and outside(os.fspath(entry)):
                     refused.append((os.fspath(entry), "link out of the data folder"))
                 elif not entry.is_file():
@@ -209,21 +215,29 @@ def list_files(path: str | Path, data: str | Path) -> Listing:
                 else:
                     found.append((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns))
         if not found and not refused:
+            kinds = " or ".join(one.title for one in readers.READERS if not one.volume)
             refused.append(
-                (path, "link out of the data folder" if outside(folder) else "no DICOM files")
+                (path, "link out of the data folder" if outside(folder) else f"no {kinds} files")
             )
     except OSError as fault:
         found, refused = [], [(path, f"no such folder: {type(fault).__name__}")]
     found.sort(key=lambda item: (instance_of(item[0]) is None, instance_of(item[0]), item[0]))
-    files, size = (
-        [os.path.join(folder, name) for name, _, _ in found],
-        sum(size for _, size, _ in found),
-    )
     return Listing(
-        files, sorted(refused), size, digest({"found": found, "refused": sorted(refused)})
+        [os.path.join(folder, name) for name, _, _ in found],
+        sorted(refused),
+        sum(size for _, size, _ in found),
+        digest({"found": found, "refused": sorted(refused)}),
     )
 
 
-def instance_of(name: str) -> int | None:
-    """Instance number that the name of a DICOM file says, None where it says none."""
-    return int(name[:-4]) if re.fullmatch(r"[0-9]{1,12}\.dcm", name, re.IGNORECASE) else None
+def _of_one_kind(entries: Iterable[Any], volume: bool) -> list[Any]:
+    """What the first reader that takes any of them takes: notes and previews beside are no
+    slices.
+    """
+    there = list(entries)
+    kinds = (
+        [entry for entry in there if reader.takes(entry.name)]
+        for reader in readers.READERS
+        if reader.volume == volume
+    )
+    return next(filter(None, kinds), [])

@@ -27,7 +27,7 @@ from ..system.contained import Failure
 from ..system.errors import InputError
 from ..system.files import atomic_folder, atomic_path, remove_folder, remove_temporaries, write_text
 from ..system.pool import KILLED, spread
-from .convert import SliceImage, arranged, pictures
+from .convert import Picture, SliceImage, arranged, pictures
 from .sources import VERSION, SeriesTask, list_files, printable, series_folders
 
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
@@ -118,9 +118,11 @@ def convert_series(
                 f"{folder} on {socket.gethostname()}",
                 "give a folder that all machines share under one path",
             )
-    listing, deaths = list_files(task.path, data), []
+    listing = list_files(task.path, data)
+    deaths: list[str] = []
     with atomic_folder(target / task.name) as folder:
-        found, failed = [], [*listing.refused]
+        found: list[tuple[str, Picture]] = []
+        failed = [*listing.refused]
         for k, (file, picture) in enumerate(
             pictures(listing, config, partial(_write_png, folder), deaths)
         ):

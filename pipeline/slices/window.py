@@ -1,11 +1,33 @@
-"""The fixed window: stored values to HU to 8-bit grey."""
+"""The fixed window: stored values to HU to 8-bit grey. The one place that knows its limits."""
 
 import functools
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 LOW_HU, HIGH_HU = -150.0, 250.0
+
+
+class Stored(NamedTuple):
+    """Bit patterns (rows, cols) uint8 or uint16 of a file: `bits` low ones count, sign-extended
+    where `signed`; HU = value x slope + intercept; `inverted` (MONOCHROME1) counts after the
+    window, as 255 minus grey.
+    """
+
+    words: np.ndarray
+    bits: int
+    signed: bool
+    slope: float
+    intercept: float
+    inverted: bool
+
+
+def grey(pixels: np.ndarray | Stored) -> np.ndarray:
+    """The 8-bit picture (rows, cols) of HU or of what a file stores."""
+    if isinstance(pixels, Stored):
+        return windowed(*pixels)
+    return np.ascontiguousarray(window(pixels))
 
 
 def window(hu: np.ndarray) -> np.ndarray:
@@ -33,7 +55,8 @@ def _scaled(words: np.ndarray, low: int, scale: float) -> np.ndarray:
     """uint16 to `(words - low) x scale` as uint8, saturated at both ends: two passes of vector
     instructions.
     """
-    return cv2.convertScaleAbs(cv2.subtract(words, low), alpha=scale)
+    above: np.ndarray = cv2.subtract(words, low)  # type: ignore[call-overload]  # a scalar
+    return cv2.convertScaleAbs(above, alpha=scale)
 
 
 @functools.lru_cache(64)

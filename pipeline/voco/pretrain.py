@@ -13,7 +13,7 @@ import polars as pl
 import torch
 
 from ..learning import optimise
-from ..learning.backbone import create_backbone, placed, save_backbone, standardise
+from ..learning.backbone import create_backbone, placed, save_backbone, settle
 from ..learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..learning.distributed import World, peers
 from ..learning.interrupt import StopSignal, loading
@@ -188,12 +188,9 @@ def export(run: State, samples: VocoSamples, path: Path) -> None:
     seed_everything(config.seed)
     backbone = placed(create_backbone(config.model.backbone), device)
     backbone.load_state_dict(run.method.backbone.state_dict())
-    slices = (
-        standardise(planes.to(device)) for planes in samples.whole_slices(config.pretrain.settle)
-    )
     if config.pretrain.settle:
         with optimise.autocast(device, config.pretrain.amp):
-            torch.optim.swa_utils.update_bn(slices, backbone)
+            settle(backbone, samples.whole_slices(config.pretrain.settle), device)
     metadata = {
         "kind": "voco2d",
         "backbone": config.model.backbone,

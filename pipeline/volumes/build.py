@@ -13,8 +13,10 @@ import cv2
 import numpy as np
 
 from ..run.config import VolumeConfig
+from ..slices.window import window
 
-AIR_LEVEL = 16  # grey level of -125 HU: under it lies air, above it fat and everything denser
+# grey: under it lies air, above it fat and everything denser
+AIR_LEVEL = int(window(np.array(-125.0)))
 COARSE_MM = 2.5  # pixel of the masks that the body box is found on
 # share of a coarse pixel that must be filled: keeps the slit of air between arm and trunk open
 SOLID = 0.9

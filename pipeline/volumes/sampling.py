@@ -1,9 +1,18 @@
-"""Which planes of a volume, and at what size."""
+"""Which planes of a volume, and at what size: the same for pretraining, classifier, probes and
+report.
+"""
 
 import cv2
 import numpy as np
 
 from ..run.config import TrainConfig
+
+
+def evenly(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
+    """(count,) indices spread evenly over `depth` slices: at `phase` (0 to 1) of each of `count`
+    equal parts, the middle if not told.
+    """
+    return ((np.arange(count) + phase) * depth / count).astype(int)
 
 
 def bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -17,10 +26,14 @@ def bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 def slice_positions(depth: int, count: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a
     random plane in it.
+
+    Not `evenly` alone, whose planes may lie one bin off where bins differ in size: each plane
+    carries the labels of its own bin.
     """
     first, last = bins(depth, count)
-    middle = (2 * np.arange(count) + 1) * depth // (2 * count)
-    return np.clip(middle, first, last) if rng is None else rng.integers(first, last, endpoint=True)
+    if rng is not None:
+        return rng.integers(first, last, endpoint=True)
+    return np.clip(evenly(depth, count), first, last)
 
 
 def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) -> np.ndarray:
@@ -30,19 +43,7 @@ def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) 
     _, height, width = volume.shape
     top, left = round(height * config.crop), round(width * config.crop)
     planes = volume[positions, top : height - top, left : width - left]
-    size = config.image_size
-    if planes.shape[1:] == (size, size):
-        return np.ascontiguousarray(planes)
-    return np.stack(
-        [cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes]
-    )
-
-
-def evenly(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
-    """(count,) indices spread evenly over `depth` slices: at `phase` (0 to 1) of each of `count`
-    equal parts, the middle if not told.
-    """
-    return ((np.arange(count) + phase) * depth / count).astype(int)
+    return resize_planes(planes, config.image_size)
 
 
 def resize_planes(planes: np.ndarray, size: int) -> np.ndarray:

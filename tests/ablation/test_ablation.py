@@ -571,13 +571,13 @@ def test_a_forced_ablation_that_is_stopped_leaves_nothing_that_looks_finished(
 def test_settled_statistics_are_plain_averages_over_whole_slices():
     import torch
 
-    from pipeline.ablation.probes import settle
+    from pipeline.ablation.probes import settle_on
 
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(1, 3, 3)
     net = torch.nn.Sequential(layer, torch.nn.BatchNorm2d(3)).eval()
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
-    settle(net, images, torch.device("cpu"))
+    settle_on(net, images, torch.device("cpu"))
     from pipeline.learning.backbone import standardise
 
     values = (

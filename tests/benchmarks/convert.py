@@ -155,7 +155,9 @@ def speed(data: Path, rounds: int, slices: int = 320) -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     task = make_series(data, "1", slices)
     files = [Path(task.path) / f"{k}.dcm" for k in range(1, slices + 1)]
-    pictures = [dicom.picture(file.read_bytes(), CONFIG.max_pixels, False)[0] for file in files]
+    pictures = [
+        window.grey(dicom.picture(file.read_bytes(), CONFIG.max_pixels)[0]) for file in files
+    ]
     number = itertools.count()
 
     def new_folder() -> Path:

@@ -22,7 +22,7 @@ import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
 from helpers_stages import content, environment
 
-from pipeline.competition.tables import decode_series_files as read_listed
+from pipeline.competition.tables import read_series as read_listed
 from pipeline.run import layout
 from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import dicom
@@ -674,7 +674,7 @@ def test_a_child_keeps_its_memory():
         script = f"""
 import resource
 import numpy as np
-from pipeline.parallel import keep_memory
+from pipeline.system.contained import keep_memory
 {first}
 def use():
     return [np.ones(size, np.uint8) for size in (280_000, 140_000, 520_000, 260_000, 1_400_000)]

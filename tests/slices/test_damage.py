@@ -20,6 +20,7 @@ import polars as pl
 import pytest
 from benchmarks.damage import damaged as damaged_copy
 from helpers_dicom import dataset, pattern, to_bytes, write_series
+from helpers_processes import square_or_die
 from helpers_stages import content, run_stage
 
 from pipeline.run import layout
@@ -209,7 +210,7 @@ def test_what_a_dying_child_has_written_is_not_left_behind(tmp_path, monkeypatch
 
 def test_a_file_larger_than_any_picture_is_not_even_read(tmp_path, monkeypatch):
     folder = small_series(tmp_path)
-    monkeypatch.setattr(convert, "SPARE_BYTES", 10_000)
+    monkeypatch.setattr(dicom, "SPARE_BYTES", 10_000)
     with open(folder / "3.dcm", "ab") as handle:
         handle.write(bytes(1 << 20))
     slices, quarantined = decode_series_files(
@@ -304,9 +305,10 @@ def test_leaving_early_ends_the_child():
 @pytest.mark.slow
 def test_an_orphaned_child_does_not_live_on(tmp_path):
     code = (
-        "import os, sys, time\nfrom pipeline.parallel import contained\ndef work(item, careful):\n "
-        "   time.sleep(600 if item else 0.1)\n    return os.getpid()\nfor child in contained(work,"
-        " [0, 1], 600):\n    print(child, flush=True)\n    os.kill(os.getpid(), 9)\n"
+        "import os, sys, time\nfrom pipeline.system.contained import contained\n"
+        "def work(item, careful):\n    time.sleep(600 if item else 0.1)\n    return os.getpid()\n"
+        "for child in contained(work, [0, 1], 600):\n    print(child, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     child = int(done.stdout)
@@ -322,7 +324,7 @@ def test_workers_end_with_a_run_that_is_killed():
     end itself, so it once waited for ever.
     """
     code = (
-        "import os, time\nfrom pipeline.parallel import spread\ndef work(task):\n   "
+        "import os, time\nfrom pipeline.system.pool import spread\ndef work(task):\n   "
         " print(os.getpid(), flush=True)\n    time.sleep(task)\n    return bytes(10 ** 8)\nfor _ in"
         " spread(work, [0, 0.3, 0.3, 0.3], jobs=2):\n    os.kill(os.getpid(), 9)\n"
     )
@@ -337,18 +339,6 @@ def test_workers_end_with_a_run_that_is_killed():
             raise
     assert run.returncode == -signal.SIGKILL
     assert len(workers.split()) >= 2
-
-
-def square_or_die(task: tuple[str, int]) -> int:
-    """A task that kills its process: once, where `task` names a file that is not there yet, or
-    always.
-    """
-    mark, number = task
-    if mark == "always" or (mark and not Path(mark).exists()):
-        if mark != "always":
-            Path(mark).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number * number
 
 
 @pytest.mark.slow

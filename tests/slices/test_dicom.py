@@ -16,7 +16,6 @@ from pipeline.run.config import ConvertConfig
 from pipeline.slices import dicom, window
 from pipeline.slices import geometry as series
 from pipeline.slices.convert import decode_series_files
-from pipeline.slices.dicom import picture
 from pipeline.slices.dicom_header import Unreadable, read_header
 from pipeline.slices.sources import list_files
 
@@ -29,6 +28,12 @@ BUNDLED = sorted(
 )
 INTERCEPTS = (-1024, 0, -8192, -32768)
 FLIPS = {"": (1, 1), "x": (-1, 1), "y": (1, -1), "xy": (-1, -1)}
+
+
+def picture(data, max_pixels, careful=False):
+    """What one file becomes: the windowed picture, the header and the decoder's name."""
+    stored, header, decoder = dicom.picture(data, max_pixels, careful)
+    return window.grey(stored), header, decoder
 
 
 def reference(ds: pydicom.Dataset) -> np.ndarray:

@@ -18,6 +18,7 @@ from pipeline.slices.dicom_header import Unreadable
 from pipeline.slices.geometry import Placement, arrange, is_cut, is_transposed, orient
 from pipeline.slices.sources import Listing, fingerprints, list_files, plan
 from pipeline.slices.store import convert_all
+from pipeline.slices.window import grey
 from pipeline.system.contained import Failure
 from pipeline.system.errors import InputError
 from pipeline.volumes.store import build_all
@@ -486,12 +487,12 @@ def test_nifti_scale_factors_and_floats(tmp_path):
     write_nifti(tmp_path / "s.nii", hu, "RAS", slope=0.5, inter=-1024.0)
     write_nifti(tmp_path / "f.nii.gz", hu, "LPS", kind=np.float32)
     for name in ("s.nii", "f.nii.gz"):
-        image, position, orientation, spacing = nifti.nifti_slice(tmp_path / name, 2, 1 << 20)
+        pixels, position, orientation, spacing = nifti.nifti_slice(tmp_path / name, 2, 1 << 20)
         assert np.allclose(position, [-8.0, 4.0, 45.0])
         assert np.allclose(orientation, AXIAL)
         assert np.allclose(spacing, (0.7, 0.8))
         assert np.array_equal(
-            image, np.clip(np.rint((hu[2].astype(float) + 150) * 255 / 400), 0, 255)
+            grey(pixels), np.clip(np.rint((hu[2].astype(float) + 150) * 255 / 400), 0, 255)
         )
 
 

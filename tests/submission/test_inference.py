@@ -274,7 +274,7 @@ def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
 
 
 def test_any_fault_of_a_series_is_that_series_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode_ahead, "read_series", lambda *given: 1 / 0)
+    monkeypatch.setattr(decode_ahead, "decode_series_files", lambda *given: 1 / 0)
     config = load_config("smoke")
     found = decode_ahead.decode_series(
         SeriesTask("7", "3", "test", str(tmp_path)), tmp_path, config.convert, config.volume

@@ -248,8 +248,8 @@ GUARDS = (
     ),
     (
         "pipeline/slices/sources.py",
-        "for entry in [] if outside(folder) else entries:",
-        "for entry in entries:",
+        "[] if outside(folder) else entries",
+        "entries",
         HOSTILE + "hostile_files",
     ),
     (
