@@ -14,6 +14,7 @@ from pipeline.competition.targets import COLUMNS
 PAGE = ROOT / "docs" / "notebook.md"
 
 
+@pytest.mark.slow
 def test_the_notebooks_code_pretrains_trains_and_predicts(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     own = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
