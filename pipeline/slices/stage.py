@@ -9,19 +9,20 @@ from ..run.stage import Stage, stage_function
 def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
     """Convert the series of the table and the unlabelled ones that are new or changed."""
     from ..competition import tables
-    from . import sources
+    from . import presence, sources
 
     data = stage.image_data
     tasks = sources.plan(data, tables.read_series(data, "train"))
-    prints = sources.fingerprints(tasks, data)
+    found = sources.look_at(tasks, data)
+    presence.refuse_absent(tasks, found, data)
+    prints = [one.fingerprint for one in found]
     series = digest(
         [[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)]
     )
-    if stage.current(
-        {"series": series, "version": sources.VERSION},
-        ["convert"],
-        sources.is_whole(stage.folder, tasks),
-    ):
+    inputs = {"series": series, "version": sources.VERSION}
+    if not stage.options.force and not stage.made_from(inputs, ["convert"]):
+        presence.refuse_vanished(tasks, tasks, found, stage.folder / layout.INDEX, data)
+    if stage.current(inputs, ["convert"], sources.is_whole(stage.folder, tasks)):
         return
     from . import store as slice_store
 
@@ -35,4 +36,5 @@ def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
         scheduler,
         stage.options.force,
     )
+    presence.refuse_nothing_converted(tasks, counts["by_source"], counts["by_reason"], stage.folder)
     stage.finish(counts, outputs=[layout.INDEX, layout.QUARANTINE])

@@ -22,13 +22,13 @@ from isal import isal_zlib
 from ..run import layout
 from ..run.config import ConvertConfig, resolved
 from ..run.manifest import digest
-from ..system.console import log, progress, timed
+from ..system.console import log, printable, progress, timed
 from ..system.contained import Failure
 from ..system.errors import InputError
 from ..system.files import atomic_folder, atomic_path, remove_folder, remove_temporaries, write_text
 from ..system.pool import KILLED, spread
 from .convert import Picture, SliceImage, arranged, pictures
-from .sources import VERSION, SeriesTask, list_files, printable, series_folders
+from .sources import VERSION, SeriesTask, list_files, series_folders
 
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
 COLUMNS = {

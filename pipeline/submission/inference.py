@@ -219,11 +219,13 @@ def fill_submission(
         write_text(path.with_name(layout.FALLBACKS), table.write_csv())
     for patient, series, reason in filling.problems[:20]:
         log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
-    if filling.failed and not filling.answered:
-        log(
-            f"warning: the model failed on every one of the {filling.failed} series it was given:"
-            " the submission is the prior alone"
+    if not filling.answered:
+        why = (
+            f"the model failed on every one of the {filling.failed} series it was given"
+            if filling.failed
+            else f"none of the {len(listed)} test series could be predicted"
         )
+        log(f"warning: {why}: the submission is the prior alone")
     seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
     return {
