@@ -11,6 +11,7 @@ from .competition.strict_table import KEY, ROW
 from .competition.targets import COLUMNS
 from .run import layout
 from .run.stage import Stage, stage_function
+from .system.console import say
 from .system.errors import InputError
 from .system.files import atomic_path
 
@@ -168,5 +169,5 @@ def make_folds(stage: Stage) -> None:
     with atomic_path(stage.folder / layout.FOLD_TABLE) as path:
         table.write_csv(path)
     counts = class_counts(read_folds(stage.folder / layout.FOLD_TABLE, labels), labels, series)
-    print(format_counts(counts), flush=True)
+    say(format_counts(counts))
     stage.finish({"patients": table.height, "folds": counts.to_dicts()}, [layout.FOLD_TABLE])

@@ -32,6 +32,7 @@ from ..run.config import Config
 from ..run.stage import Stage
 from ..system.console import log
 from ..system.files import atomic_path, write_text
+from ..system.frames import read_frame
 from ..system.machine import pick_device, seed_everything
 from ..volumes.sampling import slice_positions, take_slices
 from .grid import Cell, backbone_part, pretrainings
@@ -67,7 +68,7 @@ def read_slices(stage: Stage) -> Slices:
     )
     folds = dict(read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE).iter_rows())
     index = (
-        pl.read_parquet(folder / layout.INDEX)
+        read_frame(folder / layout.INDEX)
         .filter(pl.col("source") == "train")
         .sort("patient_id", "series_id")
     )
@@ -117,7 +118,8 @@ def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], lis
     for name, column in (("image_level_labels.csv", "injury_name"), (ORGANS, "organ")):
         if (data / name).is_file():
             table = pl.read_csv(
-                data / name, schema_overrides={"patient_id": pl.String, "series_id": pl.String}
+                (data / name).read_bytes(),
+                schema_overrides={"patient_id": pl.String, "series_id": pl.String},
             )
             frames.append(
                 table.select(

@@ -12,6 +12,7 @@ from ..run.manifest import finished
 from ..run.stage import Stage
 from ..system.console import progress
 from ..system.files import write_json, write_text
+from ..system.frames import read_frame
 from .grid import Cell, backbone_part
 from .statistics import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
 
@@ -30,7 +31,7 @@ def read_cells(
     with threadpool_limits(1):
         for cell in progress(cells, len(cells), "calibration", "cells"):
             frames = nested(
-                {"cell": pl.read_parquet(stage.folder / cell.name / layout.OOF)},
+                {"cell": read_frame(stage.folder / cell.name / layout.OOF)},
                 labels,
                 folds,
                 stage.config.score,

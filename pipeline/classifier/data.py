@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..competition.targets import COLUMNS
 from ..run import layout
 from ..run.config import TrainConfig
+from ..system.frames import read_frame
 from ..volumes.sampling import bins, slice_positions, take_slices
 from .augment import VolumeAugment
 
@@ -65,7 +66,7 @@ def labelled_series(
     A series of an injured patient without any slice label of that injury says nothing about its
     slices: not `known`.
     """
-    index = pl.read_parquet(folder / layout.INDEX).filter(pl.col("source") == "train")
+    index = read_frame(folder / layout.INDEX).filter(pl.col("source") == "train")
     # a resumed run must find the same order
     index = index.join(labels, on="patient_id", how="inner", maintain_order="left")
     marks: dict[tuple[str, str], list[tuple[int, int]]] = {}

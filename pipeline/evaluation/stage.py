@@ -7,6 +7,7 @@ from pathlib import Path
 from ..run import layout
 from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
+from ..system.console import say
 from ..system.errors import InputError
 from ..system.files import atomic_path, write_json
 
@@ -41,10 +42,7 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
     if stage.current(gather(stage, given), ["seed", "score"]):
         from .scoring import summary
 
-        print(
-            summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))),
-            flush=True,
-        )
+        say(summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))))
         return
     from ..competition import tables
     from ..competition.targets import COLUMNS
@@ -75,5 +73,5 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
     figures.precision_recall(truth, nested, stage.folder / PICTURES[0])
     figures.reliability_curves(truth, raw, nested, stage.folder / PICTURES[1])
     figures.confusion_tables(truth, nested, stage.folder / PICTURES[2])
-    print(scoring.summary(outcome.scores), flush=True)
+    say(scoring.summary(outcome.scores))
     stage.finish(outcome.scores["counts"], [*TABLES, *PICTURES])

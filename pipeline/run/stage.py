@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..system.console import log
+from ..system.console import log, printable
 from ..system.errors import InputError
 from ..system.files import disk_errors, remove_temporaries, write_json
 from ..system.machine import cpu_count, device_used, peak_mb, world_size
@@ -37,6 +37,15 @@ class Options:
     command: str = ""  # flags of the command line that repeats the run, for the report
 
 
+def _in_utf8(folder: Path, flag: str) -> Path:
+    """The folder itself; InputError where its name is not UTF-8, which polars, OpenCV and dicomsdl
+    cannot open.
+    """
+    if (shown := printable(str(folder))) != str(folder):
+        raise InputError("the path is not UTF-8", f"{flag} {shown}", "rename it or choose another")
+    return folder
+
+
 class Stage:
     """One run of one stage: resolved options, its folder under `--out`, and its manifest.
 
@@ -48,6 +57,7 @@ class Stage:
         self.name, self.config, self.options = name, config, options
         self.out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
         self.folder = self.out / name
+        _in_utf8(self.out, "--out")
         self.jobs = options.jobs or cpu_count()
         self.device_name = options.device
         self.rank = int(os.environ.get("RANK", 0))
@@ -85,7 +95,7 @@ class Stage:
             raise InputError(
                 "no such data folder", str(folder), "give --data the folder that holds train.csv"
             )
-        return folder
+        return _in_utf8(folder, "--data")
 
     @property
     def image_data(self) -> Path:

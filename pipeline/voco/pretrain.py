@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 
 from ..learning import optimise
@@ -21,6 +20,7 @@ from ..learning.log import Record, open_log, read_log
 from ..run import layout
 from ..run.config import Config
 from ..system.console import log, progress
+from ..system.frames import read_frame
 from ..system.machine import seed_everything
 from .data import VocoSamples, batches, choose_volumes
 from .step import State, start, train_step
@@ -86,7 +86,7 @@ def pretrain(
     """
     options = config.pretrain
     world.check_divides(options.batch, "pretrain.batch")
-    training, held = choose_volumes(pl.read_parquet(volumes / layout.INDEX), options, config.seed)
+    training, held = choose_volumes(read_frame(volumes / layout.INDEX), options, config.seed)
     run = start(config, world, volumes)
     if not fresh:
         resume(run, folder)
