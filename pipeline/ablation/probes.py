@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from ..classifier.data import SLICE_NAMES, SLICE_TARGETS
-from ..competition.tables import read_labels
 from ..folds import read_folds
 from ..learning.backbone import (
     create_backbone,
@@ -64,7 +63,7 @@ def read_slices(stage: Stage) -> Slices:
     folder, config, labels = (
         stage.upstream(layout.VOLUMES),
         stage.config.train,
-        read_labels(stage.data),
+        stage.labels(),
     )
     folds = dict(read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE).iter_rows())
     index = (

@@ -5,7 +5,6 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from ..competition.metric import score_arrays
-from ..competition.tables import read_labels
 from ..competition.targets import COLUMNS, SCORE_KEYS
 from ..run import layout
 from ..run.manifest import finished
@@ -26,7 +25,7 @@ def read_cells(
     from ..evaluation.scoring import nested
     from ..folds import read_folds
 
-    labels = read_labels(stage.data)
+    labels = stage.labels()
     folds, found = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels), {}
     with threadpool_limits(1):
         for cell in progress(cells, len(cells), "calibration", "cells"):

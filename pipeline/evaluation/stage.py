@@ -19,7 +19,8 @@ def gather(stage: Stage, oof: Sequence[Path]) -> dict[str, object]:
     """Fingerprint of what is scored."""
     labels = stage.data / "train.csv"
     if not oof:
-        return stage.inputs(layout.VOLUMES, layout.FOLDS, layout.CLASSIFIERS, files=[labels])
+        made = stage.inputs(layout.VOLUMES, layout.FOLDS, layout.CLASSIFIERS, files=[labels])
+        return made | stage.limit
     for path in oof:
         if not path.is_file():
             raise InputError(
@@ -29,6 +30,7 @@ def gather(stage: Stage, oof: Sequence[Path]) -> dict[str, object]:
             )
     return {
         **stage.inputs(files=[labels]),
+        **stage.limit,
         "oof": [[path.name, digest(path)] for path in oof],
     }
 
@@ -44,11 +46,10 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
 
         say(summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))))
         return
-    from ..competition import tables
     from ..competition.targets import COLUMNS
     from . import figures, scoring
 
-    labels = tables.read_labels(stage.data)
+    labels = stage.labels()
     if given:
         series = scoring.read_oof(given, labels)
         folds = scoring.nested_folds(series, labels, stage.config)

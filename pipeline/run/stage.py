@@ -19,6 +19,8 @@ from .locks import holders, try_lock
 from .manifest import ROOT, SCHEMA, broken_outputs, digest, git_commit, read_manifest, versions
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from .config import Config
 
 T = TypeVar("T")
@@ -107,6 +109,32 @@ class Stage:
             if self.real_data or not self.config.phantom
             else self.upstream(layout.PHANTOM, lambda file: True)
         )
+
+    @property
+    def limit(self) -> dict[str, int]:
+        """`data.limit` where there is one: of a stage that reads the tables, part of its inputs."""
+        return {"limit": self.config.data.limit} if self.config.data.limit else {}
+
+    def labels(self) -> "pl.DataFrame":
+        """`train.csv`, of the patients that `data.limit` leaves."""
+        from ..competition import tables
+
+        return self._limited(tables.read_labels(self.data))
+
+    def series(self) -> "pl.DataFrame":
+        """`train_series_meta.csv`, of the same patients."""
+        from ..competition import tables
+
+        return self._limited(tables.read_series(self.data, "train"))
+
+    def _limited(self, frame: "pl.DataFrame") -> "pl.DataFrame":
+        if not self.limit:
+            return frame
+        from ..competition import subset, tables
+
+        labels, series = tables.read_labels(self.data), tables.read_series(self.data, "train")
+        kept = subset.first_patients(labels, series, self.config.data.limit)
+        return frame.filter(frame["patient_id"].is_in(list(kept)))
 
     def part(self, name: str) -> "Stage":
         """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one

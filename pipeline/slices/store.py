@@ -216,14 +216,15 @@ def convert_all(
     jobs: int = 1,
     scheduler: str | None = None,
     force: bool = False,
+    tidy: bool = True,
 ) -> dict[str, Any]:
-    """Convert the series that are new or changed, remove those that are gone, write index and
-    quarantine; returns the counts.
+    """Convert the series that are new or changed, remove those that are gone (with `tidy`), write
+    index and quarantine; returns the counts.
     """
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target, depth=1)
     names = {task.name for task in tasks}
-    for path in series_folders(target):
+    for path in series_folders(target) if tidy else ():
         if os.path.relpath(path, target) not in names:
             log(f"{path}: listed no more, removed")
             remove_folder(Path(path))

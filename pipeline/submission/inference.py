@@ -120,15 +120,18 @@ class Filling:
         self.answered = self.failed = 0
         self.late = 0  # patients with series that were not reached
 
-    def note_tables(self, tasks: Sequence[SeriesTask]) -> None:
-        """Report patients that only one of the two test tables names."""
+    def note_tables(self, tasks: Sequence[SeriesTask], limit: int = 0) -> None:
+        """Report patients that only one of the two test tables names, or that are past the
+        `limit`.
+        """
+        within = f" within data.limit={limit}" if limit else ""
         strangers = sorted({task.patient_id for task in tasks} - self.writer.rows.keys())
         self.problems += [
             (patient, "", "not in sample_submission.csv: not predicted") for patient in strangers
         ]
         absent = [patient for patient in self.writer.rows if patient not in self.missing]
         self.problems += [
-            (patient, "", "no series in test_series_meta.csv: prior") for patient in absent
+            (patient, "", f"no series in test_series_meta.csv{within}: prior") for patient in absent
         ]
 
     def take(self, item: Decoded) -> bool:
@@ -200,7 +203,7 @@ def fill_submission(
     options, ready = config.predict, time.monotonic()
     listed = [task for task in tasks if task.patient_id in writer.rows]
     filling, over = Filling(listed, writer, ensemble, options.flips), "stopped early"
-    filling.note_tables(tasks)
+    filling.note_tables(tasks, config.data.limit)
     try:
         _predict_until(
             filling,

@@ -23,7 +23,12 @@ def predict_test(stage: Stage) -> None:
     from ..slices.sources import look_at, test_tasks
 
     data = stage.image_data
-    tasks = test_tasks(data, read_series(data, "test"))
+    listed = read_series(data, "test")
+    if stage.limit:
+        patients = sorted(set(listed["patient_id"]))[: stage.config.data.limit]
+        listed = listed.filter(listed["patient_id"].is_in(patients))
+        log(f"data.limit: {len(patients)} test patients are predicted, others keep the prior")
+    tasks = test_tasks(data, listed)
     inputs = stage.inputs(
         layout.CLASSIFIERS,
         layout.SCORES,

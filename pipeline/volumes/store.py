@@ -165,8 +165,10 @@ def build_all(
     jobs: int,
     scheduler: str | None = None,
     force: bool = False,
+    tidy: bool = True,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Build every series of `source`'s slice index into `target`, here or on a Dask cluster.
+    """Build every series of `source`'s slice index into `target`, here or on a Dask cluster; with
+    `tidy` the volumes of other series go.
 
     Returns the manifest's counts and the digest of every volume by file name.
     """
@@ -197,7 +199,8 @@ def build_all(
     table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
     with atomic_path(target / layout.INDEX) as temporary:
         table.write_parquet(temporary)
-    _remove_orphans(target, set(table["path"]))
+    if tidy:
+        _remove_orphans(target, set(table["path"]))
     counts = {
         "series": len(groups),
         "volumes": len(table),

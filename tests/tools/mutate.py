@@ -216,10 +216,28 @@ GUARDS = (
         "submission/test_inference.py::test_what_overflows",
     ),
     (
-        "pipeline/learning/interrupt.py",
+        "pipeline/learning/loaders.py",
         'if "DataLoader worker" not in str(fault):',
         "if True:",
         STATE + "a_killed_loader",
+    ),
+    (
+        "pipeline/learning/loaders.py",
+        "    queue._on_queue_feeder_error = hook  # type: ignore[attr-defined]\n",
+        "",
+        "learning/test_loaders.py::test_a_loader_that_fails",
+    ),
+    (
+        "pipeline/learning/loaders.py",
+        "                waiting()\n",
+        "",
+        "learning/test_loaders.py::test_a_stop",
+    ),
+    (
+        "pipeline/run/room.py",
+        "            wanted = min(wanted, number)\n",
+        "",
+        "run/test_room.py::test_loaders",
     ),
     (
         "pipeline/learning/optimise.py",
