@@ -17,6 +17,7 @@ stop() { # a signal to this script alone reaches the stage too
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
+"$PYTHON" -m pipeline.preflight "$@" || exit $?
 for stage in "$root"/stages/0[0-8]_*.py; do
     "$PYTHON" "$stage" "$@" &
     child=$!

@@ -2,7 +2,7 @@
 its slices.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def series_batches(
     device: torch.device,
     waiting: Callable[[], object] = lambda: None,
     sharing: int = 1,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Generator[dict[str, torch.Tensor], None, None]:
     """Batches of `dataset` by the keys of `plan`, for one of `sharing` processes that train at
     once; `waiting` is called while one is waited for.
     """

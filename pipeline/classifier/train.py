@@ -1,10 +1,11 @@
 """Stage 05's loop: one CNN-LSTM a fold, resumable, with out-of-fold predictions at series level."""
 
+import contextlib
 import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ class FoldTrainer:
         self.dataset = SeriesDataset(
             data.train, self.options, config.seed + data.fold, augment=True
         )
-        self._stream: Iterator[dict[str, Tensor]] | None = None
+        self._stream: Generator[dict[str, Tensor], None, None] | None = None
+        self._closing = contextlib.ExitStack()
         self.history: list[dict[str, Any]] = []
         self.best: float = float("inf")
         self.epoch = 0
@@ -122,7 +124,12 @@ class FoldTrainer:
         had not stopped.
         """
         self.resume()
-        with self.stop, loading(), open_log(self.folder, self.history, "epoch") as write:
+        with (
+            self.stop,
+            loading(),
+            contextlib.ExitStack() as self._closing,
+            open_log(self.folder, self.history, "epoch") as write,
+        ):
             while self.epoch < self.options.epochs and not self._out_of_patience():
                 row = self.train_epoch() | self.validate()
                 self.epoch += 1
@@ -134,7 +141,7 @@ class FoldTrainer:
                     f" {row['loss']:.4f}, held-out score {row['score']:.4f},"
                     f" {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %"
                 )
-        self._stream = None  # ends its workers
+        self._stream = None
         if self.options.patience:
             self._load_best()
             log(
@@ -207,6 +214,7 @@ class FoldTrainer:
             self._stream = series_batches(
                 self.dataset, plan[done:], self.device, self._leave_if_asked, self._sharing()
             )
+            self._closing.callback(self._stream.close)  # ends its processes
         left = -(-len(self.dataset) // self.options.batch) - done
         while left > 0:
             yield list(itertools.islice(self._stream, min(self.options.accumulate, left)))

@@ -14,6 +14,7 @@ from ..system.errors import InputError
 from .fast_layers import speed_up
 from .weights import load_weights, match, read_weights, save_weights
 
+REACH_S = 10.0  # for an answer of timm's hub
 N = TypeVar("N", bound=nn.Module)
 # of ImageNet, mean over R, G and B: what pretrained stems summed over RGB expect
 GREY_MEAN, GREY_STD = 0.449, 0.226
@@ -57,6 +58,42 @@ def create_backbone(name: str, init: str = "scratch", weights: str | None = None
     return speed_up(backbone)
 
 
+def check_weights(name: str, weights: str | None) -> None:
+    """Is what `init="imagenet"` asks for within reach: the file, timm's cache, or its hub?
+
+    Raises:
+        InputError: it is not.
+    """
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise InputError("no such weights", f"model.weights={weights}", "give the file's path")
+        return
+    import timm
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    known = timm.get_pretrained_cfg(name)
+    hub, url = getattr(known, "hf_hub_id", None), getattr(known, "url", None)
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / str(url).rpartition("/")[2]
+    files = ("model.safetensors", "pytorch_model.bin")
+    if (url and kept.is_file()) or (
+        hub and any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
+    ):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(str(hub), files[0]), timeout=REACH_S)
+    except Exception as fault:  # the hub client raises many kinds; the cause stays chained
+        raise _out_of_reach(name, fault) from fault
+
+
+def _out_of_reach(name: str, fault: Exception) -> InputError:
+    reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+    return InputError(
+        f"ImageNet weights of {name} are out of reach ({reason})",
+        "init=imagenet",
+        "give a local file as model.weights=FILE, or choose init=scratch",
+    )
+
+
 def _build(name: str, pretrained: bool) -> nn.Module:
     import timm
 
@@ -79,12 +116,7 @@ def _build(name: str, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **options, **extra).train()
     except Exception as fault:  # the hub client raises many kinds; the cause stays chained
-        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise InputError(
-            f"ImageNet weights of {name} are out of reach ({reason})",
-            "init=imagenet",
-            "give a local file as model.weights=FILE, or choose init=scratch",
-        ) from fault
+        raise _out_of_reach(name, fault) from fault
 
 
 def _imagenet_state(backbone: nn.Module, path: str) -> dict[str, torch.Tensor]:

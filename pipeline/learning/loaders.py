@@ -8,7 +8,7 @@ import multiprocessing.queues
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from torch.utils import data
@@ -16,9 +16,9 @@ from torch.utils import data
 from ..run.room import AHEAD, LOADER_KEYS
 from ..system.errors import TrainingStopped
 
-LOOK_S = 1.0  # a stop that comes while a batch is waited for is answered this soon
+LOOK_S = 0.5  # a stop that comes while a batch is waited for is answered this soon
 LIMIT_S = 900.0  # for one batch; a shared file system may stall for minutes
-JOIN_S = 0.5  # for processes that are left behind
+JOIN_S = 0.2  # for processes that are left behind
 # shared with the processes that load: set by one whose batch found no room
 NO_ROOM = mmap.mmap(-1, 1)
 
@@ -63,7 +63,9 @@ def make_loader(dataset: data.Dataset, workers: int, pinned: bool, **plan: Any) 
     )
 
 
-def batches_of(loader: data.DataLoader, waiting: Callable[[], object]) -> Iterator[Any]:
+def batches_of(
+    loader: data.DataLoader, waiting: Callable[[], object]
+) -> Generator[Any, None, None]:
     """The batches of `loader`; while one is waited for, `waiting` is called every `LOOK_S`, and may
     raise.
 
@@ -112,9 +114,11 @@ def loading() -> Iterator[None]:
     try:
         yield
     except RuntimeError as fault:
-        if "DataLoader worker" not in str(fault):
+        text = str(fault)
+        no_room = NO_ROOM[0] or "shared memory" in text  # torch's word for a bus error too
+        if "DataLoader worker" not in text or ("(pid" not in text and not no_room):
             raise
-        if NO_ROOM[0]:
+        if no_room:
             raise TrainingStopped(
                 "a process that loads data found no room in /dev/shm; the last checkpoint is kept:"
                 " give the container more (docker run --shm-size=2g) or set fewer"

@@ -1,8 +1,12 @@
 """What a run needs of the machine and what is there, asked before the first write."""
 
+import shutil
+from pathlib import Path
+
 from ..system.console import log
+from ..system.errors import InputError
 from ..system.machine import Room
-from .config import TrainConfig, VocoConfig
+from .config import TrainConfig, VocoConfig, VolumeConfig
 
 AHEAD = 4  # batches that each process that loads works ahead
 LOADER_KEYS = "pretrain.workers, train.workers"
@@ -61,3 +65,55 @@ def _warn(key: str, name: str, wanted: str, number: int, free: int, need: int) -
             f"warning: {name} has {free / MB:.0f} MB free, too little for {wanted} processes that"
             f" load data ({need / MB:.0f} MB): {number} are used; {more} ({key})"
         )
+
+
+def require(
+    folder: Path, name: str, disk: int = 0, memory: int = 0, way_out: str = "choose another --out"
+) -> None:
+    """Say what a stage needs and what there is: bytes of disk below `folder`, and of memory.
+
+    Raises:
+        InputError: there is less.
+    """
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    there = {"disk": shutil.disk_usage(parent).free, "memory": Room.here().memory}
+    needed = {"disk": disk, "memory": memory}
+    parts = []
+    for what, free in there.items():
+        if free is None or not needed[what]:
+            continue
+        parts.append(f"{size(needed[what])} of {what} ({size(free)} free)")
+        if needed[what] > free:
+            remedy = f"make room or {way_out}" if what == "disk" else "set fewer --jobs"
+            raise InputError(
+                f"{name} needs about {size(needed[what])} of {what}, {size(free)} are free",
+                str(parent),
+                f"{remedy}, or try data.limit=10 first",
+            )
+    if parts:
+        log(f"{name}: needs about {' and '.join(parts)}")
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / MB:.1f} MB"
+
+
+def convert_memory(jobs: int) -> int:
+    """Of stage 01: its index, and a process with its child each (measured on 512 x 512 slices)."""
+    return (300 + 190 * max(1, jobs)) * MB
+
+
+def volume_memory(options: VolumeConfig, jobs: int) -> int:
+    """Of stage 02: float32 planes of 512 x 512 in each process, once as they are and once cut."""
+    return (250 + jobs * 150) * MB + 2 * jobs * options.depth * 512 * 512 * 4
+
+
+def checkpoint_bytes(parameters: int, options: VocoConfig) -> int:
+    """Of stage 04's checkpoints, one being written: student, teacher and AdamW's moments."""
+    return (options.keep + 2) * (4 + options.amsgrad) * 4 * parameters
+
+
+def volume_bytes(options: VolumeConfig, volumes: int) -> int:
+    """Of so many volumes on disk, with what describes them."""
+    return volumes * (options.depth * options.height * options.width + 4096)

@@ -1,33 +1,37 @@
 """Stage 01: DICOM and NIfTI series to PNG slices."""
 
-from ..run import layout
+from ..run import layout, room
 from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
 from ..system.console import log
-from .sources import SeriesTask
+from .sources import SeriesTask, plan
 
 
-def limited(stage: Stage, planned: list[SeriesTask]) -> list[SeriesTask]:
-    """The series of the patients that `data.limit` leaves: the first of the unlabelled ones."""
+def tasks_of(stage: Stage) -> tuple[list[SeriesTask], list[SeriesTask]]:
+    """All series of the data set, and those of the patients that `data.limit` leaves: of the
+    unlabelled ones the first.
+    """
+    from ..competition import tables
+
+    data = stage.data
+    planned = plan(data, tables.read_series(data, "train"))
     if not stage.limit:
-        return planned
+        return planned, planned
     others = [task.patient_id for task in planned if task.source != "train"]
     kept = {*list(dict.fromkeys(others))[: stage.config.data.limit]}
     kept |= set(stage.series()["patient_id"])
     tasks = [task for task in planned if task.patient_id in kept]
     log(f"data.limit={stage.config.data.limit}: {len(tasks)} of {len(planned)} series are used")
-    return tasks
+    return planned, tasks
 
 
 @stage_function(layout.SLICES)
 def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
     """Convert the series of the table and the unlabelled ones that are new or changed."""
-    from ..competition import tables
     from . import presence, sources
 
     data = stage.image_data
-    planned = sources.plan(data, tables.read_series(data, "train"))
-    tasks = limited(stage, planned)
+    planned, tasks = tasks_of(stage)
     found = sources.look_at(tasks, data)
     presence.refuse_absent(tasks, found, data)
     prints = [one.fingerprint for one in found]
@@ -40,6 +44,16 @@ def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
     if stage.current(inputs, ["convert"], sources.is_whole(stage.folder, tasks)):
         return
     from . import store as slice_store
+    from .preview import sizes
+
+    missing = [k for k, task in enumerate(tasks) if not (stage.folder / task.name).is_dir()]
+    wanted = [[part[k] for k in missing] for part in (tasks, found)]
+    room.require(
+        stage.folder,
+        stage.name,
+        sizes(*wanted, data, stage.config.convert).png_bytes if missing else 0,
+        room.convert_memory(stage.jobs),
+    )
 
     counts = slice_store.convert_all(
         tasks,

@@ -3,7 +3,7 @@ nothing is to be restored.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def batches(
     steps: int,
     pinned: bool,
     waiting: Callable[[], object] = lambda: None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of steps start..steps-1, made ahead by processes in pinned memory (none: made when
     asked for); `waiting` is called while one is waited for.
     """

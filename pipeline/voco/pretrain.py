@@ -20,6 +20,7 @@ from ..learning.loaders import loading
 from ..learning.log import Record, open_log, read_log
 from ..run import layout
 from ..run.config import Config
+from ..run.room import checkpoint_bytes, require
 from ..system.console import log, progress
 from ..system.frames import read_frame
 from ..system.machine import seed_everything
@@ -95,9 +96,20 @@ def pretrain(
     evaluation = VocoSamples(volumes, held, options, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     world.agree(run.step, "the step of last.ckpt", f"{folder} must be one folder for all")
+    if world.main:
+        parameters = sum(one.numel() for one in run.method.student.parameters())
+        known = sum(path.stat().st_size for path in folder.glob("*.ckpt"))
+        need = max(0, checkpoint_bytes(parameters, options) - known)
+        require(folder, folder.name, need, way_out="lower pretrain.keep")
     if world.main and run.step == 0:
         _set_aside(folder, keep=not fresh)
-    with StopSignal(world.size > 1) as stop, loading(), peers(), _log(folder, run) as write:
+    with (
+        StopSignal(world.size > 1) as stop,
+        loading(),
+        peers(),
+        contextlib.ExitStack() as closing,
+        _log(folder, run) as write,
+    ):
         began_at = run.step
 
         def waiting() -> None:
@@ -109,6 +121,7 @@ def pretrain(
 
         pinned = world.device.type == "cuda"
         stream = batches(samples, run.step, options.steps, pinned, waiting)
+        closing.callback(stream.close)  # ends its processes
         steps = range(run.step, options.steps)
         for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:
             began = time.perf_counter()

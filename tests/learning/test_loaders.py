@@ -81,6 +81,14 @@ def test_the_death_of_a_loader_is_told_as_such():
         raise RuntimeError("other")
 
 
+def test_an_error_of_our_own_in_a_loader_is_no_death():
+    def wrong() -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"), loading():
+        list(stream(wrong))
+
+
 @pytest.mark.slow
 def test_what_never_comes_is_not_waited_for_without_limit(monkeypatch):
     monkeypatch.setattr(loaders, "LIMIT_S", 1.5)
@@ -133,7 +141,7 @@ small_shm = pytest.mark.skipif(not may_mount(), reason="may not mount a /dev/shm
 
 def stage_04(out, size: str, *overrides: str, **more: str) -> subprocess.Popen:
     script = str(ROOT / "stages" / "04_pretrain_voco2d.py")
-    flags = ("--config", "smoke", "--out", str(out), "--jobs", "1", "--device", "cpu", "--force")
+    flags = ("--config", "smoke", "--out", str(out), "--jobs", "2", "--device", "cpu", "--force")
     return in_small_shm(size, sys.executable, script, *flags, *overrides, **more)
 
 

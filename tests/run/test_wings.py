@@ -25,6 +25,7 @@ ORDER = (
     "ablation",
     "report",  # stages 04 to 09
     "metric",  # the command line of the score
+    "preflight",  # what run_all.sh asks first
 )
 LIGHT = (
     "system",
@@ -36,6 +37,7 @@ LIGHT = (
     "folds",
     "evaluation",
     "metric",
+    "preflight",
 )
 MODULES = sorted(
     path.relative_to(PIPELINE) for path in PIPELINE.rglob("*.py") if path.name != "__init__.py"

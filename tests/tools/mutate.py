@@ -217,7 +217,7 @@ GUARDS = (
     ),
     (
         "pipeline/learning/loaders.py",
-        'if "DataLoader worker" not in str(fault):',
+        'if "DataLoader worker" not in text or ("(pid" not in text and not no_room):',
         "if True:",
         STATE + "a_killed_loader",
     ),

@@ -1,0 +1,86 @@
+"""What a whole run needs and what is there, before its first stage: `run_all.sh` calls it.
+
+`python -m pipeline.preflight [flags of the stages]`: disk, memory and ImageNet weights. Exit code 2
+and one line where something is too little. Nothing is written.
+"""
+
+import sys
+
+from .run import layout, room
+from .run.command import parser
+from .run.config import Config
+from .run.manifest import read_manifest
+from .run.presets import load_config
+from .run.stage import Options, Stage
+from .system.console import say, show_log
+from .system.errors import InputError
+
+
+def check(stage: Stage) -> None:
+    """Look ahead from stage 01 to the end of pretraining; what is finished needs nothing.
+
+    Raises:
+        InputError: too little disk or memory, or weights out of reach.
+    """
+    config = stage.config
+    if all(read_manifest(stage.out / name) for name in (layout.VOLUMES, layout.VOCO)):
+        return
+    disk = _images(stage) if stage.real_data else 0
+    memory = max(room.convert_memory(stage.jobs), room.volume_memory(config.volume, stage.jobs))
+    if "imagenet" in (config.pretrain.init, config.train.init):
+        from .learning.backbone import check_weights
+
+        check_weights(config.model.backbone, config.model.weights)
+    if stage.real_data and read_manifest(stage.out / layout.VOCO) is None:
+        disk += _checkpoints(config)
+    room.require(stage.out, "this run", disk, memory)
+
+
+def _images(stage: Stage) -> int:
+    """Bytes of the slices and volumes that are still to be made."""
+    from .slices.presence import refuse_absent
+    from .slices.preview import sizes
+    from .slices.sources import look_at
+    from .slices.stage import tasks_of
+
+    _, tasks = tasks_of(stage)
+    found = look_at(tasks, stage.data)
+    refuse_absent(tasks, found, stage.data)
+    missing = [k for k, one in enumerate(tasks) if not (stage.folder / one.name).is_dir()]
+    parts = [[part[k] for k in missing] for part in (tasks, found)]
+    slices = sizes(*parts, stage.data, stage.config.convert).png_bytes if missing else 0
+    volumes = [
+        stage.out / layout.VOLUMES / f"{one.patient_id}_{one.series_id}.npy" for one in tasks
+    ]
+    return slices + room.volume_bytes(
+        stage.config.volume, sum(not path.is_file() for path in volumes)
+    )
+
+
+def _checkpoints(config: Config) -> int:
+    """Bytes of the checkpoints of the pretraining."""
+    from .learning.backbone import create_backbone, feature_shape
+
+    options = config.pretrain
+    backbone = create_backbone(config.model.backbone)
+    C, h, w = feature_shape(backbone, options.image_size // options.grid)
+    parameters = sum(one.numel() for one in backbone.parameters())
+    parameters += options.width * (C * h * w + 2 * options.width)
+    return room.checkpoint_bytes(parameters, options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    given = vars(parser("run_all", __doc__ or "").parse_intermixed_args(arguments))
+    show_log()
+    try:
+        config = load_config(given.pop("config"), given.pop("overrides"))
+        check(Stage(layout.SLICES, config, Options(**given)))
+    except InputError as fault:
+        say(f"error: {fault}", sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

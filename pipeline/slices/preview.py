@@ -1,0 +1,86 @@
+"""How large the slices of a data set become as PNG: a sample is converted, nothing is written."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..run.config import ConvertConfig
+from ..system.contained import Failure
+from .convert import pictures
+from .readers import reader_of
+from .sources import Found, Listing, SeriesTask, list_files
+from .store import encode_png
+
+SERIES, VOLUMES = 24, 6  # of the sample: folders of slices, and files that are a series
+FILES = 4  # of each series
+HASTE_S = 5.0  # for a file of the sample
+BLOCK = 4096  # bytes of a file system's block
+ROW_BYTES = 250  # of a slice in sidecar and index
+
+
+class Sizes(NamedTuple):
+    """Slices, their bytes on disk as PNG, and those of the largest series in memory."""
+
+    slices: int
+    png_bytes: int
+    largest: int
+
+
+def _sample(number: int) -> list[int]:
+    """Places of a few evenly chosen ones of `number`, the middles of equal parts."""
+    count = min(number, FILES)
+    return [int((k + 0.5) * number / count) for k in range(count)]
+
+
+def _measure(task: SeriesTask, data: Path, config: ConvertConfig) -> tuple[float, float, int]:
+    """Mean bytes of a slice as PNG and in memory, and how many slices there are; 0 of none."""
+    listing = list_files(task.path, data)
+    reader = reader_of(listing.files[0])
+    if reader and reader.volume:
+        kept = partial(pictures, listing, config)
+    else:
+        files = [listing.files[k] for k in _sample(len(listing.files))]
+        kept = partial(pictures, Listing(files, [], 0, ""), config)
+    images = [one.image for _, one in kept() if not isinstance(one, Failure)]
+    images = [image for image in images if image is not None]
+    if not images:
+        return 0.0, 0.0, 0
+    count = len(images) if reader and reader.volume else len(listing.files)
+    chosen = [images[k] for k in _sample(len(images))]
+    png = np.mean([-(-len(encode_png(image)) // BLOCK) * BLOCK for image in chosen])
+    return float(png) + ROW_BYTES, float(np.mean([image.size for image in chosen])), count
+
+
+def sizes(
+    tasks: Sequence[SeriesTask], found: Sequence[Found], data: Path, config: ConvertConfig
+) -> Sizes:
+    """An estimate from evenly chosen series of those that have files; of volumes in one file, whose
+    slices are not known, the mean is taken of how many they have.
+    """
+    there = [(task, one) for task, one in zip(tasks, found, strict=True) if one.files]
+    total, png, largest = 0, 0.0, 0.0
+    hasty = config.model_copy(update={"timeout_s": min(config.timeout_s, HASTE_S)})
+    for volume in (False, True):
+        part = [pair for pair in there if _is_volume(pair[0]) == volume]
+        count = VOLUMES if volume else SERIES
+        places = {int((k + 0.5) * len(part) / count) for k in range(count if part else 0)}
+        measured = [_measure(part[k][0], data, hasty) for k in sorted(places)]
+        seen = [one for one in measured if one[2]]
+        if not seen:
+            continue
+        weight = np.array([count for _, _, count in seen], float)
+        each = float(np.average([one[0] for one in seen], weights=weight))
+        memory = float(np.average([one[1] for one in seen], weights=weight))
+        files = weight.mean() * len(part) if volume else sum(one.files for _, one in part)
+        most = weight.max() if volume else max(one.files for _, one in part)
+        total, png = total + int(files), png + each * files
+        largest = max(largest, memory * most)
+    return Sizes(total, int(png), int(largest))
+
+
+def _is_volume(task: SeriesTask) -> bool:
+    reader = reader_of(task.path)
+    return bool(reader and reader.volume)
