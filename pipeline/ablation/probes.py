@@ -17,8 +17,8 @@ import polars as pl
 import torch
 from torch import nn
 
-from ..classifier.data import SLICE_NAMES, SLICE_TARGETS
 from ..competition.tables import read_labels
+from ..competition.targets import SLICE_TARGETS
 from ..folds import read_folds
 from ..learning.backbone import (
     create_backbone,
@@ -125,7 +125,7 @@ def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], lis
                 )
             )
     found: dict[tuple[str, str], dict[str, list[int]]] = {}
-    titles = {name: SLICE_TARGETS[column] for name, column in SLICE_NAMES.items()}
+    titles = {name: target for target, name in SLICE_TARGETS.items()}
     table = (
         pl.concat(frames)
         if frames

@@ -12,14 +12,13 @@ import polars as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..competition.targets import COLUMNS
+from ..competition.targets import COLUMNS, SLICE_TARGETS
 from ..run import layout
 from ..run.config import TrainConfig
 from ..volumes.sampling import bins, slice_positions, take_slices
 from .augment import VolumeAugment
 
-SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks of
-SLICE_NAMES = {"Bowel": 0, "Active_Extravasation": 1}
+SLICE_NAMES = {name: column for column, name in enumerate(SLICE_TARGETS.values())}
 
 
 def plane_labels(
