@@ -25,7 +25,8 @@ from pipeline.competition.targets import COLUMNS, TARGET_NAMES
 from pipeline.evaluation.calibration import Calibration
 from pipeline.learning.checkpoint import save_weights
 from pipeline.phantom.anatomy import Scan, make_scan
-from pipeline.phantom.dataset import SeriesPlan, write_series
+from pipeline.phantom.plan import SeriesPlan
+from pipeline.phantom.scanner import write_series
 from pipeline.run.config import Config, PhantomConfig
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Options, Stage
