@@ -33,7 +33,7 @@ from pipeline.run import layout, verify
 from pipeline.run.command import main
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Options, Stage
+from pipeline.run.stage import Options, Stage, stage_function
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_folder
 from pipeline.system.machine import peak_mb
@@ -267,7 +267,7 @@ def test_training_that_went_wrong_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
         "sys.argv", ["05_train_folds.py", "--config", "smoke", "--out", str(tmp_path)]
     )
-    assert main("05_train_folds.py", layout.CLASSIFIERS, "", run_stage) == 1
+    assert main("05_train_folds.py", stage_function(layout.CLASSIFIERS)(run_stage), "") == 1
     (line,) = plain_lines(capfd.readouterr().err)
     assert line.startswith(
         "error: non-finite loss at step 12: liver nan, kidney 0.5; batch 10004/21057; the last"

@@ -32,3 +32,8 @@ def convert_or_die(
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return convert_series(task, data, target, config)
+
+
+def blocks_interrupts(_: int) -> bool:
+    """Whether this process lets Ctrl-C wait."""
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())

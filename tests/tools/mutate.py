@@ -95,7 +95,7 @@ GUARDS = (
         PARALLEL,
         "            with interrupts_blocked():\n",
         "            if True:\n",
-        STOPS + "workers_are",
+        STOPS + "workers_do",
     ),
     (
         PARALLEL,
