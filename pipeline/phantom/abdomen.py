@@ -22,7 +22,26 @@ def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injurie
         haze(c, cavity, place, misty)
     c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
     oral = rng.uniform(100, 160) if rng.random() < 0.3 else FLUID
-    front = 2 * int(rng.integers(0, 3))  # loops full of gas that lie against the front wall
+    _draw_small_bowel(c, hu["wall"], oral, cavity, injuries)
+    _draw_colon(c, cavity)
+    stomach = c.blob(
+        (0.3, -0.3, 0.22),
+        (rng.uniform(0.24, 0.32), rng.uniform(0.26, 0.34), 0.2),
+        tilt=0.5,
+        wobble=0.1,
+    )
+    content = oral + 12 * c.fine[stomach.box]
+    _loop(c, stomach, cavity, 70.0, content, 0.85, rng.uniform(-0.2, 0.35))
+
+
+def _draw_small_bowel(
+    c: Canvas, wall: float, oral: float, cavity: Array, injuries: Injuries
+) -> None:
+    """24 loops filled with what was drunk (`oral` HU) or fluid, and up to four full of gas that lie
+    against the front wall.
+    """
+    rng = c.rng
+    front = 2 * int(rng.integers(0, 3))
     for index in range(24 + front):
         centre = (rng.uniform(-0.55, 0.55), rng.uniform(-0.62, 0.1), rng.uniform(0.42, 1.05))
         size, long, tilt, lumen = (
@@ -36,51 +55,26 @@ def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injurie
             centre, long, tilt, gas = (centre[0], -0.66, centre[2]), 1.3 * long, 0.0, -0.6
         swollen = injuries.swollen(centre)
         loop = c.blob(centre, (size * long, size * 1.3, size), tilt=tilt, wobble=0.12)
-        _loop(
-            c,
-            loop,
-            cavity,
-            hu["wall"] * (1.3 if swollen else 1),
-            content,
-            0.42 if swollen else lumen,
-            gas,
-        )
-    colon = {"wobble": 0.15}
-    for side, v, start in ((-1, 0.12, 0.5), (1, 0.2, 0.36)):  # ascending and descending
+        thick = wall * (1.3 if swollen else 1)
+        _loop(c, loop, cavity, thick, content, 0.42 if swollen else lumen, gas)
+
+
+def _draw_colon(c: Canvas, cavity: Array) -> None:
+    """Ascending and descending colon, then the arch between them in front."""
+    rng = c.rng
+    for side, v, start in ((-1, 0.12, 0.5), (1, 0.2, 0.36)):
         u = side * (0.66 + 0.03 * np.sin(9 * c.tz + rng.uniform(0, 6)))
-        part = c.blob(
-            (u, v), (rng.uniform(0.1, 0.15), rng.uniform(0.14, 0.19)), span=(start, 0.97), **colon
-        )
-        _loop(
-            c,
-            part,
-            cavity,
-            60.0,
-            -40 + 130 * np.clip(c.fine[part.box], -1.5, 1),
-            0.8,
-            rng.uniform(-0.1, 0.6),
-        )
+        radii = (rng.uniform(0.1, 0.15), rng.uniform(0.14, 0.19))
+        part = c.blob((u, v), radii, span=(start, 0.97), wobble=0.15)
+        content = -40 + 130 * np.clip(c.fine[part.box], -1.5, 1)
+        _loop(c, part, cavity, 60.0, content, 0.8, rng.uniform(-0.1, 0.6))
     arch = c.blob(
         (rng.uniform(-0.1, 0.1), rng.uniform(-0.66, -0.58), rng.uniform(0.4, 0.5)),
         (0.5, 0.13, rng.uniform(0.06, 0.1)),
-        **colon,
+        wobble=0.15,
     )
-    _loop(
-        c,
-        arch,
-        cavity,
-        60.0,
-        -20 + 100 * np.clip(c.fine[arch.box], -1.5, 1),
-        0.8,
-        rng.uniform(-0.7, 0.3),
-    )
-    stomach = c.blob(
-        (0.3, -0.3, 0.22),
-        (rng.uniform(0.24, 0.32), rng.uniform(0.26, 0.34), 0.2),
-        tilt=0.5,
-        wobble=0.1,
-    )
-    _loop(c, stomach, cavity, 70.0, oral + 12 * c.fine[stomach.box], 0.85, rng.uniform(-0.2, 0.35))
+    content = -20 + 100 * np.clip(c.fine[arch.box], -1.5, 1)
+    _loop(c, arch, cavity, 60.0, content, 0.8, rng.uniform(-0.7, 0.3))
 
 
 def _loop(
@@ -123,6 +117,27 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
         wobble=0.25,
         texture=25,
     )
+    _draw_liver(c, hu, cavity, injuries)
+    c.put(FLUID, (-0.27, -0.3, 0.45), (0.1, 0.13, 0.1), tilt=0.3)
+    spleen = c.blob(
+        (0.62, 0.26, 0.27),
+        (rng.uniform(0.2, 0.26), rng.uniform(0.38, 0.46), rng.uniform(0.2, 0.26)),
+        tilt=0.35,
+        wobble=0.05,
+        grow=1.4,
+    )
+    _organ(c, "spleen", [spleen], hu["spleen"], cavity, injuries)
+    _draw_kidneys(c, hu, cavity, injuries)
+    _draw_cysts(c)
+    lung = _draw_lung_bases(c, cavity, heart)
+    below = 1 - lung
+    c.organs = {name: (box, alpha * below[box]) for name, (box, alpha) in c.organs.items()}
+    return cavity * below
+
+
+def _draw_liver(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
+    """Both lobes as one organ, with the branches of the portal vein."""
+    rng = c.rng
     down = np.clip(c.tz - 0.25, 0, 1)
     right = c.blob(
         (-0.42 - 0.3 * down, -0.02 - 0.5 * down, 0.24),
@@ -134,15 +149,11 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
     _organ(c, "liver", [right, left], hu["liver"], cavity, injuries)
     box, alpha = c.organs["liver"]
     c.paint(box, c.vessels(0.3, box) * alpha, max(hu["portal"], hu["liver"] + 20))
-    c.put(FLUID, (-0.27, -0.3, 0.45), (0.1, 0.13, 0.1), tilt=0.3)
-    spleen = c.blob(
-        (0.62, 0.26, 0.27),
-        (rng.uniform(0.2, 0.26), rng.uniform(0.38, 0.46), rng.uniform(0.2, 0.26)),
-        tilt=0.35,
-        wobble=0.05,
-        grow=1.4,
-    )
-    _organ(c, "spleen", [spleen], hu["spleen"], cavity, injuries)
+
+
+def _draw_kidneys(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
+    """Cortex and medulla in a capsule of fat, and at each hilum fat around the renal pelvis."""
+    rng = c.rng
     for side, name in zip(SIDES, ("right kidney", "left kidney"), strict=True):
         u, v, t = (
             side * rng.uniform(0.35, 0.4),
@@ -159,7 +170,12 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
         hilum = (u - side * 0.07, v - 0.07, t), (0.1, 0.1, 0.1)
         for value, limit in ((-60.0, 1.0), (hu["urine"], 0.5)):
             c.put(value, *hilum, limit=limit, tilt=side * 0.6, wobble=0.2)
-    for organ in ("liver", "left kidney"):  # cysts are round and sharp, no injury
+
+
+def _draw_cysts(c: Canvas) -> None:
+    """Now and then one in the liver or the left kidney: round and sharp, no injury."""
+    rng = c.rng
+    for organ in ("liver", "left kidney"):
         wanted, radius, place = rng.random() < 0.25, rng.uniform(7, 11), rng.random()
         box, alpha = c.organs[organ]
         core = np.argwhere(alpha > 0.9)
@@ -168,6 +184,11 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
                 sum(d * d for d in c.offsets_mm(box, tuple(core[int(place * len(core))])))
             )
             c.paint(box, soft((radius - away) / c.mm) * alpha, 6.0)
+
+
+def _draw_lung_bases(c: Canvas, cavity: Array, heart: Region) -> Array:
+    """Lung above both domes of the diaphragm, around the heart; returns its coverage."""
+    rng = c.rng
     floor = np.minimum(
         _dome(c, -0.42, rng.uniform(0.0, 0.03)), _dome(c, 0.45, rng.uniform(0.02, 0.05))
     )
@@ -178,9 +199,7 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
     )
     lung[heart.box] *= 1 - heart.alpha()
     c.paint(None, lung, LUNG + 420 * c.vessels(0.3))
-    below = 1 - lung
-    c.organs = {name: (box, alpha * below[box]) for name, (box, alpha) in c.organs.items()}
-    return cavity * below
+    return lung
 
 
 def _dome(c: Canvas, u: float, top: float) -> Array:

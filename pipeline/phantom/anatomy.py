@@ -5,6 +5,7 @@ patients who differ in a label differ in the picture of that injury alone.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -225,7 +226,7 @@ def draw_noise(c: Canvas, sigma: float, rng: np.random.Generator) -> None:
     """Detector noise of `sigma` HU with the short correlation of a reconstruction kernel, stronger
     in the middle of the trunk.
     """
-    noise = rng.standard_normal(c.hu.shape, dtype=np.float32)
+    noise: Any = rng.standard_normal(c.hu.shape, dtype=np.float32)
     for axis in (1, 2):
         noise = 0.6 * noise + 0.4 * np.roll(noise, 1, axis)
     c.hu += noise * (sigma / 0.52 * (1.25 - 0.5 * np.minimum(c.rho, 1.4)))

@@ -116,11 +116,26 @@ def draw_labels(
     low, high = number(config.organ_low), number(config.organ_high)
     grades = (np.arange(count) < low + high).astype(int) + (np.arange(count) < high)
     labels = {organ: rng.permutation(grades) for organ in ("kidney", "liver", "spleen")}
-    odds = 1.0 + (sum(labels.values()) > 0)
+    odds = 1.0 + (np.sum(list(labels.values()), axis=0) > 0)
     chosen = rng.choice(count, number(config.extravasation), replace=False, p=odds / odds.sum())
     labels["bowel"] = rng.permutation(np.arange(count) < number(config.bowel)).astype(int)
     labels["extravasation"] = np.isin(np.arange(count), chosen).astype(int)
     return labels
+
+
+def _deal(numbers: list[int], rng: np.random.Generator) -> list[SeriesPlan]:
+    """A series of each number, with quirks from shuffled decks as long as all series together."""
+    decks = [
+        rng.permutation(list(islice(cycle(deck), len(numbers)))).tolist()
+        for deck in (tuple(PHASES), ENCODINGS, tuple(STORAGE), HEADERS, FAULTS)
+    ]
+    dealt = [
+        SeriesPlan(str(number), *quirks) for number, *quirks in zip(numbers, *decks, strict=True)
+    ]
+    return [
+        replace(series, encoding="rle") if series.fault == "rle_header" else series
+        for series in dealt
+    ]
 
 
 def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
@@ -137,18 +152,7 @@ def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
     nifti = np.arange(counts[UNLABELLED]) < -(-counts[UNLABELLED] // 10)
     total = sum(counts) + int(np.concatenate(pairs).sum())
     numbers = rng.choice(65_000, total, replace=False) + 1
-    decks = [
-        rng.permutation(list(islice(cycle(deck), total)))
-        for deck in (tuple(PHASES), ENCODINGS, tuple(STORAGE), HEADERS, FAULTS)
-    ]
-    dealt = (
-        SeriesPlan(str(number), *map(str, quirks))
-        for number, *quirks in zip(numbers, *decks, strict=True)
-    )
-    dealt = (
-        replace(series, encoding="rle") if series.fault == "rle_header" else series
-        for series in dealt
-    )
+    dealt = iter(_deal(numbers.tolist(), rng))
     plans = []
     for split, count in enumerate(counts):
         labels = (

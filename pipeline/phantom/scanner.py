@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from .anatomy import Scan
 from .plan import STORAGE, SYNTAXES, SeriesPlan
 
-WINDOW_CENTRE = 50  # HU, of the fixed window
+# HU about which MONOCHROME1 files are mirrored: the middle of the window as it is by default
+WINDOW_CENTRE = 50
 
 # What differs from file to file of a series, as even-sized placeholders in its header: number,
 # height, then two UIDs.
@@ -36,7 +37,8 @@ def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Gene
             headers[hu.shape] = _header(hu.shape, pitch, dz, plan)
         z = top - dz * (odd - 1 if fault == "duplicate" else k)
         values = (f"{number:<6d}", f"{z:<12.4f}", series_uid, _uid(rng))
-        data = _file(*(_filled(part, values) for part in headers[hu.shape]), hu, plan, fault)
+        meta, tags = (_filled(part, values) for part in headers[hu.shape])
+        data = _file(meta, tags, hu, plan, fault)
         (folder / f"{number}.dcm").write_bytes(data)
     return instances
 
@@ -58,79 +60,71 @@ def _spoilt(hu: NDArray[np.int16], pitch: float, fault: str) -> tuple[NDArray[np
     if fault == "resized":
         import cv2
 
-        larger = cv2.resize(hu, None, fx=1.25, fy=1.25, interpolation=cv2.INTER_LINEAR)
+        larger: Any = cv2.resize(hu, None, fx=1.25, fy=1.25, interpolation=cv2.INTER_LINEAR)
         return larger, pitch * hu.shape[0] / larger.shape[0]
     return hu, pitch
 
 
 def _signs(plan: SeriesPlan) -> tuple[int, int]:
     """Direction of the columns (x) and of the rows (y): -1 where flipped."""
-    return -1 if plan.header in ("flip_x", "flip_xy") else 1, -1 if plan.header in (
-        "flip_y",
-        "flip_xy",
-    ) else 1
+    x, y = (-1 if plan.header in (f"flip_{axis}", "flip_xy") else 1 for axis in "xy")
+    return x, y
 
 
 def _header(
-    shape: tuple[int, int], pitch: float, dz: float, plan: SeriesPlan
+    shape: tuple[int, ...], pitch: float, dz: float, plan: SeriesPlan
 ) -> tuple[bytes, bytes]:
-    """Preamble with meta, and all tags before the pixels, with `PLACES` still to fill. No name, no
-    date.
-    """
+    """Preamble with meta, and all tags before the pixels, with `PLACES` still to fill."""
     from pydicom import uid
-    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.dataset import FileMetaDataset
     from pydicom.filebase import DicomBytesIO
     from pydicom.filewriter import write_dataset, write_file_meta_info
 
-    bits, signed, intercept, slope = STORAGE[plan.storage]
-    quirk, signs, ds, meta = plan.header, _signs(plan), Dataset(), FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = uid.CTImageStorage, PLACES[3]
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = uid.UID(PLACES[3])
     meta.TransferSyntaxUID = getattr(uid, SYNTAXES[plan.encoding])
-    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.InstanceNumber, ds.Modality = (
-        PLACES[3],
-        PLACES[2],
-        PLACES[0],
-        "CT",
-    )
+    head, body = DicomBytesIO(), DicomBytesIO()
+    for buffer in (head, body):
+        buffer.is_little_endian = True
+        buffer.is_implicit_VR = plan.encoding == "implicit" and buffer is body
+    write_file_meta_info(head, meta)
+    write_dataset(body, _tags(shape, pitch, dz, plan))
+    return b"\0" * 128 + b"DICM" + head.getvalue(), body.getvalue()
+
+
+def _tags(shape: tuple[int, ...], pitch: float, dz: float, plan: SeriesPlan) -> Any:
+    """The data set of one size of picture, without the pixels. No name, no date."""
+    from pydicom import uid
+    from pydicom.dataset import Dataset
+
+    bits, signed, intercept, slope = STORAGE[plan.storage]
+    quirk, signs, ds = plan.header, _signs(plan), Dataset()
+    ds.InstanceNumber, ds.SeriesInstanceUID, ds.SOPInstanceUID = PLACES[0], PLACES[2], PLACES[3]
+    ds.Modality = "CT"
     if quirk != "no_sop_class":
         ds.SOPClassUID = uid.CTImageStorage
     if quirk != "bare":
-        ds.SliceThickness, ds.KVP, ds.PatientPosition = (
-            f"{dz:.4f}",
-            "120",
-            "FFS" if quirk == "ffs" else "HFS",
-        )
+        ds.SliceThickness, ds.KVP = f"{dz:.4f}", "120"
+        ds.PatientPosition = "FFS" if quirk == "ffs" else "HFS"
     if quirk not in ("no_window", "bare"):
-        ds.WindowCenter, ds.WindowWidth = (
-            ([40, 300], [400, 1500]) if quirk == "windows" else (50, 400)
-        )
+        two = quirk == "windows"
+        ds.WindowCenter, ds.WindowWidth = ([40, 300], [400, 1500]) if two else (50, 400)
     if quirk != "no_position":
         corner = [
             f"{-sign * (count - 1) / 2 * pitch:.4f}"
             for sign, count in zip(signs, shape[::-1], strict=True)
         ]
         ds.ImagePositionPatient = [*corner, PLACES[1]]
-    ds.ImageOrientationPatient, ds.PixelSpacing = (
-        [signs[0], 0, 0, 0, signs[1], 0],
-        [f"{pitch:.6f}"] * 2,
-    )
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = (
-        1,
-        "MONOCHROME1" if plan.storage == "mono1" else "MONOCHROME2",
-    )
+    ds.ImageOrientationPatient = [signs[0], 0, 0, 0, signs[1], 0]
+    ds.PixelSpacing = [f"{pitch:.6f}"] * 2
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME1" if plan.storage == "mono1" else "MONOCHROME2"
     ds.Rows, ds.Columns, ds.BitsAllocated, ds.PixelRepresentation = *shape, 16, signed
     if plan.storage != "no_bits":
         ds.BitsStored, ds.HighBit = bits, bits - 1
     ds.RescaleIntercept, ds.RescaleSlope = str(intercept), str(slope)
-    head, body = DicomBytesIO(), DicomBytesIO()
-    for buffer in (head, body):
-        buffer.is_little_endian, buffer.is_implicit_VR = (
-            True,
-            plan.encoding == "implicit" and buffer is body,
-        )
-    write_file_meta_info(head, meta)
-    write_dataset(body, ds)
-    return b"\0" * 128 + b"DICM" + head.getvalue(), body.getvalue()
+    return ds
 
 
 def _file(meta: bytes, tags: bytes, hu: NDArray[np.int16], plan: SeriesPlan, fault: str) -> bytes:

@@ -155,8 +155,7 @@ class Filling:
             values, problem = self.ensemble.series(item.volume, self.flips), "not finite"
         except InputError:
             raise
-        # of whatever kind, a full GPU too: the other series count, and the report names it
-        except Exception as fault:
+        except Exception as fault:  # a full GPU too: the other series count, the report names it
             values, problem = np.full(len(COLUMNS), np.nan), type(fault).__name__
         if np.isfinite(values).all():
             self.answered += 1
@@ -217,13 +216,7 @@ def fill_submission(
             filling.problems, schema=["patient_id", "series_id", "reason"], orient="row"
         )
         write_text(path.with_name(layout.FALLBACKS), table.write_csv())
-    for patient, series, reason in filling.problems[:20]:
-        log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
-    if filling.failed and not filling.answered:
-        log(
-            f"warning: the model failed on every one of the {filling.failed} series it was given:"
-            " the submission is the prior alone"
-        )
+    _log_problems(filling)
     seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
     return {
@@ -237,6 +230,16 @@ def fill_submission(
         "start_s": round(ready - started, 1),
         "patients_per_hour": round(3600 * predicted / seconds, 1),
     }
+
+
+def _log_problems(filling: Filling) -> None:
+    for patient, series, reason in filling.problems[:20]:
+        log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
+    if filling.failed and not filling.answered:
+        log(
+            f"warning: the model failed on every one of the {filling.failed} series it was given:"
+            " the submission is the prior alone"
+        )
 
 
 def _deadline(options: PredictConfig, started: float) -> float:

@@ -183,7 +183,7 @@ def build_volume(
     rows, cols = common_size(sizes)
     weights = plane_weights(np.asarray(z_mm, dtype=float), config.depth).astype(np.float32)
     planes = np.zeros((config.depth, rows, cols), np.float32)
-    presence = 0.0
+    presence: np.ndarray = np.zeros((), np.float32)  # the first mask gives it its shape
     for image, weight in zip(images, weights, strict=True):
         image = letterbox(image, rows, cols)
         presence = presence + body_mask(image, spacing_mm) / np.float32(len(sizes))

@@ -64,7 +64,8 @@ def _typical_mm(spacings: pl.Series) -> float:
     where there is none.
     """
     spacings = spacings.cast(pl.Float64)
-    return spacings.filter(spacings.is_between(*PIXEL_MM)).median() or 1.0
+    typical: Any = spacings.filter(spacings.is_between(*PIXEL_MM)).median()
+    return typical or 1.0
 
 
 def read_slice(path: Path) -> np.ndarray:
@@ -212,7 +213,7 @@ def _remove_orphans(target: Path, kept: set[str]) -> None:
             path.with_suffix(".json").unlink(missing_ok=True)
 
 
-INDEX_SCHEMA = {
+INDEX_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "patient_id": pl.String,
     "series_id": pl.String,
     "source": pl.String,
