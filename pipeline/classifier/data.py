@@ -109,7 +109,7 @@ class SeriesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.series)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         series, config = self.series[index], self.config
         seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
