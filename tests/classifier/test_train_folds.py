@@ -21,6 +21,7 @@ from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.classifier.fold import gather_fold
 from pipeline.classifier.predict import describe, load_classifier
+from pipeline.classifier.side_by_side import cores_of
 from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
@@ -179,6 +180,21 @@ def test_torchrun_spreads_the_folds(out):
             "fold"
         ]
     ) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("folds", "jobs", "cores"),
+    [
+        (3, 2, [1, 1, 2]),  # the demo: the third fold has both
+        (2, 2, [1, 1]),
+        (5, 2, [1, 1, 1, 1, 2]),
+        (5, 16, [3, 3, 3, 3, 3]),
+        (5, 4, [1, 1, 1, 1, 4]),
+        (4, 3, [1, 1, 1, 3]),
+    ],
+)
+def test_folds_of_the_last_round_share_all_cores(folds, jobs, cores):
+    assert [cores_of(fold, folds, jobs) for fold in range(folds)] == cores
 
 
 def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
