@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def cores_of(fold: int, folds: int, jobs: int) -> int:
     return jobs // min(at_once, folds - first)
 
 
-def run_side_by_side(parts: dict[str, Sequence[str]], at_once: int) -> None:
+def run_side_by_side(parts: Mapping[str, Sequence[str]], at_once: int) -> None:
     """Run stage 05 with the arguments of each part, `at_once` processes at a time.
 
     A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the
