@@ -20,6 +20,7 @@ from .augment import VolumeAugment
 
 SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks of
 SLICE_NAMES = {"Bowel": 0, "Active_Extravasation": 1}
+PLACE = 1  # tells the draw of the crop's place from the others of a sample's seed
 
 
 def plane_labels(
@@ -115,8 +116,10 @@ class SeriesDataset(Dataset):
         series, config = self.series[index], self.config
         seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
         jitter = np.random.default_rng(seed) if self._augment and config.augment.z_jitter else None
+        place = np.random.default_rng((seed, PLACE)) if self._augment else None
         volume = np.load(series.path, mmap_mode="r")
-        slices = take_slices(volume, slice_positions(len(volume), config.slices, jitter), config)
+        positions = slice_positions(len(volume), config.slices, jitter)
+        slices = take_slices(volume, positions, config, place)
         planes = bin_labels(series.planes, config.slices)
         if self._augment:
             slices, planes = self._augment(slices, planes, seed)

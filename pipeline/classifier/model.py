@@ -31,10 +31,11 @@ class CnnLstm(nn.Module):
 
     def __init__(self, backbone: nn.Module, channels: int, config: TrainConfig) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.norm = nn.LayerNorm(2 * channels)
-        self.sequence = sequence_model(2 * channels, config)
-        width = self.sequence.width + 2 * channels
+        self.backbone, self.map_pool, self.shortcut = backbone, config.map_pool, config.shortcut
+        own = channels if config.map_pool == "mean" else 2 * channels
+        self.norm = nn.LayerNorm(own)
+        self.sequence = sequence_model(own, config)
+        width = self.sequence.width + (own if config.shortcut else 0)
         self.pool = PoolZ(config.pool, width)
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleDict(
@@ -66,10 +67,12 @@ class CnnLstm(nn.Module):
         slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
         whole = self.training or torch.is_grad_enabled() or slices.is_cuda
         parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
-        features = torch.cat([pool_maps(self.backbone(part)) for part in parts])
-        features = self.norm(features).reshape(B, S, -1)  # (B, S, 2C)
-        # (B, S, E): what a slice shows reaches the heads directly too
-        states = torch.cat([self.sequence(features), features], 2)
+        maps = (self.backbone(part) for part in parts)
+        features = torch.cat([pool_maps(part, self.map_pool) for part in maps])
+        features = self.norm(features).reshape(B, S, -1)  # (B, S, 2C), of the mean alone (B, S, C)
+        states = self.sequence(features)
+        if self.shortcut:  # (B, S, E): what a slice shows reaches the heads directly too
+            states = torch.cat([states, features], 2)
         pooled = self.dropout(self.pool(states))  # (B, E)
         # a logit of 4 in bfloat16 is 1 percent of a probability off
         with torch.autocast(volumes.device.type, enabled=False):

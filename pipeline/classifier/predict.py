@@ -50,9 +50,10 @@ def describe(config: Config) -> dict[str, str]:
 
 def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
     """The classifier of a config, its backbone from `scratch` or `imagenet`."""
-    backbone = create_backbone(config.model.backbone, init, config.model.weights)
-    channels = feature_shape(backbone, config.train.image_size)[0]
-    return CnnLstm(backbone, channels, config.train)
+    model, options = config.model, config.train
+    backbone = create_backbone(model.backbone, init, model.weights, options.backbone_dropout)
+    channels = feature_shape(backbone, options.image_size)[0]
+    return CnnLstm(backbone, channels, options)
 
 
 def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[CnnLstm, Trained]:
@@ -83,7 +84,7 @@ def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[s
     only, is computed again in float32.
     """
     axes = {"x": 3, "y": 2, "z": 1}
-    views = [slices, *(slices.flip(axes[name]) for name in flips)]
+    views = [slices, *(slices.flip([axes[axis] for axis in flip]) for flip in flips)]
     with autocast(slices.device, amp):
         outputs = torch.stack([probabilities(model(standardise(view))[0]) for view in views]).mean(
             0

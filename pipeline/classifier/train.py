@@ -225,9 +225,11 @@ class FoldTrainer:
         ]
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up and cosine, a pure function of the step."""
-        total = self.options.epochs * self.steps_per_epoch
-        return self.options.lr * warmup_cosine(step, int(self.options.warmup * total), total)
+        """Warm-up and cosine to `lr_final`, a pure function of the step."""
+        options = self.options
+        total = options.cosine_steps or options.epochs * self.steps_per_epoch
+        share = warmup_cosine(step, int(options.warmup * total), total)
+        return options.lr_final + (options.lr - options.lr_final) * share
 
     def step(self, step: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
         """One optimiser step over the micro-batches of one large batch; returns the loss terms."""

@@ -31,12 +31,14 @@ def standardise(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float().mul_(1 / (255 * GREY_STD)).sub_(GREY_MEAN / GREY_STD)
 
 
-def create_backbone(name: str, init: str = "scratch", weights: str | None = None) -> nn.Module:
+def create_backbone(
+    name: str, init: str = "scratch", weights: str | None = None, dropout: float = 0.0
+) -> nn.Module:
     """A timm model (N, 1, h, w) -> (N, C, h', w'), without head and pooling; its state dict is
     timm's own.
 
     `init="imagenet"` takes the weights from the file `weights`, or from timm's hub; RGB stems are
-    summed to one channel (timm's rule).
+    summed to one channel (timm's rule). `dropout` is timm's `drop_rate`.
 
     Raises:
         InputError: unknown model name, or ImageNet weights that are out of reach or do not match.
@@ -50,17 +52,18 @@ def create_backbone(name: str, init: str = "scratch", weights: str | None = None
             f"model.backbone={name}",
             f"did you mean {near}? see timm.list_models()",
         )
-    backbone = _build(name, pretrained=init == "imagenet" and weights is None)
+    backbone = _build(name, init == "imagenet" and weights is None, dropout)
     if init == "imagenet" and weights is not None:
         match(backbone, _imagenet_state(backbone, weights), weights)
     backbone.register_forward_hook(_to_map)
     return speed_up(backbone)
 
 
-def _build(name: str, pretrained: bool) -> nn.Module:
+def _build(name: str, pretrained: bool, dropout: float) -> nn.Module:
     import timm
 
     options: dict[str, Any] = {"in_chans": 1, "num_classes": 0, "global_pool": ""}
+    options |= {"drop_rate": dropout} if dropout else {}
     for extra in EXTRAS:
         try:
             backbone = timm.create_model(name, **options, **extra)
@@ -146,11 +149,12 @@ def feature_shape(backbone: nn.Module, size: int) -> tuple[int, int, int]:
     return tuple(shape[1:])
 
 
-def pool_maps(maps: torch.Tensor) -> torch.Tensor:
+def pool_maps(maps: torch.Tensor, how: str = "both") -> torch.Tensor:
     """(N, C, h, w) to (N, 2C) float32, the features of a slice: an organ fills the mean of its map,
-    a small lesion shows in the maximum.
+    a small lesion shows in the maximum; the `mean` alone: (N, C).
     """
-    return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
+    mean = maps.mean((2, 3))
+    return (mean if how == "mean" else torch.cat([mean, maps.amax((2, 3))], 1)).float()
 
 
 def settle(backbone: nn.Module, batches: Iterable[torch.Tensor], device: torch.device) -> None:

@@ -277,3 +277,90 @@ def test_laterality_is_kept_by_default():
     for seed in range(30):
         out = augment(np.stack([image] * 2), NO_LABELS, seed)[0][0].astype(float)
         assert out[:, :16].sum() > 2 * out[:, 16:].sum()
+
+
+def still(**drawn):
+    """An augmentation that does nothing but what is asked for."""
+    return VolumeAugment(AugmentConfig(probability=0.0, **drawn))
+
+
+def test_quarter_turns_take_one_to_three_of_them_and_keep_the_slices_together():
+    stack = np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8)
+    turned = {k: np.rot90(stack, k, (1, 2)) for k in range(4)}
+    seen = []
+    for seed in range(60):
+        out = still(quarter_turn=0.5)(stack, NO_LABELS, seed)[0]
+        seen.append(next(k for k, view in turned.items() if np.array_equal(out, view)))
+    assert set(seen) == {0, 1, 2, 3}
+    assert 18 < seen.count(0) < 42
+
+
+def test_a_grey_curve_rises_and_keeps_both_ends():
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (2, 1, 1))
+    curves = [still(grey_curve=1.0)(ramp, NO_LABELS, seed)[0] for seed in range(40)]
+    for curve in curves:
+        assert np.array_equal(curve[0], curve[1]), "one draw for all slices"
+        assert (np.diff(curve[0, 0].astype(int)) >= 0).all()
+        assert curve[0, 0, 0] == 0
+        assert curve[0, 0, 255] == 255
+    middle = [int(curve[0, 0, 128]) for curve in curves]
+    assert min(middle) < 90
+    assert max(middle) > 150
+    assert np.array_equal(still(grey_curve=0.0)(ramp, NO_LABELS, 1)[0], ramp)
+
+
+def test_dropped_boxes_are_small_and_few():
+    white = np.full((48, 192, 192), 255, np.uint8)
+    for seed in range(5):
+        dropped = still(boxes=1.0)(white, NO_LABELS, seed)[0] == 0
+        assert 4 * 8 * 8 <= dropped.sum() <= 16 * 8 * 16 * 16
+        assert not dropped.all(0).any(), "no box goes through all slices"
+    thin = still(boxes=1.0)(white[:2, :8, :8], NO_LABELS, 0)[0]
+    assert (thin == 0).all(), "of fewer pixels than a box all are dropped"
+
+
+def test_the_mean_of_a_map_alone_and_no_shortcut():
+    """The published head: mean-pooled features, the sequence model's states alone."""
+    published = {"map_pool": "mean", "shortcut": False, "slice_loss": 0.0, "hidden": 8}
+    model = make(TINY.model_copy(update=published)).eval()
+    C = feature_shape(model.backbone, 32)[0]
+    assert model.norm.normalized_shape == (C,)
+    assert model.sequence.cell.input_size == C
+    assert {head.in_features for head in model.heads.values()} == {16}
+    volumes = torch.randn(1, 4, 32, 32)
+    features = model.norm(model.backbone(volumes[0][:, None]).mean((2, 3)))[None]
+    torch.nn.init.normal_(model.heads["liver"].weight)
+    expected = model.heads["liver"](model.sequence(features).amax(1))
+    assert torch.allclose(model(volumes)[0]["liver"], expected, atol=1e-5)
+
+
+def test_dropout_of_the_backbone_acts_on_its_map_while_training():
+    torch.manual_seed(0)
+    backbone = create_backbone("test_resnet", dropout=0.5)
+    x = torch.randn(2, 1, 32, 32)
+    plain = create_backbone("test_resnet")
+    plain.load_state_dict(backbone.state_dict())
+    assert torch.equal(backbone.eval()(x), plain.eval()(x))
+    kept = backbone.train()(x)
+    full = plain.train()(x)
+    dropped = (kept == 0) & (full != 0)
+    assert 0.3 < dropped.sum() / (full != 0).sum() < 0.7
+    assert torch.allclose(kept[~dropped], 2 * full[~dropped])
+
+
+def test_training_crops_lie_anywhere_and_repeat_by_epoch(tmp_path):
+    volume = np.arange(40 * 40, dtype=np.uint16).reshape(1, 40, 40).repeat(4, 0) // 8
+    np.save(tmp_path / "volume.npy", volume.astype(np.uint8))
+    labels = one_hot(np.random.default_rng(0), 1)[0]
+    series = Series(
+        "1", "1", tmp_path / "volume.npy", labels, np.zeros((4, 2), np.float32), np.ones(2)
+    )
+    config = TINY.model_copy(
+        update={"crop_size": 32, "augment": AugmentConfig(probability=0.0, z_jitter=False)}
+    )
+    training = SeriesDataset([series], config, augment=True)
+    corners = [int(training[epoch, 0]["slices"][0, 0, 0]) for epoch in range(30)]
+    assert corners == [int(training[epoch, 0]["slices"][0, 0, 0]) for epoch in range(30)]
+    assert len(set(corners)) > 5
+    held_out = SeriesDataset([series], config)[0, 0]["slices"]
+    assert np.array_equal(held_out, volume[:, 4:36, 4:36].astype(np.uint8))
