@@ -26,13 +26,15 @@ PLACE = 1  # tells the draw of the crop's place from the others of a sample's se
 def plane_labels(
     instances: Sequence[int], labelled: Sequence[tuple[int, int]], depth: int
 ) -> np.ndarray:
-    """Slice labels (D, 2) of a volume: each labelled (instance number, column of `SLICE_TARGETS`)
-    marks its nearest plane.
+    """Slice labels (D, 2) of a volume whose planes lie nearest to the slices `instances` (D,): each
+    labelled (instance number, column of `SLICE_TARGETS`) marks its nearest planes, of a stack with
+    fewer slices than planes all that one slice became.
     """
     labels = np.zeros((depth, len(SLICE_TARGETS)), np.float32)
     known = np.asarray(instances)
     for instance, column in labelled:
-        labels[np.abs(known - instance).argmin(), column] = 1
+        away = np.abs(known - instance)
+        labels[away == away.min(), column] = 1
     return labels
 
 

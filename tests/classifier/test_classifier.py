@@ -208,6 +208,40 @@ def test_slice_labels_reach_their_bin():
     assert bin_labels(planes, 4).tolist() == [[1, 0], [0, 0], [0, 0], [0, 1]]
 
 
+def slow_plane_labels(instances, labelled, depth):
+    """A plane is marked where no other plane lies nearer to a labelled slice."""
+    labels = np.zeros((depth, 2))
+    for plane in range(depth):
+        for instance, column in labelled:
+            nearest = min(abs(other - instance) for other in instances)
+            if abs(instances[plane] - instance) == nearest:
+                labels[plane, column] = 1
+    return labels
+
+
+def test_every_plane_that_a_labelled_slice_became_is_marked():
+    """A stack of 4 slices resampled to 10 planes: each slice is nearest to two or three."""
+    instances = [14, 14, 13, 13, 13, 12, 12, 12, 11, 11]
+    planes = plane_labels(instances, [(13, 0), (11, 1)], 10)
+    assert planes[:, 0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert planes[:, 1].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("slices", [3, 7, 16, 40])
+def test_plane_labels_equal_a_slow_loop(slices):
+    """Thin stacks and thick ones, labelled slices that were left out among them."""
+    rng = np.random.default_rng(slices)
+    for _ in range(20):
+        numbers = rng.choice(np.arange(1, 4 * slices), slices, replace=False)
+        numbers.sort()
+        instances = numbers[(np.arange(16) + 0.5).astype(int) * slices // 16].tolist()
+        labelled = [
+            (int(rng.integers(1, 4 * slices)), int(rng.integers(2))) for _ in range(rng.integers(6))
+        ]
+        found = plane_labels(instances, labelled, 16)
+        assert np.array_equal(found, slow_plane_labels(instances, labelled, 16))
+
+
 def test_take_slices_crops_and_resizes():
     volume = np.zeros((6, 40, 40), np.uint8)
     volume[:, 4:36, 4:36] = 200
