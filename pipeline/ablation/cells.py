@@ -168,7 +168,8 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
         ):
             continue
         try:
-            create_backbone(cell.config.model.backbone, cell.start, cell.config.model.weights)
+            model, size = cell.config.model, cell.config.train.image_size
+            create_backbone(model.backbone, cell.start, model.weights, size)
         except InputError as fault:
             left_out[cell.variant] = str(fault)
             log(f"variant {cell.variant} is left out: {fault}")

@@ -32,6 +32,7 @@ class CnnLstm(nn.Module):
     def __init__(self, backbone: nn.Module, channels: int, config: TrainConfig) -> None:
         super().__init__()
         self.backbone, self.map_pool, self.shortcut = backbone, config.map_pool, config.shortcut
+        self.map_dropout = nn.Dropout(config.backbone_dropout)
         own = channels if config.map_pool == "mean" else 2 * channels
         self.norm = nn.LayerNorm(own)
         self.sequence = sequence_model(own, config)
@@ -67,7 +68,7 @@ class CnnLstm(nn.Module):
         slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
         whole = self.training or torch.is_grad_enabled() or slices.is_cuda
         parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
-        maps = (self.backbone(part) for part in parts)
+        maps = (self.map_dropout(self.backbone(part)) for part in parts)
         features = torch.cat([pool_maps(part, self.map_pool) for part in maps])
         features = self.norm(features).reshape(B, S, -1)  # (B, S, 2C), of the mean alone (B, S, C)
         states = self.sequence(features)

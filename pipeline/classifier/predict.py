@@ -51,7 +51,7 @@ def describe(config: Config) -> dict[str, str]:
 def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
     """The classifier of a config, its backbone from `scratch` or `imagenet`."""
     model, options = config.model, config.train
-    backbone = create_backbone(model.backbone, init, model.weights, options.backbone_dropout)
+    backbone = create_backbone(model.backbone, init, model.weights, options.image_size)
     channels = feature_shape(backbone, options.image_size)[0]
     return CnnLstm(backbone, channels, options)
 

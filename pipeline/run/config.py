@@ -246,7 +246,7 @@ class TrainConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="timm's drop_rate: dropout on the backbone's map",
+        description="dropout on the backbone's map",
         json_schema_extra=ADDED,
     )
     sequence: Literal["lstm", "gru", "transformer", "none"] = "lstm"
