@@ -16,6 +16,7 @@ from statistics import fmean
 
 import polars as pl
 
+from ..classifier.views import views
 from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
@@ -45,7 +46,7 @@ def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
         if cell.backbone
         else {}
     )
-    return part.current(inputs | backbone, SECTIONS)
+    return part.current(inputs | backbone | views(cell.config), SECTIONS)
 
 
 def pretrain_backbone(part: Stage) -> None:

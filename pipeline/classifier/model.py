@@ -102,6 +102,17 @@ def probabilities(logits: dict[str, Tensor]) -> Tensor:
     return torch.cat(columns, 1)
 
 
+def injury_log_odds(logits: dict[str, Tensor]) -> Tensor:
+    """Log-odds of any injury of each trained target (B, targets), in the project's order."""
+    columns = []
+    for target in TARGETS:
+        if (value := logits.get(target.name)) is not None:
+            columns.append(
+                value[:, 0] if target.binary else value[:, 1:].logsumexp(1) - value[:, 0]
+            )
+    return torch.stack(columns, 1)
+
+
 def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any]]:
     """Four groups: backbone (its own learning-rate factor) and the rest, each with and without
     weight decay (norms, biases).

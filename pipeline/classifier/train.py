@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +261,7 @@ class FoldTrainer:
         labels = np.stack([truth[patient] for patient in table["patient_id"]])
         return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
 
-    def predict_held_out(self) -> pl.DataFrame:
+    def predict_held_out(self, flips: Sequence[str] = ()) -> pl.DataFrame:
         """OOF rows: `patient_id, series_id, fold` and the 13 columns."""
         series = self.data.held_out
         dataset = SeriesDataset(series, self.options)
@@ -274,7 +274,8 @@ class FoldTrainer:
         loader = make_loader(dataset, plan, self.options.workers, self.device)
         values = []
         for batch in loader:
-            values.append(predict(model, batch["slices"].to(self.device), self.options.amp))
+            slices = batch["slices"].to(self.device)
+            values.append(predict(model, slices, self.options.amp, flips))
             self._leave_if_asked()
         table = torch.cat(values).numpy()
         if wrong := [
@@ -388,7 +389,8 @@ def train_fold(
     trainer.run()
     save_weights(folder / layout.MODEL, trainer.final_model, describe(config))
     with atomic_path(folder / layout.OOF) as temporary, loading():
-        trainer.predict_held_out().write_parquet(temporary)
+        # the views of the test set: calibration is fitted to what the test set gets
+        trainer.predict_held_out(config.predict.flips).write_parquet(temporary)
     kept = trainer.kept
     return {
         "fold": data.fold,
