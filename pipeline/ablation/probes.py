@@ -237,6 +237,7 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
             config.model.backbone,
             name.removeprefix("start_") if path is None else "scratch",
             config.model.weights,
+            config.train.image_size,
         )
         if path is not None:
             load_backbone(backbone, path)

@@ -6,7 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..classifier.model import CnnLstm
-from ..classifier.predict import as_batch, load_classifier, predict
+from ..classifier.model import CnnLstm, chosen_targets, injury_log_odds, probabilities
+from ..classifier.predict import as_batch, load_classifier, logits_of, mean_logits
 from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
@@ -43,14 +43,30 @@ class Ensemble:
     calibration: Calibration
     device: torch.device
     threads: Executor
+    # of each series, the standard deviation over models of the log-odds of an injury (targets,)
+    spreads: list[np.ndarray] = field(default_factory=list)
 
     def series(self, volume: np.ndarray, flips: Sequence[str]) -> np.ndarray:
-        """Probabilities (13,) of one volume: mean over the fold models and flips."""
+        """Probabilities (13,) of one volume, of the mean logits over the fold models and flips."""
         batch = as_batch(volume, self.options, self.device)
-        answers = self.threads.map(
-            lambda model: predict(model, batch, self.options.amp, flips)[0], self.models
+        answers = list(
+            self.threads.map(
+                lambda model: logits_of(model, batch, self.options.amp, flips), self.models
+            )
         )
-        return torch.stack(list(answers)).mean(0).numpy()
+        if len(answers) > 1:
+            odds = torch.cat([injury_log_odds(answer) for answer in answers])
+            self.spreads.append(odds.std(0).numpy())
+        return probabilities(mean_logits(answers))[0].numpy()
+
+    def fold_spread(self) -> dict[str, float]:
+        """How far the fold models differ, by target: the mean of `spreads`; nothing of one model
+        or no series.
+        """
+        if not self.spreads:
+            return {}
+        names = [target.name for target in chosen_targets(self.options)]
+        return dict(zip(names, np.mean(self.spreads, axis=0).round(3).tolist(), strict=True))
 
     def patient(self, patient_id: str, series: dict[str, np.ndarray]) -> np.ndarray:
         """Calibrated probabilities (13,) of a patient from those of each series id, summed in the
@@ -217,6 +233,9 @@ def fill_submission(
         )
         write_text(path.with_name(layout.FALLBACKS), table.write_csv())
     _log_problems(filling)
+    if spread := ensemble.fold_spread():
+        values = ", ".join(f"{name} {value:.2f}" for name, value in spread.items())
+        log(f"fold models differ in the log-odds of an injury by (standard deviation): {values}")
     seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
     return {
@@ -226,6 +245,7 @@ def fill_submission(
         "prior": len(writer.rows) - predicted,
         "fallbacks": len(filling.problems),
         "model_failures": filling.failed,
+        "fold_spread": spread,
         "late": filling.late,
         "start_s": round(ready - started, 1),
         "patients_per_hour": round(3600 * predicted / seconds, 1),

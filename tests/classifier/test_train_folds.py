@@ -378,3 +378,21 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
     save_weights(path, model, describe(other))
     with stage.reading, pytest.raises(InputError, match="trained with different options"):
         load_ensemble(stage, None)
+
+
+def test_other_flips_predict_the_held_out_series_anew_and_train_nothing(smoke, tmp_path):
+    """The calibration is fitted to what the test set gets."""
+    run = copy(smoke, tmp_path / "run", layout.SLICES, layout.SUBMISSION, layout.REPORT)
+    folder = run / layout.CLASSIFIERS
+    before = {name: (folder / f"fold0/{name}").read_bytes() for name in (MODEL, OOF)}
+    config = load_config("smoke", ["predict.flips=[zy]"])
+    train_folds(config, out=run, jobs=1, device="cpu")
+    assert (folder / f"fold0/{MODEL}").read_bytes() == before[MODEL]
+    assert read_manifest(folder)["inputs"]["flips"] == ["zy"]
+    epochs = [json.loads(line) for line in (folder / f"fold0/{LOG}").read_text().splitlines()]
+    assert len(epochs) == config.train.epochs
+    flipped, plain = pl.read_parquet(folder / f"fold0/{OOF}"), pl.read_parquet(before[OOF])
+    assert flipped["series_id"].equals(plain["series_id"])
+    assert not flipped.equals(plain)
+    train_folds(load_config("smoke"), out=run, jobs=1, device="cpu")
+    assert pl.read_parquet(folder / f"fold0/{OOF}").equals(plain)
