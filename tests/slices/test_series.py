@@ -88,18 +88,16 @@ def test_a_position_that_cannot_be_meant_counts_as_missing(wrong, k):
     slices = [at(n, -3.0 * n) for n in range(20)]
     expected = arrange(slices)
     slices[k] = at(k, wrong)
+    expected[k] = expected[k]._replace(flags="unplaced")
     assert arrange(slices) == expected
 
 
 def test_wrong_positions_at_the_ends_and_side_by_side_count_as_missing_too():
-    slices = [
-        at(n, {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}.get(n, -3.0 * n))
-        for n in range(20)
-    ]
-    places = arrange(slices)
+    wrong = {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}
+    places = arrange([at(n, wrong.get(n, -3.0 * n)) for n in range(20)])
     assert [place.order for place in places] == list(range(20))
     assert [place.z_mm for place in places] == [-3.0 * n for n in range(20)]
-    assert {place.flags for place in places} == {""}
+    assert {k for k, place in enumerate(places) if place.flags == "unplaced"} == set(wrong)
     assert [place.z_mm for place in arrange([at(1, 1e308), at(2, 0.0), at(3, -3.0)])] == [
         3.0,
         0.0,
@@ -121,7 +119,7 @@ def test_positions_lost_at_the_ends_go_on_by_the_median_step(up, lost):
         list(range(40)) if up < 0 else list(range(39, -1, -1))
     )
     assert [place.z_mm for place in places] == [up * n for n in range(40)]
-    assert {place.flags for place in places} == {""}
+    assert {k for k, place in enumerate(places) if place.flags == "unplaced"} == set(lost)
 
 
 def test_one_place_for_all_is_no_place():
@@ -263,9 +261,11 @@ def test_cuts_in_most_slices_are_the_field_of_view():
 
 def volume(rng):
     """HU of a (slice, row, column) volume: superior first, anterior at top, patient's right at
-    left.
+    left. One row of air.
     """
-    return rng.integers(-300, 400, (5, 20, 24)).astype(np.int16)
+    hu = rng.integers(-300, 400, (5, 20, 24)).astype(np.int16)
+    hu[:, 0] = -1000
+    return hu
 
 
 def write_dicom_series(folder, hu, flip):
@@ -407,11 +407,16 @@ def test_nifti_is_found_one_folder_deeper_and_useless_folders_are_named(tmp_path
         "unlabelled-imagesTr-a/nifti",
         "unlabelled-imagesTs-a/nifti",
     ]
-    (line,) = capsys.readouterr().err.splitlines()
+    line, maps, strays = capsys.readouterr().err.splitlines()
     assert (
-        "warning: 2 folders have neither <series>/*.dcm nor NIfTI images and are ignored, e.g."
-        f" {folder}/labelsTr" in line
+        "warning: 1 folders have neither <series>/*.dcm nor NIfTI images and are ignored, e.g."
+        f" {folder}/one-off" in line
     )
+    assert (
+        "warning: 1 files or folders are label maps by their names and are ignored, e.g."
+        f" {folder}/labelsTr/a.nii.gz" in maps
+    )
+    assert f"warning: not recognised and ignored: 5 .dcm, e.g. {folder}/one-off/1.dcm" in strays
     volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
     assert quarantined == []
     assert len({array.tobytes() for array in volumes.values()}) == 1
