@@ -56,11 +56,12 @@ def slice_masks(image: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     solid = cv2.threshold(share, int(255 * SOLID), 1, cv2.THRESH_BINARY)[1]
     disc = _disc(OPENING_MM, [mm * step for mm, step in zip(spacing_mm, fine, strict=True)])
     core = cv2.erode(solid, disc, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(core, connectivity=4)
-    areas = stats[:, cv2.CC_STAT_AREA]
-    kept = areas >= PART * areas[1:].max(initial=1)
-    kept[0] = False
-    return np.stack([solid, cv2.dilate(kept.astype(np.uint8)[labels], disc)])
+    # contours: a tenth of the time of labels
+    parts, _ = cv2.findContours(core, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    areas = [cv2.contourArea(part) for part in parts]
+    large = [part for part, area in zip(parts, areas, strict=True) if area >= PART * max(areas)]
+    kept = cv2.drawContours(np.zeros_like(core), large, -1, 1, cv2.FILLED)
+    return np.stack([solid, cv2.dilate(kept, disc)])
 
 
 def _cut_by_field(mask: np.ndarray) -> bool:
@@ -126,13 +127,20 @@ def body_outlines(
         cv2.MORPH_ELLIPSE, [2 * round(margin_mm / mm) + 1 for mm in spacing_mm[::-1]]
     )
     found = np.ones((len(coarse), *size), np.uint8)
+    if not plausible.any():
+        return found, (0, size[0], 0, size[1])
+    found[plausible] = 0
+    reach = 2 + int(margin_mm / min(pixel_mm))  # coarse pixels around, so that no margin is cut
+    y0, y1, x0, x1 = _box(cv2.dilate(coarse[plausible].max(0), np.ones((3, 3)), iterations=reach))
     for k in np.flatnonzero(plausible):
-        full = [step * length for step, length in zip(fine, coarse[k].shape, strict=True)]
+        inner = coarse[k, y0:y1, x0:x1] * np.uint8(255)
+        full = (inner.shape[1] * fine[1], inner.shape[0] * fine[0])
         # halves of a coarse pixel: the outline is smooth, and a box lies on the body's edge
-        smooth = cv2.resize(coarse[k] * np.uint8(255), full[::-1], interpolation=cv2.INTER_LINEAR)
-        edge = cv2.threshold(smooth[: size[0], : size[1]], 127, 1, cv2.THRESH_BINARY)[1]
-        found[k] = cv2.dilate(edge, margin)
-    return found, _box(found[plausible].any(0) if plausible.any() else found[0])
+        smooth = cv2.resize(inner, full, interpolation=cv2.INTER_LINEAR)
+        edge = cv2.dilate(cv2.threshold(smooth, 127, 1, cv2.THRESH_BINARY)[1], margin)
+        target = found[k, y0 * fine[0] : y1 * fine[0], x0 * fine[1] : x1 * fine[1]]
+        target[:] = edge[: target.shape[0], : target.shape[1]]
+    return found, _box(found[plausible].max(0))
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
