@@ -92,9 +92,9 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         counts = [run_fold(fold, number, pretrained) for number, fold in enumerate(folds)]
         rows = list(_log_lines([fold.folder / layout.LOG for fold in folds]))
         with atomic_path(part.folder / layout.OOF) as path:
-            pl.concat([pl.read_parquet(fold.folder / layout.OOF) for fold in folds]).write_parquet(
-                path
-            )
+            pl.concat(
+                [pl.read_parquet(fold.folder / layout.OOF, glob=False) for fold in folds]
+            ).write_parquet(path)
         write_text(part.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in rows))
         seconds = round(sum(row["seconds"] for row in rows), 1)
         part.finish(

@@ -68,7 +68,7 @@ def read_slices(stage: Stage) -> Slices:
     )
     folds = dict(read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE).iter_rows())
     index = (
-        pl.read_parquet(folder / layout.INDEX)
+        pl.read_parquet(folder / layout.INDEX, glob=False)
         .filter(pl.col("source") == "train")
         .sort("patient_id", "series_id")
     )
@@ -121,7 +121,9 @@ def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], lis
     for name, column in (("image_level_labels.csv", "injury_name"), (ORGANS, "organ")):
         if (data / name).is_file():
             table = pl.read_csv(
-                data / name, schema_overrides={"patient_id": pl.String, "series_id": pl.String}
+                data / name,
+                schema_overrides={"patient_id": pl.String, "series_id": pl.String},
+                glob=False,
             )
             frames.append(
                 table.select(

@@ -30,7 +30,7 @@ def read_cells(
     with threadpool_limits(1):
         for cell in progress(cells, len(cells), "calibration", "cells"):
             frames = nested(
-                {"cell": pl.read_parquet(stage.folder / cell.name / layout.OOF)},
+                {"cell": pl.read_parquet(stage.folder / cell.name / layout.OOF, glob=False)},
                 labels,
                 folds,
                 stage.config.score,

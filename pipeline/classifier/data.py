@@ -67,7 +67,7 @@ def labelled_series(
     A series of an injured patient without any slice label of that injury says nothing about its
     slices: not `known`.
     """
-    index = pl.read_parquet(folder / layout.INDEX).filter(pl.col("source") == "train")
+    index = pl.read_parquet(folder / layout.INDEX, glob=False).filter(pl.col("source") == "train")
     # a resumed run must find the same order
     index = index.join(labels, on="patient_id", how="inner", maintain_order="left")
     marks: dict[tuple[str, str], list[tuple[int, int]]] = {}

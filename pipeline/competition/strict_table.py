@@ -119,7 +119,7 @@ def _open(path: Path) -> pl.DataFrame:
             f"{path.name} is missing", str(path), "give the folder or file that holds it"
         )
     try:
-        return pl.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+        return pl.read_parquet(path, glob=False) if path.suffix == ".parquet" else _read_csv(path)
     except OSError as fault:
         raise InputError(
             "not readable", f"{path}: {fault.strerror}", "check the file and its permissions"

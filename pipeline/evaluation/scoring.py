@@ -91,7 +91,7 @@ def read_trained(
     frame = pl.concat([_read(path) for path in trained_files(trained, layout.OOF)])
     table = Table(f"{trained}/fold*/oof.parquet", frame)
     strict_table.check_unique(table, *SERIES)
-    index = pl.read_parquet(volumes / layout.INDEX).filter(pl.col("source") == "train")
+    index = pl.read_parquet(volumes / layout.INDEX, glob=False).filter(pl.col("source") == "train")
     require_patients(labels.join(index, on=KEY, how="semi", maintain_order="left"), table)
     drawn = read_folds(folds / layout.FOLD_TABLE, labels)
     moved = frame.join(drawn, on=KEY, suffix="_drawn").filter(

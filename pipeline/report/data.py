@@ -21,7 +21,7 @@ def conversion(run: Run) -> dict[str, Any]:
     from pydicom.uid import UID
 
     counts = run.manifests[layout.SLICES]["counts"]
-    lost = pl.read_csv(run.out / layout.SLICES / layout.QUARANTINE, infer_schema=False)
+    lost = pl.read_csv(run.out / layout.SLICES / layout.QUARANTINE, infer_schema=False, glob=False)
     kind = pl.col("reason").str.split(":").list.first().alias("kind")
     files = pl.struct("path", "reason").head(REASONS).alias("files")
     reasons = lost.group_by(kind, maintain_order=True).agg(pl.len(), files)
@@ -71,7 +71,9 @@ def plane_pictures(run: Run, row: dict[str, Any], planes: list[int]) -> list[dic
 
 def test_predictions(run: Run) -> dict[str, Any]:
     """Counts of stage 07, and its fallbacks by reason."""
-    fallbacks = pl.read_csv(run.out / layout.SUBMISSION / layout.FALLBACKS, infer_schema=False)
+    fallbacks = pl.read_csv(
+        run.out / layout.SUBMISSION / layout.FALLBACKS, infer_schema=False, glob=False
+    )
     return {
         "counts": run.manifests[layout.SUBMISSION]["counts"],
         "reasons": Counter(fallbacks["reason"].to_list()).most_common(REASONS),

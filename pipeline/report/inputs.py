@@ -39,7 +39,7 @@ class Run:
         """The volume index, empty where stage 02 has not run."""
         if layout.VOLUMES not in self.manifests:
             return pl.DataFrame(schema={"patient_id": pl.String, "source": pl.String})
-        return pl.read_parquet(self.out / layout.VOLUMES / layout.INDEX)
+        return pl.read_parquet(self.out / layout.VOLUMES / layout.INDEX, glob=False)
 
     def scores(self) -> dict[str, Any]:
         """The score tables of stage 06."""

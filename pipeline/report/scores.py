@@ -21,7 +21,7 @@ ERRORS, PLANES = 6, 4  # worst patients, planes of each
 
 def _predictions(run: Run) -> tuple[pl.DataFrame, list[np.ndarray]]:
     """patients.parquet, and of it labels, raw and nested probabilities (N, 13)."""
-    table = pl.read_parquet(run.out / layout.SCORES / "patients.parquet")
+    table = pl.read_parquet(run.out / layout.SCORES / "patients.parquet", glob=False)
     return table, [
         table.select(pl.col(f"{kind}_{c}").cast(pl.Float64) for c in COLUMNS).to_numpy()
         for kind in ("label", "raw", "nested")

@@ -66,9 +66,9 @@ class VolumeConfig(Section):
     depth: int = Field(96, ge=2)
     height: int = Field(256, ge=16)
     width: int = Field(256, ge=16)
-    aspect: Literal["letterbox", "stretch"] = "letterbox"
+    aspect: Literal["letterbox", "stretch"] = "stretch"
     margin_mm: float = Field(
-        2.0, ge=0, description="kept around the body; what lies outside is black"
+        4.0, ge=0, description="kept around the body; what lies outside is black"
     )
 
 

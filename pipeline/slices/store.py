@@ -26,6 +26,7 @@ from ..system.errors import InputError
 from ..system.files import atomic_folder, atomic_path, remove_folder, remove_temporaries, write_text
 from ..system.pool import KILLED, spread
 from .convert import Picture, SliceImage, arranged, pictures
+from .geometry import NO_AIR, UNPLACED
 from .png import encode_png
 from .sources import VERSION, SeriesTask, list_files, printable, series_folders
 
@@ -108,6 +109,7 @@ def convert_series(
         sidecar = {
             "fingerprint": _fingerprint(listing.fingerprint, config),
             "bytes": listing.bytes,
+            "ignored": listing.ignored,
             "deaths": deaths,
             "rows": {**rows, "png": [f"{task.name}/{name}" for name in names]},
             "pictures": _picture_bytes(folder),
@@ -128,6 +130,7 @@ def _lost(
     sidecar = {
         "fingerprint": _fingerprint(files, config),
         "bytes": 0,
+        "ignored": {},
         "deaths": [],
         "rows": {column: [] for column in COLUMNS},
         "pictures": {},
@@ -220,7 +223,9 @@ def convert_all(
     index = pl.concat([sidecar["rows"] for sidecar in done])
     quarantine = sorted(tuple(row) for sidecar in done for row in sidecar["quarantine"])
     _write_tables(target, index, quarantine)
-    return _summary(index, quarantine, [done[k] for k in missing], seconds)
+    _warn(index)
+    ignored: Counter[str] = sum((Counter(sidecar["ignored"]) for sidecar in done), Counter())
+    return _summary(index, quarantine, ignored, [done[k] for k in missing], seconds)
 
 
 def _remove_others(target: Path, names: set[str]) -> None:
@@ -245,9 +250,30 @@ def _with_frame(task: SeriesTask, sidecar: dict[str, Any]) -> dict[str, Any]:
     return {**sidecar, "rows": pl.DataFrame({**ids, **sidecar["rows"]}, {**IDS, **COLUMNS})}
 
 
+def _warn(index: pl.DataFrame) -> None:
+    """Name what is in the index but not in the volumes, and hardly meant to be so."""
+    for flag, column, what in (
+        (
+            NO_AIR,
+            "name",
+            "series hold no value below -500 HU: label maps, windowed exports or a lost intercept,"
+            " not used; correct or remove them",
+        ),
+        (UNPLACED, "png", "slices have no position, or none that can be meant, and are not used"),
+    ):
+        flagged = index.filter(pl.col("flags").str.split(",").list.contains(flag))
+        names = flagged.select("png", name=pl.concat_str("patient_id", "series_id", separator="/"))[
+            column
+        ].unique(maintain_order=True)
+        if len(names):
+            shown = ", ".join(names.head(5)) + (", ..." if len(names) > 5 else "")
+            log(f"warning: {len(names)} {what}: {shown}")
+
+
 def _summary(
     index: pl.DataFrame,
     quarantine: Sequence[tuple[str, ...]],
+    ignored: dict[str, int],
     made: Sequence[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
@@ -266,6 +292,7 @@ def _summary(
         "by_flags": count(index["flags"].replace("", "none")),
         "quarantined": len(quarantine),
         "by_reason": count([reason.partition(":")[0] for _, reason in quarantine]),
+        "not_recognised": dict(sorted(ignored.items())),
         "worker_deaths": count([cause for one in made for cause in one["deaths"]]),
         "converted_now": slices,
         "slices_per_s": round(slices / max(seconds, 1e-9), 1),

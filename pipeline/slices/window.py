@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 LOW_HU, HIGH_HU = -150.0, 250.0
+AIR_HU = -500.0  # below it lies nothing but air and lung
 
 
 class Stored(NamedTuple):

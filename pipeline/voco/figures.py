@@ -30,7 +30,9 @@ WINDOWS = 9  # positions an axis of the similarity maps
 
 def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) -> list[str]:
     """Write crops.png and similarity.png into `folder`; returns their names."""
-    _, held = choose_volumes(pl.read_parquet(volumes / layout.INDEX), config.pretrain, config.seed)
+    _, held = choose_volumes(
+        pl.read_parquet(volumes / layout.INDEX, glob=False), config.pretrain, config.seed
+    )
     planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
     options = config.pretrain
     rng = np.random.default_rng([config.seed, EVALUATION])

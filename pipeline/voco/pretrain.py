@@ -86,7 +86,9 @@ def pretrain(
     """
     options = config.pretrain
     world.check_divides(options.batch, "pretrain.batch")
-    training, held = choose_volumes(pl.read_parquet(volumes / layout.INDEX), options, config.seed)
+    training, held = choose_volumes(
+        pl.read_parquet(volumes / layout.INDEX, glob=False), options, config.seed
+    )
     run = start(config, world, volumes)
     if not fresh:
         resume(run, folder)

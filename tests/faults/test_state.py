@@ -172,7 +172,7 @@ def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch
         volume_store, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        build(config.model_copy(update={"aspect": "stretch"}))
+        build(config.model_copy(update={"aspect": "letterbox"}))
     monkeypatch.undo()
     assert build(config) == before
     assert {path.name: digest(path) for path in target.glob("*.npy")} == before

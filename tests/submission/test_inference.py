@@ -691,7 +691,7 @@ def test_a_model_that_failed_is_tried_again_and_a_spent_budget_is_told(tmp_path,
 @pytest.mark.parametrize(
     ("override", "what", "remedy"),
     [
-        ("volume.aspect=stretch", "trained on volumes made otherwise", "volume.aspect=letterbox"),
+        ("volume.aspect=letterbox", "trained on volumes made otherwise", "volume.aspect=stretch"),
         (
             "convert.flip_hfs=true",
             "trained on slices turned otherwise",
