@@ -582,8 +582,9 @@ def test_numbers_in_no_order_are_no_passes():
     assert flags(swapped) == [""] * 20
 
 
-def test_bolus_tracking_is_left_out_and_the_slice_at_its_place_is_not():
-    tracking = [at(k, -30.0) for k in range(12)]
+@pytest.mark.parametrize("place", [-30.0, 60.0], ids=["within", "above"])
+def test_bolus_tracking_is_left_out_and_the_slice_at_its_place_is_not(place):
+    tracking = [at(k, place) for k in range(12)]
     assert flags([*tracking, *(at(20 + k, -3.0 * k) for k in range(30))]) == (
         ["duplicate"] * 12 + [""] * 30
     )
@@ -779,6 +780,8 @@ def test_nan_around_the_body_is_air_and_proves_none(tmp_path):
         assert len(slices) == 5
         assert {item.flags for item in slices} == {found}
         assert not slices[0].image[:, :3].any()
+        hu_read = nifti.nifti_slice(tmp_path / "unlabelled" / f"{name}.nii", 0, 1 << 20)[0]
+        assert (hu_read[:, :3] == -500).all()
 
 
 def test_a_nifti_without_a_form_is_refused_by_name(tmp_path):
