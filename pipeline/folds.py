@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .competition import strict_table, tables
+from .competition import strict_table
 from .competition.strict_table import KEY, ROW
 from .competition.targets import COLUMNS
 from .run import layout
 from .run.stage import Stage, stage_function
+from .system.console import say
 from .system.errors import InputError
 from .system.files import atomic_path
 
@@ -80,28 +81,6 @@ def _splits(matrix: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
         yield folds
 
 
-def label_subset(patients: list[str], labels: np.ndarray, fraction: float, seed: int) -> set[str]:
-    """The share `fraction` of `patients` (N,), stratified by their labels (N, 13); for one seed a
-    smaller share is part of a larger one.
-
-    Patients are taken one by one: of a random order the first that keeps the class counts nearest
-    to what so many should have.
-    """
-    order = np.random.default_rng([seed, 13]).permutation(np.argsort(patients))
-    rows, share = labels[order].astype(np.float64), labels.mean(axis=0, dtype=np.float64)
-    weight, counts, left, taken = (
-        1 / np.maximum(share, 1e-9),
-        np.zeros_like(share),
-        np.ones(len(order), bool),
-        [],
-    )
-    for number in range(1, max(1, round(fraction * len(order))) + 1):
-        distance = ((counts + rows - number * share) ** 2 * weight).sum(axis=1)
-        taken.append(int(np.where(left, distance, np.inf).argmin()))
-        counts, left[taken[-1]] = counts + rows[taken[-1]], False
-    return {patients[k] for k in order[taken]}
-
-
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
     """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with
     `labels`) in none.
@@ -159,14 +138,13 @@ def format_counts(counts: pl.DataFrame) -> str:
 def make_folds(stage: Stage) -> None:
     """Stage 03: divide the labelled patients into folds unless that was done from these tables."""
     data = stage.data
-    if stage.current(
-        stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"]), ["folds", "seed"]
-    ):
+    inputs = stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"])
+    if stage.current(inputs | stage.limit, ["folds", "seed"]):
         return
-    labels, series = tables.read_labels(data), tables.read_series(data, "train")
+    labels, series = stage.labels(), stage.series()
     table = stratified_folds(labels, series, stage.config.folds.count, stage.config.seed)
     with atomic_path(stage.folder / layout.FOLD_TABLE) as path:
         table.write_csv(path)
     counts = class_counts(read_folds(stage.folder / layout.FOLD_TABLE, labels), labels, series)
-    print(format_counts(counts), flush=True)
+    say(format_counts(counts))
     stage.finish({"patients": table.height, "folds": counts.to_dicts()}, [layout.FOLD_TABLE])

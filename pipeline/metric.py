@@ -14,6 +14,7 @@ from .competition import strict_table
 from .competition.metric import align, format_table, score_arrays
 from .competition.strict_table import KEY
 from .competition.targets import ANY_INJURY, COLUMNS
+from .system.console import say
 from .system.errors import InputError
 
 
@@ -31,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
             *align(solution, strict_table.load_table(options.submission, columns))
         )
     except InputError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        say(f"error: {fault}", sys.stderr)
         return 2
-    print(json.dumps(result) if options.json else format_table({options.submission.stem: result}))
+    say(json.dumps(result) if options.json else format_table({options.submission.stem: result}))
     return 0
 
 

@@ -23,6 +23,7 @@ from ..run.stage import Stage
 from ..system.console import log
 from ..system.errors import InputError
 from ..system.files import atomic_path, remove_folder, write_text
+from ..system.frames import read_frame
 from ..system.machine import world_size
 from .grid import Cell, backbone_part, declared_cells, part_with, pretrainings
 
@@ -92,9 +93,7 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         counts = [run_fold(fold, number, pretrained) for number, fold in enumerate(folds)]
         rows = list(_log_lines([fold.folder / layout.LOG for fold in folds]))
         with atomic_path(part.folder / layout.OOF) as path:
-            pl.concat(
-                [pl.read_parquet(fold.folder / layout.OOF, glob=False) for fold in folds]
-            ).write_parquet(path)
+            pl.concat([read_frame(fold.folder / layout.OOF) for fold in folds]).write_parquet(path)
         write_text(part.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in rows))
         seconds = round(sum(row["seconds"] for row in rows), 1)
         part.finish(

@@ -17,7 +17,6 @@ import polars as pl
 import torch
 from torch import nn
 
-from ..competition.tables import read_labels
 from ..competition.targets import SLICE_TARGETS
 from ..folds import read_folds
 from ..learning.backbone import (
@@ -33,6 +32,7 @@ from ..run.config import Config
 from ..run.stage import Stage
 from ..system.console import log
 from ..system.files import atomic_path, write_text
+from ..system.frames import read_frame
 from ..system.machine import pick_device, seed_everything
 from ..volumes.sampling import slice_positions, take_slices
 from .grid import Cell, backbone_part, pretrainings
@@ -64,11 +64,11 @@ def read_slices(stage: Stage) -> Slices:
     folder, config, labels = (
         stage.upstream(layout.VOLUMES),
         stage.config.train,
-        read_labels(stage.data),
+        stage.labels(),
     )
     folds = dict(read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE).iter_rows())
     index = (
-        pl.read_parquet(folder / layout.INDEX, glob=False)
+        read_frame(folder / layout.INDEX)
         .filter(pl.col("source") == "train")
         .sort("patient_id", "series_id")
     )
@@ -121,9 +121,8 @@ def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], lis
     for name, column in (("image_level_labels.csv", "injury_name"), (ORGANS, "organ")):
         if (data / name).is_file():
             table = pl.read_csv(
-                data / name,
+                (data / name).read_bytes(),
                 schema_overrides={"patient_id": pl.String, "series_id": pl.String},
-                glob=False,
             )
             frames.append(
                 table.select(

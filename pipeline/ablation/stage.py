@@ -3,6 +3,7 @@
 from ..run import layout
 from ..run.manifest import digest, finished
 from ..run.stage import Stage, stage_function
+from ..system.console import say
 
 
 @stage_function(layout.ABLATION)
@@ -26,4 +27,4 @@ def ablate(stage: Stage) -> None:
 
     outputs = [*summarise(stage, cells), *probe_all(stage, cells)]
     stage.finish({"cells": len(cells), "variants": len({cell.variant for cell in cells})}, outputs)
-    print((stage.folder / layout.TABLE_MD).read_text(encoding="utf-8"), flush=True)
+    say((stage.folder / layout.TABLE_MD).read_text(encoding="utf-8"))

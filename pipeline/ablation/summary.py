@@ -5,13 +5,13 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from ..competition.metric import score_arrays
-from ..competition.tables import read_labels
 from ..competition.targets import COLUMNS, SCORE_KEYS
 from ..run import layout
 from ..run.manifest import finished
 from ..run.stage import Stage
 from ..system.console import progress
 from ..system.files import write_json, write_text
+from ..system.frames import read_frame
 from .grid import Cell, backbone_part
 from .statistics import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
 
@@ -25,12 +25,12 @@ def read_cells(
     from ..evaluation.scoring import nested
     from ..folds import read_folds
 
-    labels = read_labels(stage.data)
+    labels = stage.labels()
     folds, found = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels), {}
     with threadpool_limits(1):
         for cell in progress(cells, len(cells), "calibration", "cells"):
             frames = nested(
-                {"cell": pl.read_parquet(stage.folder / cell.name / layout.OOF, glob=False)},
+                {"cell": read_frame(stage.folder / cell.name / layout.OOF)},
                 labels,
                 folds,
                 stage.config.score,

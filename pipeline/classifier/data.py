@@ -2,7 +2,7 @@
 its slices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..competition.targets import COLUMNS, SLICE_TARGETS
+from ..learning.loaders import batches_of, make_loader
 from ..run import layout
 from ..run.config import TrainConfig
+from ..run.room import loaders, train_batch_bytes
+from ..system.frames import read_frame
 from ..volumes.sampling import bins, slice_positions, take_slices
 from .augment import VolumeAugment
 
@@ -67,7 +70,7 @@ def labelled_series(
     A series of an injured patient without any slice label of that injury says nothing about its
     slices: not `known`.
     """
-    index = pl.read_parquet(folder / layout.INDEX, glob=False).filter(pl.col("source") == "train")
+    index = read_frame(folder / layout.INDEX).filter(pl.col("source") == "train")
     # a resumed run must find the same order
     index = index.join(labels, on="patient_id", how="inner", maintain_order="left")
     marks: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -133,17 +136,17 @@ class SeriesDataset(Dataset):
         }
 
 
-def make_loader(
-    dataset: SeriesDataset, plan: list[list[tuple[int, int]]], workers: int, device: torch.device
-) -> DataLoader:
-    """Batches of `dataset` by the keys of `plan`."""
-    workers = min(workers, len(plan))
-    # batches a worker: other work on its core is not at once waited for
-    ahead = 4 if workers else None
-    return DataLoader(
-        dataset,
-        batch_sampler=plan,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=ahead,
-    )
+def series_batches(
+    dataset: SeriesDataset,
+    plan: list[list[tuple[int, int]]],
+    device: torch.device,
+    waiting: Callable[[], object] = lambda: None,
+    sharing: int = 1,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of `dataset` by the keys of `plan`, for one of `sharing` processes that train at
+    once; `waiting` is called while one is waited for.
+    """
+    gpu, config = device.type == "cuda", dataset.config
+    most = loaders(config.workers, train_batch_bytes(config), "train.workers", gpu, sharing)
+    loader = make_loader(dataset, min(most, len(plan)), gpu, batch_sampler=plan)
+    return batches_of(loader, waiting)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..competition.tables import read_labels, read_slice_labels
-from ..folds import label_subset, read_folds
+from ..competition.subset import label_subset
+from ..competition.tables import read_slice_labels
+from ..folds import read_folds
 from ..run import layout
 from ..run.config import Config
 from ..run.manifest import read_manifest
@@ -38,7 +39,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
         InputError: no such fold, a patient in two folds or in none, no series on one side, slice
         labels asked for and absent.
     """
-    labels = read_labels(part.data)
+    labels = part.labels()
     folds = dict(read_folds(part.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels).iter_rows())
     if fold not in folds.values():
         raise InputError(

@@ -17,7 +17,8 @@ from ..competition import metric
 from ..competition.targets import COLUMNS
 from ..learning.backbone import load_backbone, placed, standardise
 from ..learning.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from ..learning.interrupt import StopSignal, loading
+from ..learning.interrupt import StopSignal
+from ..learning.loaders import loading
 from ..learning.log import open_log
 from ..learning.optimise import (
     NonFiniteLoss,
@@ -34,7 +35,8 @@ from ..run.stage import Stage
 from ..system.console import log, progress
 from ..system.files import atomic_path
 from ..system.machine import pick_device, seed_everything, world_size
-from .data import SeriesDataset, make_loader
+from ..system.processes import parent_stage
+from .data import SeriesDataset, series_batches
 from .fold import FoldData, gather_fold
 from .loss import InjuryLoss
 from .model import CnnLstm, parameter_groups
@@ -202,13 +204,17 @@ class FoldTrainer:
                 for epoch in range(self.epoch, self.options.epochs)
                 for batch in self._plan(epoch)
             ]
-            self._stream = iter(
-                make_loader(self.dataset, plan[done:], self.options.workers, self.device)
+            self._stream = series_batches(
+                self.dataset, plan[done:], self.device, self._leave_if_asked, self._sharing()
             )
         left = -(-len(self.dataset) // self.options.batch) - done
         while left > 0:
             yield list(itertools.islice(self._stream, min(self.options.accumulate, left)))
             left -= self.options.accumulate
+
+    def _sharing(self) -> int:
+        """Processes that may train on this machine at once and share what there is of it."""
+        return self.config.folds.count if parent_stage() else world_size()
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
         """Keys of an epoch's micro-batches, in an order that is a pure function of (seed, fold,
@@ -271,9 +277,10 @@ class FoldTrainer:
             for i in range(0, len(series), size)
         ]
         model = self.final_model.eval()
-        loader = make_loader(dataset, plan, self.options.workers, self.device)
         values = []
-        for batch in loader:
+        for batch in series_batches(
+            dataset, plan, self.device, self._leave_if_asked, self._sharing()
+        ):
             slices = batch["slices"].to(self.device)
             values.append(predict(model, slices, self.options.amp, flips))
             self._leave_if_asked()

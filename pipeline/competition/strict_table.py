@@ -4,6 +4,7 @@ Rows are numbered as an editor shows a CSV: the header is row 1. Ids are strings
 stays "10004").
 """
 
+import codecs
 import csv
 import difflib
 import io
@@ -14,6 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from ..system.errors import InputError
+from ..system.frames import read_frame
 
 ROW = "__row"
 
@@ -119,7 +121,7 @@ def _open(path: Path) -> pl.DataFrame:
             f"{path.name} is missing", str(path), "give the folder or file that holds it"
         )
     try:
-        return pl.read_parquet(path, glob=False) if path.suffix == ".parquet" else _read_csv(path)
+        return read_frame(path) if path.suffix == ".parquet" else _read_csv(path)
     except OSError as fault:
         raise InputError(
             "not readable", f"{path}: {fault.strerror}", "check the file and its permissions"
@@ -128,11 +130,36 @@ def _open(path: Path) -> pl.DataFrame:
         raise _explain(path, fault) from fault
 
 
+def _plain(path: Path) -> bytes:
+    """The bytes of a table as UTF-8 without a mark, lines ending in `\\n`; spreadsheets write
+    UTF-16 too.
+    """
+    data = path.read_bytes()
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if wide or b"\0" in data[:2]:
+        kind = "utf-16" if wide else "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+        data = data.decode(kind, "replace").encode()
+    data = data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+    return data if b"\n" in data else data.replace(b"\r", b"\n")
+
+
+def _separator(data: bytes) -> str:
+    """What stands between the names in the first line: a comma, else semicolons or tabs, as
+    spreadsheets write them.
+    """
+    head = data.partition(b"\n")[0].decode("utf-8", "replace")
+    return next((one for one in ",;\t" if one in head), ",")
+
+
 def _read_csv(path: Path) -> pl.DataFrame:
     """All cells as strings with the number of the line that each row begins in; empty lines are
     left out.
     """
-    frame = pl.read_csv(path.read_bytes(), infer_schema=False)
+    data = _plain(path)
+    frame = pl.read_csv(data, infer_schema=False, separator=(separator := _separator(data)))
+    if separator != ",":  # whose spreadsheet may write a comma for the decimal point
+        cells = pl.all().exclude("^.*_id$")
+        frame = frame.with_columns(cells.str.replace(r"^(\s*[+-]?\d+),(\d+\s*)$", "$1.$2"))
     inner = pl.sum_horizontal(pl.all().str.count_matches("\n", literal=True).fill_null(0))
     line = pl.int_range(pl.len()) + 2 + inner.cum_sum().shift(1, fill_value=0)
     return frame.with_columns(line.alias(ROW)).filter(
@@ -146,7 +173,8 @@ def _explain(path: Path, fault: Exception) -> InputError:
     """
     remedy = "save the table as CSV in UTF-8"
     try:
-        rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+        text = (data := _plain(path)).decode()
+        rows = csv.reader(io.StringIO(text), delimiter=_separator(data))
         width = len(next(rows, []))
         if long := next((rows.line_num for row in rows if len(row) > width), None):
             return InputError(
@@ -169,6 +197,16 @@ def check_ids(table: Table, *columns: str) -> None:
     rules = []
     for column in columns:
         cell = pl.col(column)
+        # what pandas makes of whole numbers beside an empty cell
+        floats = cell.str.contains(r"^[0-9]+\.0$").fill_null(True)
+        rules.append(
+            (
+                floats.all() & cell.is_not_null(),
+                column,
+                "the ids were written as floating-point numbers, e.g. {value}",
+                "write whole numbers such as 10004 (pandas: dtype=str)",
+            )
+        )
         wrong = {
             "is empty": cell.is_null() | (cell.str.strip_chars() == ""),
             "has path parts": cell.str.contains(r"[/\\]|\.\.|^\."),

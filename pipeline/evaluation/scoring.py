@@ -25,6 +25,7 @@ from ..run.config import Config, ScoreConfig
 from ..run.manifest import trained_files
 from ..system.console import log
 from ..system.errors import InputError
+from ..system.frames import read_frame
 from . import calibration
 from .calibration import Calibration
 from .metrics import extra_metrics, score_intervals
@@ -91,7 +92,7 @@ def read_trained(
     frame = pl.concat([_read(path) for path in trained_files(trained, layout.OOF)])
     table = Table(f"{trained}/fold*/oof.parquet", frame)
     strict_table.check_unique(table, *SERIES)
-    index = pl.read_parquet(volumes / layout.INDEX, glob=False).filter(pl.col("source") == "train")
+    index = read_frame(volumes / layout.INDEX).filter(pl.col("source") == "train")
     require_patients(labels.join(index, on=KEY, how="semi", maintain_order="left"), table)
     drawn = read_folds(folds / layout.FOLD_TABLE, labels)
     moved = frame.join(drawn, on=KEY, suffix="_drawn").filter(

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..run import layout
 from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
+from ..system.console import say
 from ..system.errors import InputError
 from ..system.files import atomic_path, write_json
 
@@ -18,7 +19,8 @@ def gather(stage: Stage, oof: Sequence[Path]) -> dict[str, object]:
     """Fingerprint of what is scored."""
     labels = stage.data / "train.csv"
     if not oof:
-        return stage.inputs(layout.VOLUMES, layout.FOLDS, layout.CLASSIFIERS, files=[labels])
+        made = stage.inputs(layout.VOLUMES, layout.FOLDS, layout.CLASSIFIERS, files=[labels])
+        return made | stage.limit
     for path in oof:
         if not path.is_file():
             raise InputError(
@@ -28,6 +30,7 @@ def gather(stage: Stage, oof: Sequence[Path]) -> dict[str, object]:
             )
     return {
         **stage.inputs(files=[labels]),
+        **stage.limit,
         "oof": [[path.name, digest(path)] for path in oof],
     }
 
@@ -41,16 +44,12 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
     if stage.current(gather(stage, given), ["seed", "score"]):
         from .scoring import summary
 
-        print(
-            summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))),
-            flush=True,
-        )
+        say(summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))))
         return
-    from ..competition import tables
     from ..competition.targets import COLUMNS
     from . import figures, scoring
 
-    labels = tables.read_labels(stage.data)
+    labels = stage.labels()
     if given:
         series = scoring.read_oof(given, labels)
         folds = scoring.nested_folds(series, labels, stage.config)
@@ -75,5 +74,5 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
     figures.precision_recall(truth, nested, stage.folder / PICTURES[0])
     figures.reliability_curves(truth, raw, nested, stage.folder / PICTURES[1])
     figures.confusion_tables(truth, nested, stage.folder / PICTURES[2])
-    print(scoring.summary(outcome.scores), flush=True)
+    say(scoring.summary(outcome.scores))
     stage.finish(outcome.scores["counts"], [*TABLES, *PICTURES])

@@ -1,14 +1,12 @@
-"""Stops of a training loop: signals answered at a step boundary, and processes that load data and
-die.
-"""
+"""Stops of a training loop: signals answered at a step boundary."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
-from ..system.errors import TrainingStopped
+from ..system.console import log
+from ..system.processes import parent_stage
 
 
 class StopSignal:
@@ -41,6 +39,9 @@ class StopSignal:
         self.signum = signum
         if not self.several:
             self.__exit__()
+        if not parent_stage():
+            with contextlib.suppress(RuntimeError):  # in the midst of another line
+                log("stopping after this step; a second signal does not wait for it")
 
     def leave(self) -> None:
         """Raise KeyboardInterrupt or SystemExit(128 + signal)."""
@@ -49,17 +50,3 @@ class StopSignal:
             if self.signum == signal.SIGINT
             else SystemExit(128 + (self.signum or signal.SIGTERM))
         )
-
-
-@contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Turn the death of a process that loads data into TrainingStopped."""
-    try:
-        yield
-    except RuntimeError as fault:
-        if "DataLoader worker" not in str(fault):
-            raise
-        what = "a process that loads data was killed (out of memory?); the last checkpoint is kept"
-        raise TrainingStopped(
-            f"{what}: run the same command again, with fewer `workers` if memory is short"
-        ) from fault

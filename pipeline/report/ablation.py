@@ -83,7 +83,7 @@ def probe_table(run: Run) -> dict[str, Any]:
     most over the seeds.
     """
     folder = run.out / layout.ABLATION
-    table = pl.read_csv(folder / layout.PROBES, glob=False)
+    table = pl.read_csv((folder / layout.PROBES).read_bytes())
     keys, value = ["backbone", "statistics"], pl.col("value")
     spread = [value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high")]
     found = table.group_by("question", "probe", "figure", *keys, maintain_order=True).agg(spread)

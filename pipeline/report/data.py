@@ -1,6 +1,7 @@
 """What a run made of its data: conversion, a montage of volumes, the predicted test patients."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,17 @@ PLANES = 6  # of a series
 REASONS = 6  # paths a quarantine reason, reasons of fallbacks
 
 
+def _table(path: Path) -> pl.DataFrame:
+    """A table of ours, cells as text; read here, since polars takes some paths for patterns."""
+    return pl.read_csv(path.read_bytes(), infer_schema=False)
+
+
 def conversion(run: Run) -> dict[str, Any]:
     """Counts of stage 01, and the quarantined files by reason."""
     from pydicom.uid import UID
 
     counts = run.manifests[layout.SLICES]["counts"]
-    lost = pl.read_csv(run.out / layout.SLICES / layout.QUARANTINE, infer_schema=False, glob=False)
+    lost = _table(run.out / layout.SLICES / layout.QUARANTINE)
     kind = pl.col("reason").str.split(":").list.first().alias("kind")
     files = pl.struct("path", "reason").head(REASONS).alias("files")
     reasons = lost.group_by(kind, maintain_order=True).agg(pl.len(), files)
@@ -71,9 +77,7 @@ def plane_pictures(run: Run, row: dict[str, Any], planes: list[int]) -> list[dic
 
 def test_predictions(run: Run) -> dict[str, Any]:
     """Counts of stage 07, and its fallbacks by reason."""
-    fallbacks = pl.read_csv(
-        run.out / layout.SUBMISSION / layout.FALLBACKS, infer_schema=False, glob=False
-    )
+    fallbacks = _table(run.out / layout.SUBMISSION / layout.FALLBACKS)
     return {
         "counts": run.manifests[layout.SUBMISSION]["counts"],
         "reasons": Counter(fallbacks["reason"].to_list()).most_common(REASONS),

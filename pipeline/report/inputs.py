@@ -12,6 +12,7 @@ from ..run.config import Config
 from ..run.layout import MAKERS
 from ..run.manifest import broken_outputs, read_manifest
 from ..system.console import log
+from ..system.frames import read_frame
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Run:
         """The volume index, empty where stage 02 has not run."""
         if layout.VOLUMES not in self.manifests:
             return pl.DataFrame(schema={"patient_id": pl.String, "source": pl.String})
-        return pl.read_parquet(self.out / layout.VOLUMES / layout.INDEX, glob=False)
+        return read_frame(self.out / layout.VOLUMES / layout.INDEX)
 
     def scores(self) -> dict[str, Any]:
         """The score tables of stage 06."""

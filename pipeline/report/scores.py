@@ -11,6 +11,7 @@ from ..competition.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
 from ..evaluation import curves
 from ..evaluation.metrics import METRICS, Interval, interval, resamples
 from ..run import layout
+from ..system.frames import read_frame
 from ..volumes.sampling import evenly
 from .charts import Chart, chart
 from .data import plane_pictures
@@ -21,7 +22,7 @@ ERRORS, PLANES = 6, 4  # worst patients, planes of each
 
 def _predictions(run: Run) -> tuple[pl.DataFrame, list[np.ndarray]]:
     """patients.parquet, and of it labels, raw and nested probabilities (N, 13)."""
-    table = pl.read_parquet(run.out / layout.SCORES / "patients.parquet", glob=False)
+    table = read_frame(run.out / layout.SCORES / "patients.parquet")
     return table, [
         table.select(pl.col(f"{kind}_{c}").cast(pl.Float64) for c in COLUMNS).to_numpy()
         for kind in ("label", "raw", "nested")

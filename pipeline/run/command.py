@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..system.console import show_log
+from ..system.console import say, show_log
 from ..system.errors import Ended, InputError, TrainingStopped
 from ..system.processes import end_with, parent_stage
 from .stage import StageFunction
@@ -123,7 +123,7 @@ def _say(line: str, code: int) -> int:
     if part := parent_stage():
         os.write(part[1], line.encode())
     else:
-        print(line, file=sys.stderr, flush=True)
+        say(line, sys.stderr)
     return code
 
 

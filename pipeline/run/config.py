@@ -72,6 +72,17 @@ class VolumeConfig(Section):
     )
 
 
+class DataConfig(Section):
+    """What of the data set is used."""
+
+    limit: int = Field(
+        0,
+        ge=0,
+        description="labelled, unlabelled and test patients each, 0: all",
+        json_schema_extra=ADDED,
+    )
+
+
 class FoldConfig(Section):
     """Stage 03."""
 
@@ -166,7 +177,12 @@ class VocoConfig(Section):
         ),
         json_schema_extra=RESUMABLE,
     )
-    workers: int = Field(2, ge=0, json_schema_extra=HOW)
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that load data (none: by cores, memory and /dev/shm)",
+        json_schema_extra=HOW,
+    )
     amp: bool = True
     compile: bool = Field(False, json_schema_extra=HOW)
     activation_checkpointing: bool = Field(False, json_schema_extra=HOW)
@@ -282,7 +298,9 @@ class TrainConfig(Section):
     patience: int = Field(0, ge=0, description="epochs without improvement before stopping, 0: off")
     amp: bool = True
     compile: bool = Field(False, json_schema_extra=HOW)
-    workers: int = Field(2, ge=0, json_schema_extra=HOW)
+    workers: int | None = Field(
+        None, ge=0, description="as pretrain.workers", json_schema_extra=HOW
+    )
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -383,6 +401,7 @@ class Config(Section):
     )
     seed: int = Field(0, ge=0)
     phantom: PhantomConfig | None = None
+    data: DataConfig = DataConfig()
     convert: ConvertConfig = ConvertConfig()
     volume: VolumeConfig = VolumeConfig()
     folds: FoldConfig = FoldConfig()

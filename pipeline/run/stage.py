@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..system.console import log
+from ..system.console import log, printable
 from ..system.errors import InputError
 from ..system.files import disk_errors, remove_temporaries, write_json
 from ..system.machine import cpu_count, device_used, peak_mb, world_size
@@ -19,6 +19,8 @@ from .locks import holders, try_lock
 from .manifest import ROOT, SCHEMA, broken_outputs, digest, git_commit, read_manifest, versions
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from .config import Config
 
 T = TypeVar("T")
@@ -37,6 +39,15 @@ class Options:
     command: str = ""  # flags of the command line that repeats the run, for the report
 
 
+def _in_utf8(folder: Path, flag: str) -> Path:
+    """The folder itself; InputError where its name is not UTF-8, which polars, OpenCV and dicomsdl
+    cannot open.
+    """
+    if (shown := printable(str(folder))) != str(folder):
+        raise InputError("the path is not UTF-8", f"{flag} {shown}", "rename it or choose another")
+    return folder
+
+
 class Stage:
     """One run of one stage: resolved options, its folder under `--out`, and its manifest.
 
@@ -48,6 +59,7 @@ class Stage:
         self.name, self.config, self.options = name, config, options
         self.out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
         self.folder = self.out / name
+        _in_utf8(self.out, "--out")
         self.jobs = options.jobs or cpu_count()
         self.device_name = options.device
         self.rank = int(os.environ.get("RANK", 0))
@@ -85,7 +97,7 @@ class Stage:
             raise InputError(
                 "no such data folder", str(folder), "give --data the folder that holds train.csv"
             )
-        return folder
+        return _in_utf8(folder, "--data")
 
     @property
     def image_data(self) -> Path:
@@ -97,6 +109,32 @@ class Stage:
             if self.real_data or not self.config.phantom
             else self.upstream(layout.PHANTOM, lambda file: True)
         )
+
+    @property
+    def limit(self) -> dict[str, int]:
+        """`data.limit` where there is one: of a stage that reads the tables, part of its inputs."""
+        return {"limit": self.config.data.limit} if self.config.data.limit else {}
+
+    def labels(self) -> "pl.DataFrame":
+        """`train.csv`, of the patients that `data.limit` leaves."""
+        from ..competition import tables
+
+        return self._limited(tables.read_labels(self.data))
+
+    def series(self) -> "pl.DataFrame":
+        """`train_series_meta.csv`, of the same patients."""
+        from ..competition import tables
+
+        return self._limited(tables.read_series(self.data, "train"))
+
+    def _limited(self, frame: "pl.DataFrame") -> "pl.DataFrame":
+        if not self.limit:
+            return frame
+        from ..competition import subset, tables
+
+        labels, series = tables.read_labels(self.data), tables.read_series(self.data, "train")
+        kept = subset.first_patients(labels, series, self.config.data.limit)
+        return frame.filter(frame["patient_id"].is_in(list(kept)))
 
     def part(self, name: str) -> "Stage":
         """A sub-folder with a manifest of its own, written by whichever rank works on it, e.g. one

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..system.console import progress, show_log
+from ..system.console import progress, say, show_log
 from ..system.errors import InputError
 from ..system.machine import cpu_count
 from . import layout
@@ -58,9 +58,9 @@ def _slices(folder: Path, threads: ThreadPoolExecutor) -> Iterator[str]:
     """One line for each PNG of the slice index that differs; a part at a time, since there may be
     millions.
     """
-    import polars as pl
+    from ..system.frames import read_frame
 
-    index = pl.read_parquet(folder / layout.INDEX, columns=["png", "crc32"], glob=False)
+    index = read_frame(folder / layout.INDEX, ["png", "crc32"])
 
     def answers() -> Iterator[str | None]:
         for part in index.iter_slices(SLICES_AT_ONCE):
@@ -148,11 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = 0
         for line in differences(out):
             wrong += 1
-            print(line, flush=True)
+            say(line)
     except InputError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        say(f"error: {fault}", sys.stderr)
         return 2
-    print(
+    say(
         f"{wrong} differences: remove those files and run the same run_all.sh command again"
         if wrong
         else f"{out}: whole"

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..run import layout
 from ..run.manifest import digest, read_manifest
-from ..system.console import log
+from ..system.console import log, printable
 from ..system.errors import InputError
 from . import readers
 from .readers import instance_of
@@ -61,6 +60,18 @@ class Listing(NamedTuple):
     bytes: int
     fingerprint: str
     ignored: dict[str, int] = {}  # noqa: RUF012  # a default of a tuple, never written to
+
+
+class Found(NamedTuple):
+    """What of a series is there: fingerprint, number and bytes of its files, the name of one of
+    them, and why there is none.
+    """
+
+    fingerprint: str
+    files: int
+    bytes: int
+    example: str
+    reason: str
 
 
 def test_tasks(data: Path, listed: Any) -> list[SeriesTask]:
@@ -208,11 +219,6 @@ def kind_of(name: str) -> str:
     return ending if re.fullmatch(r"\.[a-z][a-z0-9]{0,7}", ending) else "without ending"
 
 
-def printable(text: str) -> str:
-    """A text with names of files in it, whose bytes that are not UTF-8 become `\\xNN`."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
 def is_whole(target: Path, tasks: Sequence[SeriesTask]) -> bool:
     """True where every series has its folder and sidecar, and these hold as many pictures as the
     manifest of stage 01 counts.
@@ -242,17 +248,29 @@ def series_folders(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.glob("[!.]*/[!.]*") if path.is_dir())
 
 
-def fingerprints(tasks: Sequence[SeriesTask], data: Path) -> list[str]:
-    """Of every series' input files: names, sizes and times. Threads, because a shared file system
-    answers slowly.
+def look_at(tasks: Sequence[SeriesTask], data: Path) -> list[Found]:
+    """Every series' input files. Threads, because a shared file system answers slowly; no list of
+    names is kept: there may be millions.
     """
+
+    def look(task: SeriesTask) -> Found:
+        listing = list_files(task.path, data)
+        files = listing.files
+        return Found(
+            listing.fingerprint,
+            len(files),
+            listing.bytes,
+            files[len(files) // 2] if files else "",
+            "" if files else listing.refused[0][1],
+        )
+
     with ThreadPoolExecutor(16) as threads:
-        return [
-            listing.fingerprint
-            for listing in threads.map(
-                partial(list_files, data=data), [task.path for task in tasks]
-            )
-        ]
+        return list(threads.map(look, tasks))
+
+
+def fingerprints(tasks: Sequence[SeriesTask], data: Path) -> list[str]:
+    """Of every series' input files: names, sizes and times."""
+    return [found.fingerprint for found in look_at(tasks, data)]
 
 
 def list_files(path: str | Path, data: str | Path) -> Listing:

@@ -20,7 +20,7 @@ import polars as pl
 from ..run import layout
 from ..run.config import ConvertConfig, resolved
 from ..run.manifest import digest
-from ..system.console import log, progress, timed
+from ..system.console import log, printable, progress, timed
 from ..system.contained import Failure
 from ..system.errors import InputError
 from ..system.files import atomic_folder, atomic_path, remove_folder, remove_temporaries, write_text
@@ -28,7 +28,7 @@ from ..system.pool import KILLED, spread
 from .convert import Picture, SliceImage, arranged, pictures
 from .geometry import NO_AIR, UNPLACED
 from .png import encode_png
-from .sources import VERSION, SeriesTask, list_files, printable, series_folders
+from .sources import VERSION, SeriesTask, list_files, series_folders
 
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
 COLUMNS = {
@@ -184,13 +184,15 @@ def convert_all(
     jobs: int = 1,
     scheduler: str | None = None,
     force: bool = False,
+    tidy: bool = True,
 ) -> dict[str, Any]:
-    """Convert the series that are new or changed, remove those that are gone, write index and
-    quarantine; returns the counts.
+    """Convert the series that are new or changed, remove those that are gone (with `tidy`), write
+    index and quarantine; returns the counts.
     """
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target, depth=1)
-    _remove_others(target, {task.name for task in tasks})
+    if tidy:
+        _remove_others(target, {task.name for task in tasks})
 
     def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
         sidecar = None if force else _finished(target / task.name, _fingerprint(files, config))

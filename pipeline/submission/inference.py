@@ -136,15 +136,18 @@ class Filling:
         self.answered = self.failed = 0
         self.late = 0  # patients with series that were not reached
 
-    def note_tables(self, tasks: Sequence[SeriesTask]) -> None:
-        """Report patients that only one of the two test tables names."""
+    def note_tables(self, tasks: Sequence[SeriesTask], limit: int = 0) -> None:
+        """Report patients that only one of the two test tables names, or that are past the
+        `limit`.
+        """
+        within = f" within data.limit={limit}" if limit else ""
         strangers = sorted({task.patient_id for task in tasks} - self.writer.rows.keys())
         self.problems += [
             (patient, "", "not in sample_submission.csv: not predicted") for patient in strangers
         ]
         absent = [patient for patient in self.writer.rows if patient not in self.missing]
         self.problems += [
-            (patient, "", "no series in test_series_meta.csv: prior") for patient in absent
+            (patient, "", f"no series in test_series_meta.csv{within}: prior") for patient in absent
         ]
 
     def take(self, item: Decoded) -> bool:
@@ -215,7 +218,7 @@ def fill_submission(
     options, ready = config.predict, time.monotonic()
     listed = [task for task in tasks if task.patient_id in writer.rows]
     filling, over = Filling(listed, writer, ensemble, options.flips), "stopped early"
-    filling.note_tables(tasks)
+    filling.note_tables(tasks, config.data.limit)
     try:
         _predict_until(
             filling,
@@ -232,7 +235,7 @@ def fill_submission(
             filling.problems, schema=["patient_id", "series_id", "reason"], orient="row"
         )
         write_text(path.with_name(layout.FALLBACKS), table.write_csv())
-    _log_problems(filling)
+    _log_problems(filling, len(listed))
     if spread := ensemble.fold_spread():
         values = ", ".join(f"{name} {value:.2f}" for name, value in spread.items())
         log(f"fold models differ in the log-odds of an injury by (standard deviation): {values}")
@@ -252,14 +255,16 @@ def fill_submission(
     }
 
 
-def _log_problems(filling: Filling) -> None:
+def _log_problems(filling: Filling, asked: int) -> None:
     for patient, series, reason in filling.problems[:20]:
         log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
-    if filling.failed and not filling.answered:
-        log(
-            f"warning: the model failed on every one of the {filling.failed} series it was given:"
-            " the submission is the prior alone"
+    if not filling.answered:
+        why = (
+            f"the model failed on every one of the {filling.failed} series it was given"
+            if filling.failed
+            else f"none of the {asked} test series could be predicted"
         )
+        log(f"warning: {why}: the submission is the prior alone")
 
 
 def _deadline(options: PredictConfig, started: float) -> float:

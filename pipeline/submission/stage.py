@@ -2,7 +2,7 @@
 
 from ..classifier.views import VIEWS
 from ..run import layout
-from ..run.manifest import finished
+from ..run.manifest import finished, read_manifest
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 
@@ -20,10 +20,16 @@ def predict_test(stage: Stage) -> None:
             " sample_submission.csv"
         )
         return
-    from ..slices.sources import fingerprints, test_tasks
+    from ..slices.presence import refuse_vanished_test
+    from ..slices.sources import look_at, test_tasks
 
     data = stage.image_data
-    tasks = test_tasks(data, read_series(data, "test"))
+    listed = read_series(data, "test")
+    if stage.limit:
+        patients = sorted(set(listed["patient_id"]))[: stage.config.data.limit]
+        listed = listed.filter(listed["patient_id"].is_in(patients))
+        log(f"data.limit: {len(patients)} test patients are predicted, others keep the prior")
+    tasks = test_tasks(data, listed)
     inputs = stage.inputs(
         layout.CLASSIFIERS,
         layout.SCORES,
@@ -39,9 +45,12 @@ def predict_test(stage: Stage) -> None:
         # everyone has the prior before anything can go wrong, the listing of all test files
         # included
         writer.write(path)
-    if stage.current(
-        inputs | {"series": fingerprints(tasks, data)}, SECTIONS, is_settled(stage.folder)
-    ):
+    found = look_at(tasks, data)
+    counts = (read_manifest(stage.folder) or {}).get("counts", {})
+    if not stage.options.force:
+        refuse_vanished_test(tasks, found, counts.get("predicted", 0), data)
+    series = [one.fingerprint for one in found]
+    if stage.current(inputs | {"series": series}, SECTIONS, is_settled(stage.folder)):
         return
     writer.write(path)
     from .inference import fill_submission, load_ensemble

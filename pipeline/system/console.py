@@ -4,21 +4,43 @@ Lines go to the logger `voco2d` of the standard library, so whoever imports the 
 much of it as they ask `logging` for; stage scripts print them by `show_log`.
 """
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
 from .machine import T
 
 LOGGER = logging.getLogger("voco2d")
 
 
+def printable(text: str) -> str:
+    """A text with names of files in it, whose bytes that are not UTF-8 become `\\xNN`."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print to `stream` (standard output), or nowhere once its reader is gone, as after `| head`:
+    that is no reason to lose the work.
+    """
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 class _StandardError(logging.Handler):
-    """Prints to whatever `sys.stderr` is at the time; an error of the print is the caller's."""
+    """Prints to whatever `sys.stderr` is at the time; another error of the print than that of a
+    reader who is gone is the caller's.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        say(self.format(record), sys.stderr)
 
 
 def show_log() -> None:

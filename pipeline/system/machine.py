@@ -5,7 +5,9 @@ atomic writes.
 import contextlib
 import os
 import resource
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +49,45 @@ def pick_device(name: str, rank: int = 0) -> Any:
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this process may still take, its container's limit included; None where
+    the system does not tell.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for top, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # the other version, or `max`
+            most, now = (int((Path(top) / name).read_text()) for name in (limit, used))
+            found.append(max(0, most - now))
+    return min(found, default=None)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is of the machine: cores, and free bytes of memory and of /dev/shm (None where
+    unknown).
+    """
+
+    cores: int
+    memory: int | None
+    shared: int | None
+
+    @classmethod
+    def here(cls) -> "Room":
+        """Of this machine, now."""
+        try:
+            shared: int | None = shutil.disk_usage("/dev/shm").free
+        except OSError:
+            shared = None
+        return cls(cpu_count(), available_memory(), shared)
 
 
 def world_size() -> int:

@@ -3,18 +3,19 @@ nothing is to be restored.
 """
 
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from ..learning.loaders import batches_of, make_loader
 from ..run import layout
 from ..run.config import VocoConfig
+from ..run.room import loaders, voco_batch_bytes
 from ..system.errors import InputError
 from ..volumes.sampling import evenly, resample_planes, resize_planes
 from .crops import base_boxes, cut, overlap_labels, random_boxes, turn
@@ -76,6 +77,7 @@ class VocoSamples(Dataset):
         size: int = 1,
     ) -> None:
         self.folder, self.paths, self.config, self.seed = folder, list(paths), config, seed
+        self.ranks = size
         self.slots = range(rank * config.batch // size, (rank + 1) * config.batch // size)
         self.base = base_boxes(config.image_size, config.grid)
         self._intensity: Any = None
@@ -190,31 +192,19 @@ def evaluation_batches(samples: VocoSamples, random_crops: int) -> Iterator[Batc
         )
 
 
-def _start_worker(worker: int) -> None:
-    """One thread, and no death by the signal that stops the whole process group: the loop needs its
-    data to end its step.
-
-    A second SIGTERM takes its ordinary course: the parent's way to end a worker that does not end
-    by itself.
+def batches(
+    samples: VocoSamples,
+    start: int,
+    steps: int,
+    pinned: bool,
+    waiting: Callable[[], object] = lambda: None,
+) -> Iterator[Batch]:
+    """Batches of steps start..steps-1, made ahead by processes in pinned memory (none: made when
+    asked for); `waiting` is called while one is waited for.
     """
-    import cv2
-
-    cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-
-
-def batches(samples: VocoSamples, start: int, steps: int, pinned: bool) -> Iterator[Batch]:
-    """Batches of steps start..steps-1, made ahead by `workers` processes in pinned memory (0: made
-    when asked for).
-    """
-    workers = samples.config.workers
-    yield from DataLoader(
-        samples,
-        batch_size=None,
-        sampler=range(start, steps),
-        num_workers=workers,
-        pin_memory=pinned,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_start_worker,
+    config, ranks = samples.config, samples.ranks
+    workers = loaders(
+        config.workers, voco_batch_bytes(config, ranks), "pretrain.workers", pinned, ranks
     )
+    plan = {"batch_size": None, "sampler": range(start, steps)}
+    yield from batches_of(make_loader(samples, workers, pinned, **plan), waiting)

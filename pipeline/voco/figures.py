@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from ..learning.checkpoint import load_checkpoint
 from ..learning.distributed import World
 from ..run import layout
 from ..run.config import Config
+from ..system.frames import read_frame
 from ..system.pictures import write_picture
 from .crops import base_boxes, cut, overlap_labels, random_boxes
 from .data import EVALUATION, VocoSamples, choose_volumes
@@ -30,9 +30,7 @@ WINDOWS = 9  # positions an axis of the similarity maps
 
 def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) -> list[str]:
     """Write crops.png and similarity.png into `folder`; returns their names."""
-    _, held = choose_volumes(
-        pl.read_parquet(volumes / layout.INDEX, glob=False), config.pretrain, config.seed
-    )
+    _, held = choose_volumes(read_frame(volumes / layout.INDEX), config.pretrain, config.seed)
     planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
     options = config.pretrain
     rng = np.random.default_rng([config.seed, EVALUATION])

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 
 from ..learning import optimise
 from ..learning.backbone import adapted, create_backbone, placed, save_backbone, settle
 from ..learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..learning.distributed import World, peers
-from ..learning.interrupt import StopSignal, loading
+from ..learning.interrupt import StopSignal
+from ..learning.loaders import loading
 from ..learning.log import Record, open_log, read_log
 from ..run import layout
 from ..run.config import Config
 from ..system.console import log, progress
+from ..system.frames import read_frame
 from ..system.machine import seed_everything
 from .data import VocoSamples, batches, choose_volumes
 from .step import State, start, train_step
@@ -86,9 +87,7 @@ def pretrain(
     """
     options = config.pretrain
     world.check_divides(options.batch, "pretrain.batch")
-    training, held = choose_volumes(
-        pl.read_parquet(volumes / layout.INDEX, glob=False), options, config.seed
-    )
+    training, held = choose_volumes(read_frame(volumes / layout.INDEX), options, config.seed)
     run = start(config, world, volumes)
     if not fresh:
         resume(run, folder)
@@ -99,7 +98,17 @@ def pretrain(
     if world.main and run.step == 0:
         _set_aside(folder, keep=not fresh)
     with StopSignal(world.size > 1) as stop, loading(), peers(), _log(folder, run) as write:
-        stream = batches(samples, run.step, options.steps, pinned=world.device.type == "cuda")
+        began_at = run.step
+
+        def waiting() -> None:
+            """Leave where a stop came while a batch is waited for: one process alone may."""
+            if stop.signum and world.size == 1:
+                if run.step > began_at and not run.flat:
+                    save_checkpoint(folder / layout.LAST, run.state(), options.keep)
+                _leave(run, stop)
+
+        pinned = world.device.type == "cuda"
+        stream = batches(samples, run.step, options.steps, pinned, waiting)
         steps = range(run.step, options.steps)
         for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:
             began = time.perf_counter()
@@ -118,12 +127,7 @@ def pretrain(
                 # torchrun ends the others as soon as one has ended: not while the checkpoint is
                 # being written
                 world.barrier()
-                if world.main:
-                    log(
-                        f"stopped at step {run.step}, checkpoint written: run the same command"
-                        " again to go on"
-                    )
-                stop.leave()
+                _leave(run, stop)
     if world.main:
         run.restore(usable_best(run, folder) or run.state())
         export(run, samples, folder / layout.BACKBONE)
@@ -133,6 +137,12 @@ def pretrain(
         "steps": options.steps,
         run.method.merit: round(run.best, 4),
     }
+
+
+def _leave(run: State, stop: StopSignal) -> None:
+    if run.world.main:
+        log(f"stopped at step {run.step}, checkpoint written: run the same command again to go on")
+    stop.leave()
 
 
 def _finish_step(

@@ -20,5 +20,6 @@ def build_volumes(stage: Stage, scheduler: str | None = None) -> None:
         stage.jobs,
         scheduler,
         stage.options.force,
+        tidy=not stage.limit,
     )
     stage.finish(counts, outputs={layout.INDEX: "", **digests})

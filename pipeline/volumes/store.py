@@ -22,6 +22,7 @@ from ..system.console import log, progress
 from ..system.contained import Failure
 from ..system.errors import InputError
 from ..system.files import atomic_path, remove_temporaries, write_json
+from ..system.frames import read_frame
 from ..system.pool import spread
 from .build import Volume, build_volume, common_size
 
@@ -175,12 +176,14 @@ def build_all(
     jobs: int,
     scheduler: str | None = None,
     force: bool = False,
+    tidy: bool = True,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Build every series of `source`'s slice index into `target`, here or on a Dask cluster.
+    """Build every series of `source`'s slice index into `target`, here or on a Dask cluster; with
+    `tidy` the volumes of other series go.
 
     Returns the manifest's counts and the digest of every volume by file name.
     """
-    slices = pl.read_parquet(source / layout.INDEX, columns=list(SLICE_COLUMNS), glob=False)
+    slices = read_frame(source / layout.INDEX, SLICE_COLUMNS)
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target)
     # now, lest a stopped run goes on with old ones
@@ -199,10 +202,17 @@ def build_all(
                 f" {groups[k]['patient_id'][0]}/{groups[k]['series_id'][0]}: {reason}"
             )
     remove_temporaries(target)  # of workers that were killed
+    if not any(rows):
+        raise InputError(
+            f"not one of {len(groups)} series gives a volume",
+            str(source / layout.INDEX),
+            "see the flags of its slices",
+        )
     table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
     with atomic_path(target / layout.INDEX) as temporary:
         table.write_parquet(temporary)
-    _remove_orphans(target, set(table["path"]))
+    if tidy:
+        _remove_orphans(target, set(table["path"]))
     counts = {
         "series": len(groups),
         "volumes": len(table),

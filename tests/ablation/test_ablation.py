@@ -25,9 +25,9 @@ from pipeline.ablation.statistics import (
     sentence,
     verdict,
 )
+from pipeline.competition.subset import label_subset
 from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
 from pipeline.evaluation.metrics import resamples
-from pipeline.folds import label_subset
 from pipeline.run import layout
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import derive, load_config

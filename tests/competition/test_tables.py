@@ -100,7 +100,7 @@ def test_accepts_byte_order_mark_and_windows_line_ends(tmp_path):
             ["column 'liver_low' is there twice"],
         ),
         (
-            [row.replace(",", ";") for row in ROWS],
+            [row.replace(",", "|") for row in ROWS],
             ["column 'patient_id' is missing", "separated by commas"],
         ),
         (
@@ -367,3 +367,40 @@ def test_the_real_tables_pass():
     assert tables.read_slice_labels(data).height == 12029
     assert re.fullmatch(r"\d+", tables.read_sample_submission(data)["patient_id"][0])
     assert tables.read_series(data, "test").height == 6
+
+
+def test_ids_that_pandas_wrote_as_floats_are_named_as_such(tmp_path):
+    rows = (f"{patient}.0,{series}.0" for patient, series in ((101, 901), (102, 902)))
+    (tmp_path / "test_series_meta.csv").write_text("\n".join(["patient_id,series_id", *rows]))
+    with pytest.raises(
+        InputError,
+        match=r"floating-point numbers, e.g. '101.0', .*test_series_meta.csv row 2 column patient",
+    ):
+        tables.read_series(tmp_path, "test")
+    (tmp_path / "test_series_meta.csv").write_text("patient_id,series_id\n1.0,a\nb,c\n")
+    assert tables.read_series(tmp_path, "test")["patient_id"].to_list() == ["1.0", "b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tables_as_spreadsheets_save_them_are_read_right(tmp_path, encoding, separator, end):
+    plain = ["patient_id,series_id,aortic_hu", "0010004,1.2.840,146.5", '"10005",18667,-80']
+    decimal = [row.replace("146.5", "146|5") if separator != "," else row for row in plain]
+    text = end.join(row.replace(",", separator).replace("|", ",") for row in decimal) + end
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    write(tmp_path, "test_series_meta.csv", (mark + text).encode(encoding))
+    found = tables.read_series(tmp_path, "test")
+    assert found.rows() == [("0010004", "1.2.840", 146.5), ("10005", "18667", -80.0)]
+    write(tmp_path, "test_series_meta.csv", (mark + text.replace("80", "x")).encode(encoding))
+    with pytest.raises(InputError, match="'-x' is not a number, .*row 3 column aortic_hu"):
+        tables.read_series(tmp_path, "test")
+
+
+def test_utf_16_without_a_mark_is_read_and_long_rows_are_named(tmp_path):
+    text = "patient_id;series_id\n1;2\n"
+    write(tmp_path, "test_series_meta.csv", text.encode("utf-16-le"))
+    assert tables.read_series(tmp_path, "test").rows() == [("1", "2")]
+    write(tmp_path, "test_series_meta.csv", (text + "3;4;5\n").encode("utf-16"))
+    with pytest.raises(InputError, match="more cells than the header's 2, .*csv row 3"):
+        tables.read_series(tmp_path, "test")

@@ -277,6 +277,33 @@ def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
     assert check_submission(tmp_path / "s.csv", sample()).height == 3
 
 
+def test_a_submission_that_is_the_prior_alone_says_so(tmp_path, monkeypatch, capfd):
+    line = "warning: none of the 4 test series could be predicted: the submission is the prior alon"
+    predicted(monkeypatch, tmp_path, [Decoded("7", "3", None, "no DICOM files"), None])
+    assert capfd.readouterr().err.count(line) == 1
+    predicted(monkeypatch, tmp_path, [Decoded("7", "3", FIRST, ""), None])
+    assert line not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_test_images_that_are_gone_leave_a_finished_submission(smoke, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(smoke / "data" / "phantom", data, ignore=lambda *_: ["train_images"])
+    flags = ("--config", "smoke", "--data", str(data), "--out", str(out), "--models", str(smoke))
+    assert run_stage("07", *flags).returncode == 0
+    files = {path: path.read_bytes() for path in (out / layout.SUBMISSION).iterdir()}
+    (data / "test_images").rename(data / "away")
+    (data / "test_images").mkdir()
+    done = run_stage("07", *flags)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: images of 0 test patients are there, the last run predicted 4, ")
+    assert {path: path.read_bytes() for path in (out / layout.SUBMISSION).iterdir()} == files
+    done = run_stage("07", *flags, "--force")
+    assert done.returncode == 0
+    assert "the submission is the prior alone" in done.stderr
+
+
 def test_any_fault_of_a_series_is_that_series_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_ahead, "decode_series_files", lambda *given: 1 / 0)
     config = load_config("smoke")
@@ -663,7 +690,7 @@ def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *overrides
 
 
 def test_the_prior_is_there_before_any_test_file_is_looked_at(smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.slices.sources.fingerprints", lambda *given: 1 / 0)
+    monkeypatch.setattr("pipeline.slices.sources.look_at", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stage_07(smoke, tmp_path, monkeypatch)
     path = tmp_path / layout.SUBMISSION / "submission.csv"
