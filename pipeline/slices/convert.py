@@ -31,7 +31,7 @@ from .geometry import (
 )
 from .readers import SliceRead, Unreadable, reader_of
 from .sources import Listing
-from .window import AIR_HU, Stored, grey
+from .window import AIR_HU, HIGH_HU, LOW_HU, Stored, grey
 
 
 class SliceImage(NamedTuple):
@@ -77,16 +77,21 @@ def _holds_air(pixels: np.ndarray | Stored) -> bool:
     if not isinstance(pixels, Stored):
         return bool((pixels < AIR_HU).any())
     # seldom asked of all pixels: a corner or two tell of air
-    return any(_lowest(words, pixels) < AIR_HU for words in (pixels.words[::8, ::8], pixels.words))
+    for words in (pixels.words[::8, ::8], pixels.words):
+        low, high = _extremes(words, pixels)
+        # MONOCHROME1 counts after the window, 255 minus grey: its air may lie at the other end
+        if low < AIR_HU or (pixels.inverted and high > LOW_HU + HIGH_HU - AIR_HU):
+            return True
+    return False
 
 
-def _lowest(words: np.ndarray, stored: Stored) -> float:
-    """The smallest HU of bit patterns (h, w)."""
+def _extremes(words: np.ndarray, stored: Stored) -> tuple[float, float]:
+    """The smallest and the largest HU of bit patterns (h, w)."""
     values = words.astype(np.int64) & ((1 << stored.bits) - 1)
     if stored.signed:
         values -= (values >> (stored.bits - 1)) << stored.bits
-    ends = (float(values.min()), float(values.max()))
-    return min(value * stored.slope + stored.intercept for value in ends)
+    ends = [float(end) * stored.slope + stored.intercept for end in (values.min(), values.max())]
+    return min(ends), max(ends)
 
 
 def _windowed(read: SliceRead) -> tuple[np.ndarray, Picture]:

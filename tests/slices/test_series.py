@@ -13,13 +13,13 @@ import pytest
 from helpers_dicom import dataset, to_bytes
 
 from pipeline.run.config import ConvertConfig, VolumeConfig
-from pipeline.slices import nifti
+from pipeline.slices import convert, nifti
 from pipeline.slices.convert import decode_series_files, pictures
 from pipeline.slices.dicom_header import Unreadable
 from pipeline.slices.geometry import Placement, arrange, is_cut, is_transposed, orient
 from pipeline.slices.sources import Listing, fingerprints, list_files, plan
 from pipeline.slices.store import convert_all
-from pipeline.slices.window import grey
+from pipeline.slices.window import Stored, grey
 from pipeline.system.contained import Failure
 from pipeline.system.errors import InputError
 from pipeline.volumes.store import build_all
@@ -767,6 +767,23 @@ def test_brackets_and_stars_in_folders_are_no_patterns(tmp_path):
     volumes, quarantined = stages_01_and_02(data, data / "out [2]")
     assert sorted(volumes) == ["unlabelled-p[1]_s*.npy", "unlabelled-x[0-9]_nifti.npy"]
     assert quarantined == []
+
+
+@pytest.mark.parametrize(
+    ("hu", "inverted", "air"),
+    [
+        (-1000, False, True),
+        (-400, False, False),
+        (1100, False, False),
+        (1100, True, True),
+        (500, True, False),
+        (-1000, True, True),
+    ],
+)
+def test_air_of_a_picture_shown_inverted_may_lie_at_the_other_end(hu, inverted, air):
+    words = np.full((16, 16), 1064, np.uint16)
+    words[5, 5] = hu + 1024
+    assert convert._holds_air(Stored(words, 12, False, 1.0, -1024.0, inverted)) == air
 
 
 def test_nan_around_the_body_is_air_and_proves_none(tmp_path):
