@@ -141,14 +141,18 @@ def alone(files: list[Path], pictures: list[np.ndarray], target: Path) -> None:
         (target / f"{file.stem}.png").write_bytes(slice_store.encode_png(picture))
 
 
-def alternate(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    works: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each work in each round, the works taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = clock()
             work()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -346,7 +350,9 @@ def index(data: Path, rounds: int, slices: int = 319) -> None:
 
 
 def volume(data: Path, rounds: int, slices: int = 320) -> None:
-    """PNG to volume against decoding the same PNGs alone, one core, alternating."""
+    """PNG to volume against decoding the same PNGs alone, alternating: time of one core, so that
+    other work on the machine counts little.
+    """
     cv2.setNumThreads(1)
     with contextlib.suppress(AttributeError):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -361,9 +367,9 @@ def volume(data: Path, rounds: int, slices: int = 320) -> None:
         return build_volume(images, [(SIZE, SIZE)] * slices, z_mm, (0.8, 0.8), config)
 
     works = {"volume": built, "decoding alone": lambda: [read_slice(file) for file in files]}
-    seconds = alternate(works, rounds)
+    seconds = alternate(works, rounds, time.process_time)
     for name, values in seconds.items():
-        print(f"{name}: {1e3 * statistics.median(values) / slices:.2f} ms a slice")
+        print(f"{name}: {1e3 * statistics.median(values) / slices:.2f} ms of a core a slice")
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     print(f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 

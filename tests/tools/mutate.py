@@ -345,7 +345,7 @@ GUARDS = (
         "pipeline/volumes/body.py",
         "trunk[max(0, k - near) : k + near + 1].max(0)",
         "trunk[k]",
-        "volumes/test_body.py::test_nothing_of",
+        "volumes/test_body.py::test_the_tip",
     ),
     (
         "pipeline/volumes/body.py",

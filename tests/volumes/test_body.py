@@ -129,6 +129,16 @@ def test_what_shows_in_two_slices_opens_the_outline_there_only():
     assert wide[:24].max() < 320
 
 
+def test_the_tip_of_a_breast_is_kept_and_a_tube_in_the_air_is_not():
+    tip, hu = ellipse(-115, -125, 50, 22), abdomen()
+    hu[:4, ellipse(-105, -105, 110, 100)] = -80
+    hu[4:6, tip] = -80
+    hu[20:22, tip] = -80
+    found, _ = outlines(hu)
+    assert found[4:6, tip].all()
+    assert not found[20:22, tip].any()
+
+
 def test_a_ray_of_metal_to_the_border_takes_nothing_away():
     hu = abdomen(table=False, arms=False)
     metal(hu)
