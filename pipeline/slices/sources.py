@@ -27,7 +27,7 @@ USUAL = ("README*", "LICENSE*", "*.csv", "*.parquet", "manifest.json")
 FOLDERS = ("train_images", "test_images", "unlabelled", "segmentations")
 DEEPEST = 8  # folders below one another that are looked into: links may lead in circles
 LONGEST = 200  # bytes of <patient>_<series>, which with its endings must be a file name (255)
-VERSION = 6  # raised when the same file would become another picture or another row
+VERSION = 7  # raised when the same file would become another picture or another row
 # raised when the same slices would become another volume; here, where stage 02 sees it without its
 # libraries
 VOLUME_VERSION = 3

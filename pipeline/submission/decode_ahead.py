@@ -146,4 +146,5 @@ class Ahead:
         self._stop.set()
         # the one that works, whatever joblib gave it: to make another would wait for the series
         # under way
-        get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)
+        with contextlib.suppress(OSError):  # there is none, where none can be made
+            get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)

@@ -22,6 +22,8 @@ STOPS, DISK, STATE, HOSTILE, TABLES = (
     for name in ("stops", "disk", "state", "hostile", "wrong_tables")
 )
 LOOP = "voco/test_pretrain.py::test_"
+DIALECTS = "slices/test_dialects.py::test_"
+HEADER, READER = (f"pipeline/slices/{name}.py" for name in ("dicom_header", "dicom"))
 ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (
     f"pipeline/{name}.py" for name in ("run/stage", "run/command", "system/files", "system/pool")
 )
@@ -93,8 +95,8 @@ GUARDS = (
     ),
     (
         PARALLEL,
-        "            with interrupts_blocked():\n",
-        "            if True:\n",
+        "        with interrupts_blocked():\n",
+        "        if True:\n",
         STOPS + "workers_do",
     ),
     (
@@ -425,6 +427,111 @@ GUARDS = (
         "pl.read_parquet(handle,",
         "pl.read_parquet(path,",
         "faults/test_paths.py::test_patterns",
+    ),
+    (
+        HEADER,
+        "        (foreign, foreign),\n",
+        "",
+        DIALECTS + "what_is_no_ct",
+    ),
+    (
+        HEADER,
+        '    PER_FRAME: ("", "SQ"),\n',
+        "",
+        DIALECTS + "an_enhanced_ct",
+    ),
+    (
+        HEADER,
+        "        (h.frame_groups > 1, ",
+        "        (False, ",
+        DIALECTS + "several_frames",
+    ),
+    (HEADER, "        (h.modality_lut, ", "        (False, ", DIALECTS + "a_modality_lut"),
+    (
+        HEADER,
+        "syntax != IMPLICIT or _looks_explicit(data, at, order)",
+        "syntax != IMPLICIT",
+        DIALECTS + "what_pydicom_reads",
+    ),
+    (
+        HEADER,
+        '(vr != b"UN" or _looks_explicit(data, at, order))',
+        'vr != b"UN"',
+        DIALECTS + "what_pydicom_reads",
+    ),
+    (
+        HEADER,
+        "        if any(map(THOUSANDS, parts)):\n            raise\n",
+        "",
+        DIALECTS + "a_rescaling_that",
+    ),
+    (
+        READER,
+        "stored, bits, name\n\n\ndef picture",
+        "stored, depth, name\n\n\ndef picture",
+        DIALECTS + "the_sign_is",
+    ),
+    (READER, "    if depth <= bits:\n", "    if True:\n", DIALECTS + "the_sign_is"),
+    (
+        READER,
+        "    return frame[: at + 7] + b",
+        "    return frame or frame[: at + 7] + b",
+        DIALECTS + "a_lossy_jpeg",
+    ),
+    (
+        READER,
+        "    if not (whole or len(parts) > 1 and ended):\n",
+        "    if not (whole or len(parts) > 1):\n",
+        DIALECTS + "a_stream_that",
+    ),
+    (
+        READER,
+        " or header.length != UNDEFINED\n",
+        "\n",
+        DIALECTS + "fragments_may",
+    ),
+    (READER, "        header.slope or 1.0,", "        header.slope,", DIALECTS + "a_slope_that"),
+    (
+        READER,
+        "        if spacing and min(spacing) > 0:",
+        "        if spacing:",
+        DIALECTS + "a_spacing",
+    ),
+    (
+        "pipeline/slices/window.py",
+        "    if pixels.padding:\n",
+        "    if False:\n",
+        DIALECTS + "padding_is",
+    ),
+    (
+        "pipeline/slices/window.py",
+        "    if LOW_HU < hu(value) < HIGH_HU:\n",
+        "    if False:\n",
+        DIALECTS + "padding_that_is_also",
+    ),
+    (
+        "pipeline/slices/window.py",
+        "        limit = value\n",
+        "        pass\n",
+        DIALECTS + "a_limit_that",
+    ),
+    (
+        "pipeline/slices/geometry.py",
+        "full.max() <= len(sample) / 20",
+        "not enough",
+        DIALECTS + "specks",
+    ),
+    (
+        "pipeline/system/processes.py",
+        "while os.getppid() == parent if child else _is_alive(parent):",
+        "while os.getppid() == parent:",
+        "slices/test_damage.py::test_where_joblib",
+    ),
+    (
+        PARALLEL,
+        "    except OSError as fault:  # a task's own",
+        "    except ZeroDivisionError as fault:  # a task's own",
+        "slices/test_damage.py::test_a_full_dev_shm",
     ),
     ("pipeline/report/page.py", "autoescape=True", "autoescape=False", HOSTILE + "hostile_files"),
     (
