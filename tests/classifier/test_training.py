@@ -280,11 +280,11 @@ def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(
     """
     calls, original = [], FoldTrainer.predict_held_out
 
-    def killed_at_last(self):
+    def killed_at_last(self, *flips):
         calls.append(self)
         if len(calls) == 2:
             raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-        return original(self)
+        return original(self, *flips)
 
     monkeypatch.setattr(FoldTrainer, "predict_held_out", killed_at_last)
     with pytest.raises(TrainingStopped, match="a process that loads data was killed"):

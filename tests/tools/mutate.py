@@ -213,8 +213,8 @@ GUARDS = (
     ),
     (
         "pipeline/classifier/predict.py",
-        "if amp and not outputs.isfinite().all()",
-        "if False",
+        "if amp and not all(value.isfinite().all() for value in mean.values()):",
+        "if False:",
         "submission/test_inference.py::test_what_overflows",
     ),
     (
@@ -326,12 +326,6 @@ GUARDS = (
         "slices/test_series.py::test_nan_around",
     ),
     (
-        "pipeline/volumes/store.py",
-        "columns=list(SLICE_COLUMNS), glob=False)",
-        "columns=list(SLICE_COLUMNS))",
-        "slices/test_series.py::test_brackets",
-    ),
-    (
         "pipeline/volumes/build.py",
         "    if not np.isfinite(spacing_mm).all():\n",
         "    if True:\n",
@@ -364,8 +358,8 @@ GUARDS = (
     ),
     (
         "pipeline/slices/sources.py",
-        "[] if outside(folder) else entries",
-        "entries",
+        "[] if outside(folder) else list(entries)",
+        "list(entries)",
         HOSTILE + "hostile_files",
     ),
     (
