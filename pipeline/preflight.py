@@ -46,15 +46,12 @@ def _images(stage: Stage) -> int:
     _, tasks = tasks_of(stage)
     found = look_at(tasks, stage.data)
     refuse_absent(tasks, found, stage.data)
-    missing = [k for k, one in enumerate(tasks) if not (stage.folder / one.name).is_dir()]
-    parts = [[part[k] for k in missing] for part in (tasks, found)]
-    slices = sizes(*parts, stage.data, stage.config.convert).png_bytes if missing else 0
-    volumes = [
-        stage.out / layout.VOLUMES / f"{one.patient_id}_{one.series_id}.npy" for one in tasks
-    ]
-    return slices + room.volume_bytes(
-        stage.config.volume, sum(not path.is_file() for path in volumes)
-    )
+    to_convert = [k for k, one in enumerate(tasks) if not (stage.folder / one.name).is_dir()]
+    parts = [[part[k] for k in to_convert] for part in (tasks, found)]
+    slices, folder = sizes(*parts, stage.data, stage.config.convert), stage.out / layout.VOLUMES
+    volumes = [folder / f"{one.patient_id}_{one.series_id}.npy" for one in tasks]
+    to_build = [path for path in volumes if not path.is_file()]
+    return slices.png_bytes + room.volume_bytes(stage.config.volume, len(to_build))
 
 
 def _checkpoints(config: Config) -> int:
@@ -62,8 +59,9 @@ def _checkpoints(config: Config) -> int:
     from .learning.backbone import create_backbone, feature_shape
 
     options = config.pretrain
-    backbone = create_backbone(config.model.backbone)
-    C, h, w = feature_shape(backbone, options.image_size // options.grid)
+    crop = options.image_size // options.grid
+    backbone = create_backbone(config.model.backbone, size=crop)
+    C, h, w = feature_shape(backbone, crop)
     parameters = sum(one.numel() for one in backbone.parameters())
     parameters += options.width * (C * h * w + 2 * options.width)
     return room.checkpoint_bytes(parameters, options)

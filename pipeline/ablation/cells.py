@@ -16,6 +16,7 @@ from statistics import fmean
 
 import polars as pl
 
+from ..classifier.views import views
 from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
@@ -46,7 +47,7 @@ def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
         if cell.backbone
         else {}
     )
-    return part.current(inputs | backbone, SECTIONS)
+    return part.current(inputs | backbone | views(cell.config), SECTIONS)
 
 
 def pretrain_backbone(part: Stage) -> None:
@@ -167,7 +168,8 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
         ):
             continue
         try:
-            create_backbone(cell.config.model.backbone, cell.start, cell.config.model.weights)
+            model, size = cell.config.model, cell.config.train.image_size
+            create_backbone(model.backbone, cell.start, model.weights, size)
         except InputError as fault:
             left_out[cell.variant] = str(fault)
             log(f"variant {cell.variant} is left out: {fault}")

@@ -17,11 +17,12 @@ import polars as pl
 import torch
 from torch import nn
 
-from ..classifier.data import SLICE_NAMES, SLICE_TARGETS
+from ..competition.targets import SLICE_TARGETS
 from ..folds import read_folds
 from ..learning.backbone import (
     create_backbone,
     load_backbone,
+    placed,
     pool_maps,
     settle,
     standardise,
@@ -101,10 +102,13 @@ def read_slices(stage: Stage) -> Slices:
     parts = {
         key: np.concatenate([row[key] for row in rows]) for key in ("images", "height", "folds")
     }
-    answers = [row["answers"] for row in rows]
+    asked = [row["answers"] for row in rows]
     questions = {
-        name: tuple(np.concatenate([own[name][k] for own in answers]) for k in (0, 1))
-        for name in answers[0]
+        name: (
+            np.concatenate([answers[name][0] for answers in asked]),
+            np.concatenate([answers[name][1] for answers in asked]),
+        )
+        for name in asked[0]
     }
     return Slices(**parts, questions=questions)
 
@@ -126,7 +130,7 @@ def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], lis
                 )
             )
     found: dict[tuple[str, str], dict[str, list[int]]] = {}
-    titles = {name: SLICE_TARGETS[column] for name, column in SLICE_NAMES.items()}
+    titles = {name: target for target, name in SLICE_TARGETS.items()}
     table = (
         pl.concat(frames)
         if frames
@@ -224,7 +228,9 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
     """Probe every backbone of the ablation; writes probes.csv and probes.png and returns these
     names.
     """
-    slices, rows, shown = read_slices(stage), [], {}
+    slices = read_slices(stage)
+    rows: list[dict[str, Any]] = []
+    shown: dict[str, np.ndarray] = {}
     device = pick_device(stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
     for name, seed, config, path in backbones(stage, cells):
         seed_everything(seed)
@@ -232,10 +238,11 @@ def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
             config.model.backbone,
             name.removeprefix("start_") if path is None else "scratch",
             config.model.weights,
+            config.train.image_size,
         )
         if path is not None:
             load_backbone(backbone, path)
-        backbone = backbone.eval().to(device, memory_format=torch.channels_last)
+        backbone = placed(backbone.eval(), device)
         for statistics in ("stored", "settled"):
             if statistics == "settled":
                 settle_on(backbone, slices.images, device)

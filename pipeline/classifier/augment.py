@@ -9,6 +9,30 @@ import numpy as np
 
 from ..run.config import AugmentConfig
 
+OWN = 2  # tells the draws made here from those of albumentations and of the flip in z
+GREY_POINTS, GAMMA = 25, (0.5, 2.5)  # as the published configuration has them
+BOXES, SMALLEST_BOX, LARGEST_BOX = (8, 16), (4, 8, 8), (8, 16, 16)  # (z, y, x)
+
+
+def grey_curve(rng: np.random.Generator) -> np.ndarray:
+    """(256,) uint8: a random rising curve through `GREY_POINTS` points or, as likely, a gamma."""
+    grey = np.linspace(0, 1, 256)
+    if rng.random() < 0.5:
+        return np.rint(255 * grey ** rng.uniform(*GAMMA)).astype(np.uint8)
+    points = np.linspace(0, 1, GREY_POINTS)
+    moved = points.copy()
+    for k in range(1, GREY_POINTS - 1):
+        moved[k] = rng.uniform(moved[k - 1], moved[k + 1])
+    return np.rint(255 * np.interp(grey, points, moved)).astype(np.uint8)
+
+
+def drop_boxes(slices: np.ndarray, rng: np.random.Generator) -> None:
+    """Blacken small boxes at random places of slices (S, H, W), in place."""
+    for _ in range(rng.integers(*BOXES, endpoint=True)):
+        size = np.minimum(rng.integers(SMALLEST_BOX, LARGEST_BOX, endpoint=True), slices.shape)
+        corner = rng.integers(0, slices.shape - size, endpoint=True)
+        slices[tuple(map(slice, corner, corner + size))] = 0
+
 
 class VolumeAugment:
     """Callable (slices (S, H, W) uint8, their labels (S, 2)) -> both, augmented; the draw is a pure
@@ -61,6 +85,18 @@ class VolumeAugment:
         """
         self._compose.set_random_seed(seed)
         moved = self._compose(images=slices[..., None])["images"][..., 0]
+        config, rng = self.config, np.random.default_rng((seed, OWN))
+        turned, curved, dropped = rng.random(3) < (
+            config.quarter_turn,
+            config.grey_curve,
+            config.boxes,
+        )
+        if turned:
+            moved = np.rot90(moved, int(rng.integers(1, 4)), (1, 2))
+        if curved:
+            moved = grey_curve(rng)[moved]
+        if dropped:
+            drop_boxes(moved := moved.copy(), rng)
         if self.config.flip_z and np.random.default_rng(seed).random() < 0.5:
             moved, planes = moved[::-1], planes[::-1]
         return np.ascontiguousarray(moved), np.ascontiguousarray(planes)

@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from torch.utils.data import Dataset
 
-from ..competition.targets import COLUMNS
+from ..competition.targets import COLUMNS, SLICE_TARGETS
 from ..learning.loaders import batches_of, make_loader
 from ..run import layout
 from ..run.config import TrainConfig
@@ -21,20 +21,22 @@ from ..system.frames import read_frame
 from ..volumes.sampling import bins, slice_positions, take_slices
 from .augment import VolumeAugment
 
-SLICE_TARGETS = ("bowel", "extravasation")  # what image_level_labels.csv speaks of
-SLICE_NAMES = {"Bowel": 0, "Active_Extravasation": 1}
+SLICE_NAMES = {name: column for column, name in enumerate(SLICE_TARGETS.values())}
+PLACE = 1  # tells the draw of the crop's place from the others of a sample's seed
 
 
 def plane_labels(
     instances: Sequence[int], labelled: Sequence[tuple[int, int]], depth: int
 ) -> np.ndarray:
-    """Slice labels (D, 2) of a volume: each labelled (instance number, column of `SLICE_TARGETS`)
-    marks its nearest plane.
+    """Slice labels (D, 2) of a volume whose planes lie nearest to the slices `instances` (D,): each
+    labelled (instance number, column of `SLICE_TARGETS`) marks its nearest planes, of a stack with
+    fewer slices than planes all that one slice became.
     """
     labels = np.zeros((depth, len(SLICE_TARGETS)), np.float32)
     known = np.asarray(instances)
     for instance, column in labelled:
-        labels[np.abs(known - instance).argmin(), column] = 1
+        away = np.abs(known - instance)
+        labels[away == away.min(), column] = 1
     return labels
 
 
@@ -113,13 +115,15 @@ class SeriesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.series)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         series, config = self.series[index], self.config
         seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
         jitter = np.random.default_rng(seed) if self._augment and config.augment.z_jitter else None
+        place = np.random.default_rng((seed, PLACE)) if self._augment else None
         volume = np.load(series.path, mmap_mode="r")
-        slices = take_slices(volume, slice_positions(len(volume), config.slices, jitter), config)
+        positions = slice_positions(len(volume), config.slices, jitter)
+        slices = take_slices(volume, positions, config, place)
         planes = bin_labels(series.planes, config.slices)
         if self._augment:
             slices, planes = self._augment(slices, planes, seed)

@@ -18,6 +18,7 @@ from ..run.stage import Stage
 from ..system.errors import InputError
 from ..system.files import remove_folder
 from .data import Series, labelled_series
+from .views import VIEWS
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class FoldData:
     fold: int
     train: list[Series]
     held_out: list[Series]
-    # of everything that the run depends on: a checkpoint of other inputs is not taken up
+    # of everything that training depends on: a checkpoint of other inputs is not taken up
     fingerprint: str = ""
 
 
@@ -62,7 +63,8 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
                 str(part.out / layout.VOLUMES),
                 "check stage 01's quarantine.csv",
             )
-    return FoldData(fold, _subset(train, part.config), held_out, part.fingerprint)
+    identity = part.fingerprint_without(VIEWS)
+    return FoldData(fold, _subset(train, part.config), held_out, identity)
 
 
 def _subset(train: list[Series], config: Config) -> list[Series]:

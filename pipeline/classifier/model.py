@@ -31,10 +31,12 @@ class CnnLstm(nn.Module):
 
     def __init__(self, backbone: nn.Module, channels: int, config: TrainConfig) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.norm = nn.LayerNorm(2 * channels)
-        self.sequence = sequence_model(2 * channels, config)
-        width = self.sequence.width + 2 * channels
+        self.backbone, self.map_pool, self.shortcut = backbone, config.map_pool, config.shortcut
+        self.map_dropout = nn.Dropout(config.backbone_dropout)
+        own = channels if config.map_pool == "mean" else 2 * channels
+        self.norm = nn.LayerNorm(own)
+        self.sequence = sequence_model(own, config)
+        width = self.sequence.width + (own if config.shortcut else 0)
         self.pool = PoolZ(config.pool, width)
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleDict(
@@ -66,10 +68,12 @@ class CnnLstm(nn.Module):
         slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
         whole = self.training or torch.is_grad_enabled() or slices.is_cuda
         parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
-        features = torch.cat([pool_maps(self.backbone(part)) for part in parts])
-        features = self.norm(features).reshape(B, S, -1)  # (B, S, 2C)
-        # (B, S, E): what a slice shows reaches the heads directly too
-        states = torch.cat([self.sequence(features), features], 2)
+        maps = (self.map_dropout(self.backbone(part)) for part in parts)
+        features = torch.cat([pool_maps(part, self.map_pool) for part in maps])
+        features = self.norm(features).reshape(B, S, -1)  # (B, S, 2C), of the mean alone (B, S, C)
+        states = self.sequence(features)
+        if self.shortcut:  # (B, S, E): what a slice shows reaches the heads directly too
+            states = torch.cat([states, features], 2)
         pooled = self.dropout(self.pool(states))  # (B, E)
         # a logit of 4 in bfloat16 is 1 percent of a probability off
         with torch.autocast(volumes.device.type, enabled=False):
@@ -96,6 +100,17 @@ def probabilities(logits: dict[str, Tensor]) -> Tensor:
         else:
             columns.append(logits[target.name].double().cpu().softmax(1))
     return torch.cat(columns, 1)
+
+
+def injury_log_odds(logits: dict[str, Tensor]) -> Tensor:
+    """Log-odds of any injury of each trained target (B, targets), in the project's order."""
+    columns = []
+    for target in TARGETS:
+        if (value := logits.get(target.name)) is not None:
+            columns.append(
+                value[:, 0] if target.binary else value[:, 1:].logsumexp(1) - value[:, 0]
+            )
+    return torch.stack(columns, 1)
 
 
 def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any]]:

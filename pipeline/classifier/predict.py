@@ -3,7 +3,7 @@ and inference share.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,10 @@ def describe(config: Config) -> dict[str, str]:
 
 def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
     """The classifier of a config, its backbone from `scratch` or `imagenet`."""
-    backbone = create_backbone(config.model.backbone, init, config.model.weights)
-    channels = feature_shape(backbone, config.train.image_size)[0]
-    return CnnLstm(backbone, channels, config.train)
+    model, options = config.model, config.train
+    backbone = create_backbone(model.backbone, init, model.weights, options.image_size)
+    channels = feature_shape(backbone, options.image_size)[0]
+    return CnnLstm(backbone, channels, options)
 
 
 def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[CnnLstm, Trained]:
@@ -74,21 +75,39 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[Cnn
     return placed(model, device).eval(), config
 
 
+def mean_logits(answers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of the logits (B, 1 or 3) of several models or views, float64 on the CPU. For classes it
+    is the mean of log-probabilities: what one says with certainty does not drown in the others'
+    doubt, as it does in a mean of probabilities.
+    """
+    return {
+        name: torch.stack([answer[name].double().cpu() for answer in answers]).mean(0)
+        for name in answers[0]
+    }
+
+
 @torch.inference_mode()
-def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[str] = ()) -> Tensor:
-    """Probabilities (B, 13) float64 on the CPU for slices (B, S, H, W) uint8, averaged over the
-    identity and each flip of `flips`.
+def logits_of(
+    model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Logits per target (B, 1 or 3) float64 on the CPU for slices (B, S, H, W) uint8, averaged over
+    the identity and each flip of `flips`, a name of axes such as `zy`.
 
     What overflows in mixed precision, as a model trained in bfloat16 may on a GPU that has float16
     only, is computed again in float32.
     """
     axes = {"x": 3, "y": 2, "z": 1}
-    views = [slices, *(slices.flip(axes[name]) for name in flips)]
+    views = [slices, *(slices.flip([axes[axis] for axis in flip]) for flip in flips)]
     with autocast(slices.device, amp):
-        outputs = torch.stack([probabilities(model(standardise(view))[0]) for view in views]).mean(
-            0
-        )
-    return predict(model, slices, False, flips) if amp and not outputs.isfinite().all() else outputs
+        mean = mean_logits([model(standardise(view))[0] for view in views])
+    if amp and not all(value.isfinite().all() for value in mean.values()):
+        return logits_of(model, slices, False, flips)
+    return mean
+
+
+def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[str] = ()) -> Tensor:
+    """Probabilities (B, 13) float64 on the CPU of `logits_of`."""
+    return probabilities(logits_of(model, slices, amp, flips))
 
 
 def as_batch(volume: np.ndarray, options: TrainConfig, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,6 @@ def train_side_by_side(
     nothing done, where that brings nothing.
 
     That is on a GPU, with one job or one fold, and under torchrun, which spreads the folds itself.
-    The cores of a fold depend on the number of all folds, not on those that are left, so that a run
-    that was stopped and goes on computes what it would have computed.
     """
     todo = [
         fold
@@ -70,19 +68,33 @@ def train_side_by_side(
         or pick_device(stage.device_name).type != "cpu"
     ):
         return False
-    options, cores = stage.options, str(stage.jobs // at_once)
+    options, count = stage.options, stage.config.folds.count
     flags = ["--out", str(stage.out), "--device", options.device]
     flags += ["--data", str(options.data)] if stage.real_data else []
     flags += ["--force"] if options.force else []
     with tempfile.NamedTemporaryFile("w", suffix=".json") as settings:  # JSON is YAML
         json.dump(resolved(stage.config), settings)
         settings.flush()
-        flags += ["--config", settings.name, "--jobs", cores, "--fold"]
-        run_side_by_side({f"fold {k}": [*flags, str(k)] for k in todo}, at_once)
+        flags += ["--config", settings.name]
+        cores = {k: str(cores_of(k, count, stage.jobs)) for k in todo}
+        parts = {f"fold {k}": [*flags, "--fold", str(k), "--jobs", cores[k]] for k in todo}
+        run_side_by_side(parts, at_once)
     return True
 
 
-def run_side_by_side(parts: dict[str, Sequence[str]], at_once: int) -> None:
+def cores_of(fold: int, folds: int, jobs: int) -> int:
+    """Cores of a fold when `folds` train, as many at once as there are `jobs`: those of the last
+    round, when fewer are left than fit, share all cores.
+
+    It depends on the fold and not on what is left to do: a run that was stopped and goes on
+    computes what it would have computed (another number of threads rounds otherwise).
+    """
+    at_once = min(jobs, folds)
+    first = fold // at_once * at_once
+    return jobs // min(at_once, folds - first)
+
+
+def run_side_by_side(parts: Mapping[str, Sequence[str]], at_once: int) -> None:
     """Run stage 05 with the arguments of each part, `at_once` processes at a time.
 
     A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the

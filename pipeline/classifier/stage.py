@@ -9,6 +9,7 @@ from ..run.stage import Stage, stage_function
 from ..system.errors import InputError
 from ..system.processes import parent_stage
 from .side_by_side import train_side_by_side
+from .views import views
 
 SECTIONS = ("seed", "model", "train")
 # another process may be at another fold, and write the manifest of all at the same time
@@ -36,6 +37,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     )
     if config.train.patience:
         inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
+    inputs |= views(config)
     # whatever the rank: any may be the first to change a fold and the last to end
     stage.writer = True
     with stage.lock(PATIENCE_S):

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +239,11 @@ class FoldTrainer:
         ]
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up and cosine, a pure function of the step."""
-        total = self.options.epochs * self.steps_per_epoch
-        return self.options.lr * warmup_cosine(step, int(self.options.warmup * total), total)
+        """Warm-up and cosine to `lr_final`, a pure function of the step."""
+        options = self.options
+        total = options.cosine_steps or options.epochs * self.steps_per_epoch
+        share = warmup_cosine(step, int(options.warmup * total), total)
+        return options.lr_final + (options.lr - options.lr_final) * share
 
     def step(self, step: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
         """One optimiser step over the micro-batches of one large batch; returns the loss terms."""
@@ -273,7 +275,7 @@ class FoldTrainer:
         labels = np.stack([truth[patient] for patient in table["patient_id"]])
         return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
 
-    def predict_held_out(self) -> pl.DataFrame:
+    def predict_held_out(self, flips: Sequence[str] = ()) -> pl.DataFrame:
         """OOF rows: `patient_id, series_id, fold` and the 13 columns."""
         series = self.data.held_out
         dataset = SeriesDataset(series, self.options)
@@ -287,7 +289,8 @@ class FoldTrainer:
         for batch in series_batches(
             dataset, plan, self.device, self._leave_if_asked, self._sharing()
         ):
-            values.append(predict(model, batch["slices"].to(self.device), self.options.amp))
+            slices = batch["slices"].to(self.device)
+            values.append(predict(model, slices, self.options.amp, flips))
             self._leave_if_asked()
         table = torch.cat(values).numpy()
         if wrong := [
@@ -401,7 +404,8 @@ def train_fold(
     trainer.run()
     save_weights(folder / layout.MODEL, trainer.final_model, describe(config))
     with atomic_path(folder / layout.OOF) as temporary, loading():
-        trainer.predict_held_out().write_parquet(temporary)
+        # the views of the test set: calibration is fitted to what the test set gets
+        trainer.predict_held_out(config.predict.flips).write_parquet(temporary)
     kept = trainer.kept
     return {
         "fold": data.fold,

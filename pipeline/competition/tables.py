@@ -13,9 +13,9 @@ import polars as pl
 from ..system.console import log
 from ..system.errors import InputError
 from .strict_table import KEY, ROW, Table, check_ids, check_unique, header, load_table, numbers
-from .targets import ANY_INJURY, COLUMNS, TARGETS
+from .targets import ANY_INJURY, COLUMNS, SLICE_TARGETS, TARGETS
 
-INJURY_NAMES = ("Active_Extravasation", "Bowel")
+INJURY_NAMES = sorted(SLICE_TARGETS.values())
 
 
 def check_probabilities(table: Table) -> None:

@@ -36,6 +36,8 @@ TARGETS: tuple[Target, ...] = (
 )
 TARGET_NAMES: tuple[str, ...] = tuple(target.name for target in TARGETS)
 COLUMNS: tuple[str, ...] = tuple(column for target in TARGETS for column in target.columns)
+# targets that image_level_labels.csv speaks of, and what it calls them
+SLICE_TARGETS: dict[str, str] = {"bowel": "Bowel", "extravasation": "Active_Extravasation"}
 ANY_INJURY = "any_injury"
 ANY_INJURY_WEIGHTS: tuple[float, float] = (1.0, 6.0)
 SCORE_KEYS: tuple[str, ...] = (*TARGET_NAMES, ANY_INJURY, "score")

@@ -3,7 +3,7 @@ spatial map out.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..system.errors import InputError
 from .fast_layers import speed_up
-from .weights import load_weights, match, read_weights, save_weights
+from .weights import match, read_weights, save_weights
 
 REACH_S = 10.0  # for an answer of timm's hub
 N = TypeVar("N", bound=nn.Module)
@@ -20,6 +20,22 @@ N = TypeVar("N", bound=nn.Module)
 GREY_MEAN, GREY_STD = 0.449, 0.226
 # how timm's families are told that the image size varies
 EXTRAS: tuple[dict[str, Any], ...] = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
+TABLE = ".relative_position_bias_table"
+MISFITS = (TypeError, AssertionError, RuntimeError, ValueError)  # of timm's families
+
+
+class WrongSize(InputError):
+    """A model takes no images of a size; `sizes` (pixels) are some that it takes."""
+
+    def __init__(self, name: str, size: int, sizes: list[int]) -> None:
+        self.sizes = sizes
+        super().__init__(
+            f"this timm model takes no images of {size} x {size} pixels, or has no spatial map",
+            f"model.backbone={name}",
+            f"choose an image_size that fits ({', '.join(map(str, sizes))}) or another model"
+            if sizes
+            else "choose another one",
+        )
 
 
 def placed(network: N, device: torch.device | str) -> N:
@@ -32,15 +48,18 @@ def standardise(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float().mul_(1 / (255 * GREY_STD)).sub_(GREY_MEAN / GREY_STD)
 
 
-def create_backbone(name: str, init: str = "scratch", weights: str | None = None) -> nn.Module:
-    """A timm model (N, 1, h, w) -> (N, C, h', w'), without head and pooling; its state dict is
-    timm's own.
+def create_backbone(
+    name: str, init: str = "scratch", weights: str | None = None, size: int = 64
+) -> nn.Module:
+    """A timm model (N, 1, h, w) -> (N, C, h', w') for images of `size` x `size`, without head and
+    pooling; its state dict is timm's own.
 
     `init="imagenet"` takes the weights from the file `weights`, or from timm's hub; RGB stems are
     summed to one channel (timm's rule).
 
     Raises:
-        InputError: unknown model name, or ImageNet weights that are out of reach or do not match.
+        InputError: unknown model name, or ImageNet weights that are out of reach or do not match;
+        WrongSize where it takes no images of that size.
     """
     import timm
 
@@ -51,9 +70,9 @@ def create_backbone(name: str, init: str = "scratch", weights: str | None = None
             f"model.backbone={name}",
             f"did you mean {near}? see timm.list_models()",
         )
-    backbone = _build(name, pretrained=init == "imagenet" and weights is None)
+    backbone = _build(name, size, init == "imagenet" and weights is None)
     if init == "imagenet" and weights is not None:
-        match(backbone, _imagenet_state(backbone, weights), weights)
+        match(backbone, adapted(backbone, _imagenet_state(backbone, weights)), weights)
     backbone.register_forward_hook(_to_map)
     return speed_up(backbone)
 
@@ -94,29 +113,89 @@ def _out_of_reach(name: str, fault: Exception) -> InputError:
     )
 
 
-def _build(name: str, pretrained: bool) -> nn.Module:
+def _headless(name: str, **options: Any) -> nn.Module:
+    """A timm model that gives its features: without head and, unless its family always pools,
+    without pooling.
+    """
     import timm
 
-    options: dict[str, Any] = {"in_chans": 1, "num_classes": 0, "global_pool": ""}
-    for extra in EXTRAS:
-        try:
-            backbone = timm.create_model(name, **options, **extra)
-            _to_map(backbone, (), backbone.eval()(torch.zeros(1, 1, 64, 64)))
-        except (TypeError, AssertionError, RuntimeError):
-            continue
-        break
+    options |= {"in_chans": 1, "num_classes": 0}
+    try:
+        return timm.create_model(name, global_pool="", **options)
+    except AssertionError:  # CoaT
+        backbone = timm.create_model(name, **options)
+        vars(backbone)["forward"] = backbone.forward_features
+        return backbone
+
+
+@torch.no_grad()
+def _takes(backbone: nn.Module, size: int) -> bool:
+    """Whether the model gives a map of all pixels of a `size` x `size` image."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    if size % (patch[0] if isinstance(patch, tuple) else patch):  # the rest would not be looked at
+        return False
+    try:
+        _to_map(backbone, (), backbone.eval()(torch.zeros(1, 1, size, size)))
+    except MISFITS:
+        return False
+    return True
+
+
+def _made(name: str, **extra: Any) -> nn.Module | None:
+    try:
+        return _headless(name, **extra)
+    except MISFITS:
+        return None
+
+
+def _build(name: str, size: int, pretrained: bool) -> nn.Module:
+    for extra in (*EXTRAS, {"img_size": size}):
+        backbone = _made(name, **extra)
+        if backbone is not None and _takes(backbone, size):
+            break
     else:
-        raise InputError(
-            "this timm model has a fixed image size or no spatial map",
-            f"model.backbone={name}",
-            "choose another one",
-        )
+        raise WrongSize(name, size, _fitting_sizes(name, size))
     if not pretrained:
         return backbone.train()
     try:
-        return timm.create_model(name, pretrained=True, **options, **extra).train()
+        return _headless(name, pretrained=True, **extra).train()
     except Exception as fault:  # the hub client raises many kinds; the cause stays chained
         raise _out_of_reach(name, fault) from fault
+
+
+def _fitting_sizes(name: str, size: int) -> list[int]:
+    """Image sizes near `size` that a model takes: multiples of usual patches, and its own size."""
+    import timm
+
+    near = {step * (size // step + more) for step in (14, 16, 32) for more in (0, 1)} - {0, size}
+    own = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    sizes = sorted({*near, own.input_size[-1]} if own else near)
+    varying = [made for made in (_made(name, **extra) for extra in EXTRAS) if made is not None]
+
+    def models(one: int) -> Iterator[nn.Module]:
+        yield from varying
+        if one % 32 == 0 and (fixed := _made(name, img_size=one)) is not None:
+            yield fixed
+
+    return [one for one in sizes if any(_takes(model, one) for model in models(one))]
+
+
+def adapted(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` as the backbone keeps it (timm's rules): the relative positions of attention windows,
+    which MaxViT and CoAtNet have for one image size, interpolated to its own, and a linear layer as
+    a 1 x 1 convolution.
+    """
+    from timm.layers import resize_rel_pos_bias_table
+
+    own, found = backbone.state_dict(), dict(state)
+    for name, tensor in state.items():
+        shape = own[name].shape if name in own else tensor.shape
+        if name.endswith(TABLE) and shape != tensor.shape:
+            window = cast(Any, backbone.get_submodule(name.removesuffix(TABLE))).window_size
+            found[name] = resize_rel_pos_bias_table(tensor, window, shape)
+        elif tensor.ndim == 2 and shape == (*tensor.shape, 1, 1):
+            found[name] = tensor.reshape(shape)
+    return found
 
 
 def _imagenet_state(backbone: nn.Module, path: str) -> dict[str, torch.Tensor]:
@@ -135,10 +214,12 @@ def _imagenet_state(backbone: nn.Module, path: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def _to_map(backbone: nn.Module, inputs: tuple, features: torch.Tensor) -> torch.Tensor:
+def _to_map(backbone: nn.Module, inputs: tuple, features: Any) -> torch.Tensor:
     """Bring what timm's families return to (N, C, h', w'): channels-last maps and token sequences
-    are rearranged.
+    are rearranged, of several maps the last is taken.
     """
+    if isinstance(features, (list, tuple)):
+        features = features[-1]
     if features.ndim == 4:
         return (
             features.permute(0, 3, 1, 2)
@@ -150,9 +231,9 @@ def _to_map(backbone: nn.Module, inputs: tuple, features: torch.Tensor) -> torch
     N, T, C = features.shape
     tokens = T - getattr(backbone, "num_prefix_tokens", 0)
     side = int(tokens**0.5)
-    if side * side != tokens:
+    if tokens - side * side not in (0, 1):  # 1: a class token that the family does not name
         raise AssertionError(f"{tokens} tokens are no square")
-    return features[:, T - tokens :].transpose(1, 2).reshape(N, C, side, side)
+    return features[:, T - side * side :].transpose(1, 2).reshape(N, C, side, side)
 
 
 @torch.no_grad()
@@ -178,11 +259,12 @@ def feature_shape(backbone: nn.Module, size: int) -> tuple[int, int, int]:
     return tuple(shape[1:])
 
 
-def pool_maps(maps: torch.Tensor) -> torch.Tensor:
+def pool_maps(maps: torch.Tensor, how: str = "both") -> torch.Tensor:
     """(N, C, h, w) to (N, 2C) float32, the features of a slice: an organ fills the mean of its map,
-    a small lesion shows in the maximum.
+    a small lesion shows in the maximum; the `mean` alone: (N, C).
     """
-    return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).float()
+    mean = maps.mean((2, 3))
+    return (mean if how == "mean" else torch.cat([mean, maps.amax((2, 3))], 1)).float()
 
 
 def settle(backbone: nn.Module, batches: Iterable[torch.Tensor], device: torch.device) -> None:
@@ -193,10 +275,14 @@ def settle(backbone: nn.Module, batches: Iterable[torch.Tensor], device: torch.d
 
 
 def load_backbone(backbone: nn.Module, path: Path | str) -> str:
-    """Strict transfer from a file of `save_backbone`: returns how many tensors matched, InputError
-    naming those that did not.
+    """Strict transfer from a file of `save_backbone`: returns how many tensors matched, and how
+    many were interpolated to the image size; InputError naming those that did not match.
     """
-    return load_weights(backbone, path)
+    state, _ = read_weights(path)
+    fitting = adapted(backbone, state)
+    resized = sum(fitting[name] is not state[name] for name in state)
+    note = f", {resized} of them interpolated to the image size" if resized else ""
+    return match(backbone, fitting, str(path)) + note
 
 
 def save_backbone(backbone: nn.Module, path: Path | str, metadata: dict[str, str]) -> None:

@@ -5,24 +5,17 @@ patients who differ in a label differ in the picture of that injury alone.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ..run.config import PhantomConfig
+from .abdomen import draw_bowel, draw_organs
 from .canvas import Array, Canvas, Region, soft
-from .injuries import BLOOD, FLUID, Injuries, haze
-
-# Mean HU by contrast phase, of a modest dose: nothing but bone and a blush saturates the window.
-TISSUES = ("aorta", "ivc", "portal", "liver", "spleen", "cortex", "medulla", "wall", "urine")
-PHASES = {
-    "arterial": (180, 95, 120, 78, 122, 165, 80, 95, 10),
-    "portal": (155, 145, 160, 112, 122, 165, 140, 85, 15),
-    "delayed": (118, 115, 118, 95, 98, 125, 130, 70, 190),
-}
-FAT, MUSCLE, CORTICAL, MARROW, GAS, LUNG = -100.0, 58.0, 340.0, 110.0, -930.0, -860.0
-SIDES = (-1, 1)
+from .injuries import Injuries
+from .tissues import CORTICAL, FAT, MARROW, MUSCLE, PHASES, SIDES, TISSUES
 
 
 @dataclass(frozen=True)
@@ -139,213 +132,6 @@ def _wing(c: Canvas, side: int) -> Region:
     return c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 9), grow=2.3)
 
 
-def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
-    """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast.
-
-    What an injury might be mistaken for is in the healthy too: loops with thick walls, gas under
-    the front wall, a hazy mesentery.
-    """
-    rng = c.rng
-    misty, place = (
-        rng.uniform(-0.8, 0.4),
-        (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, -0.1), rng.uniform(0.55, 0.85)),
-    )
-    if misty > 0:
-        haze(c, cavity, place, misty)
-    c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
-    oral = rng.uniform(100, 160) if rng.random() < 0.3 else FLUID
-    front = 2 * int(rng.integers(0, 3))  # loops full of gas that lie against the front wall
-    for index in range(24 + front):
-        centre = (rng.uniform(-0.55, 0.55), rng.uniform(-0.62, 0.1), rng.uniform(0.42, 1.05))
-        size, long, tilt, lumen = (
-            rng.uniform(0.085, 0.14),
-            rng.uniform(1.0, 1.9),
-            rng.uniform(0, np.pi),
-            rng.uniform(0.62, 0.82),
-        )
-        content, gas = (oral if rng.random() < 0.6 else 40.0), (0.2 if rng.random() < 0.2 else None)
-        if index >= 24:
-            centre, long, tilt, gas = (centre[0], -0.66, centre[2]), 1.3 * long, 0.0, -0.6
-        swollen = injuries.swollen(centre)
-        loop = c.blob(centre, (size * long, size * 1.3, size), tilt=tilt, wobble=0.12)
-        _loop(
-            c,
-            loop,
-            cavity,
-            hu["wall"] * (1.3 if swollen else 1),
-            content,
-            0.42 if swollen else lumen,
-            gas,
-        )
-    colon = {"wobble": 0.15}
-    for side, v, start in ((-1, 0.12, 0.5), (1, 0.2, 0.36)):  # ascending and descending
-        u = side * (0.66 + 0.03 * np.sin(9 * c.tz + rng.uniform(0, 6)))
-        part = c.blob(
-            (u, v), (rng.uniform(0.1, 0.15), rng.uniform(0.14, 0.19)), span=(start, 0.97), **colon
-        )
-        _loop(
-            c,
-            part,
-            cavity,
-            60.0,
-            -40 + 130 * np.clip(c.fine[part.box], -1.5, 1),
-            0.8,
-            rng.uniform(-0.1, 0.6),
-        )
-    arch = c.blob(
-        (rng.uniform(-0.1, 0.1), rng.uniform(-0.66, -0.58), rng.uniform(0.4, 0.5)),
-        (0.5, 0.13, rng.uniform(0.06, 0.1)),
-        **colon,
-    )
-    _loop(
-        c,
-        arch,
-        cavity,
-        60.0,
-        -20 + 100 * np.clip(c.fine[arch.box], -1.5, 1),
-        0.8,
-        rng.uniform(-0.7, 0.3),
-    )
-    stomach = c.blob(
-        (0.3, -0.3, 0.22),
-        (rng.uniform(0.24, 0.32), rng.uniform(0.26, 0.34), 0.2),
-        tilt=0.5,
-        wobble=0.1,
-    )
-    _loop(c, stomach, cavity, 70.0, oral + 12 * c.fine[stomach.box], 0.85, rng.uniform(-0.2, 0.35))
-
-
-def _loop(
-    c: Canvas,
-    shape: Region,
-    cavity: Array,
-    wall: float,
-    content: float | Array,
-    lumen: float,
-    gas: float | None,
-) -> None:
-    """One bowel segment: wall, content inside `lumen` of it, and gas above the height `gas` (in its
-    own half heights).
-    """
-    whole = shape.alpha() * cavity[shape.box]
-    if not whole.any():
-        return
-    c.paint(shape.box, whole, wall)
-    inner = shape.alpha(lumen) * cavity[shape.box]
-    c.paint(shape.box, inner, content)
-    if gas is not None:
-        y = c.y[:, shape.box[1]]
-        middle = float((y * whole).sum() / whole.sum())
-        c.paint(shape.box, inner * soft((middle - y) * c.px - gas * shape.px), GAS)
-
-
-def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> Array:
-    """Heart, pancreas, liver, gallbladder, spleen, kidneys, cysts, then the lung bases around the
-    domes; fills `c.organs`.
-
-    Returns the coverage of the cavity below the diaphragm.
-    """
-    rng = c.rng
-    heart = c.put(0.5 * hu["aorta"] + 40, (0.1, -0.32, -0.08), (0.42, 0.34, 0.16), within=cavity)
-    c.put(
-        0.8 * hu["liver"] + 15,
-        (0.1, rng.uniform(-0.06, 0.02), 0.4),
-        (0.34, 0.085, 0.07),
-        tilt=-0.35,
-        wobble=0.25,
-        texture=25,
-    )
-    down = np.clip(c.tz - 0.25, 0, 1)
-    right = c.blob(
-        (-0.42 - 0.3 * down, -0.02 - 0.5 * down, 0.24),
-        (0.5, rng.uniform(0.64, 0.72), rng.uniform(0.4, 0.47)),
-        wobble=0.035,
-        grow=1.3,
-    )
-    left = c.blob((-0.1, -0.42, 0.17), (rng.uniform(0.42, 0.58), 0.27, 0.2), wobble=0.05, grow=1.3)
-    _organ(c, "liver", [right, left], hu["liver"], cavity, injuries)
-    box, alpha = c.organs["liver"]
-    c.paint(box, c.vessels(0.3, box) * alpha, max(hu["portal"], hu["liver"] + 20))
-    c.put(FLUID, (-0.27, -0.3, 0.45), (0.1, 0.13, 0.1), tilt=0.3)
-    spleen = c.blob(
-        (0.62, 0.26, 0.27),
-        (rng.uniform(0.2, 0.26), rng.uniform(0.38, 0.46), rng.uniform(0.2, 0.26)),
-        tilt=0.35,
-        wobble=0.05,
-        grow=1.4,
-    )
-    _organ(c, "spleen", [spleen], hu["spleen"], cavity, injuries)
-    for side, name in zip(SIDES, ("right kidney", "left kidney"), strict=True):
-        u, v, t = (
-            side * rng.uniform(0.35, 0.4),
-            rng.uniform(0.34, 0.39),
-            0.55 - 0.04 * side + rng.uniform(-0.03, 0.03),
-        )
-        radii = (rng.uniform(0.16, 0.19), rng.uniform(0.22, 0.27), rng.uniform(0.19, 0.22))
-        kidney = c.blob((u, v, t), radii, tilt=side * 0.5, wobble=0.03, grow=2.0)
-        c.paint(kidney.box, kidney.alpha(1.15), FAT)
-        _organ(c, name, [kidney], hu["cortex"], cavity, injuries)
-        c.paint(
-            kidney.box, kidney.alpha(0.72) * np.clip(0.9 + c.fine[kidney.box], 0, 1), hu["medulla"]
-        )
-        hilum = (u - side * 0.07, v - 0.07, t), (0.1, 0.1, 0.1)
-        for value, limit in ((-60.0, 1.0), (hu["urine"], 0.5)):
-            c.put(value, *hilum, limit=limit, tilt=side * 0.6, wobble=0.2)
-    for organ in ("liver", "left kidney"):  # cysts are round and sharp, no injury
-        wanted, radius, place = rng.random() < 0.25, rng.uniform(7, 11), rng.random()
-        box, alpha = c.organs[organ]
-        core = np.argwhere(alpha > 0.9)
-        if wanted and len(core):
-            away = np.sqrt(
-                sum(d * d for d in c.offsets_mm(box, tuple(core[int(place * len(core))])))
-            )
-            c.paint(box, soft((radius - away) / c.mm) * alpha, 6.0)
-    floor = np.minimum(
-        _dome(c, -0.42, rng.uniform(0.0, 0.03)), _dome(c, 0.45, rng.uniform(0.02, 0.05))
-    )
-    lung = (
-        np.clip((floor - c.t) * 80, 0, 1)
-        * cavity
-        * np.clip((np.abs(c.u) - 0.16 + 0.5 * np.maximum(c.y, 0)) * 20, 0, 1)
-    )
-    lung[heart.box] *= 1 - heart.alpha()
-    c.paint(None, lung, LUNG + 420 * c.vessels(0.3))
-    below = 1 - lung
-    c.organs = {name: (box, alpha * below[box]) for name, (box, alpha) in c.organs.items()}
-    return cavity * below
-
-
-def _dome(c: Canvas, u: float, top: float) -> Array:
-    """Depth t of one half of the diaphragm, deepest in the recess at the back; the other half of
-    the body is left out.
-    """
-    bowl = top + 0.42 * np.maximum((c.u - u) ** 2 + 0.7 * (c.v + 0.15) ** 2 - 0.06, 0)
-    return np.where(c.u * (1 if u > 0 else -1) < -0.02, np.float32(9), bowl)
-
-
-def _organ(
-    c: Canvas, name: str, parts: list[Region], value: float, cavity: Array, injuries: Injuries
-) -> None:
-    """Paint one organ made of overlapping parts, any blood around it first, and keep its coverage
-    in `c.organs`.
-    """
-    box = tuple(
-        slice(min(p.box[i].start for p in parts), max(p.box[i].stop for p in parts))
-        for i in range(3)
-    )
-    whole = Region(box, np.full(c.hu[box].shape, 9.0, np.float32), parts[0].px)
-    for part in parts:
-        at = tuple(
-            slice(s.start - b.start, s.stop - b.start) for s, b in zip(part.box, box, strict=True)
-        )
-        whole.r[at] = np.minimum(whole.r[at], part.r)
-    if injuries.grade(name) == 2:
-        c.paint(box, whole.alpha(injuries.rim(name, whole)) * cavity[box], BLOOD + 8 * c.fine[box])
-    alpha = whole.alpha() * cavity[box]
-    c.paint(box, alpha, value + 4 * c.fine[box])
-    c.organs[name] = (box, alpha)
-
-
 def draw_vessels(c: Canvas, hu: dict[str, float]) -> None:
     """Psoas muscles, aorta and inferior vena cava down to their branches, mesenteric, portal, renal
     and splenic vessels.
@@ -440,7 +226,7 @@ def draw_noise(c: Canvas, sigma: float, rng: np.random.Generator) -> None:
     """Detector noise of `sigma` HU with the short correlation of a reconstruction kernel, stronger
     in the middle of the trunk.
     """
-    noise = rng.standard_normal(c.hu.shape, dtype=np.float32)
+    noise: Any = rng.standard_normal(c.hu.shape, dtype=np.float32)
     for axis in (1, 2):
         noise = 0.6 * noise + 0.4 * np.roll(noise, 1, axis)
     c.hu += noise * (sigma / 0.52 * (1.25 - 0.5 * np.minimum(c.rho, 1.4)))

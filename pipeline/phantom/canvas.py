@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
-Box = tuple[slice, slice, slice]
+Array = NDArray[np.floating[Any]]  # of float32 where it is a volume
+Box = tuple[slice, ...]  # planes, rows, columns
 AIR = -1000.0
 
 

@@ -1,7 +1,7 @@
 """Typed, frozen configuration: one model per stage."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
@@ -66,9 +66,9 @@ class VolumeConfig(Section):
     depth: int = Field(96, ge=2)
     height: int = Field(256, ge=16)
     width: int = Field(256, ge=16)
-    aspect: Literal["letterbox", "stretch"] = "letterbox"
+    aspect: Literal["letterbox", "stretch"] = "stretch"
     margin_mm: float = Field(
-        2.0, ge=0, description="kept around the body; what lies outside is black"
+        4.0, ge=0, description="kept around the body; what lies outside is black"
     )
 
 
@@ -106,6 +106,12 @@ class VocoConfig(Section):
 
     steps: int = Field(250_000, ge=1, json_schema_extra=RESUMABLE)
     batch: int = Field(4, ge=2, description="volumes a step")
+    depth: int | None = Field(
+        None,
+        ge=2,
+        description="planes that a volume is resampled to on reading (none: those stored)",
+        json_schema_extra=ADDED,
+    )
     slices: int = Field(32, ge=1, description="S, spread evenly over z")
     image_size: int = Field(192, ge=24)
     grid: int = Field(3, ge=2, description="K = grid * grid base crops")
@@ -195,6 +201,27 @@ class AugmentConfig(Section):
     brightness: float = Field(0.1, ge=0, le=1)
     contrast: float = Field(0.1, ge=0, le=1)
     cutout: float = Field(0.0, ge=0, le=1, description="probability of one dropped rectangle")
+    quarter_turn: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of one to three quarter turns in the plane",
+        json_schema_extra=ADDED,
+    )
+    grey_curve: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of another grey curve: a shifted histogram or a gamma",
+        json_schema_extra=ADDED,
+    )
+    boxes: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of several small dropped boxes",
+        json_schema_extra=ADDED,
+    )
     z_jitter: bool = True
 
 
@@ -217,9 +244,35 @@ class TrainConfig(Section):
         lt=0.5,
         description="share cut from each border of the stored plane before resizing",
     )
+    crop_size: int | None = Field(
+        None,
+        ge=16,
+        description=(
+            "side in stored pixels of a square taken out before resizing, at a random place while"
+            " training and in the middle otherwise (none: the whole plane)"
+        ),
+        json_schema_extra=ADDED,
+    )
+    map_pool: Literal["both", "mean"] = Field(
+        "both",
+        description="features of a slice: mean and maximum of its map, or the mean alone",
+        json_schema_extra=ADDED,
+    )
+    backbone_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout on the backbone's map",
+        json_schema_extra=ADDED,
+    )
     sequence: Literal["lstm", "gru", "transformer", "none"] = "lstm"
     pool: Literal["max", "mean", "attention"] = "max"
     hidden: int = Field(256, ge=4)
+    shortcut: bool = Field(
+        True,
+        description="features of a slice reach the heads beside the state of the sequence model",
+        json_schema_extra=ADDED,
+    )
     layers: int = Field(1, ge=1)
     dropout: float = Field(0.3, ge=0, lt=1)
     freeze_backbone: bool = False
@@ -230,6 +283,13 @@ class TrainConfig(Section):
     backbone_lr: float = Field(1.0, gt=0, description="backbone learning rate as a factor of lr")
     weight_decay: float = Field(1e-2, ge=0)
     warmup: float = Field(0.1, ge=0, le=1, description="share of all steps")
+    lr_final: float = Field(0.0, ge=0, description="where the cosine ends", json_schema_extra=ADDED)
+    cosine_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps to the end of the cosine (none: all steps)",
+        json_schema_extra=ADDED,
+    )
     clip: float = Field(1.0, gt=0)
     slice_loss: float = Field(
         0.0, ge=0, description="weight of the slice-level loss (needs image_level_labels.csv)"
@@ -244,10 +304,12 @@ class TrainConfig(Section):
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
-    def _known_targets(self) -> "TrainConfig":
+    def _consistent(self) -> "TrainConfig":
         unknown = [name for name in self.targets if name not in TARGET_NAMES]
         if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets must be distinct names out of {', '.join(TARGET_NAMES)}")
+        if self.lr_final > self.lr:
+            raise ValueError(f"lr_final={self.lr_final} is more than lr={self.lr}")
         return self
 
 
@@ -264,7 +326,9 @@ class PredictConfig(Section):
     """Stage 07."""
 
     time_budget_h: float | None = Field(None, gt=0)
-    flips: tuple[Literal["x", "y", "z"], ...] = ()
+    flips: tuple[Annotated[str, Field(pattern="^(x?y?z?|z?y?x?)$", min_length=1)], ...] = Field(
+        (), description="views beside the plain one, each flipped in its axes, such as [y, zy]"
+    )
     flush_every: int = Field(16, ge=1, description="patients between two writes of submission.csv")
 
 
@@ -349,26 +413,41 @@ class Config(Section):
     ablation: AblationConfig = AblationConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Config":
-        if self.pretrain.slices > self.volume.depth:
+    def _depths_fit(self) -> "Config":
+        read = "pretrain" if self.pretrain.depth else "volume"
+        depth = self.pretrain.depth or self.volume.depth
+        if self.pretrain.slices > depth:
             raise ValueError(
-                f"pretrain.slices={self.pretrain.slices} is more than"
-                f" volume.depth={self.volume.depth}"
+                f"pretrain.slices={self.pretrain.slices} is more than {read}.depth={depth}"
             )
         if self.train.slices > self.volume.depth:
             raise ValueError(
                 f"train.slices={self.train.slices} is more than volume.depth={self.volume.depth}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> "Config":
         for name, side in (("height", self.volume.height), ("width", self.volume.width)):
-            if side - 2 * round(side * self.train.crop) < 1:
+            left = side - 2 * round(side * self.train.crop)
+            if left < 1:
                 raise ValueError(
                     f"train.crop={self.train.crop} leaves nothing of volume.{name}={side}"
+                )
+            if (self.train.crop_size or 1) > left:
+                raise ValueError(
+                    f"train.crop_size={self.train.crop_size} is more than the {left} pixels that"
+                    f" train.crop={self.train.crop} leaves of volume.{name}={side}"
                 )
         if self.pretrain.image_size % self.pretrain.grid:
             raise ValueError(
                 f"pretrain.image_size={self.pretrain.image_size} is no multiple of"
                 f" pretrain.grid={self.pretrain.grid}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _phantom_slices(self) -> "Config":
         if self.phantom and self.phantom.slices_min > self.phantom.slices_max:
             raise ValueError("phantom.slices_min is more than phantom.slices_max")
         return self

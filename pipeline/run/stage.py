@@ -194,6 +194,13 @@ class Stage:
         config = {name: decisive(getattr(self.config, name)) for name in sections}
         return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
 
+    def fingerprint_without(self, name: str) -> str:
+        """`fingerprint` as if there were no input of that name."""
+        if not self._state:
+            return ""
+        inputs = {key: value for key, value in self._state["inputs"].items() if key != name}
+        return self.fingerprint_of(inputs, self._state["config"])
+
     def made_from(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:
         """True when the folder is whole and was made from exactly these inputs and config
         sections.

@@ -19,10 +19,19 @@ from isal.isal_zlib import crc32
 
 from ..run.config import ConvertConfig
 from ..system.contained import Failure, contained
-from .geometry import Placement, arrange, is_cut
+from .geometry import (
+    NO_AIR,
+    RESCALED,
+    Placement,
+    arrange,
+    is_cut,
+    is_rescaled,
+    millimetres,
+    typical_mm,
+)
 from .readers import SliceRead, Unreadable, reader_of
 from .sources import Listing
-from .window import grey
+from .window import AIR_HU, HIGH_HU, LOW_HU, Stored, grey
 
 
 class SliceImage(NamedTuple):
@@ -59,7 +68,30 @@ class Picture(NamedTuple):
     decoder: str
     transfer_syntax: str
     crc32: int
+    air: bool
     image: np.ndarray | None = None
+
+
+def _holds_air(pixels: np.ndarray | Stored) -> bool:
+    """True where a slice has HU below `AIR_HU`, as every CT has somewhere."""
+    if not isinstance(pixels, Stored):
+        return bool((pixels < AIR_HU).any())
+    # seldom asked of all pixels: a corner or two tell of air
+    for words in (pixels.words[::8, ::8], pixels.words):
+        low, high = _extremes(words, pixels)
+        # MONOCHROME1 counts after the window, 255 minus grey: its air may lie at the other end
+        if low < AIR_HU or (pixels.inverted and high > LOW_HU + HIGH_HU - AIR_HU):
+            return True
+    return False
+
+
+def _extremes(words: np.ndarray, stored: Stored) -> tuple[float, float]:
+    """The smallest and the largest HU of bit patterns (h, w)."""
+    values = words.astype(np.int64) & ((1 << stored.bits) - 1)
+    if stored.signed:
+        values -= (values >> (stored.bits - 1)) << stored.bits
+    ends = [float(end) * stored.slope + stored.intercept for end in (values.min(), values.max())]
+    return min(ends), max(ends)
 
 
 def _windowed(read: SliceRead) -> tuple[np.ndarray, Picture]:
@@ -67,7 +99,13 @@ def _windowed(read: SliceRead) -> tuple[np.ndarray, Picture]:
     image = grey(read.pixels)
     placement = read.placement._replace(cut=is_cut(image))
     return image, Picture(
-        image.shape, read.spacing, placement, read.decoder, read.transfer_syntax, crc32(image)
+        image.shape,
+        read.spacing,
+        placement,
+        read.decoder,
+        read.transfer_syntax,
+        crc32(image),
+        _holds_air(read.pixels),
     )
 
 
@@ -122,13 +160,14 @@ def arranged(found: Sequence[tuple[str, Picture]], config: ConvertConfig) -> lis
     """The slices of one series, superior first. A slice without any number gets the next free
     one.
     """
-    given = [picture.placement.instance for _, picture in found]
+    pictures = _in_mm([picture for _, picture in found])
+    given = [picture.placement.instance for picture in pictures]
     free = itertools.count(1 + max((number or 0 for number in given), default=0))
     numbers = [next(free) if number is None else number for number in given]
     places = arrange(
         [
-            picture.placement._replace(instance=number)
-            for (_, picture), number in zip(found, numbers, strict=True)
+            picture.placement._replace(instance=number, numbered=own is not None)
+            for picture, number, own in zip(pictures, numbers, given, strict=True)
         ],
         config.flip_hfs,
     )
@@ -141,16 +180,45 @@ def arranged(found: Sequence[tuple[str, Picture]], config: ConvertConfig) -> lis
             cols=picture.shape[1],
             spacing_y_mm=picture.spacing[0],
             spacing_x_mm=picture.spacing[1],
-            flags=place.flags,
+            flags=",".join(filter(None, (place.flags, *flags))),
             decoder=picture.decoder,
             transfer_syntax=picture.transfer_syntax,
             crc32=picture.crc32,
             file=file,
             image=picture.image,
         )
-        for (file, picture), number, place in zip(found, numbers, places, strict=True)
+        for (file, _), picture, number, place, flags in zip(
+            found, pictures, numbers, places, _flags(pictures), strict=True
+        )
     ]
     return sorted(slices, key=lambda item: item.order)
+
+
+def _in_mm(pictures: Sequence[Picture]) -> list[Picture]:
+    """The slices of a series with spacing and position in mm, whatever their unit."""
+    factor = millimetres([mm for picture in pictures for mm in picture.spacing])
+    if factor == 1:
+        return list(pictures)
+
+    def scaled(picture: Picture) -> Picture:
+        spacing = [None if mm is None else mm * factor for mm in picture.spacing]
+        at = picture.placement.position
+        position = None if at is None else [value * factor for value in at]
+        return picture._replace(
+            spacing=spacing, placement=picture.placement._replace(position=position)
+        )
+
+    return [scaled(picture) for picture in pictures]
+
+
+def _flags(pictures: Sequence[Picture]) -> list[list[str]]:
+    """The flags of the slices of a series that their pixels and spacings tell."""
+    no_air = [] if any(picture.air for picture in pictures) else [NO_AIR]
+    common = [typical_mm([picture.spacing[axis] for picture in pictures]) for axis in (0, 1)]
+    return [
+        no_air + ([RESCALED] if is_rescaled(picture.spacing, common) else [])
+        for picture in pictures
+    ]
 
 
 def decode_series_files(

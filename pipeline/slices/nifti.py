@@ -13,6 +13,7 @@ from ..run.config import ConvertConfig
 from .dicom_header import SPARE_BYTES
 from .geometry import Placement
 from .readers import SliceRead, Unreadable
+from .window import AIR_HU
 
 MAX_BYTES = 4 << 30
 # NIfTI counts x to the right and y to the front, DICOM to the left and to the back
@@ -34,18 +35,31 @@ def _refusal(fault: Exception) -> Unreadable:
     )
 
 
+def _open(path: Path) -> Any:
+    """nibabel's image; from a file map where it does not know the ending (`.Nii.Gz`)."""
+    if path.suffix in (path.suffix.lower(), path.suffix.upper()):
+        return nib.load(path, mmap=False)
+    holder = nib.fileholders.FileHolder(str(path))
+    return nib.Nifti1Image.from_file_map({"header": holder, "image": holder}, mmap=False)
+
+
 def _open_image(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
     """The image, nothing but its header read, and the turn of its axes to left, back and down
     (nibabel's orientation array).
+
+    Where neither form says how the patient lies, nibabel makes up an orientation, and half of such
+    files would be mirrored: they are refused.
     """
     try:
-        image: Any = nib.load(path, mmap=False)
+        image: Any = _open(path)
         if (
             len(image.shape) < 3
             or max(image.shape[3:], default=1) != 1
             or image.get_data_dtype().kind not in "iuf"
         ):
             raise Unreadable("NIfTI: not one scalar volume")
+        if not image.header["qform_code"] and not image.header["sform_code"]:
+            raise Unreadable("NIfTI: orientation unknown (qform_code and sform_code are 0)")
         turn = orientations.ornt_transform(
             orientations.io_orientation(image.affine), orientations.axcodes2ornt("LPI")
         )
@@ -97,7 +111,7 @@ def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.nda
     """
     try:
         image, turn = _open_image(path, max_pixels)
-        if path.name.endswith(".gz"):
+        if path.name.lower().endswith(".gz"):
             _verify(path)
         stored = orientations.apply_orientation(
             image.dataobj.get_unscaled().reshape(image.shape[:3], order="F"), turn
@@ -115,7 +129,9 @@ def nifti_slice(
     path: Path, k: int, max_pixels: int
 ) -> tuple[np.ndarray, list[float], list[float], tuple[float, float]]:
     """Slice `k`, counted from the most superior: HU (rows, cols) float64; position, orientation
-    and spacing (y, x) as DICOM has them.
+    and spacing (y, x) as DICOM has them, in the file's unit of length.
+
+    NaN around the body, as some resampling leaves it, is black; `AIR_HU` itself is no proof of air.
 
     Raises:
         Unreadable: damaged data, or values that are not finite.
@@ -125,8 +141,10 @@ def nifti_slice(
         raise loaded
     stored, slope, intercept, affine = loaded
     hu = stored[:, :, k].T.astype(np.float64) * slope + intercept
-    if not np.isfinite(hu).all():
+    nothing = np.isnan(hu)
+    if nothing.all() or np.isinf(hu).any():
         raise Unreadable("NIfTI: values that are not finite")
+    hu[nothing] = AIR_HU
     steps = np.linalg.norm(affine[:3, :2], axis=0)
     orientation = (affine[:3, :2] / steps).T.ravel()
     position = affine[:3] @ [0.0, 0.0, float(k), 1.0]

@@ -10,9 +10,9 @@ import numpy as np
 from ..run.config import ConvertConfig
 from ..system.contained import Failure
 from .convert import pictures
+from .png import encode_png
 from .readers import reader_of
-from .sources import Found, Listing, SeriesTask, list_files
-from .store import encode_png
+from .sources import Found, SeriesTask, list_files
 
 SERIES, VOLUMES = 24, 6  # of the sample: folders of slices, and files that are a series
 FILES = 4  # of each series
@@ -43,7 +43,7 @@ def _measure(task: SeriesTask, data: Path, config: ConvertConfig) -> tuple[float
         kept = partial(pictures, listing, config)
     else:
         files = [listing.files[k] for k in _sample(len(listing.files))]
-        kept = partial(pictures, Listing(files, [], 0, ""), config)
+        kept = partial(pictures, listing._replace(files=files), config)
     images = [one.image for _, one in kept() if not isinstance(one, Failure)]
     images = [image for image in images if image is not None]
     if not images:

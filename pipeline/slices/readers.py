@@ -36,7 +36,8 @@ class Unreadable(Exception):
 class SliceRead(NamedTuple):
     """What a reader makes of one slice.
 
-    `pixels` (rows, cols) are HU, or the bit patterns of a file, turned so that the patient's right
+    `pixels` (rows, cols) are HU (a series of which none lies below -500 is taken for no CT), or the
+    bit patterns of a file, turned so that the patient's right
     is at image left and anterior at top (`geometry.orient`). `spacing` is (y, x) of a pixel in mm.
     `decoder` and `transfer_syntax` are only reported.
     """
@@ -50,8 +51,8 @@ class SliceRead(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """One kind of file, by the `endings` of its names, the shortest first. With `volume` a file is
-    a whole series, else a folder of files is.
+    """One kind of file, by the `endings` of its names, in capitals too, the shortest first. With
+    `volume` a file is a whole series, else a folder of files is.
 
     `module` is imported when there is such a file to read.
     """
@@ -62,8 +63,12 @@ class Reader:
     volume: bool
 
     def takes(self, name: str) -> bool:
-        """True for the name of such a file; of folders in capitals too, as some exports write."""
-        return (name if self.volume else name.lower()).endswith(self.endings)
+        """True for the name of such a file, in capitals too, as some exports write."""
+        return name.lower().endswith(self.endings)
+
+    def stem(self, name: str) -> str:
+        """The name of such a file without its ending."""
+        return name[: name.lower().index(self.endings[0])]
 
     def load(self) -> Any:
         """The module that reads such files."""

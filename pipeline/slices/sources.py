@@ -4,7 +4,9 @@ library is imported.
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,18 @@ from ..system.errors import InputError
 from . import readers
 from .readers import instance_of
 
-LABELS = "labels"  # folders of label maps, `labelsTr` and so on, start with this
+# words in the names of label maps and of their folders, besides those that start with `labels`
+LABELS = {"label", "mask", "masks", "seg", "segs", "gt", "annotation"}
+LABELS |= {"segmentation", "segmentations"}
+# files at the top of a data set, or beside its series, that everyone has or that others read
+USUAL = ("README*", "LICENSE*", "*.csv", "*.parquet", "manifest.json")
+FOLDERS = ("train_images", "test_images", "unlabelled", "segmentations")
+DEEPEST = 8  # folders below one another that are looked into: links may lead in circles
 LONGEST = 200  # bytes of <patient>_<series>, which with its endings must be a file name (255)
-VERSION = 5  # raised when the same file would become another picture or another row
+VERSION = 7  # raised when the same file would become another picture or another row
 # raised when the same slices would become another volume; here, where stage 02 sees it without its
 # libraries
-VOLUME_VERSION = 2
+VOLUME_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,14 @@ class SeriesTask:
 
 class Listing(NamedTuple):
     """The files of one series in the order of their numbers, (path, reason) of those refused, and a
-    fingerprint of all.
+    fingerprint of both; and the kinds (`kind_of`) of what else lies there, each with a number.
     """
 
     files: list[str]
     refused: list[tuple[str, str]]
     bytes: int
     fingerprint: str
+    ignored: dict[str, int] = {}  # noqa: RUF012  # a default of a tuple, never written to
 
 
 class Found(NamedTuple):
@@ -94,6 +103,7 @@ def plan(data: Path, listed: Any) -> list[SeriesTask]:
             f" ignored, e.g. {printable(strangers[0])}"
         )
     tasks += _unlabelled(data / "unlabelled")
+    _warn_of_strays(_strays(data))
     seen: dict[str, str] = {}
     for task in tasks:
         other = seen.setdefault(f"{task.patient_id}_{task.series_id}", task.path)
@@ -107,49 +117,106 @@ def plan(data: Path, listed: Any) -> list[SeriesTask]:
 
 
 def _unlabelled(folder: Path) -> list[SeriesTask]:
-    """Series <patient>/<series> and volumes in one file, also those in a folder such as FLARE's
-    `imagesTr`; warns of what is ignored.
+    """Series <patient>/<series> and volumes in one file, these however deep, such as those in
+    FLARE's `imagesTr`; warns of label maps, by their names, and of what else is ignored.
     """
-    tasks = []
-    for path in series_folders(folder):
-        patient, series = path.split(os.sep)[-2:]
-        tasks.append(SeriesTask(f"unlabelled-{patient}", series, "unlabelled", path))
-    tasks += _volumes(folder)
+    tasks: list[SeriesTask] = []
+    strays: list[Path] = []
+    for path, names in _walk(folder):
+        parts = path.relative_to(folder).parts
+        slices = any(reader.takes(name) for reader in _readers(False) for name in names)
+        if slices and len(parts) == 2:  # what lies beside the slices, stage 01 counts
+            tasks.append(SeriesTask(f"unlabelled-{parts[0]}", parts[1], "unlabelled", str(path)))
+            continue
+        for name in names:
+            reader = readers.reader_of(name)
+            if reader and reader.volume:
+                patient = "-".join(["unlabelled", *parts, reader.stem(name)])
+                one = SeriesTask(patient, reader.title.lower(), "unlabelled", str(path / name))
+                tasks.append(one)
+            else:
+                strays.append(path / name)
+    tasks.sort(key=lambda task: (readers.reader_of(task.path) is not None, task.path))
     used = {os.path.relpath(task.path, folder).split(os.sep)[0] for task in tasks}
     useless = sorted(
         str(path) for path in folder.glob("[!.]*") if path.is_dir() and path.name not in used
     )
+    maps = [task.path for task in tasks if _is_label_map(Path(task.path).relative_to(folder))]
     foreign = [task.path for task in tasks if printable(task.name) != task.name]
     endless = [task.path for task in tasks if len(os.fsencode(task.name)) > LONGEST]
-    ignored = {*foreign, *endless}
+    ignored = {*maps, *foreign, *endless}
     wanted = " nor ".join(
         f"{reader.title} images" if reader.volume else f"<series>/*{reader.endings[0]}"
         for reader in readers.READERS
     )
     for paths, what in (
         (useless, f"folders have neither {wanted}"),
+        (maps, "files or folders are label maps by their names"),
         (foreign, "series have names not in UTF-8"),
         (endless, f"series have names of more than {LONGEST} bytes, patient and series together,"),
     ):
         if paths:
             log(f"warning: {len(paths)} {what} and are ignored, e.g. {printable(paths[0])}")
+    _warn_of_strays(strays)
     return [task for task in tasks if task.path not in ignored]
 
 
-def _volumes(folder: Path) -> list[SeriesTask]:
-    """The files in a folder, or one folder deeper, that are a whole series each; label maps are
-    none.
+def _readers(volume: bool) -> list[readers.Reader]:
+    return [reader for reader in readers.READERS if reader.volume == volume]
+
+
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `folder` down with the sorted names of its files, through links, but in no
+    circle; nothing hidden.
     """
-    tasks = []
-    for path in sorted(
-        path for pattern in ("[!.]*", "[!.]*/[!.]*") for path in folder.glob(pattern)
-    ):
-        reader = readers.reader_of(path.name)
-        *parents, name = path.relative_to(folder).parts
-        if reader and reader.volume and not (parents and parents[0].startswith(LABELS)):
-            patient = "-".join(["unlabelled", *parents, name.partition(reader.endings[0])[0]])
-            tasks.append(SeriesTask(patient, reader.title.lower(), "unlabelled", str(path)))
-    return tasks
+    real = os.path.realpath(folder)
+    if real in above or len(above) > DEEPEST or not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        there = sorted((one.name, one.is_dir()) for one in entries if not one.name.startswith("."))
+    yield folder, [name for name, is_folder in there if not is_folder]
+    for name, is_folder in there:
+        if is_folder:
+            yield from _walk(folder / name, (*above, real))
+
+
+def _is_label_map(path: Path) -> bool:
+    """True where a word of a path is one of `LABELS`, as in KiTS, LiTS, BTCV, FLARE and MSD:
+    `labelsTr`, `segmentation-0.nii`, `liver_seg`, `LiverMask`, `label0001`.
+    """
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", str(path))
+    return any(word.lower() in LABELS or word.lower().startswith("labels") for word in words)
+
+
+def _strays(data: Path) -> list[Path]:
+    """What lies in a data set, at its top or beside its series, and is none of it."""
+    top: list[Path] = [
+        path
+        for path in data.glob("[!.]*")
+        if path.name not in FOLDERS and not any(path.match(usual) for usual in USUAL)
+    ]
+    loose = [
+        path
+        for pattern in ("[!.]*", "[!.]*/[!.]*")
+        for path in (data / "train_images").glob(pattern)
+        if not path.is_dir()
+    ]
+    return top + loose
+
+
+def _warn_of_strays(paths: Sequence[Path]) -> None:
+    """One line that counts by kind what is not recognised."""
+    if paths:
+        kinds = Counter("folder" if path.is_dir() else kind_of(path.name) for path in paths)
+        counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+        example = printable(str(min(paths)))
+        log(f"warning: not recognised and ignored: {counted}, e.g. {example}")
+
+
+def kind_of(name: str) -> str:
+    """The ending of a file's name, by which files that nothing reads are counted."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if re.fullmatch(r"\.[a-z][a-z0-9]{0,7}", ending) else "without ending"
 
 
 def is_whole(target: Path, tasks: Sequence[SeriesTask]) -> bool:
@@ -215,6 +282,7 @@ def list_files(path: str | Path, data: str | Path) -> Listing:
     path = str(path)
     found: list[tuple[str, int, int]] = []
     refused: list[tuple[str, str]] = []
+    ignored: dict[str, int] = {}
     top = os.path.realpath(os.path.join(data, os.path.relpath(path, data).split(os.sep)[0]))
     reader = readers.reader_of(path)
     single = reader is not None and reader.volume
@@ -224,8 +292,16 @@ def list_files(path: str | Path, data: str | Path) -> Listing:
         return os.path.commonpath((os.path.realpath(link), top)) != top
 
     try:
-        with contextlib.nullcontext([Path(path)]) if single else os.scandir(folder) as entries:
-            for entry in _of_one_kind([] if outside(folder) else entries, single):
+        given = contextlib.nullcontext([Path(path)]) if single else os.scandir(folder)
+        with given as entries:
+            there: list[Any] = [] if outside(folder) else list(entries)  # paths or folder entries
+            slices = _of_one_kind(there, single)
+            ignored = Counter(
+                "folder" if entry.is_dir() else kind_of(entry.name)
+                for entry in there
+                if entry not in slices and not entry.name.startswith(".")
+            )
+            for entry in slices:
                 if entry.is_symlink() and outside(os.fspath(entry)):
                     refused.append((os.fspath(entry), "link out of the data folder"))
                 elif not entry.is_file():
@@ -245,17 +321,13 @@ def list_files(path: str | Path, data: str | Path) -> Listing:
         sorted(refused),
         sum(size for _, size, _ in found),
         digest({"found": found, "refused": sorted(refused)}),
+        dict(sorted(ignored.items())),
     )
 
 
-def _of_one_kind(entries: Iterable[Any], volume: bool) -> list[Any]:
+def _of_one_kind(there: Sequence[Any], volume: bool) -> list[Any]:
     """What the first reader that takes any of them takes: notes and previews beside are no
     slices.
     """
-    there = list(entries)
-    kinds = (
-        [entry for entry in there if reader.takes(entry.name)]
-        for reader in readers.READERS
-        if reader.volume == volume
-    )
+    kinds = ([entry for entry in there if reader.takes(entry.name)] for reader in _readers(volume))
     return next(filter(None, kinds), [])

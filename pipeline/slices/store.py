@@ -7,7 +7,6 @@ import io
 import json
 import os
 import socket
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from isal import isal_zlib
 
 from ..run import layout
 from ..run.config import ConvertConfig, resolved
@@ -28,6 +26,8 @@ from ..system.errors import InputError
 from ..system.files import atomic_folder, atomic_path, remove_folder, remove_temporaries, write_text
 from ..system.pool import KILLED, spread
 from .convert import Picture, SliceImage, arranged, pictures
+from .geometry import NO_AIR, UNPLACED
+from .png import encode_png
 from .sources import VERSION, SeriesTask, list_files, series_folders
 
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
@@ -45,42 +45,8 @@ COLUMNS = {
     "crc32": pl.Int64,
     "png": pl.String,
 }
-SUB = 1  # PNG filter: difference to the pixel on the left
-# zeros behind the compressor's input, should it look there: the same picture is to give the same
-# bytes
-LOOK_AHEAD = 512
 # reasons of the machine (network, load, memory), not the file
 PASSING = ("not readable:", "took longer than", "brought down by SIGKILL", KILLED)
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """A grey picture, uint8 (rows, cols), as PNG: SUB filter and igzip level 1.
-
-    Measured by tests/benchmarks/convert.py: a quarter of the time of OpenCV's default encoder for
-    about the same size.
-    """
-    rows, cols = image.shape
-    size = rows * (1 + cols)
-    buffer = np.empty(size + LOOK_AHEAD, np.uint8)
-    buffer[size:] = 0
-    lines = buffer[:size].reshape(rows, 1 + cols)
-    lines[:, 0], lines[:, 1] = SUB, image[:, 0]
-    np.subtract(image[:, 1:], image[:, :-1], out=lines[:, 2:])
-    # an object of zeroed memory: the one-shot function was seen to give other bytes now and then
-    packer = isal_zlib.compressobj(1)
-    body = packer.compress(lines) + packer.flush()
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", cols, rows, 8, 0, 0, 0, 0)),
-        (b"IDAT", body),
-        (b"IEND", b""),
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data))
-        + kind
-        + data
-        + struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(kind)))
-        for kind, data in chunks
-    )
 
 
 def _write_png(folder: Path, k: int, image: np.ndarray) -> None:
@@ -143,6 +109,7 @@ def convert_series(
         sidecar = {
             "fingerprint": _fingerprint(listing.fingerprint, config),
             "bytes": listing.bytes,
+            "ignored": listing.ignored,
             "deaths": deaths,
             "rows": {**rows, "png": [f"{task.name}/{name}" for name in names]},
             "pictures": _picture_bytes(folder),
@@ -163,6 +130,7 @@ def _lost(
     sidecar = {
         "fingerprint": _fingerprint(files, config),
         "bytes": 0,
+        "ignored": {},
         "deaths": [],
         "rows": {column: [] for column in COLUMNS},
         "pictures": {},
@@ -223,11 +191,8 @@ def convert_all(
     """
     target.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target, depth=1)
-    names = {task.name for task in tasks}
-    for path in series_folders(target) if tidy else ():
-        if os.path.relpath(path, target) not in names:
-            log(f"{path}: listed no more, removed")
-            remove_folder(Path(path))
+    if tidy:
+        _remove_others(target, {task.name for task in tasks})
 
     def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
         sidecar = None if force else _finished(target / task.name, _fingerprint(files, config))
@@ -258,13 +223,27 @@ def convert_all(
         os.sync()  # no picture was synced by itself, and soon a manifest vouches for all
     remove_temporaries(target, depth=1)  # of workers that were killed
     index = pl.concat([sidecar["rows"] for sidecar in done])
+    quarantine = sorted(tuple(row) for sidecar in done for row in sidecar["quarantine"])
+    _write_tables(target, index, quarantine)
+    _warn(index)
+    ignored: Counter[str] = sum((Counter(sidecar["ignored"]) for sidecar in done), Counter())
+    return _summary(index, quarantine, ignored, [done[k] for k in missing], seconds)
+
+
+def _remove_others(target: Path, names: set[str]) -> None:
+    """Remove the folders of series that are listed no more."""
+    for path in series_folders(target):
+        if os.path.relpath(path, target) not in names:
+            log(f"{path}: listed no more, removed")
+            remove_folder(Path(path))
+
+
+def _write_tables(target: Path, index: pl.DataFrame, quarantine: Sequence[tuple[str, ...]]) -> None:
     with atomic_path(target / layout.INDEX) as temporary:
         index.write_parquet(temporary)
-    quarantine = sorted(tuple(row) for sidecar in done for row in sidecar["quarantine"])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *quarantine])
     write_text(target / layout.QUARANTINE, printable(text.getvalue()))
-    return _summary(index, quarantine, [done[k] for k in missing], seconds)
 
 
 def _with_frame(task: SeriesTask, sidecar: dict[str, Any]) -> dict[str, Any]:
@@ -273,9 +252,30 @@ def _with_frame(task: SeriesTask, sidecar: dict[str, Any]) -> dict[str, Any]:
     return {**sidecar, "rows": pl.DataFrame({**ids, **sidecar["rows"]}, {**IDS, **COLUMNS})}
 
 
+def _warn(index: pl.DataFrame) -> None:
+    """Name what is in the index but not in the volumes, and hardly meant to be so."""
+    for flag, column, what in (
+        (
+            NO_AIR,
+            "name",
+            "series hold no value below -500 HU: label maps, windowed exports or a lost intercept,"
+            " not used; correct or remove them",
+        ),
+        (UNPLACED, "png", "slices have no position, or none that can be meant, and are not used"),
+    ):
+        flagged = index.filter(pl.col("flags").str.split(",").list.contains(flag))
+        names = flagged.select("png", name=pl.concat_str("patient_id", "series_id", separator="/"))[
+            column
+        ].unique(maintain_order=True)
+        if len(names):
+            shown = ", ".join(names.head(5)) + (", ..." if len(names) > 5 else "")
+            log(f"warning: {len(names)} {what}: {shown}")
+
+
 def _summary(
     index: pl.DataFrame,
     quarantine: Sequence[tuple[str, ...]],
+    ignored: dict[str, int],
     made: Sequence[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
@@ -294,6 +294,7 @@ def _summary(
         "by_flags": count(index["flags"].replace("", "none")),
         "quarantined": len(quarantine),
         "by_reason": count([reason.partition(":")[0] for _, reason in quarantine]),
+        "not_recognised": dict(sorted(ignored.items())),
         "worker_deaths": count([cause for one in made for cause in one["deaths"]]),
         "converted_now": slices,
         "slices_per_s": round(slices / max(seconds, 1e-9), 1),

@@ -7,12 +7,13 @@ import cv2
 import numpy as np
 
 LOW_HU, HIGH_HU = -150.0, 250.0
+AIR_HU = -500.0  # below it lies nothing but air and lung
 
 
 class Stored(NamedTuple):
     """Bit patterns (rows, cols) uint8 or uint16 of a file: `bits` low ones count, sign-extended
     where `signed`; HU = value x slope + intercept; `inverted` (MONOCHROME1) counts after the
-    window, as 255 minus grey.
+    window, as 255 minus grey. Values from one end of `padding` to the other are no picture.
     """
 
     words: np.ndarray
@@ -21,13 +22,53 @@ class Stored(NamedTuple):
     slope: float
     intercept: float
     inverted: bool
+    padding: tuple[int, int] | None = None
 
 
 def grey(pixels: np.ndarray | Stored) -> np.ndarray:
-    """The 8-bit picture (rows, cols) of HU or of what a file stores."""
-    if isinstance(pixels, Stored):
-        return windowed(*pixels)
-    return np.ascontiguousarray(window(pixels))
+    """The 8-bit picture (rows, cols) of HU or of what a file stores; padding is air, black."""
+    if not isinstance(pixels, Stored):
+        return np.ascontiguousarray(window(pixels))
+    image = windowed(*pixels[:6])
+    if pixels.padding:
+        _blacken(image, pixels)
+    return image
+
+
+def _blacken(image: np.ndarray, stored: Stored) -> None:
+    """Make padding black in the windowed `image` (rows, cols).
+
+    Padding that is itself an HU of tissue may occur in the body too: then only what reaches the
+    border is meant. A limit that makes tissue of the range is a mistake, and the value stands
+    alone.
+    """
+
+    def hu(value: int) -> float:
+        return value * stored.slope + stored.intercept
+
+    value, limit = stored.padding or (0, 0)
+    if min(hu(value), hu(limit)) < HIGH_HU and max(hu(value), hu(limit)) > LOW_HU:
+        limit = value
+    if max(hu(value), hu(limit)) <= LOW_HU and not stored.inverted:
+        return  # black anyway
+    padded = _between(stored, min(value, limit), max(value, limit))
+    if LOW_HU < hu(value) < HIGH_HU:
+        framed = np.pad(padded, 1, constant_values=True).astype(np.uint8)
+        labels = cv2.connectedComponents(framed, connectivity=4)[1]
+        padded &= (labels == labels[0, 0])[1:-1, 1:-1]
+    image[padded] = 0
+
+
+def _between(stored: Stored, low: int, high: int) -> np.ndarray:
+    """True (rows, cols) where `low` to `high` is stored, by all bits or by those that count."""
+    every, bits = stored.words.astype(np.int32), 8 * stored.words.itemsize
+    found = np.zeros(every.shape, bool)
+    for count in {bits, stored.bits}:
+        values = every & ((1 << count) - 1)
+        if stored.signed:
+            values -= (values >> (count - 1)) << count
+        found |= (values >= low) & (values <= high)
+    return found
 
 
 def window(hu: np.ndarray) -> np.ndarray:

@@ -1,5 +1,9 @@
-"""Test series from DICOM to volumes in memory, decoded by worker processes ahead of the model. No
-torch: the workers start light.
+"""Test series from DICOM to volumes in memory, decoded by worker processes ahead of the model.
+
+No DataLoader, because a submission must not end with what it waits for: a killed worker ends a
+DataLoader, here its series are done again or named; its timeout is one for all waits, here a wait
+ends at the deadline, and what is under way is killed then instead of joined for seconds each. And
+no torch, which would be half a gigabyte more in each worker.
 """
 
 import contextlib
@@ -25,7 +29,7 @@ from ..system.contained import Failure
 from ..system.pool import spread
 from ..volumes.store import usable, volume_of
 
-WINDOW = 4  # series a process that are under way or waiting for the model: what bounds memory
+AHEAD = 4  # series a process that are under way or waiting for the model: what bounds memory
 
 
 class Decoded(NamedTuple):
@@ -63,8 +67,7 @@ def decode_series(
     """
     try:
         return _decode(task, data, convert, volume)
-    # of whatever kind: the submission must not end with it, and the report names it
-    except Exception as fault:
+    except Exception as fault:  # the submission must not end with it, and the report names it
         return Decoded(
             task.patient_id,
             task.series_id,
@@ -85,32 +88,30 @@ def _decode(task: SeriesTask, data: Path, convert: ConvertConfig, volume: Volume
 
 
 class Ahead:
-    """Iterator over decoded series: a thread feeds worker processes window by window, so that
-    little waits and nothing piles up.
+    """Decoded series as they are ready.
+
+    A thread feeds worker processes part by part, because waiting for them cannot be ended; the
+    queue that it fills can be waited for until a deadline. Both hold `AHEAD` series a process.
     """
 
     def __init__(self, tasks: Sequence[SeriesTask], data: Path, config: Config, jobs: int) -> None:
         self._work = partial(decode_series, data=data, convert=config.convert, volume=config.volume)
         # two, so that a child never forks from this process with its model threads
         self._tasks, self._jobs = tasks, max(2, jobs)
-        self._ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(
-            maxsize=WINDOW * self._jobs
-        )
+        self._size = AHEAD * self._jobs
+        self._ready: queue.Queue[Decoded | BaseException | None] = queue.Queue(self._size)
         self._stop = threading.Event()
         threading.Thread(target=self._produce, daemon=True).start()
 
     def _produce(self) -> None:
-        size = WINDOW * self._jobs
         try:
-            for start in range(0, len(self._tasks), size):
-                window = self._tasks[start : start + size]
-                for k, answer in spread(self._work, window, self._jobs):
-                    failed = isinstance(answer, Failure)
-                    self._put(
-                        Decoded(window[k].patient_id, window[k].series_id, None, answer.reason)
-                        if failed
-                        else answer
-                    )
+            for start in range(0, len(self._tasks), self._size):
+                part = self._tasks[start : start + self._size]
+                for k, answer in spread(self._work, part, self._jobs):
+                    if isinstance(answer, Failure):
+                        ids = part[k].patient_id, part[k].series_id
+                        answer = Decoded(*ids, None, answer.reason)
+                    self._put(answer)
                     if self._stop.is_set():
                         return
             self._put(None)
@@ -145,4 +146,5 @@ class Ahead:
         self._stop.set()
         # the one that works, whatever joblib gave it: to make another would wait for the series
         # under way
-        get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)
+        with contextlib.suppress(OSError):  # there is none, where none can be made
+            get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)

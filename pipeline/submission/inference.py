@@ -6,7 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..classifier.model import CnnLstm
-from ..classifier.predict import as_batch, load_classifier, predict
+from ..classifier.model import CnnLstm, chosen_targets, injury_log_odds, probabilities
+from ..classifier.predict import as_batch, load_classifier, logits_of, mean_logits
 from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
@@ -43,14 +43,30 @@ class Ensemble:
     calibration: Calibration
     device: torch.device
     threads: Executor
+    # of each series, the standard deviation over models of the log-odds of an injury (targets,)
+    spreads: list[np.ndarray] = field(default_factory=list)
 
     def series(self, volume: np.ndarray, flips: Sequence[str]) -> np.ndarray:
-        """Probabilities (13,) of one volume: mean over the fold models and flips."""
+        """Probabilities (13,) of one volume, of the mean logits over the fold models and flips."""
         batch = as_batch(volume, self.options, self.device)
-        answers = self.threads.map(
-            lambda model: predict(model, batch, self.options.amp, flips)[0], self.models
+        answers = list(
+            self.threads.map(
+                lambda model: logits_of(model, batch, self.options.amp, flips), self.models
+            )
         )
-        return torch.stack(list(answers)).mean(0).numpy()
+        if len(answers) > 1:
+            odds = torch.cat([injury_log_odds(answer) for answer in answers])
+            self.spreads.append(odds.std(0).numpy())
+        return probabilities(mean_logits(answers))[0].numpy()
+
+    def fold_spread(self) -> dict[str, float]:
+        """How far the fold models differ, by target: the mean of `spreads`; nothing of one model
+        or no series.
+        """
+        if not self.spreads:
+            return {}
+        names = [target.name for target in chosen_targets(self.options)]
+        return dict(zip(names, np.mean(self.spreads, axis=0).round(3).tolist(), strict=True))
 
     def patient(self, patient_id: str, series: dict[str, np.ndarray]) -> np.ndarray:
         """Calibrated probabilities (13,) of a patient from those of each series id, summed in the
@@ -158,8 +174,7 @@ class Filling:
             values, problem = self.ensemble.series(item.volume, self.flips), "not finite"
         except InputError:
             raise
-        # of whatever kind, a full GPU too: the other series count, and the report names it
-        except Exception as fault:
+        except Exception as fault:  # a full GPU too: the other series count, the report names it
             values, problem = np.full(len(COLUMNS), np.nan), type(fault).__name__
         if np.isfinite(values).all():
             self.answered += 1
@@ -220,15 +235,10 @@ def fill_submission(
             filling.problems, schema=["patient_id", "series_id", "reason"], orient="row"
         )
         write_text(path.with_name(layout.FALLBACKS), table.write_csv())
-    for patient, series, reason in filling.problems[:20]:
-        log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
-    if not filling.answered:
-        why = (
-            f"the model failed on every one of the {filling.failed} series it was given"
-            if filling.failed
-            else f"none of the {len(listed)} test series could be predicted"
-        )
-        log(f"warning: {why}: the submission is the prior alone")
+    _log_problems(filling, len(listed))
+    if spread := ensemble.fold_spread():
+        values = ", ".join(f"{name} {value:.2f}" for name, value in spread.items())
+        log(f"fold models differ in the log-odds of an injury by (standard deviation): {values}")
     seconds = max(1e-3, time.monotonic() - ready)
     predicted = int(writer.predicted.sum())
     return {
@@ -238,10 +248,23 @@ def fill_submission(
         "prior": len(writer.rows) - predicted,
         "fallbacks": len(filling.problems),
         "model_failures": filling.failed,
+        "fold_spread": spread,
         "late": filling.late,
         "start_s": round(ready - started, 1),
         "patients_per_hour": round(3600 * predicted / seconds, 1),
     }
+
+
+def _log_problems(filling: Filling, asked: int) -> None:
+    for patient, series, reason in filling.problems[:20]:
+        log(f"fallback: patient {patient} {'series ' + series + ' ' if series else ''}({reason})")
+    if not filling.answered:
+        why = (
+            f"the model failed on every one of the {filling.failed} series it was given"
+            if filling.failed
+            else f"none of the {asked} test series could be predicted"
+        )
+        log(f"warning: {why}: the submission is the prior alone")
 
 
 def _deadline(options: PredictConfig, started: float) -> float:

@@ -1,7 +1,8 @@
 """Stage 07: predictions of the test patients."""
 
+from ..classifier.views import VIEWS
 from ..run import layout
-from ..run.manifest import read_manifest
+from ..run.manifest import finished, read_manifest
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 
@@ -54,6 +55,13 @@ def predict_test(stage: Stage) -> None:
     writer.write(path)
     from .inference import fill_submission, load_ensemble
 
+    fitted = finished(stage.upstream(layout.CLASSIFIERS))["inputs"].get(VIEWS, [])
+    if fitted != list(stage.config.predict.flips):
+        log(
+            f"warning: the calibration was fitted to predictions with predict.flips={fitted}, not"
+            f" {list(stage.config.predict.flips)}: run stages 05 and 06 with these (nothing is"
+            " trained anew)"
+        )
     ensemble = load_ensemble(stage, calibration)
     counts = fill_submission(
         tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started

@@ -8,6 +8,7 @@ may use `contained`, here as on a cluster, so results do not depend on where the
 """
 
 import contextlib
+import errno
 import functools
 import multiprocessing.resource_tracker
 import os
@@ -131,15 +132,30 @@ def _round(
             max_nbytes=None,
         )
         try:
-            _start_trackers()
-            with interrupts_blocked():
-                answers = pool(calls())
+            answers = _started(pool, calls())
+            if answers is None:
+                answers = (call(*arguments) for call, arguments, _ in calls())
             for k, answer in answers:
                 if k is None:
                     raise InputError(*answer.split(", ", 2))
                 yield k, answer
         except lost:
             return
+
+
+def _started(pool: Any, calls: Iterator[Any]) -> Iterator[Any] | None:
+    """The answers of the pool's processes; None, and a warning, where none can be started: their
+    locks are files in /dev/shm.
+    """
+    try:
+        _start_trackers()
+        with interrupts_blocked():
+            return pool(calls)
+    except OSError as fault:  # a task's own comes with its answer
+        full = fault.errno == errno.ENOSPC
+        why = "/dev/shm is full: a container takes --shm-size" if full else fault.strerror
+        log(f"warning: no worker processes ({why}); one task after another")
+        return None
 
 
 @functools.cache

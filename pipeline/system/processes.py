@@ -42,16 +42,29 @@ def interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @functools.cache
 def end_with(parent: int) -> None:
-    """Kill this process soon after `parent` has ended.
+    """Kill this process soon after `parent` has ended; never where it is `parent` itself, as when
+    joblib works serially or by threads.
 
     A worker that hands over a large answer, say, would wait for ever, since it holds the other end
     of the pipe itself.
     """
+    # it may be the same process, or a helper may stand between the two
+    child = os.getppid() == parent
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent if child else _is_alive(parent):
             time.sleep(WATCH_S)
         os.kill(os.getpid(), signal.SIGKILL)
 

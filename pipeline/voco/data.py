@@ -17,7 +17,7 @@ from ..run import layout
 from ..run.config import VocoConfig
 from ..run.room import loaders, voco_batch_bytes
 from ..system.errors import InputError
-from ..volumes.sampling import evenly, resize_planes
+from ..volumes.sampling import evenly, resample_planes, resize_planes
 from .crops import base_boxes, cut, overlap_labels, random_boxes, turn
 
 EVALUATION = 1 << 30  # the "step" of the fixed evaluation crops, which no training step reaches
@@ -121,14 +121,15 @@ class VocoSamples(Dataset):
         }
 
     def planes(self, index: int, phase: float = 0.5) -> np.ndarray:
-        """(S, size, size) uint8 of one volume: base crops tile the plane, so the bytes of S planes
-        are read and no more.
+        """(S, size, size) uint8 of one volume, resampled to `pretrain.depth` planes: base crops
+        tile the plane, so the bytes of S planes are read and no more.
         """
         volume = np.load(self.folder / self.paths[index], mmap_mode="r")
-        return resize_planes(
-            np.asarray(volume[evenly(len(volume), self.config.slices, phase)]),
-            self.config.image_size,
-        )
+        depth = self.config.depth or len(volume)
+        chosen = evenly(depth, self.config.slices, phase)
+        same = depth == len(volume)
+        planes = np.asarray(volume[chosen]) if same else resample_planes(volume, depth, chosen)
+        return resize_planes(planes, self.config.image_size)
 
     def whole_slices(self, count: int) -> Iterator[torch.Tensor]:
         """`count` batches (batch * S, 1, size, size) uint8 of uncut planes of the whole batch's

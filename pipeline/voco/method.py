@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import nn
 
-from ..learning.backbone import create_backbone, placed
+from ..learning.backbone import WrongSize, create_backbone, placed
 from ..learning.distributed import World
 from ..run.config import Config
 from ..system.errors import InputError
@@ -30,9 +30,20 @@ class Method(ABC):
         self.config, self.options, self.world = config, config.pretrain, world
 
     def first_backbone(self) -> nn.Module:
-        """The backbone that training starts from."""
-        model = self.config.model
-        return create_backbone(model.backbone, self.options.init, model.weights)
+        """The backbone that training starts from, for images of the crops' size."""
+        model, options = self.config.model, self.options
+        crop = options.image_size // options.grid
+        try:
+            return create_backbone(model.backbone, options.init, model.weights, crop)
+        except WrongSize as fault:
+            fits = [f"{size * options.grid} (crops of {size})" for size in fault.sizes]
+            raise InputError(
+                f"{model.backbone} takes no crops of {crop} x {crop} pixels, or has no spatial map",
+                f"pretrain.image_size={options.image_size} and pretrain.grid={options.grid}",
+                f"set pretrain.image_size to {' or '.join(fits)}, or choose another model.backbone"
+                if fits
+                else "choose another model.backbone",
+            ) from fault
 
     def prepared(self, network: N) -> N:
         """A network to train, on the run's device, the same on every rank."""

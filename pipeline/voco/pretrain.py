@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..learning import optimise
-from ..learning.backbone import create_backbone, placed, save_backbone, settle
+from ..learning.backbone import adapted, create_backbone, placed, save_backbone, settle
 from ..learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..learning.distributed import World, peers
 from ..learning.interrupt import StopSignal
@@ -211,8 +211,9 @@ def export(run: State, samples: VocoSamples, path: Path) -> None:
     """
     config, device = run.config, run.world.device
     seed_everything(config.seed)
-    backbone = placed(create_backbone(config.model.backbone), device)
-    backbone.load_state_dict(run.method.backbone.state_dict())
+    whole = create_backbone(config.model.backbone, size=config.pretrain.image_size)
+    backbone = placed(whole, device)
+    backbone.load_state_dict(adapted(backbone, run.method.backbone.state_dict()))
     if config.pretrain.settle:
         with optimise.autocast(device, config.pretrain.amp):
             settle(backbone, samples.whole_slices(config.pretrain.settle), device)

@@ -13,15 +13,10 @@ import cv2
 import numpy as np
 
 from ..run.config import VolumeConfig
-from ..slices.window import window
+from ..slices.geometry import SAME_SPACING
+from .body import body_outlines, slice_masks
 
-# grey: under it lies air, above it fat and everything denser
-AIR_LEVEL = int(window(np.array(-125.0)))
-COARSE_MM = 2.5  # pixel of the masks that the body box is found on
-# share of a coarse pixel that must be filled: keeps the slit of air between arm and trunk open
-SOLID = 0.9
-OPENING_MM = 25.0  # table tops and the skin bridge between arm and body are thinner than this
-MIN_PRESENCE = 0.15  # share of the slices in which a pixel of the box must be body
+UNKNOWN = (float("nan"), float("nan"))  # a pixel spacing
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,25 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     scale = min(height / rows, width / cols)
     inner = max(1, round(rows * scale)), max(1, round(cols * scale))
-    return _paste(_resize(image, *inner), height, width)
+    return _centre(_resize(image, *inner), height, width)
+
+
+def match_plane(
+    image: np.ndarray,
+    size: tuple[int, int],
+    spacing_mm: tuple[float, float],
+    common_mm: tuple[float, float],
+) -> np.ndarray:
+    """A slice (h, w) as one of the common size and pixel spacing (y, x), centre on centre; by
+    `letterbox` where its own spacing is unknown.
+    """
+    if not np.isfinite(spacing_mm).all():
+        return letterbox(image, *size)
+    scale = [own / mm for own, mm in zip(spacing_mm, common_mm, strict=True)]
+    if max(abs(ratio - 1) for ratio in scale) <= SAME_SPACING:
+        return _centre(image, *size)
+    inner = (max(1, round(n * ratio)) for n, ratio in zip(image.shape, scale, strict=True))
+    return _centre(_resize(image, *inner), *size)
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -62,10 +75,14 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     )
 
 
-def _paste(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _centre(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(h, w) as (height, width): cut at its border or set on black, centre on centre."""
+    if image.shape == (height, width):
+        return image
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    image = image[max(0, top) :, max(0, left) :][:height, :width]
     canvas = np.zeros((height, width), image.dtype)
-    top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
-    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    canvas[max(0, -top) :, max(0, -left) :][: image.shape[0], : image.shape[1]] = image
     return canvas
 
 
@@ -98,57 +115,6 @@ def plane_weights(z_mm: np.ndarray, depth: int) -> np.ndarray:
     return overlap / overlap.sum(0)
 
 
-def body_mask(image: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """Coarse mask (pixels of about `COARSE_MM`) of the trunk in one slice (rows, cols) uint8:
-    filled, opened, largest component.
-    """
-    filled = _fill((image > AIR_LEVEL).astype(np.uint8))
-    rows, cols = (
-        max(8, round(size * mm / COARSE_MM))
-        for size, mm in zip(image.shape, spacing_mm, strict=True)
-    )
-    coarse = np.pad((_resize(filled * np.float32(1), rows, cols) > SOLID).astype(np.uint8), 8)
-    radius = max(1, round(OPENING_MM / COARSE_MM / 2))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    core = _largest(cv2.erode(coarse, kernel))
-    return cv2.dilate(core, kernel)[8:-8, 8:-8]
-
-
-def _fill(mask: np.ndarray) -> np.ndarray:
-    """Fill what the outer contours enclose: lungs and gas belong to the body."""
-    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(np.zeros_like(mask), contours, -1, 1, cv2.FILLED)
-
-
-def _largest(mask: np.ndarray) -> np.ndarray:
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
-    if count <= 1:
-        return np.zeros_like(mask)
-    return (labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])).astype(np.uint8)
-
-
-def body_outline(
-    presence: np.ndarray, size: tuple[int, int], spacing_mm: tuple[float, float], margin_mm: float
-) -> np.ndarray:
-    """Mask (rows, cols) bool of `size` pixels: the body seen along z, with a margin; all True where
-    nothing looks like a body.
-
-    `presence` is the share of slices (coarse rows, cols) in which each pixel is body.
-    """
-    body = _largest((presence >= MIN_PRESENCE).astype(np.uint8))
-    if not body.any():
-        return np.ones(size, bool)
-    body = cv2.resize(body, size[::-1], interpolation=cv2.INTER_LINEAR_EXACT)
-    reach = [2 * round(margin_mm / mm) + 1 for mm in spacing_mm]
-    return cv2.dilate(body, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, reach[::-1])).astype(bool)
-
-
-def body_box(outline: np.ndarray) -> tuple[int, int, int, int]:
-    """Box (y0, y1, x0, x1) around a mask (rows, cols)."""
-    rows, cols = np.flatnonzero(outline.any(1)), np.flatnonzero(outline.any(0))
-    return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
-
-
 def fit_plane(box_mm: tuple[float, float], config: VolumeConfig) -> tuple[int, int]:
     """Height and width in pixels that a box of `box_mm` (height, width) takes within the stored
     plane.
@@ -165,6 +131,7 @@ def build_volume(
     z_mm: np.ndarray,
     spacing_mm: tuple[float, float],
     config: VolumeConfig,
+    spacings: Sequence[tuple[float, float]] | None = None,
 ) -> Volume:
     """Resample the usable slices of one series, given in superior-to-inferior order.
 
@@ -174,42 +141,59 @@ def build_volume(
         z_mm: (N,) positions along the slice normal, NaN where unknown.
         spacing_mm: (y, x) of a pixel of the common size.
         config: depth, height, width, aspect and margin.
+        spacings: N pairs (y, x) in mm, NaN where unknown: slices of another size or spacing are
+            brought to `spacing_mm`, and where nothing is known letterboxed.
 
     Raises:
         ValueError: no slice at all.
     """
     if not len(sizes):
         raise ValueError("a volume needs at least one usable slice")
-    rows, cols = common_size(sizes)
-    weights = plane_weights(np.asarray(z_mm, dtype=float), config.depth).astype(np.float32)
-    planes = np.zeros((config.depth, rows, cols), np.float32)
-    presence = 0.0
-    for image, weight in zip(images, weights, strict=True):
-        image = letterbox(image, rows, cols)
-        presence = presence + body_mask(image, spacing_mm) / np.float32(len(sizes))
-        for plane in np.flatnonzero(weight):
-            planes[plane] += image * weight[plane]
-    outline = body_outline(presence, (rows, cols), spacing_mm, config.margin_mm)
-    planes *= outline
-    y0, y1, x0, x1 = box = body_box(outline)
+    size = common_size(sizes)
+    weights = plane_weights(np.asarray(z_mm, dtype=float), config.depth)
+    planes, masks = _accumulate(
+        (
+            match_plane(image, size, own, spacing_mm)
+            for image, own in zip(images, spacings or len(sizes) * [UNKNOWN], strict=True)
+        ),
+        weights,
+        size,
+        spacing_mm,
+    )
+    plane_mm = _extent(z_mm) / config.depth
+    outlines, box = body_outlines(masks, size, spacing_mm, plane_mm, config.margin_mm)
+    y0, y1, x0, x1 = box
     inner = fit_plane(((y1 - y0) * spacing_mm[0], (x1 - x0) * spacing_mm[1]), config)
-    array = np.stack(
-        [
-            _paste(_resize(plane[y0:y1, x0:x1], *inner), config.height, config.width)
-            for plane in planes
-        ]
-    )
-    spacing = (
-        _extent(z_mm) / config.depth,
-        (y1 - y0) * spacing_mm[0] / inner[0],
-        (x1 - x0) * spacing_mm[1] / inner[1],
-    )
-    return Volume(
-        np.clip(np.rint(array), 0, 255).astype(np.uint8),
-        box,
-        spacing,
-        tuple(int(i) for i in weights.argmax(0)),
-    )
+    array = np.empty((config.depth, config.height, config.width), np.uint8)
+    for k, (plane, outline) in enumerate(zip(planes, outlines, strict=True)):
+        body = plane[y0:y1, x0:x1] * outline[y0:y1, x0:x1]
+        fitted = _centre(_resize(body, *inner), config.height, config.width)
+        array[k] = np.clip(np.rint(fitted), 0, 255)
+    in_plane = ((y1 - y0) * spacing_mm[0] / inner[0], (x1 - x0) * spacing_mm[1] / inner[1])
+    return Volume(array, box, (plane_mm, *in_plane), tuple(int(i) for i in weights.argmax(0)))
+
+
+def _accumulate(
+    images: Iterable[np.ndarray],
+    weights: np.ndarray,
+    size: tuple[int, int],
+    spacing_mm: tuple[float, float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted means of the slices in each plane, (D, rows, cols) float32, and the union of their
+    `slice_masks`, (2, D, h, w) uint8; `weights` are (N, D), columns sum to 1.
+    """
+    planes = np.zeros((weights.shape[1], *size), np.float32)
+    masks, total = np.empty(0, np.uint8), np.zeros(len(planes))
+    for image, weight in zip(images, weights, strict=True):
+        found = slice_masks(image, spacing_mm)
+        if not masks.size:
+            masks = np.zeros((2, len(planes), *found.shape[1:]), np.uint8)
+        for k in np.flatnonzero(weight):
+            total[k] += weight[k]
+            # a running mean: no temporary plane, which would take as long as the sum itself
+            cv2.accumulateWeighted(image, planes[k], weight[k] / total[k])
+            masks[:, k] |= found
+    return planes, masks
 
 
 def _extent(z_mm: np.ndarray) -> float:

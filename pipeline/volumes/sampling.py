@@ -36,14 +36,38 @@ def slice_positions(depth: int, count: int, rng: np.random.Generator | None = No
     return np.clip(evenly(depth, count), first, last)
 
 
-def take_slices(volume: np.ndarray, positions: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, resized
-    by area.
+def take_slices(
+    volume: np.ndarray,
+    positions: np.ndarray,
+    config: TrainConfig,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, then the
+    square of `config.crop_size` at a place that `rng` draws, the middle without, resized by area.
     """
     _, height, width = volume.shape
     top, left = round(height * config.crop), round(width * config.crop)
-    planes = volume[positions, top : height - top, left : width - left]
+    if (side := config.crop_size) is not None:
+        free = np.array([height - 2 * top - side, width - 2 * left - side])
+        y, x = free // 2 if rng is None else rng.integers(0, free, endpoint=True)
+        planes = volume[positions, top + y : top + y + side, left + x : left + x + side]
+    else:
+        planes = volume[positions, top : height - top, left : width - left]
     return resize_planes(planes, config.image_size)
+
+
+def resample_planes(volume: np.ndarray, depth: int, chosen: np.ndarray) -> np.ndarray:
+    """Planes `chosen` (S,) of a volume (D, H, W) uint8 resampled by area to `depth` planes:
+    (S, H, W) uint8. The planes that they are made of are read and no more.
+    """
+    found = np.empty((len(chosen), *volume.shape[1:]), np.uint8)
+    for own, plane in zip(found, chosen.tolist(), strict=True):
+        edges = np.array([plane, plane + 1]) * len(volume) / depth
+        sources = np.arange(int(edges[0]), int(np.ceil(edges[1])))
+        shares = np.minimum(sources + 1, edges[1]) - np.maximum(sources, edges[0])
+        mean = np.tensordot(np.float32(shares / shares.sum()), np.float32(volume[sources]), 1)
+        own[:] = np.rint(mean)
+    return found
 
 
 def resize_planes(planes: np.ndarray, size: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import polars as pl
 from ..run import layout
 from ..run.config import VolumeConfig, resolved
 from ..run.manifest import digest
+from ..slices.geometry import PIXEL_MM, RESCALED, USABLE, typical_mm
 from ..slices.sources import VOLUME_VERSION
 from ..system.console import log, progress
 from ..system.contained import Failure
@@ -25,7 +26,6 @@ from ..system.frames import read_frame
 from ..system.pool import spread
 from .build import Volume, build_volume, common_size
 
-PIXEL_MM = (0.05, 10.0)  # spacings outside are damage
 SLICE_COLUMNS = (
     "patient_id",
     "series_id",
@@ -44,28 +44,36 @@ SLICE_COLUMNS = (
 
 
 def usable(slices: pl.DataFrame) -> pl.DataFrame:
-    """Slices of one series that go into its volume: those without any flag, superior first."""
-    return slices.filter(pl.col("flags") == "").sort("order")
+    """Slices of one series that go into its volume: those without a flag that leaves them out,
+    superior first.
+    """
+    return slices.filter(pl.col("flags").is_in(USABLE)).sort("order")
 
 
 def volume_of(images: Iterator[np.ndarray], slices: pl.DataFrame, config: VolumeConfig) -> Volume:
     """`build_volume` for the usable `slices` of one series (rows of the slice index) and their
     images in the same order.
     """
-    sizes = list(zip(slices["rows"].to_list(), slices["cols"].to_list(), strict=True))
-    rows, cols = common_size(sizes)
-    common = slices.filter(rows=rows, cols=cols)
-    spacing = (_typical_mm(common["spacing_y_mm"]), _typical_mm(common["spacing_x_mm"]))
+    sizes = list(slices.select("rows", "cols").iter_rows())
+    spacing = _common_mm(slices)
     z_mm = slices["z_mm"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-    return build_volume(images, sizes, z_mm, spacing, config)
+    return build_volume(images, sizes, z_mm, spacing, config, _plausible(slices).rows())
 
 
-def _typical_mm(spacings: pl.Series) -> float:
-    """Median of the plausible pixel spacings, so that no single damaged file rules the series; 1
-    where there is none.
+def _plausible(slices: pl.DataFrame) -> pl.DataFrame:
+    """Pixel spacings (y, x), NaN where they are none."""
+    mm = pl.col("spacing_y_mm", "spacing_x_mm").cast(pl.Float64)
+    return slices.select(pl.when(mm.is_between(*PIXEL_MM)).then(mm).otherwise(float("nan")))
+
+
+def _common_mm(slices: pl.DataFrame) -> tuple[float, float]:
+    """The most common plausible pixel spacing (y, x) of the slices of the common size, so that no
+    single damaged file rules the series; 1 where there is none.
     """
-    spacings = spacings.cast(pl.Float64)
-    return spacings.filter(spacings.is_between(*PIXEL_MM)).median() or 1.0
+    rows, cols = common_size(list(slices.select("rows", "cols").iter_rows()))
+    common = slices.filter(rows=rows, cols=cols)
+    y, x = (typical_mm(common[name].to_list()) for name in ("spacing_y_mm", "spacing_x_mm"))
+    return y or 1.0, x or 1.0
 
 
 def read_slice(path: Path) -> np.ndarray:
@@ -148,7 +156,10 @@ def _describe(volume: Volume, used: pl.DataFrame, left_out: int, path: Path) -> 
         "width": width,
         "slices_used": len(used),
         "slices_left_out": left_out,
-        "slices_resized": sum(size != common for size in sizes),
+        "slices_resized": sum(
+            size != common or flags == RESCALED
+            for size, flags in zip(sizes, used["flags"], strict=True)
+        ),
         **dict(zip(("box_y0", "box_y1", "box_x0", "box_x1"), volume.box, strict=True)),
         "spacing_z_mm": z_mm,
         "spacing_y_mm": y_mm,
@@ -184,7 +195,8 @@ def build_all(
     for k, row in progress(spread(work, groups, jobs, scheduler), len(groups), "volumes", "series"):
         rows[k] = None if isinstance(row, Failure) else row
         if rows[k] is None:
-            reason = row.reason if isinstance(row, Failure) else "no usable slice"
+            flags = ", ".join(groups[k]["flags"].unique().sort().to_list())
+            reason = row.reason if isinstance(row, Failure) else f"no usable slice ({flags})"
             log(
                 "warning: no volume of series"
                 f" {groups[k]['patient_id'][0]}/{groups[k]['series_id'][0]}: {reason}"
@@ -222,7 +234,7 @@ def _remove_orphans(target: Path, kept: set[str]) -> None:
             path.with_suffix(".json").unlink(missing_ok=True)
 
 
-INDEX_SCHEMA = {
+INDEX_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "patient_id": pl.String,
     "series_id": pl.String,
     "source": pl.String,

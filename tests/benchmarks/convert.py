@@ -10,6 +10,8 @@ slices damage     1,000 damaged files (RLE and JPEG 2000) among 200 good ones: w
 deaths, quarantine; good slices must be the same index      restart over 4,711 finished series of
 1.5 million slices (sidecars without pictures): seconds and peak memory of the index
 
+volume     one core: 320 slices of PNG to a volume against decoding the same PNGs alone, alternating
+
 --slices N makes every mode smaller (or larger): N slices a series, N damaged files, N slices in
 each of the 4,711 series.
 """
@@ -41,12 +43,14 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless
 from scipy import ndimage
 
 from pipeline.run import layout
-from pipeline.run.config import ConvertConfig
+from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import dicom, window
 from pipeline.slices import store as slice_store
 from pipeline.slices.sources import SeriesTask, fingerprints
 from pipeline.slices.store import convert_all
 from pipeline.system.pool import spread
+from pipeline.volumes.build import build_volume
+from pipeline.volumes.store import read_slice
 
 SIZE, CONFIG = 512, ConvertConfig()
 
@@ -137,14 +141,18 @@ def alone(files: list[Path], pictures: list[np.ndarray], target: Path) -> None:
         (target / f"{file.stem}.png").write_bytes(slice_store.encode_png(picture))
 
 
-def alternate(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    works: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each work in each round, the works taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = clock()
             work()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -320,6 +328,7 @@ def index(data: Path, rounds: int, slices: int = 319) -> None:
         sidecar = {
             "fingerprint": slice_store._fingerprint(task.series_id, CONFIG),
             "bytes": 1,
+            "ignored": {},
             "deaths": [],
             "quarantine": [],
             "pictures": {},
@@ -340,9 +349,34 @@ def index(data: Path, rounds: int, slices: int = 319) -> None:
     )
 
 
+def volume(data: Path, rounds: int, slices: int = 320) -> None:
+    """PNG to volume against decoding the same PNGs alone, alternating: time of one core, so that
+    other work on the machine counts little.
+    """
+    cv2.setNumThreads(1)
+    with contextlib.suppress(AttributeError):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    pictures = [window.window(hounsfield(seed)) for seed in range(16)]
+    files = [data / f"{k}.png" for k in range(slices)]
+    for k, file in enumerate(files):
+        file.write_bytes(slice_store.encode_png(pictures[k % 16]))
+    z_mm, config = -np.arange(slices, dtype=float), VolumeConfig()
+
+    def built() -> object:
+        images = (read_slice(file) for file in files)
+        return build_volume(images, [(SIZE, SIZE)] * slices, z_mm, (0.8, 0.8), config)
+
+    works = {"volume": built, "decoding alone": lambda: [read_slice(file) for file in files]}
+    seconds = alternate(works, rounds, time.process_time)
+    for name, values in seconds.items():
+        print(f"{name}: {1e3 * statistics.median(values) / slices:.2f} ms of a core a slice")
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    print(f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def main() -> None:
     """Run one mode in a temporary folder."""
-    modes = {mode.__name__: mode for mode in (speed, processes, png, memory, damage, index)}
+    modes = {mode.__name__: mode for mode in (speed, processes, png, memory, damage, index, volume)}
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

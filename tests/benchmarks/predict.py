@@ -2,7 +2,8 @@
 
 speed   patients an hour at the competition's sizes: one or two RLE series of 300 slices of 512 x
 512 a patient, drawn and written by
-        the phantom's code, models of the paper preset (untrained: they take the same time), without
+        the phantom's code, models of the paper preset with efficientnet_b0 (untrained: they take
+        the same time), without
         and with a flip. The start of the stage, which is paid once, is not counted but printed
 memory  peak memory of the stage's processes together (shared pages counted once) for more and more
 patients of a small phantom
@@ -25,7 +26,8 @@ from pipeline.competition.targets import COLUMNS, TARGET_NAMES
 from pipeline.evaluation.calibration import Calibration
 from pipeline.learning.checkpoint import save_weights
 from pipeline.phantom.anatomy import Scan, make_scan
-from pipeline.phantom.dataset import SeriesPlan, write_series
+from pipeline.phantom.plan import SeriesPlan
+from pipeline.phantom.scanner import write_series
 from pipeline.run.config import Config, PhantomConfig
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Options, Stage
@@ -34,6 +36,7 @@ from pipeline.system.machine import seed_everything
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPETITION, HOURS = 1100, 9  # patients, and the notebook's time limit
+SMALL = "model.backbone=efficientnet_b0"
 
 
 def draw(image_size: int, slices: int) -> Scan:
@@ -121,13 +124,13 @@ def proportional_memory(process: psutil.Process) -> int:
 def speed(folder: Path, patients: int) -> None:
     """One Markdown table."""
     write_data(folder, draw(512, 300), patients)
-    write_models(folder / "out", load_config("paper"))
+    write_models(folder / "out", load_config("paper", [SMALL]))
     print(
         f"{patients} patients\n\n| flips | start, s | patients an hour | {COMPETITION} patients, h"
         f" (of {HOURS}) |\n|---|---|---|---|"
     )
     for flips in ("[]", "[y]"):
-        counts, _ = predict(folder, folder / "out", "paper", f"predict.flips={flips}")
+        counts, _ = predict(folder, folder / "out", "paper", SMALL, f"predict.flips={flips}")
         rate = counts["patients_per_hour"]
         print(
             f"| {flips} | {counts['start_s']:.0f} | {rate:.0f} | {COMPETITION / rate:.1f} |",

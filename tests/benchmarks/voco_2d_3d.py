@@ -92,7 +92,8 @@ def step_3d(device: torch.device, base: int, random: int) -> Callable[[], object
 
 def step_2d(device: torch.device) -> Callable[[], object]:
     """One step of the 2D method; the batch of two volumes that it needs counts as two."""
-    config = load_config("paper", ("pretrain.init=scratch", "pretrain.batch=2"))
+    changes = ("pretrain.init=scratch", "pretrain.batch=2", "model.backbone=efficientnet_b0")
+    config = load_config("paper", changes)
     run, batch = step.start(config, World(0, 1, device)), batch_of(config)
     return lambda: step.train_step(run, batch)
 

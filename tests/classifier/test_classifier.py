@@ -208,6 +208,40 @@ def test_slice_labels_reach_their_bin():
     assert bin_labels(planes, 4).tolist() == [[1, 0], [0, 0], [0, 0], [0, 1]]
 
 
+def slow_plane_labels(instances, labelled, depth):
+    """A plane is marked where no other plane lies nearer to a labelled slice."""
+    labels = np.zeros((depth, 2))
+    for plane in range(depth):
+        for instance, column in labelled:
+            nearest = min(abs(other - instance) for other in instances)
+            if abs(instances[plane] - instance) == nearest:
+                labels[plane, column] = 1
+    return labels
+
+
+def test_every_plane_that_a_labelled_slice_became_is_marked():
+    """A stack of 4 slices resampled to 10 planes: each slice is nearest to two or three."""
+    instances = [14, 14, 13, 13, 13, 12, 12, 12, 11, 11]
+    planes = plane_labels(instances, [(13, 0), (11, 1)], 10)
+    assert planes[:, 0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert planes[:, 1].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("slices", [3, 7, 16, 40])
+def test_plane_labels_equal_a_slow_loop(slices):
+    """Thin stacks and thick ones, labelled slices that were left out among them."""
+    rng = np.random.default_rng(slices)
+    for _ in range(20):
+        numbers = rng.choice(np.arange(1, 4 * slices), slices, replace=False)
+        numbers.sort()
+        instances = numbers[(np.arange(16) + 0.5).astype(int) * slices // 16].tolist()
+        labelled = [
+            (int(rng.integers(1, 4 * slices)), int(rng.integers(2))) for _ in range(rng.integers(6))
+        ]
+        found = plane_labels(instances, labelled, 16)
+        assert np.array_equal(found, slow_plane_labels(instances, labelled, 16))
+
+
 def test_take_slices_crops_and_resizes():
     volume = np.zeros((6, 40, 40), np.uint8)
     volume[:, 4:36, 4:36] = 200
@@ -277,3 +311,93 @@ def test_laterality_is_kept_by_default():
     for seed in range(30):
         out = augment(np.stack([image] * 2), NO_LABELS, seed)[0][0].astype(float)
         assert out[:, :16].sum() > 2 * out[:, 16:].sum()
+
+
+def still(**drawn):
+    """An augmentation that does nothing but what is asked for."""
+    return VolumeAugment(AugmentConfig(probability=0.0, **drawn))
+
+
+def test_quarter_turns_take_one_to_three_of_them_and_keep_the_slices_together():
+    stack = np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8)
+    turned = {k: np.rot90(stack, k, (1, 2)) for k in range(4)}
+    seen = []
+    for seed in range(60):
+        out = still(quarter_turn=0.5)(stack, NO_LABELS, seed)[0]
+        seen.append(next(k for k, view in turned.items() if np.array_equal(out, view)))
+    assert set(seen) == {0, 1, 2, 3}
+    assert 18 < seen.count(0) < 42
+
+
+def test_a_grey_curve_rises_and_keeps_both_ends():
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (2, 1, 1))
+    curves = [still(grey_curve=1.0)(ramp, NO_LABELS, seed)[0] for seed in range(40)]
+    for curve in curves:
+        assert np.array_equal(curve[0], curve[1]), "one draw for all slices"
+        assert (np.diff(curve[0, 0].astype(int)) >= 0).all()
+        assert curve[0, 0, 0] == 0
+        assert curve[0, 0, 255] == 255
+    middle = [int(curve[0, 0, 128]) for curve in curves]
+    assert min(middle) < 90
+    assert max(middle) > 150
+    assert np.array_equal(still(grey_curve=0.0)(ramp, NO_LABELS, 1)[0], ramp)
+
+
+def test_dropped_boxes_are_small_and_few():
+    white = np.full((48, 192, 192), 255, np.uint8)
+    for seed in range(5):
+        dropped = still(boxes=1.0)(white, NO_LABELS, seed)[0] == 0
+        assert 4 * 8 * 8 <= dropped.sum() <= 16 * 8 * 16 * 16
+        assert not dropped.all(0).any(), "no box goes through all slices"
+    thin = still(boxes=1.0)(white[:2, :8, :8], NO_LABELS, 0)[0]
+    assert (thin == 0).all(), "of fewer pixels than a box all are dropped"
+
+
+def test_the_mean_of_a_map_alone_and_no_shortcut():
+    """The published head: mean-pooled features, the sequence model's states alone."""
+    published = {"map_pool": "mean", "shortcut": False, "slice_loss": 0.0, "hidden": 8}
+    model = make(TINY.model_copy(update=published)).eval()
+    C = feature_shape(model.backbone, 32)[0]
+    assert model.norm.normalized_shape == (C,)
+    assert model.sequence.cell.input_size == C
+    assert {head.in_features for head in model.heads.values()} == {16}
+    volumes = torch.randn(1, 4, 32, 32)
+    features = model.norm(model.backbone(volumes[0][:, None]).mean((2, 3)))[None]
+    torch.nn.init.normal_(model.heads["liver"].weight)
+    expected = model.heads["liver"](model.sequence(features).amax(1))
+    assert torch.allclose(model(volumes)[0]["liver"], expected, atol=1e-5)
+
+
+def test_dropout_of_the_backbone_acts_on_its_map_while_training():
+    backbone = torch.nn.Conv2d(1, 64, 8, 8)
+    config = TINY.model_copy(update={"backbone_dropout": 0.5, "map_pool": "mean"})
+    model, seen = CnnLstm(backbone, 64, config), []
+    model.norm.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    x = torch.randn(1, 4, 32, 32)
+    model.eval()(x)
+    expected = backbone(x[0][:, None])
+    assert torch.allclose(seen[0], expected.mean((2, 3)), atol=1e-6)
+    torch.manual_seed(0)
+    model.train()(x)
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(expected, 0.5)
+    assert (dropped == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    assert torch.allclose(seen[1], dropped.mean((2, 3)), atol=1e-6)
+
+
+def test_training_crops_lie_anywhere_and_repeat_by_epoch(tmp_path):
+    volume = np.arange(40 * 40, dtype=np.uint16).reshape(1, 40, 40).repeat(4, 0) // 8
+    np.save(tmp_path / "volume.npy", volume.astype(np.uint8))
+    labels = one_hot(np.random.default_rng(0), 1)[0]
+    series = Series(
+        "1", "1", tmp_path / "volume.npy", labels, np.zeros((4, 2), np.float32), np.ones(2)
+    )
+    config = TINY.model_copy(
+        update={"crop_size": 32, "augment": AugmentConfig(probability=0.0, z_jitter=False)}
+    )
+    training = SeriesDataset([series], config, augment=True)
+    corners = [int(training[epoch, 0]["slices"][0, 0, 0]) for epoch in range(30)]
+    assert corners == [int(training[epoch, 0]["slices"][0, 0, 0]) for epoch in range(30)]
+    assert len(set(corners)) > 5
+    held_out = SeriesDataset([series], config)[0, 0]["slices"]
+    assert np.array_equal(held_out, volume[:, 4:36, 4:36].astype(np.uint8))

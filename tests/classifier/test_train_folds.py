@@ -21,6 +21,7 @@ from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.classifier.fold import gather_fold
 from pipeline.classifier.predict import describe, load_classifier
+from pipeline.classifier.side_by_side import cores_of
 from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
@@ -179,6 +180,21 @@ def test_torchrun_spreads_the_folds(out):
             "fold"
         ]
     ) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("folds", "jobs", "cores"),
+    [
+        (3, 2, [1, 1, 2]),  # the demo: the third fold has both
+        (2, 2, [1, 1]),
+        (5, 2, [1, 1, 1, 1, 2]),
+        (5, 16, [3, 3, 3, 3, 3]),
+        (5, 4, [1, 1, 1, 1, 4]),
+        (4, 3, [1, 1, 1, 3]),
+    ],
+)
+def test_folds_of_the_last_round_share_all_cores(folds, jobs, cores):
+    assert [cores_of(fold, folds, jobs) for fold in range(folds)] == cores
 
 
 def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
@@ -362,3 +378,21 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
     save_weights(path, model, describe(other))
     with stage.reading, pytest.raises(InputError, match="trained with different options"):
         load_ensemble(stage, None)
+
+
+def test_other_flips_predict_the_held_out_series_anew_and_train_nothing(smoke, tmp_path):
+    """The calibration is fitted to what the test set gets."""
+    run = copy(smoke, tmp_path / "run", layout.SLICES, layout.SUBMISSION, layout.REPORT)
+    folder = run / layout.CLASSIFIERS
+    before = {name: (folder / f"fold0/{name}").read_bytes() for name in (MODEL, OOF)}
+    config = load_config("smoke", ["predict.flips=[zy]"])
+    train_folds(config, out=run, jobs=1, device="cpu")
+    assert (folder / f"fold0/{MODEL}").read_bytes() == before[MODEL]
+    assert read_manifest(folder)["inputs"]["flips"] == ["zy"]
+    epochs = [json.loads(line) for line in (folder / f"fold0/{LOG}").read_text().splitlines()]
+    assert len(epochs) == config.train.epochs
+    flipped, plain = pl.read_parquet(folder / f"fold0/{OOF}"), pl.read_parquet(before[OOF])
+    assert flipped["series_id"].equals(plain["series_id"])
+    assert not flipped.equals(plain)
+    train_folds(load_config("smoke"), out=run, jobs=1, device="cpu")
+    assert pl.read_parquet(folder / f"fold0/{OOF}").equals(plain)

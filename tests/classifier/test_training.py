@@ -280,11 +280,11 @@ def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(
     """
     calls, original = [], FoldTrainer.predict_held_out
 
-    def killed_at_last(self):
+    def killed_at_last(self, *flips):
         calls.append(self)
         if len(calls) == 2:
             raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-        return original(self)
+        return original(self, *flips)
 
     monkeypatch.setattr(FoldTrainer, "predict_held_out", killed_at_last)
     with pytest.raises(TrainingStopped, match="a process that loads data was killed"):
@@ -380,5 +380,50 @@ def test_a_stop_within_an_epoch_loses_nothing(data, tmp_path, monkeypatch, overr
             second.steps_per_epoch if at == "held-out" else at + 1 :
         ]
     )
+    assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
+    assert second.predict_held_out().equals(whole.predict_held_out())
+
+
+def test_the_rate_falls_by_half_a_cosine_to_its_end_and_stays(data, tmp_path):
+    published = trainer(
+        data,
+        tmp_path,
+        "train.lr=1.25e-4",
+        "train.warmup=0",
+        "train.lr_final=1.25e-5",
+        "train.cosine_steps=5000",
+    )
+    rate = published.learning_rate
+    assert rate(0) == pytest.approx(1.25e-4)
+    assert rate(1250) == pytest.approx(1.25e-5 + 1.125e-4 * (0.5 + 0.5**1.5))
+    assert rate(2500) == pytest.approx((1.25e-4 + 1.25e-5) / 2)
+    assert rate(5000) == rate(9999) == pytest.approx(1.25e-5)
+    ours = trainer(data, tmp_path, "train.lr=2e-4", "train.warmup=0", "train.epochs=50")
+    assert ours.learning_rate(50 * ours.steps_per_epoch) == pytest.approx(0)
+
+
+def test_the_publications_recipe_trains_and_resumes(data, tmp_path):
+    """Its keys together, on small volumes: loss finite, both halves of a stopped run as one."""
+    recipe = (
+        "train.crop_size=32",
+        "train.map_pool=mean",
+        "train.backbone_dropout=0.1",
+        "train.shortcut=false",
+        "train.slice_loss=0",
+        "train.lr_final=1e-5",
+        "train.cosine_steps=4",
+        "train.augment={probability: 0, flip_x: true, flip_y: true, flip_z: true,"
+        " quarter_turn: 0.25, grey_curve: 0.5, boxes: 0.5, z_jitter: false}",
+        "train.epochs=2",
+    )
+    whole = trainer(data, tmp_path / "whole", *recipe)
+    whole.run()
+    first = trainer(data, tmp_path / "cut", *recipe)
+    row = first.train_epoch()
+    first.epoch += 1
+    first.history.append(row | first.validate())
+    first.save()
+    second = trainer(data, tmp_path / "cut", *recipe)
+    second.run()
     assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
     assert second.predict_held_out().equals(whole.predict_held_out())

@@ -66,6 +66,7 @@ def test_certain_and_wrong_is_clipped_at_float64_epsilon():
     assert 0 < table["liver"] < 1e-15
 
 
+@pytest.mark.slow
 def test_equals_plain_loops_on_1000_submissions_in_any_row_order():
     random = np.random.default_rng(0)
     for case in range(1000):

@@ -33,7 +33,7 @@ from pipeline.run import layout, verify
 from pipeline.run.command import main
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.stage import Options, Stage
+from pipeline.run.stage import Options, Stage, stage_function
 from pipeline.system.errors import InputError
 from pipeline.system.files import atomic_folder
 from pipeline.system.machine import peak_mb
@@ -172,7 +172,7 @@ def test_a_volume_does_not_vouch_for_another_config(smoke, tmp_path, monkeypatch
         volume_store, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        build(config.model_copy(update={"aspect": "stretch"}))
+        build(config.model_copy(update={"aspect": "letterbox"}))
     monkeypatch.undo()
     assert build(config) == before
     assert {path.name: digest(path) for path in target.glob("*.npy")} == before
@@ -241,17 +241,19 @@ def same_command(one: int, other: int) -> bool:
 
 def test_a_killed_loader_is_one_line(out):
     """Processes that load training data are forked, so they bear the command line of their
-    parent.
+    parent, and for longer than one that is about to become another program.
     """
     process = start("04", out, "pretrain.workers=1", "pretrain.steps=100000")
-    deadline, loaders = time.monotonic() + PATIENCE_S, []
+
+    def forked() -> set[int]:
+        found = set(alive(process.pid)) - {process.pid}
+        return {pid for pid in found if same_command(pid, process.pid)}
+
+    deadline, loaders = time.monotonic() + PATIENCE_S, set()
     while not loaders and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-        loaders = [
-            pid
-            for pid in alive(process.pid)
-            if pid != process.pid and same_command(pid, process.pid)
-        ]
+        before = forked()
+        time.sleep(0.3)
+        loaders = before & forked()
     for loader in loaders:
         os.kill(loader, signal.SIGKILL)
     code, text = end(process)
@@ -267,7 +269,7 @@ def test_training_that_went_wrong_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
         "sys.argv", ["05_train_folds.py", "--config", "smoke", "--out", str(tmp_path)]
     )
-    assert main("05_train_folds.py", layout.CLASSIFIERS, "", run_stage) == 1
+    assert main("05_train_folds.py", stage_function(layout.CLASSIFIERS)(run_stage), "") == 1
     (line,) = plain_lines(capfd.readouterr().err)
     assert line.startswith(
         "error: non-finite loss at step 12: liver nan, kidney 0.5; batch 10004/21057; the last"

@@ -23,6 +23,7 @@ from helpers_faults import (
     temporaries,
     wait_for,
 )
+from helpers_processes import blocks_interrupts
 
 from pipeline.learning.interrupt import StopSignal
 from pipeline.run import layout
@@ -70,15 +71,11 @@ def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):
         assert (out / layout.VOCO / "last.ckpt").exists(), "a stop writes a checkpoint"
 
 
-def is_deaf(_: int) -> bool:
-    return SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
 @pytest.mark.slow
-def test_workers_are_deaf_to_ctrl_c():
+def test_workers_do_not_see_ctrl_c():
     """A terminal sends it to them too: each would answer with a traceback of its own."""
-    assert [deaf for _, deaf in spread(is_deaf, range(4), jobs=2)] == 4 * [True]
-    assert not is_deaf(0)
+    assert [found for _, found in spread(blocks_interrupts, range(4), jobs=2)] == 4 * [True]
+    assert not blocks_interrupts(0)
 
 
 def test_an_ignored_ctrl_c_stays_ignored(smoke, tmp_path):

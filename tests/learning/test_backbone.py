@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from pipeline.learning import fast_layers as layers
 from pipeline.learning.backbone import (
+    WrongSize,
     create_backbone,
     feature_shape,
     load_backbone,
@@ -92,10 +93,106 @@ def test_transfer_names_what_does_not_match_and_changes_nothing(tmp_path, fault)
     assert all(torch.equal(before[key], tensor) for key, tensor in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["levit_128s", "inception_v3"])
-def test_a_model_that_takes_no_small_picture_is_an_input_error(name):
-    with pytest.raises(InputError, match="fixed image size or no spatial map"):
-        create_backbone(name)
+@pytest.mark.parametrize(
+    ("name", "size", "sizes"),
+    [
+        pytest.param("inception_v3", 64, [80, 96, 299], marks=pytest.mark.slow),
+        ("levit_128s", 60, [32, 64, 224]),
+        ("test_vit", 60, [32, 48, 64, 160]),
+    ],
+)
+def test_a_model_that_takes_no_picture_of_a_size_names_sizes_that_fit(name, size, sizes):
+    with pytest.raises(WrongSize, match=f"takes no images of {size} x {size} pixels") as fault:
+        create_backbone(name, size=size)
+    assert fault.value.sizes == sizes
+    assert ", ".join(map(str, sizes)) in str(fault.value)
+    for one in sizes[:2]:
+        assert feature_shape(create_backbone(name, size=one), one)[1] > 0
+
+
+SLOW_COAT = pytest.param("coat_lite_tiny", marks=pytest.mark.slow)
+
+
+def newer(name):
+    """A tiny model that the oldest timm does not have."""
+    there = timm.is_model(name)
+    return pytest.param(name, marks=pytest.mark.skipif(not there, reason="an older timm"))
+
+
+@pytest.mark.parametrize("name", [newer("test_maxvit"), newer("test_coatnet"), SLOW_COAT])
+@pytest.mark.parametrize("size", [96, 128])
+def test_attention_of_a_fixed_size_is_made_for_the_size_asked_for(name, size):
+    backbone = create_backbone(name, size=size)
+    C, h, w = feature_shape(backbone, size)
+    assert (h, w) == (size // 32, size // 32)
+    assert copy.deepcopy(backbone).eval()(torch.zeros(2, 1, size, size)).shape == (2, C, h, w)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "shape"),
+    [
+        ("maxvit_tiny_tf_384", 384, (512, 12, 12)),
+        ("coatnet_1_rw_224", 224, (768, 7, 7)),
+        ("coat_lite_small", 384, (512, 12, 12)),
+        ("vit_small_patch14_dinov2", 224, (384, 16, 16)),
+    ],
+)
+def test_the_models_that_won_are_taken(name, size, shape):
+    backbone = create_backbone(name, size=size)
+    assert feature_shape(backbone, size) == shape
+    pool = {} if name.startswith("coat_") else {"global_pool": ""}
+    timms = timm.create_model(name, in_chans=1, num_classes=0, **pool)
+    timms.load_state_dict(backbone.state_dict())
+
+
+def test_tokens_become_the_map_that_they_were():
+    """A class token in front, row by row."""
+    plain = timm.create_model("test_vit", in_chans=1, num_classes=0, dynamic_img_size=True).eval()
+    backbone = create_backbone("test_vit", size=64).eval()
+    plain.load_state_dict(backbone.state_dict())
+    x = torch.randn(1, 1, 64, 64)
+    tokens = plain.forward_features(x)
+    side = int((tokens.shape[1] - 1) ** 0.5)
+    maps = backbone(x)
+    for row in range(side):
+        for column in range(side):
+            assert torch.equal(maps[0, :, row, column], tokens[0, 1 + row * side + column])
+
+
+@pytest.mark.skipif(not timm.is_model("test_maxvit"), reason="an older timm")
+def test_weights_of_another_image_size_are_interpolated_and_counted(tmp_path):
+    """Relative positions of a window of 2 x 2 against one of 4 x 4; all else is taken as it is."""
+    small, path = create_backbone("test_maxvit", size=64), tmp_path / "backbone.safetensors"
+    save_backbone(small, path, {})
+    large = create_backbone("test_maxvit", size=128)
+    tables = [name for name in small.state_dict() if "relative_position_bias_table" in name]
+    count = len(small.state_dict())
+    report = load_backbone(large, path)
+    assert report.startswith(f"{count} of {count} tensors matched")
+    assert report.endswith(f", {len(tables)} of them interpolated to the image size")
+    for name, tensor in small.state_dict().items():
+        if name not in tables:
+            assert torch.equal(tensor, large.state_dict()[name]), name
+    assert "interpolated" not in load_backbone(create_backbone("test_maxvit", size=64), path)
+    with pytest.raises(InputError, match="unexpected"):
+        load_backbone(create_backbone(TINY), path)
+
+
+@pytest.mark.skipif(not timm.is_model("test_maxvit"), reason="an older timm")
+@pytest.mark.parametrize("size", [128, 160])
+def test_an_imagenet_file_serves_a_model_of_another_size(tmp_path, size):
+    """With a head, three channels and the tables of 160 pixels; timm's own loading is the
+    reference.
+    """
+    full = timm.create_model("test_maxvit")
+    save_file(full.state_dict(), tmp_path / "full.safetensors")
+    backbone = create_backbone("test_maxvit", "imagenet", str(tmp_path / "full.safetensors"), size)
+    options = {"in_chans": 1, "num_classes": 0, "global_pool": "", "img_size": size}
+    file = {"file": str(tmp_path / "full.safetensors")}
+    plain = timm.create_model("test_maxvit", True, pretrained_cfg_overlay=file, **options)
+    x = torch.randn(1, 1, size, size)
+    assert torch.allclose(plain.eval()(x), backbone.eval()(x), atol=1e-4)
 
 
 def test_imagenet_file_with_three_channels_and_a_head(tmp_path):

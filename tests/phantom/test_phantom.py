@@ -18,17 +18,10 @@ import pytest
 
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS, TARGETS
-from pipeline.phantom.anatomy import PHASES, make_scan
-from pipeline.phantom.dataset import (
-    FAULTS,
-    FOLDERS,
-    HEADERS,
-    STORAGE,
-    SYNTAXES,
-    draw_labels,
-    make_plan,
-    write_dataset,
-)
+from pipeline.phantom.anatomy import make_scan
+from pipeline.phantom.dataset import FOLDERS, write_dataset
+from pipeline.phantom.plan import FAULTS, HEADERS, STORAGE, SYNTAXES, draw_labels, make_plan
+from pipeline.phantom.tissues import PHASES
 from pipeline.run.config import PhantomConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,6 +15,7 @@ from pipeline.run.command import parser
 from pipeline.run.config import (
     ADDED,
     HOW,
+    AugmentConfig,
     Config,
     PhantomConfig,
     Section,
@@ -51,9 +52,12 @@ def test_decisive_keys_are_all_but_those_that_say_how():
     }
     for name, keys in how.items():
         section = getattr(config, name)
-        assert set(decisive(section)) == set(type(section).model_fields) - keys
+        new = marked(type(section), ADDED)  # all at their defaults in this preset
+        assert set(decisive(section)) == set(type(section).model_fields) - keys - new
     assert decisive(config.seed) == config.seed
-    assert decisive(config.train)["augment"] == config.train.augment.model_dump(mode="json")
+    assert decisive(config.train)["augment"] == config.train.augment.model_dump(
+        mode="json", exclude=marked(AugmentConfig, ADDED)
+    )
 
 
 class Grown(Section):
@@ -130,6 +134,12 @@ def test_a_config_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     ("override", "message"),
     [
         ("train.crop=0.497", "leaves nothing of volume.height"),
+        ("train.crop_size=49", "train.crop_size=49 is more than the 48 pixels"),
+        ("train.lr_final=0.1", "lr_final=0.1 is more than lr=0.0002"),
+        ("predict.flips=[w]", "key 'predict.flips.0'"),
+        ("predict.flips=[xx]", "key 'predict.flips.0'"),
+        ("predict.flips=['']", "key 'predict.flips.0'"),
+        ("pretrain={slices: 9, depth: 8}", "pretrain.slices=9 is more than pretrain.depth=8"),
         ("ablation.seeds=[1, 1]", "seeds must be distinct"),
         (
             "ablation={variants: {a: {}, b: {train: {init: scratch}}}, reference: a}",

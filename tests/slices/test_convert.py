@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import pytest
 from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
+from helpers_processes import convert_or_die
 from helpers_stages import content, environment
 
 from pipeline.competition.tables import read_series as read_listed
@@ -89,7 +90,9 @@ def run(data: Path, out: Path, *more: str) -> tuple[int, str]:
         "1",
         *more,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment()
+    )
     return done.returncode, done.stderr
 
 
@@ -505,7 +508,7 @@ def slow_phantom(folder: Path) -> Path:
 
 KILLER = """
 import itertools, os, runpy, signal, sys
-from pipeline import slice_store
+from pipeline.slices import store as slice_store
 name, when, count = sys.argv[1], eval("lambda *a: " + sys.argv[2]), itertools.count(1)
 real = getattr(slice_store, name)
 def call(*arguments):
@@ -549,6 +552,7 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
     ]
     killed = subprocess.run(
         [*command, "--jobs", "1"],
+        env=environment(),
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         timeout=300,
@@ -572,17 +576,6 @@ def test_processes_and_one_process_write_the_same_bytes(tmp_path):
     convert(data, tmp_path / "one", jobs=1)
     convert(data, tmp_path / "two", jobs=2)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
-
-
-def convert_or_die(
-    task: SeriesTask, data: Path, target: Path, config: ConvertConfig
-) -> dict[str, object]:
-    """Convert a series; the first worker to meet series 2 is killed."""
-    mark = target.with_suffix(".mark")
-    if task.series_id == "2" and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return convert_series(task, data, target, config)
 
 
 def build(slices: Path, out: Path, scheduler: str | None) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import cv2
+import joblib
 import numpy as np
 import polars as pl
 import pytest
@@ -30,6 +31,7 @@ from pipeline.slices import store as slice_store
 from pipeline.slices.convert import decode_series_files
 from pipeline.slices.sources import SeriesTask, list_files
 from pipeline.system import pool as parallel
+from pipeline.system import processes
 from pipeline.system.contained import Failure, contained
 from pipeline.system.pool import spread
 
@@ -411,3 +413,48 @@ def test_only_the_pools_own_thread_is_silent(capfd, monkeypatch):
         text.count("Exception in thread ExecutorManagerThread") == text.count("\nIndexError") == 1
     )
     assert text.count("Exception in thread other thread") == text.count("\nKeyError") == 1
+
+
+def test_where_joblib_works_serially_the_process_is_not_its_own_worker():
+    """Without semaphores joblib calls the tasks itself, which once ended the process as orphans."""
+    code = (
+        "import os, time\nfrom pipeline.system.pool import spread\n"
+        "print(dict(spread(abs, [-1, 2, -3], jobs=2)))\ntime.sleep(1.2)\nprint('alive')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JOBLIB_MULTIPROCESSING": "0"},
+    )
+    assert (done.returncode, done.stdout) == (0, "{0: 1, 1: 2, 2: 3}\nalive\n")
+
+
+@pytest.mark.parametrize("backend", ["threading", "sequential"])
+def test_tasks_in_threads_or_in_this_process_leave_it_alive(backend):
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        assert dict(spread(abs, [-1, 2, -3], jobs=2)) == {0: 1, 1: 2, 2: 3}
+    time.sleep(3 * processes.WATCH_S)
+
+
+def test_a_full_dev_shm_is_named_and_the_work_goes_on_serially(monkeypatch, caplog):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(joblib.Parallel, "__call__", full)
+    assert dict(spread(abs, [-1, 2, -3], jobs=2)) == {0: 1, 1: 2, 2: 3}
+    (line,) = caplog.messages
+    assert "/dev/shm is full" in line
+    assert "one task after another" in line
+
+
+def test_an_error_of_the_disk_in_a_task_is_no_missing_process():
+    def full(task):
+        raise OSError(28, "No space left on device")
+
+    with (
+        joblib.parallel_config(backend="sequential"),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        dict(spread(full, [1, 2], jobs=2))

@@ -5,6 +5,7 @@ import zlib
 from fractions import Fraction
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -13,7 +14,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
 
 from pipeline.run.config import ConvertConfig
-from pipeline.slices import dicom, window
+from pipeline.slices import dicom, dicom_header, window
 from pipeline.slices import geometry as series
 from pipeline.slices.convert import decode_series_files
 from pipeline.slices.dicom_header import Unreadable, read_header
@@ -132,7 +133,10 @@ def test_pydicom_gives_the_same_picture_where_dicomsdl_must_not(syntax, signed, 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.relative_to(DATA).as_posix())
 @pytest.mark.filterwarnings("ignore")
-def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(path, tmp_path):
+def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dicom_header, "not_ct", lambda *_: "")  # most are other modalities
     folder = tmp_path / "train_images" / "1" / "2"
     folder.mkdir(parents=True)
     (folder / "1.dcm").write_bytes(path.read_bytes())
@@ -140,6 +144,12 @@ def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(path, t
     assert len(slices) + len(quarantined) == 1
     ds = pydicom.dcmread(path, force=True)
     if slices:
+        if path.stem == "JPEG-lossy":  # pydicom stumbles over its scan header
+            stream = next(generate_frames(ds.PixelData, number_of_frames=1))
+            expected = naive_window(imagecodecs.jpeg_decode(stream), 1, 0)
+            difference = slices[0].image.astype(int) - expected
+            assert np.abs(difference).max() <= 1
+            return
         assert np.array_equal(
             slices[0].image, series.orient(reference(ds), ds.get("ImageOrientationPatient"))
         )
@@ -166,7 +176,8 @@ def test_bundled_files_equal_pydicom_or_are_refused_for_the_right_reason(path, t
             _ = pydicom.dcmread(path).pixel_array
 
 
-def test_the_bundled_files_are_not_all_refused():
+def test_the_bundled_files_are_not_all_refused(monkeypatch):
+    monkeypatch.setattr(dicom_header, "not_ct", lambda *_: "")
     good = 0
     for path in BUNDLED:
         try:

@@ -5,6 +5,7 @@ import errno
 import gzip
 import time
 
+import cv2
 import nibabel as nib
 import numpy as np
 import polars as pl
@@ -12,13 +13,13 @@ import pytest
 from helpers_dicom import dataset, to_bytes
 
 from pipeline.run.config import ConvertConfig, VolumeConfig
-from pipeline.slices import nifti
+from pipeline.slices import convert, nifti
 from pipeline.slices.convert import decode_series_files, pictures
 from pipeline.slices.dicom_header import Unreadable
 from pipeline.slices.geometry import Placement, arrange, is_cut, is_transposed, orient
 from pipeline.slices.sources import Listing, fingerprints, list_files, plan
 from pipeline.slices.store import convert_all
-from pipeline.slices.window import grey
+from pipeline.slices.window import Stored, grey
 from pipeline.system.contained import Failure
 from pipeline.system.errors import InputError
 from pipeline.volumes.store import build_all
@@ -88,18 +89,16 @@ def test_a_position_that_cannot_be_meant_counts_as_missing(wrong, k):
     slices = [at(n, -3.0 * n) for n in range(20)]
     expected = arrange(slices)
     slices[k] = at(k, wrong)
+    expected[k] = expected[k]._replace(flags="unplaced")
     assert arrange(slices) == expected
 
 
 def test_wrong_positions_at_the_ends_and_side_by_side_count_as_missing_too():
-    slices = [
-        at(n, {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}.get(n, -3.0 * n))
-        for n in range(20)
-    ]
-    places = arrange(slices)
+    wrong = {0: 2500.0, 1: -900.0, 8: 1e5, 9: -4000.0, 19: 1e308}
+    places = arrange([at(n, wrong.get(n, -3.0 * n)) for n in range(20)])
     assert [place.order for place in places] == list(range(20))
     assert [place.z_mm for place in places] == [-3.0 * n for n in range(20)]
-    assert {place.flags for place in places} == {""}
+    assert {k for k, place in enumerate(places) if place.flags == "unplaced"} == set(wrong)
     assert [place.z_mm for place in arrange([at(1, 1e308), at(2, 0.0), at(3, -3.0)])] == [
         3.0,
         0.0,
@@ -121,7 +120,7 @@ def test_positions_lost_at_the_ends_go_on_by_the_median_step(up, lost):
         list(range(40)) if up < 0 else list(range(39, -1, -1))
     )
     assert [place.z_mm for place in places] == [up * n for n in range(40)]
-    assert {place.flags for place in places} == {""}
+    assert {k for k, place in enumerate(places) if place.flags == "unplaced"} == set(lost)
 
 
 def test_one_place_for_all_is_no_place():
@@ -263,9 +262,11 @@ def test_cuts_in_most_slices_are_the_field_of_view():
 
 def volume(rng):
     """HU of a (slice, row, column) volume: superior first, anterior at top, patient's right at
-    left.
+    left. One row of air.
     """
-    return rng.integers(-300, 400, (5, 20, 24)).astype(np.int16)
+    hu = rng.integers(-300, 400, (5, 20, 24)).astype(np.int16)
+    hu[:, 0] = -1000
+    return hu
 
 
 def write_dicom_series(folder, hu, flip):
@@ -407,11 +408,16 @@ def test_nifti_is_found_one_folder_deeper_and_useless_folders_are_named(tmp_path
         "unlabelled-imagesTr-a/nifti",
         "unlabelled-imagesTs-a/nifti",
     ]
-    (line,) = capsys.readouterr().err.splitlines()
+    line, maps, strays = capsys.readouterr().err.splitlines()
     assert (
-        "warning: 2 folders have neither <series>/*.dcm nor NIfTI images and are ignored, e.g."
-        f" {folder}/labelsTr" in line
+        "warning: 1 folders have neither <series>/*.dcm nor NIfTI images and are ignored, e.g."
+        f" {folder}/one-off" in line
     )
+    assert (
+        "warning: 1 files or folders are label maps by their names and are ignored, e.g."
+        f" {folder}/labelsTr/a.nii.gz" in maps
+    )
+    assert f"warning: not recognised and ignored: 5 .dcm, e.g. {folder}/one-off/1.dcm" in strays
     volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
     assert quarantined == []
     assert len({array.tobytes() for array in volumes.values()}) == 1
@@ -518,3 +524,302 @@ def test_bad_nifti_is_refused_with_the_reason(tmp_path):
     ):
         with pytest.raises(Unreadable, match=reason):
             nifti.nifti_slice(tmp_path / name, 0, 1 << 16)
+
+
+def flags(slices):
+    return [place.flags for place in arrange(slices)]
+
+
+@pytest.mark.parametrize("number", [999, 9001, 10**11, 25, 0])
+def test_a_file_without_a_position_is_no_slice_where_others_have_one(number):
+    slices = [at(k, 200.0 - 5 * k) for k in range(1, 21)]
+    places = arrange([*slices, at(number, None)])
+    assert [place.flags for place in places] == [""] * 20 + ["unplaced"]
+    assert [place.z_mm for place in places[:20]] == [200.0 - 5 * k for k in range(1, 21)]
+    invented = places[20].z_mm
+    assert invented is None if number > 900 else invented == 200.0 - 5 * number
+    assert [place.order for place in places[:20]] == [k + (number == 0) for k in range(20)]
+
+
+def test_two_strays_do_not_vouch_for_each_other():
+    places = arrange([at(999, None), at(1000, None), *(at(k, -5.0 * k) for k in range(20))])
+    assert [(place.z_mm, place.flags) for place in places[:2]] == [(None, "unplaced")] * 2
+
+
+def test_one_position_among_many_that_have_none_orders_nothing():
+    places = arrange([at(k, 70.0 if k == 3 else None) for k in range(6)])
+    assert places == [(k, None, "") for k in range(6)]
+
+
+def test_a_made_up_number_is_no_place_where_only_numbers_order():
+    slices = [at(k, None) for k in range(6)]
+    assert flags([*slices, at(6, None)._replace(numbered=False)]) == [""] * 6 + ["unplaced"]
+    assert flags([item._replace(numbered=False) for item in slices]) == [""] * 6
+
+
+@pytest.mark.parametrize("second", [range(30), range(29, -1, -1)], ids=["same way", "way back"])
+@pytest.mark.parametrize("shift", [0.0, 0.9])
+def test_of_two_passes_over_the_same_heights_one_stays(second, shift):
+    slices = [at(k, -3.0 * k) for k in range(30)]
+    again = [at(100 + n, -3.0 * k - shift) for n, k in enumerate(second)]
+    found = flags([*slices, *again])
+    assert found[:30] == [""] * 30
+    beyond = [item.position[2] < -87.0 for item in again]
+    assert found[30:] == ["" if outside else "duplicate" for outside in beyond]
+
+
+def test_a_pass_that_goes_on_where_the_other_ends_is_kept():
+    found = flags(
+        [*(at(k, -5.0 * k) for k in range(30)), *(at(50 + k, -142.0 - 5 * k) for k in range(20))]
+    )
+    assert found == [""] * 30 + ["duplicate"] + [""] * 19
+
+
+def test_numbers_in_no_order_are_no_passes():
+    order = np.random.default_rng(0).permutation(40)
+    assert flags([at(int(n), -3.0 * k) for k, n in enumerate(order)]) == [""] * 40
+    swapped = [at({7: 8, 8: 7}.get(k, k), -3.0 * k) for k in range(20)]
+    assert flags(swapped) == [""] * 20
+
+
+@pytest.mark.parametrize("place", [-30.0, 60.0], ids=["within", "above"])
+def test_bolus_tracking_is_left_out_and_the_slice_at_its_place_is_not(place):
+    tracking = [at(k, place) for k in range(12)]
+    assert flags([*tracking, *(at(20 + k, -3.0 * k) for k in range(30))]) == (
+        ["duplicate"] * 12 + [""] * 30
+    )
+
+
+def test_a_slice_that_is_not_parallel_to_the_others_is_tilted():
+    turned = [1, 0, 0, 0, np.cos(0.3), np.sin(0.3)]
+    places = [at(k, -3.0 * k, turned if k == 4 else AXIAL) for k in range(10)]
+    assert [k for k, flag in enumerate(flags(places)) if flag] == [4]
+
+
+def ct_words(seed=0, size=96):
+    """Stored words (intercept -1024) of a body in air."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    hu = np.where(x**2 / 0.5 + y**2 / 0.3 < 1, 60.0, -1000.0)
+    hu += np.random.default_rng(seed).normal(0, 5, hu.shape)
+    return (hu + 1024).clip(0).astype("<u2")
+
+
+def write_ct(folder, count=12, words=ct_words, **tags):
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        mine = {name: value(k) if callable(value) else value for name, value in tags.items()}
+        at = {"InstanceNumber": k + 1, "ImagePositionPatient": [0, 0, -5.0 * k], **mine}
+        (folder / f"{k + 1}.dcm").write_bytes(to_bytes(dataset(words(k), **at)))
+
+
+def slices_of(folder, data):
+    return decode_series_files(list_files(folder, data), ConvertConfig())[0]
+
+
+def test_two_pixel_spacings_in_a_series_are_brought_to_one(tmp_path):
+    folder = tmp_path / "unlabelled" / "a" / "1"
+
+    def zoomed(k):  # the same body, 1.25 times as large in pixels
+        if k < 7:
+            return ct_words(k)
+        turn = np.float32([[1.25, 0, -0.125 * 96], [0, 1.25, -0.125 * 96]])
+        return cv2.warpAffine(ct_words(k), turn, (96, 96), borderValue=24)
+
+    write_ct(folder, words=zoomed, PixelSpacing=lambda k: [4.0, 4.0] if k < 7 else [3.2, 3.2])
+    assert [item.flags for item in slices_of(folder, tmp_path)] == [""] * 7 + ["rescaled"] * 5
+    tasks = plan(tmp_path, NOTHING)
+    convert_all(tasks, fingerprints(tasks, tmp_path), tmp_path, tmp_path / "s", ConvertConfig())
+    build_all(tmp_path / "s", tmp_path / "v", VolumeConfig(depth=12, height=96, width=96), 1)
+    table = pl.read_parquet(tmp_path / "v" / "index.parquet", glob=False)
+    assert table.select("slices_used", "slices_left_out", "slices_resized").rows() == [(12, 0, 5)]
+    array = np.load(tmp_path / "v" / table["path"][0])
+    widths = (array > 60).any(1).sum(1)
+    assert np.ptp(widths[[0, 5, 8, 11]]) <= 2
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(1e-3, "metres"), (1e3, "micrometres")])
+def test_lengths_in_another_unit_become_millimetres(factor, unit, tmp_path):
+    write_ct(
+        tmp_path / "unlabelled" / "a" / "1",
+        PixelSpacing=[0.8 * factor] * 2,
+        ImagePositionPatient=lambda k: [0, 0, -5.0 * k * factor],
+    )
+    slices = slices_of(tmp_path / "unlabelled" / "a" / "1", tmp_path)
+    assert [item.z_mm for item in slices] == [-5.0 * k for k in range(12)], unit
+    assert {round(item.spacing_y_mm, 6) for item in slices} == {0.8}
+    assert {item.flags for item in slices} == {""}
+
+
+SOURCES = {
+    "a windowed export": {"words": lambda k: np.minimum(ct_words(k) // 8, 255), "intercept": 0},
+    "a lost intercept": {"words": ct_words, "intercept": 0},
+    "a label map": {"words": lambda k: (ct_words(k) > 900).astype("<u2"), "intercept": 0},
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_series_without_air_is_no_ct(name, tmp_path, capsys):
+    source, folder = SOURCES[name], tmp_path / "unlabelled" / "a"
+    write_ct(folder / "1", words=source["words"], RescaleIntercept=source["intercept"])
+    write_ct(folder / "2")
+    write_ct(folder / "3", signed=True, bits=16, RescaleIntercept=-1024)
+    volumes, quarantined = stages_01_and_02(tmp_path, tmp_path / "out")
+    assert sorted(volumes) == ["unlabelled-a_2.npy", "unlabelled-a_3.npy"]
+    assert quarantined == []
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "below -500" in text]
+    assert "warning: 1 series hold no value below -500 HU" in line
+    assert line.endswith("unlabelled-a/1")
+
+
+LAYOUTS = {
+    "KiTS": ("case_00000/imaging.nii.gz", "case_00000/segmentation.nii.gz"),
+    "KiTS23": ("case_00000/imaging.nii.gz", "case_00000/instances/kidney_1_annotation-1.nii.gz"),
+    "LiTS": ("LiTS/volume-0.nii", "LiTS/segmentation-0.nii"),
+    "BTCV": ("RawData/Training/img/img0001.nii.gz", "RawData/Training/label/label0001.nii.gz"),
+    "FLARE": ("imagesTr/FLARE_0001_0000.nii.gz", "labelsTr/FLARE_0001.nii.gz"),
+    "MSD": ("Task03_Liver/imagesTr/liver_1.nii.gz", "Task03_Liver/labelsTr/liver_1.nii.gz"),
+    "side by side": ("a/ct.nii.gz", "a/ct_seg.nii.gz"),
+    "capitals": ("A/CT.NII.GZ", "A/CT-LABEL.NII.GZ"),
+    "words run together": ("b/Ct.Nii.Gz", "b/LiverMask.Nii.Gz"),
+    "masks": ("c/ct.nii", "masks/c.nii"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_label_maps_stay_out_by_name(layout, tmp_path, capsys):
+    image, label = (tmp_path / "unlabelled" / name for name in LAYOUTS[layout])
+    hu = volume(np.random.default_rng(20))
+    for path in (image, label):
+        write_nifti(
+            tmp_path / "x" / f"a{'.nii.gz' if path.suffix.lower() == '.gz' else '.nii'}", hu, "RAS"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        next((tmp_path / "x").iterdir()).rename(path)
+    tasks = plan(tmp_path, NOTHING)
+    assert [task.path for task in tasks] == [str(image)]
+    lines = capsys.readouterr().err.splitlines()
+    assert f"1 files or folders are label maps by their names and are ignored, e.g. {label}" in (
+        " ".join(lines)
+    )
+    (picture, *_), bad = decode_series_files(list_files(image, tmp_path), ConvertConfig())
+    assert bad == []
+    assert np.array_equal(
+        picture.image, np.clip(np.rint((hu[0].astype(np.float64) + 150) * 255 / 400), 0, 255)
+    )
+
+
+def test_words_that_only_hold_such_a_word_are_no_label_maps(tmp_path):
+    for name in ("labeled_cases/a.nii.gz", "masked/b.nii.gz", "segovia/c.nii.gz"):
+        write_nifti(tmp_path / "unlabelled" / name, volume(np.random.default_rng(21)), "RAS")
+    assert len(plan(tmp_path, NOTHING)) == 3
+
+
+def test_what_is_not_recognised_is_counted_by_kind(tmp_path, capsys):
+    write_ct(tmp_path / "train_images" / "007" / "1", 3)
+    for name in (
+        "train_images/007/1/Thumbs.db",
+        "train_images/007/1/IM0001",
+        "train_images/007/note.txt",
+        "unlabelled/scan.mha",
+        "unlabelled/deep/er/x.nrrd",
+        "old/1.txt",
+        "README.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"?")
+    tasks = plan(tmp_path, pl.DataFrame({"patient_id": ["007"], "series_id": ["1"]}))
+    text = capsys.readouterr().err
+    assert "not recognised and ignored: 1 .mha, 1 .nrrd, e.g." in text
+    assert "not recognised and ignored: 1 .txt, 1 folder, e.g." in text
+    counts = convert_all(
+        tasks, fingerprints(tasks, tmp_path), tmp_path, tmp_path / "o", ConvertConfig()
+    )
+    assert counts["not_recognised"] == {".db": 1, "without ending": 1}
+    assert [task.patient_id for task in tasks] == ["007"]
+
+
+def test_links_lead_to_their_place_at_every_level_and_in_no_circle(tmp_path):
+    data, real = tmp_path / "data", tmp_path / "disk" / "unlabelled"
+    write_ct(real / "p" / "1", 3)
+    write_nifti(real / "set" / "a.nii.gz", volume(np.random.default_rng(22)), "RAS")
+    data.mkdir()
+    (data / "unlabelled").symlink_to(real)
+    (real / "q").symlink_to(real / "p")
+    (real / "p" / "2").symlink_to(real / "p" / "1")
+    (real / "set" / "b.nii.gz").symlink_to(real / "set" / "a.nii.gz")
+    (real / "set" / "round").symlink_to(real)
+    tasks = plan(data, NOTHING)
+    assert [task.name for task in tasks] == [
+        "unlabelled-p/1",
+        "unlabelled-p/2",
+        "unlabelled-q/1",
+        "unlabelled-q/2",
+        "unlabelled-set-a/nifti",
+        "unlabelled-set-b/nifti",
+    ]
+    assert all(list_files(task.path, data).files for task in tasks)
+
+
+def test_brackets_and_stars_in_folders_are_no_patterns(tmp_path):
+    data = tmp_path / "a [1] * ?"
+    write_ct(data / "unlabelled" / "p[1]" / "s*", 3)
+    write_nifti(data / "unlabelled" / "x[0-9].nii.gz", volume(np.random.default_rng(23)), "RAS")
+    volumes, quarantined = stages_01_and_02(data, data / "out [2]")
+    assert sorted(volumes) == ["unlabelled-p[1]_s*.npy", "unlabelled-x[0-9]_nifti.npy"]
+    assert quarantined == []
+
+
+@pytest.mark.parametrize(
+    ("hu", "inverted", "air"),
+    [
+        (-1000, False, True),
+        (-400, False, False),
+        (1100, False, False),
+        (1100, True, True),
+        (500, True, False),
+        (-1000, True, True),
+    ],
+)
+def test_air_of_a_picture_shown_inverted_may_lie_at_the_other_end(hu, inverted, air):
+    words = np.full((16, 16), 1064, np.uint16)
+    words[5, 5] = hu + 1024
+    assert convert._holds_air(Stored(words, 12, False, 1.0, -1024.0, inverted)) == air
+
+
+def test_nan_around_the_body_is_air_and_proves_none(tmp_path):
+    hu = volume(np.random.default_rng(24)).astype(np.float32)
+    hu[:, :, :3] = np.nan
+    write_nifti(tmp_path / "unlabelled" / "a.nii", hu, "RAS", kind=np.float32)
+    hu[:, 0] = np.nan
+    write_nifti(tmp_path / "unlabelled" / "b.nii", hu, "RAS", kind=np.float32)
+    for name, found in (("a", ""), ("b", "no air")):
+        slices = slices_of(tmp_path / "unlabelled" / f"{name}.nii", tmp_path)
+        assert len(slices) == 5
+        assert {item.flags for item in slices} == {found}
+        assert not slices[0].image[:, :3].any()
+        hu_read = nifti.nifti_slice(tmp_path / "unlabelled" / f"{name}.nii", 0, 1 << 20)[0]
+        assert (hu_read[:, :3] == -500).all()
+
+
+def test_a_nifti_without_a_form_is_refused_by_name(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(25)), "RAS")
+    image = nib.load(tmp_path / "a.nii.gz")
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nib.save(image, tmp_path / "b.nii.gz")
+    with pytest.raises(Unreadable, match=r"orientation unknown \(qform_code and sform_code are 0"):
+        nifti.count_slices(tmp_path / "b.nii.gz", 1 << 20)
+    image.set_qform(image.affine, 1)
+    nib.save(image, tmp_path / "c.nii.gz")
+    assert nifti.count_slices(tmp_path / "c.nii.gz", 1 << 20) == 5
+
+
+@pytest.mark.parametrize("slope", [0.0, float("nan")])
+def test_a_scale_of_nothing_scales_nothing(slope, tmp_path):
+    hu = volume(np.random.default_rng(26))
+    write_nifti(tmp_path / "a.nii", hu, "RAS")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[112:120] = np.array([slope, 7.0], "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    pixels, *_ = nifti.nifti_slice(tmp_path / "a.nii", 0, 1 << 20)
+    assert np.array_equal(pixels, hu[0])

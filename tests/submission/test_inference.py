@@ -4,11 +4,13 @@ way.
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +21,16 @@ import pytest
 import torch
 from helpers_scores import PRIOR, sample
 from helpers_stages import ROOT, environment, run_stage
+from scipy.optimize import minimize
 
-from pipeline.classifier.predict import load_classifier, predict
+from pipeline.classifier.predict import load_classifier, mean_logits, predict
 from pipeline.competition.metric import aggregate, value_frame
 from pipeline.competition.tables import read_sample_submission, read_series
-from pipeline.competition.targets import COLUMNS
+from pipeline.competition.targets import COLUMNS, TARGET_NAMES, group_slices
 from pipeline.evaluation.calibration import Calibration
 from pipeline.run import layout
 from pipeline.run.command import main
+from pipeline.run.config import TrainConfig
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import load_config
 from pipeline.slices.sources import SeriesTask
@@ -309,6 +313,94 @@ def test_any_fault_of_a_series_is_that_series_alone(tmp_path, monkeypatch):
     assert found == Decoded("7", "3", None, "ZeroDivisionError: division by zero")
 
 
+def mean_in_logits(tables):
+    """(13,) of several (13,): in each target's group the geometric mean of every class, divided by
+    their sum, in plain floats.
+    """
+    found = []
+    for target, where in group_slices().items():
+        rows = [table[where].tolist() for table in tables]
+        means = [math.prod(column) ** (1 / len(rows)) for column in zip(*rows, strict=True)]
+        assert target in TARGET_NAMES
+        found += [value / sum(means) for value in means]
+    return found
+
+
+class Says(torch.nn.Module):
+    """A model that answers with given logits, whatever it sees."""
+
+    def __init__(self, **logits):
+        super().__init__()
+        self.logits = {name: torch.tensor([values]) for name, values in logits.items()}
+
+    def forward(self, x):
+        return self.logits, None
+
+
+def ensemble_of(*models):
+    options = TrainConfig(slices=2, image_size=16, targets=tuple(models[0].logits))
+    return Ensemble(models, options, SAME, torch.device("cpu"), ThreadPoolExecutor(1))
+
+
+def test_fold_models_are_averaged_in_logits():
+    """A binary target and one of three grades: values by hand."""
+    models = Says(bowel=[2.0], liver=[0.0, 1.0, 5.0]), Says(bowel=[-1.0], liver=[3.0, 0.0, 0.0])
+    ensemble = ensemble_of(*models)
+    found = ensemble.series(np.zeros((2, 16, 16), np.uint8), ())
+    where = group_slices()
+    assert found[where["bowel"]][1] == pytest.approx(1 / (1 + math.exp(-0.5)))
+    grades = [math.exp(value) for value in (1.5, 0.5, 2.5)]
+    assert found[where["liver"]] == pytest.approx([value / sum(grades) for value in grades])
+    assert found[where["kidney"]] == pytest.approx([1 / 3] * 3), "not trained"
+    alone = [
+        predict(model, torch.zeros(1, 2, 16, 16, dtype=torch.uint8))[0].numpy() for model in models
+    ]
+    assert found == pytest.approx(mean_in_logits(alone))
+
+
+def test_the_spread_of_the_fold_models_is_counted():
+    models = Says(bowel=[2.0], liver=[0.0, 1.0, 5.0]), Says(bowel=[-1.0], liver=[3.0, 0.0, 0.0])
+    ensemble = ensemble_of(*models)
+    for _ in range(2):
+        ensemble.series(np.zeros((2, 16, 16), np.uint8), ())
+    liver = math.log(math.e + math.exp(5)), math.log(2) - 3  # of an injury, whatever its grade
+    assert ensemble.fold_spread() == {
+        "bowel": pytest.approx(3 / math.sqrt(2), abs=1e-3),
+        "liver": pytest.approx((liver[0] - liver[1]) / math.sqrt(2), abs=1e-3),
+    }
+    single = ensemble_of(models[0])
+    single.series(np.zeros((2, 16, 16), np.uint8), ())
+    assert single.fold_spread() == {}
+
+
+def test_a_calibration_of_single_models_fits_the_mean_of_logits_better_than_that_of_probabilities():
+    """Simulated: five models with noise of their own, calibrated on one of them as on out-of-fold
+    predictions; what the calibration costs above the best that either mean could have.
+    """
+    rng = np.random.default_rng(0)
+    truth = rng.normal(-3, 1.6, 20_000)
+    injured = rng.random(20_000) < 1 / (1 + np.exp(-truth))
+    weights = np.where(injured, 6, 1)
+    logits = torch.from_numpy(2 * (truth + math.log(6) + rng.normal(size=(5, 20_000))))
+
+    def loss(line, x):
+        z = line[0] * x + line[1]
+        return (weights * np.logaddexp(0, np.where(injured, -z, z))).sum() / weights.sum()
+
+    def best(x):
+        return minimize(loss, [1, 0], args=(x,)).x
+
+    line, cost = best(logits[0].numpy()), {}
+    means = {
+        "logits": mean_logits([{"bowel": row[:, None]} for row in logits])["bowel"][:, 0],
+        "probabilities": logits.sigmoid().mean(0).logit(),
+    }
+    for name, x in means.items():
+        cost[name] = loss(line, x.numpy()) - loss(best(x.numpy()), x.numpy())
+    assert 0 < cost["logits"] < 0.5 * cost["probabilities"]
+    assert loss(line, means["logits"].numpy()) < loss(line, means["probabilities"].numpy())
+
+
 def test_flips_are_averaged():
     class Corner(torch.nn.Module):
         """Answers with the first pixel of the first slice, so that every flip shows another one."""
@@ -318,13 +410,18 @@ def test_flips_are_averaged():
 
     slices = torch.arange(8, dtype=torch.uint8).reshape(1, 2, 2, 2) * 30
     one = lambda *where: predict(Corner(), slices[(slice(None), *where)][:, None, None, None])[0]  # noqa: E731
-    expected = {"x": one(0, 0, 1), "y": one(0, 1, 0), "z": one(1, 0, 0)}
+    expected = {
+        "x": one(0, 0, 1),
+        "y": one(0, 1, 0),
+        "z": one(1, 0, 0),
+        "zy": one(1, 1, 0),
+        "zyx": one(1, 1, 1),
+    }
     for name, flipped in expected.items():
-        assert torch.allclose(
-            predict(Corner(), slices, flips=[name])[0], (one(0, 0, 0) + flipped) / 2
-        )
-    every = torch.stack([one(0, 0, 0), *expected.values()]).mean(0)
-    assert torch.allclose(predict(Corner(), slices, flips=["x", "y", "z"])[0], every)
+        found = predict(Corner(), slices, flips=[name])[0]
+        assert found.tolist() == pytest.approx(mean_in_logits([one(0, 0, 0), flipped]))
+    every = mean_in_logits([one(0, 0, 0), *expected.values()])
+    assert predict(Corner(), slices, flips=list(expected))[0].tolist() == pytest.approx(every)
 
 
 def test_what_overflows_in_mixed_precision_is_computed_in_float32(monkeypatch):
@@ -534,12 +631,11 @@ def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smok
             options = models[0][1].train
             slices = take_slices(volume, slice_positions(len(volume), options.slices), options)
             answers.append(
-                np.mean(
+                mean_in_logits(
                     [
                         predict(model, torch.from_numpy(slices)[None], options.amp)[0].numpy()
                         for model, _ in models
-                    ],
-                    axis=0,
+                    ]
                 )
             )
         ids = pl.DataFrame(
@@ -569,7 +665,7 @@ def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smok
         assert np.abs(wrong - expected).max() > 1e-3
 
 
-def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     """Stage 07 in this process, on the smoke run's data and models."""
     script = ROOT / "stages" / "07_predict_test.py"
     monkeypatch.setattr(
@@ -586,6 +682,7 @@ def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
             str(smoke / "data" / "phantom"),
             "--out",
             str(out),
+            *overrides,
         ],
     )
     add_models = lambda flags: flags.add_argument("--models")  # noqa: E731
@@ -621,7 +718,7 @@ def test_a_model_that_failed_is_tried_again_and_a_spent_budget_is_told(tmp_path,
 @pytest.mark.parametrize(
     ("override", "what", "remedy"),
     [
-        ("volume.aspect=stretch", "trained on volumes made otherwise", "volume.aspect=letterbox"),
+        ("volume.aspect=letterbox", "trained on volumes made otherwise", "volume.aspect=stretch"),
         (
             "convert.flip_hfs=true",
             "trained on slices turned otherwise",
@@ -654,3 +751,16 @@ def test_broken_calibration_is_one_line(tmp_path):
     (tmp_path / "calibration.json").write_text("{")
     with pytest.raises(InputError, match="not a calibration .*stages/06_score_oof.py"):
         Calibration.of_run(tmp_path, "")
+
+
+def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, monkeypatch, capfd):
+    assert stage_07(smoke, tmp_path / "plain", monkeypatch) == 0
+    assert "warning: the calibration" not in capfd.readouterr().err
+    counts = read_manifest(tmp_path / "plain" / layout.SUBMISSION)["counts"]
+    assert set(counts["fold_spread"]) == set(TARGET_NAMES)
+    assert all(value > 0 for value in counts["fold_spread"].values())
+    assert stage_07(smoke, tmp_path / "flipped", monkeypatch, "predict.flips=[zy]") == 0
+    assert (
+        "warning: the calibration was fitted to predictions with predict.flips=[], not ['zy']"
+        in capfd.readouterr().err
+    )

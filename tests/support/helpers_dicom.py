@@ -211,13 +211,14 @@ def write_series(
     first: int = 1,
 ) -> None:
     """`count` good slices `<first>.dcm` and on, 3 mm apart, superior first: smooth anatomy-like
-    words with noise, all different.
+    words with noise, all different, and a strip of air.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: shape[0], : shape[1]]
     for k in range(count):
         words = 1000 + 60 * np.sin(x / 5 + k) * np.cos(y / 4) + rng.normal(0, 20, shape)
+        words[0] = 24  # -1000 HU
         instance = first + k
         ds = dataset(
             words.astype("<u2"),

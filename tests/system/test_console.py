@@ -68,6 +68,7 @@ def test_whoever_imports_the_package_decides_what_is_heard(before, lines):
     assert heard(f"import logging\n{before}\n{SAY}") == lines
 
 
+@pytest.mark.slow
 def test_every_process_of_a_stage_prints_time_stamped_lines(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(WORKERS)

@@ -23,7 +23,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from helpers_faults import PATIENCE_S, copy, none_alive, run, start, temporaries  # noqa: E402
 
 SUBMISSION, STAGES = (

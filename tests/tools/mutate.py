@@ -22,6 +22,8 @@ STOPS, DISK, STATE, HOSTILE, TABLES = (
     for name in ("stops", "disk", "state", "hostile", "wrong_tables")
 )
 LOOP = "voco/test_pretrain.py::test_"
+DIALECTS = "slices/test_dialects.py::test_"
+HEADER, READER = (f"pipeline/slices/{name}.py" for name in ("dicom_header", "dicom"))
 ARTIFACTS, COMMAND, RUNTIME, PARALLEL = (
     f"pipeline/{name}.py" for name in ("run/stage", "run/command", "system/files", "system/pool")
 )
@@ -93,9 +95,9 @@ GUARDS = (
     ),
     (
         PARALLEL,
-        "            with interrupts_blocked():\n",
-        "            if True:\n",
-        STOPS + "workers_are",
+        "        with interrupts_blocked():\n",
+        "        if True:\n",
+        STOPS + "workers_do",
     ),
     (
         PARALLEL,
@@ -211,8 +213,8 @@ GUARDS = (
     ),
     (
         "pipeline/classifier/predict.py",
-        "if amp and not outputs.isfinite().all()",
-        "if False",
+        "if amp and not all(value.isfinite().all() for value in mean.values()):",
+        "if False:",
         "submission/test_inference.py::test_what_overflows",
     ),
     (
@@ -257,6 +259,96 @@ GUARDS = (
         '"fingerprint": ""',
         "classifier/test_training.py::test_checkpoint_of_other",
     ),
+    (
+        "pipeline/slices/geometry.py",
+        "unplaced = ~known",
+        "unplaced = known & ~known",
+        "slices/test_series.py::test_a_file_without",
+    ),
+    (
+        "pipeline/slices/geometry.py",
+        "z[k] = np.nan if lone or abs(z[k]) >= FARTHEST_MM else z[k]",
+        "pass",
+        "slices/test_series.py::test_two_strays",
+    ),
+    (
+        "pipeline/slices/geometry.py",
+        "if np.isfinite(z).sum() < len(z) / 2:",
+        "if False:",
+        "slices/test_series.py::test_one_position",
+    ),
+    (
+        "pipeline/slices/geometry.py",
+        "again[axial] = _repeated(z[axial])",
+        "pass",
+        "slices/test_series.py::test_of_two_passes",
+    ),
+    (
+        "pipeline/slices/geometry.py",
+        "again = np.repeat(lengths >= MANY, lengths)",
+        "pass",
+        "slices/test_series.py::test_bolus",
+    ),
+    (
+        "pipeline/slices/geometry.py",
+        "return between & (gap <= 1.5 * np.median(np.diff(kept)))",
+        "return between",
+        "slices/test_series.py::test_numbers_in_no_order",
+    ),
+    (
+        "pipeline/slices/convert.py",
+        "[] if any(picture.air for picture in pictures) else [NO_AIR]",
+        "[]",
+        "slices/test_series.py::test_a_series_without_air",
+    ),
+    (
+        "pipeline/slices/sources.py",
+        "ignored = {*maps, *foreign, *endless}",
+        "ignored = {*foreign, *endless}",
+        "slices/test_series.py::test_label_maps_stay_out",
+    ),
+    (
+        "pipeline/slices/sources.py",
+        "if real in above or len(above) > DEEPEST",
+        "if len(above) > DEEPEST",
+        "slices/test_series.py::test_links",
+    ),
+    (
+        "pipeline/slices/nifti.py",
+        'if not image.header["qform_code"] and not image.header["sform_code"]:',
+        "if False:",
+        "slices/test_series.py::test_a_nifti_without",
+    ),
+    (
+        "pipeline/slices/nifti.py",
+        "    hu[nothing] = AIR_HU\n",
+        "",
+        "slices/test_series.py::test_nan_around",
+    ),
+    (
+        "pipeline/volumes/build.py",
+        "    if not np.isfinite(spacing_mm).all():\n",
+        "    if True:\n",
+        "slices/test_series.py::test_two_pixel",
+    ),
+    (
+        "pipeline/volumes/body.py",
+        "_hull(outline) if cut[k] else outline",
+        "outline",
+        "volumes/test_body.py::test_a_ray",
+    ),
+    (
+        "pipeline/volumes/body.py",
+        "trunk[max(0, k - near) : k + near + 1].max(0)",
+        "trunk[k]",
+        "volumes/test_body.py::test_the_tip",
+    ),
+    (
+        "pipeline/volumes/body.py",
+        "areas >= np.where(cut, max(least, SMALL_CUT * plane), least)",
+        "areas > 0",
+        "volumes/test_body.py::test_an_implausibly",
+    ),
     ("pipeline/slices/sources.py", "entry.stat().st_mtime_ns", "0", STATE + "a_clock"),
     (
         "pipeline/slices/sources.py",
@@ -266,8 +358,8 @@ GUARDS = (
     ),
     (
         "pipeline/slices/sources.py",
-        "[] if outside(folder) else entries",
-        "entries",
+        "[] if outside(folder) else list(entries)",
+        "list(entries)",
         HOSTILE + "hostile_files",
     ),
     (
@@ -329,6 +421,111 @@ GUARDS = (
         "pl.read_parquet(handle,",
         "pl.read_parquet(path,",
         "faults/test_paths.py::test_patterns",
+    ),
+    (
+        HEADER,
+        "        (foreign, foreign),\n",
+        "",
+        DIALECTS + "what_is_no_ct",
+    ),
+    (
+        HEADER,
+        '    PER_FRAME: ("", "SQ"),\n',
+        "",
+        DIALECTS + "an_enhanced_ct",
+    ),
+    (
+        HEADER,
+        "        (h.frame_groups > 1, ",
+        "        (False, ",
+        DIALECTS + "several_frames",
+    ),
+    (HEADER, "        (h.modality_lut, ", "        (False, ", DIALECTS + "a_modality_lut"),
+    (
+        HEADER,
+        "syntax != IMPLICIT or _looks_explicit(data, at, order)",
+        "syntax != IMPLICIT",
+        DIALECTS + "what_pydicom_reads",
+    ),
+    (
+        HEADER,
+        '(vr != b"UN" or _looks_explicit(data, at, order))',
+        'vr != b"UN"',
+        DIALECTS + "what_pydicom_reads",
+    ),
+    (
+        HEADER,
+        "        if any(map(THOUSANDS, parts)):\n            raise\n",
+        "",
+        DIALECTS + "a_rescaling_that",
+    ),
+    (
+        READER,
+        "stored, bits, name\n\n\ndef picture",
+        "stored, depth, name\n\n\ndef picture",
+        DIALECTS + "the_sign_is",
+    ),
+    (READER, "    if depth <= bits:\n", "    if True:\n", DIALECTS + "the_sign_is"),
+    (
+        READER,
+        "    return frame[: at + 7] + b",
+        "    return frame or frame[: at + 7] + b",
+        DIALECTS + "a_lossy_jpeg",
+    ),
+    (
+        READER,
+        "    if not (whole or len(parts) > 1 and ended):\n",
+        "    if not (whole or len(parts) > 1):\n",
+        DIALECTS + "a_stream_that",
+    ),
+    (
+        READER,
+        " or header.length != UNDEFINED\n",
+        "\n",
+        DIALECTS + "fragments_may",
+    ),
+    (READER, "        header.slope or 1.0,", "        header.slope,", DIALECTS + "a_slope_that"),
+    (
+        READER,
+        "        if spacing and min(spacing) > 0:",
+        "        if spacing:",
+        DIALECTS + "a_spacing",
+    ),
+    (
+        "pipeline/slices/window.py",
+        "    if pixels.padding:\n",
+        "    if False:\n",
+        DIALECTS + "padding_is",
+    ),
+    (
+        "pipeline/slices/window.py",
+        "    if LOW_HU < hu(value) < HIGH_HU:\n",
+        "    if False:\n",
+        DIALECTS + "padding_that_is_also",
+    ),
+    (
+        "pipeline/slices/window.py",
+        "        limit = value\n",
+        "        pass\n",
+        DIALECTS + "a_limit_that",
+    ),
+    (
+        "pipeline/slices/geometry.py",
+        "full.max() <= len(sample) / 20",
+        "not enough",
+        DIALECTS + "specks",
+    ),
+    (
+        "pipeline/system/processes.py",
+        "while os.getppid() == parent if child else _is_alive(parent):",
+        "while os.getppid() == parent:",
+        "slices/test_damage.py::test_where_joblib",
+    ),
+    (
+        PARALLEL,
+        "    except OSError as fault:  # a task's own",
+        "    except ZeroDivisionError as fault:  # a task's own",
+        "slices/test_damage.py::test_a_full_dev_shm",
     ),
     ("pipeline/report/page.py", "autoescape=True", "autoescape=False", HOSTILE + "hostile_files"),
     (

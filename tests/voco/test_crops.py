@@ -175,3 +175,20 @@ def test_evaluation_crops_are_fixed_and_plain(store):
     assert torch.equal(first, again)
     volume = np.load(store / "6_12.npy")[evenly(12, 3)]
     assert np.array_equal(first[0, 2:].numpy(), cut(volume, samples.base))
+
+
+def test_volumes_are_resampled_in_depth_on_reading(store):
+    """`pretrain.depth=8` of 12 stored planes: every plane is the mean of one and a half."""
+    config = SMALL.model_copy(update={"depth": 8, "slices": 4})
+    samples = VocoSamples(store, ["6_12.npy"], config, seed=5)
+    stored = np.load(store / "6_12.npy").astype(float)
+    expected = [
+        np.repeat(stored, 2, axis=0)[3 * k : 3 * k + 3].mean(0)  # halves of planes
+        for k in (1, 3, 5, 7)
+    ]
+    assert np.abs(samples.planes(0) - expected).max() <= 0.5 + 1e-4
+    as_stored = SMALL.model_copy(update={"depth": 12})
+    plain = VocoSamples(store, ["6_12.npy"], SMALL, seed=5)
+    assert np.array_equal(
+        VocoSamples(store, ["6_12.npy"], as_stored, seed=5).planes(0), plain.planes(0)
+    )

@@ -22,7 +22,7 @@ from helpers_losses import slow_position_loss, slow_regularisation, slow_similar
 from safetensors.torch import load_file
 
 from pipeline.learning import optimise
-from pipeline.learning.backbone import GREY_MEAN, GREY_STD
+from pipeline.learning.backbone import GREY_MEAN, GREY_STD, create_backbone, load_backbone
 from pipeline.learning.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.learning.distributed import PeerLost, World
 from pipeline.learning.log import read_log
@@ -445,7 +445,10 @@ def test_a_model_that_cannot_recompute_is_refused(volumes):
     )
     with pytest.raises(InputError, match="dla46_c cannot recompute its activations"):
         voco_step.start(load_config("smoke", (*TINY, *options)), ALONE)
-    with pytest.raises(InputError, match="this backbone takes no images of 24 x 24 pixels"):
+    fits = (
+        r"vgg11 takes no crops of 24 x 24 pixels, .*set pretrain.image_size to 64 \(crops of 32\)"
+    )
+    with pytest.raises(InputError, match=fits):
         voco_step.start(load_config("smoke", (*TINY, "model.backbone=vgg11")), ALONE)
 
 
@@ -639,3 +642,29 @@ def test_pictures_are_drawn(volumes, unbroken, tmp_path):
     (tmp_path / "best.ckpt").write_bytes((unbroken[0] / "best.ckpt").read_bytes())
     names = draw_all(load_config("smoke", TINY), volumes, tmp_path, ALONE.device)
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+
+
+def test_crops_that_a_backbone_does_not_take_are_answered_with_those_that_fit():
+    sizes = ("pretrain.image_size=120", "model.backbone=test_vit")
+    with pytest.raises(
+        InputError,
+        match=r"test_vit takes no crops of 60 x 60 pixels, .*pretrain.image_size=120 and"
+        r" pretrain.grid=2, set pretrain.image_size to 64 \(crops of 32\) or 96 \(crops of 48\)",
+    ):
+        voco_step.start(load_config("smoke", (*TINY, *sizes)), ALONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_maxvit", "test_vit"])
+def test_a_backbone_of_one_size_is_exported_for_whole_planes(volumes, tmp_path, name):
+    """Pretrained on crops of 32, settled and saved for planes of 64: a classifier at 64 takes it
+    as it is, one at 96 interpolates.
+    """
+    if not timm.is_model(name):
+        pytest.skip("an older timm")
+    options = ("pretrain.image_size=64", f"model.backbone={name}", "pretrain.steps=2")
+    loop.pretrain(load_config("smoke", (*TINY, *options)), volumes, tmp_path, ALONE)
+    path = tmp_path / "backbone.safetensors"
+    assert "interpolated" not in load_backbone(create_backbone(name, size=64), path)
+    report = load_backbone(create_backbone(name, size=96), path)
+    assert ("interpolated" in report) == (name == "test_maxvit")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline.run.config import TrainConfig
-from pipeline.volumes.sampling import bins, evenly, slice_positions, take_slices
+from pipeline.volumes.sampling import bins, evenly, resample_planes, slice_positions, take_slices
 
 
 def exact_positions(depth, count):
@@ -50,3 +50,45 @@ def test_taken_slices_are_cut_and_resized_by_area(crop, size):
     taken = take_slices(volume, np.array([1, 4]), config)
     assert taken.flags.c_contiguous
     assert np.array_equal(taken, expected)
+
+
+def test_a_crop_is_taken_without_resizing_in_the_middle_or_where_the_generator_says():
+    volume = np.random.default_rng(0).integers(0, 256, (4, 24, 20), np.uint8)
+    config = TrainConfig(crop_size=16, image_size=16)
+    assert np.array_equal(take_slices(volume, np.array([2]), config)[0], volume[2, 4:20, 2:18])
+    places = set()
+    for seed in range(400):
+        taken = take_slices(volume, np.array([0, 3]), config, np.random.default_rng(seed))
+        found = [
+            (y, x)
+            for y in range(9)
+            for x in range(5)
+            if np.array_equal(taken, volume[[0, 3], y : y + 16, x : x + 16])
+        ]
+        assert len(found) == 1, "one place for all planes"
+        places |= set(found)
+    assert len(places) == 9 * 5
+
+
+def test_a_crop_inside_a_cut_border_is_resized_where_asked():
+    volume = np.random.default_rng(0).integers(0, 256, (1, 40, 40), np.uint8)
+    taken = take_slices(volume, np.array([0]), TrainConfig(crop=0.1, crop_size=32, image_size=16))
+    expected = cv2.resize(volume[0, 4:36, 4:36], (16, 16), interpolation=cv2.INTER_AREA)
+    assert np.array_equal(taken[0], expected)
+
+
+def slow_resample(volume, depth):
+    """Each source plane cut into `depth` parts: a new plane is the mean of as many parts in a row
+    as there are source planes."""
+    parts = np.repeat(volume.astype(float), depth, axis=0)
+    return np.stack([part.mean(0) for part in np.split(parts, depth)])
+
+
+@pytest.mark.parametrize(("stored", "depth"), [(96, 64), (7, 5), (5, 7), (6, 3), (4, 4), (3, 12)])
+def test_planes_are_resampled_by_area(stored, depth):
+    volume = np.random.default_rng(1).integers(0, 256, (stored, 6, 5), np.uint8)
+    expected = slow_resample(volume, depth)
+    chosen = np.random.default_rng(2).permutation(depth)
+    found = resample_planes(volume, depth, chosen)
+    assert found.dtype == np.uint8
+    assert np.abs(found - expected[chosen]).max() <= 0.5 + 1e-4

@@ -14,7 +14,7 @@ from pipeline.volumes import store as volume_store
 from pipeline.volumes.build import build_volume, common_size, letterbox, plane_weights
 from pipeline.volumes.store import build_all, usable
 
-SMALL = VolumeConfig(depth=8, height=64, width=64)
+SMALL = VolumeConfig(depth=8, height=64, width=64, aspect="letterbox")
 
 
 def body_slice(size=256, table=True, arm=True):
