@@ -137,6 +137,8 @@ def format_counts(counts: pl.DataFrame) -> str:
 @stage_function(layout.FOLDS)
 def make_folds(stage: Stage) -> None:
     """Stage 03: divide the labelled patients into folds unless that was done from these tables."""
+    if stage.skips_unlabelled():
+        return
     data = stage.data
     inputs = stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"])
     if stage.current(inputs | stage.limit, ["folds", "seed"]):

@@ -21,6 +21,8 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     """Train the folds that are not up to date, or the one `fold`; of several processes the one that
     ends last writes the manifest of all.
     """
+    if stage.skips_unlabelled():
+        return
     config, folds = stage.config, range(stage.config.folds.count)
     if fold not in (None, *folds):
         raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {[*folds]}")

@@ -41,6 +41,8 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
     ones are scored; the table is printed either way.
     """
     given = [Path(path) for path in oof or ()]
+    if not given and stage.skips_unlabelled():
+        return
     if stage.current(gather(stage, given), ["seed", "score"]):
         from .scoring import summary
 

@@ -157,6 +157,12 @@ class VocoConfig(Section):
     holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
     eval_every: int = Field(1000, ge=1, json_schema_extra=RESUMABLE)
     checkpoint_every: int = Field(1000, ge=1, json_schema_extra=RESUMABLE)
+    checkpoint_minutes: float = Field(
+        10.0,
+        ge=0,
+        description="a checkpoint after so long too, whatever the steps take, 0: by steps alone",
+        json_schema_extra={**RESUMABLE, **HOW, **ADDED},
+    )
     keep: int = Field(3, ge=1, description="last checkpoints kept", json_schema_extra=RESUMABLE)
     log_every: int = Field(1, ge=1, json_schema_extra=RESUMABLE)
     collapse_std: float = Field(

@@ -111,6 +111,25 @@ class Stage:
         )
 
     @property
+    def unlabelled_alone(self) -> bool:
+        """True for a data set of `unlabelled/` and no labelled series: for pretraining."""
+        labelled = ("train.csv", "train_series_meta.csv", "train_images")
+        return (
+            self.real_data
+            and (self.data / "unlabelled").is_dir()
+            and not any((self.data / name).exists() for name in labelled)
+        )
+
+    def skips_unlabelled(self) -> bool:
+        """True (and says so) where a stage that needs labels has nothing to do."""
+        if self.unlabelled_alone:
+            log(
+                f"{self.name}: skipped, {self.data} has unlabelled/ alone, no train.csv,"
+                " train_series_meta.csv and train_images/"
+            )
+        return self.unlabelled_alone
+
+    @property
     def limit(self) -> dict[str, int]:
         """`data.limit` where there is one: of a stage that reads the tables, part of its inputs."""
         return {"limit": self.config.data.limit} if self.config.data.limit else {}

@@ -4,6 +4,7 @@ from ..run import layout, room
 from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
 from ..system.console import log
+from ..system.errors import InputError
 from .sources import SeriesTask, plan
 
 
@@ -11,15 +12,20 @@ def tasks_of(stage: Stage) -> tuple[list[SeriesTask], list[SeriesTask]]:
     """All series of the data set, and those of the patients that `data.limit` leaves: of the
     unlabelled ones the first.
     """
+    import polars as pl
+
     from ..competition import tables
 
-    data = stage.data
-    planned = plan(data, tables.read_series(data, "train"))
+    data, nothing = stage.data, pl.DataFrame(schema=["patient_id", "series_id"])
+    listed = nothing if stage.unlabelled_alone else tables.read_series(data, "train")
+    planned = plan(data, listed)
+    if not planned:
+        raise InputError("nothing to convert", str(data), "see docs/real-data.md for the layout")
     if not stage.limit:
         return planned, planned
     others = [task.patient_id for task in planned if task.source != "train"]
     kept = {*list(dict.fromkeys(others))[: stage.config.data.limit]}
-    kept |= set(stage.series()["patient_id"])
+    kept |= set() if stage.unlabelled_alone else set(stage.series()["patient_id"])
     tasks = [task for task in planned if task.patient_id in kept]
     log(f"data.limit={stage.config.data.limit}: {len(tasks)} of {len(planned)} series are used")
     return planned, tasks

@@ -181,8 +181,11 @@ def _finish_step(
             export(run, samples, folder / layout.BACKBONE)
     if run.step % options.log_every == 0 or merit in record or stopping:
         write(record)
-    if ((run.step % options.checkpoint_every == 0 or last) and not run.flat) or stopping:
+    minutes = (time.monotonic() - run.saved) / 60
+    due = 0 < options.checkpoint_minutes <= minutes or run.step % options.checkpoint_every == 0
+    if ((due or last) and not run.flat) or stopping:
         save_checkpoint(folder / layout.LAST, run.state(), options.keep)
+        run.saved = time.monotonic()
 
 
 def _watch_collapse(run: State, std: float, last: bool) -> None:

@@ -1,7 +1,8 @@
 """The state of a pretraining and its step, whatever the method."""
 
 import contextlib
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class State:
     step: int = 0
     best: float = -1.0
     flat: int = 0  # steps for which the embeddings have been collapsed
+    saved: float = field(default_factory=lambda: time.monotonic())  # when the last checkpoint was written
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds; random numbers and data order follow from `step` and

@@ -668,3 +668,25 @@ def test_a_backbone_of_one_size_is_exported_for_whole_planes(volumes, tmp_path, 
     assert "interpolated" not in load_backbone(create_backbone(name, size=64), path)
     report = load_backbone(create_backbone(name, size=96), path)
     assert ("interpolated" in report) == (name == "test_maxvit")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "written"), [(0, [6]), (1e-9, [1, 2, 3, 4, 5, 6]), (60, [6]), (2.5, [3, 6])]
+)
+def test_checkpoints_come_by_minutes_too(volumes, tmp_path, monkeypatch, minutes, written):
+    """Steps of a minute each; `pretrain.checkpoint_every` alone would write none before the end."""
+    steps, clock = [], [0.0]
+
+    def save(path: Path, state: dict, keep: int = 1) -> None:
+        steps.extend([state["step"]] * (path.name == "last.ckpt"))
+
+    def step(run, batch, stopping=False):
+        clock[0] += 60
+        return voco_step.train_step(run, batch, stopping)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    every = ("pretrain.checkpoint_every=1000", f"pretrain.checkpoint_minutes={minutes}")
+    loop.pretrain(load_config("smoke", (*TINY, *every)), volumes, tmp_path, ALONE)
+    assert steps == written
