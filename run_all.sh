@@ -17,14 +17,19 @@ stop() { # a signal to this script alone reaches the stage too
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
-"$PYTHON" -m pipeline.preflight "$@" || exit $?
-for stage in "$root"/stages/0[0-8]_*.py; do
-    "$PYTHON" "$stage" "$@" &
+run() { # name, command
+    local name=$1
+    shift
+    "$@" &
     child=$!
     wait "$child" || {
         code=$?
-        echo "run_all.sh: stopped at $(basename "$stage") (exit code $code)" >&2
+        echo "run_all.sh: stopped at $name (exit code $code)" >&2
         exit "$code"
     }
     child=
+}
+run preflight "$PYTHON" -m pipeline.preflight "$@"
+for stage in "$root"/stages/0[0-8]_*.py; do
+    run "$(basename "$stage")" "$PYTHON" "$stage" "$@"
 done

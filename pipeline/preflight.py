@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as fault:
         say(f"error: {fault}", sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

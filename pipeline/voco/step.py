@@ -33,7 +33,8 @@ class State:
     step: int = 0
     best: float = -1.0
     flat: int = 0  # steps for which the embeddings have been collapsed
-    saved: float = field(default_factory=lambda: time.monotonic())  # when the last checkpoint was written
+    # when the last checkpoint was written
+    saved: float = field(default_factory=lambda: time.monotonic())
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds; random numbers and data order follow from `step` and

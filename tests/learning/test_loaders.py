@@ -97,7 +97,9 @@ def test_what_never_comes_is_not_waited_for_without_limit(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stop_is_answered_while_a_batch_is_waited_for(capfd):
+def test_a_stop_is_answered_while_a_batch_is_waited_for(capfd, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with StopSignal() as stop:
 
         def leave() -> None:
@@ -124,6 +126,8 @@ def in_small_shm(size: str, *command: str, **more: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # whatever started the tests may ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

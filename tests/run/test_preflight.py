@@ -1,0 +1,141 @@
+"""What a run says it needs before the first write, and where that is too little."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+from helpers_dataset import make_data
+
+from pipeline import preflight
+from pipeline.learning.backbone import check_weights
+from pipeline.run import layout, room
+from pipeline.run.presets import load_config
+from pipeline.run.stage import Options, Stage
+from pipeline.slices.preview import BLOCK, ROW_BYTES, sizes
+from pipeline.slices.sources import look_at
+from pipeline.slices.stage import convert_dicom, tasks_of
+from pipeline.system.errors import InputError
+from pipeline.voco.stage import pretrain_voco2d
+from pipeline.volumes.stage import build_volumes
+
+Usage = namedtuple("Usage", "total used free")
+CONFIG = load_config("smoke", ["phantom=null"])
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Set the free bytes of the disk."""
+    real = shutil.disk_usage
+
+    def there(free: int) -> None:
+        monkeypatch.setattr(
+            room.shutil,
+            "disk_usage",
+            lambda path: real(path) if str(path) == "/dev/shm" else Usage(0, 0, free),
+        )
+
+    return there
+
+
+def on_disk(folder) -> int:
+    """Bytes of a folder's files, in whole blocks of the file system."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-size // BLOCK) * BLOCK for size in sizes)
+
+
+def test_the_disk_that_is_needed_is_told_within_15_percent(tmp_path):
+    data = make_data(tmp_path / "data", patients=30, slices=12, unlabelled=5)
+    stage = Stage(layout.SLICES, CONFIG, Options(data=data, out=tmp_path / "out", jobs=1))
+    _, tasks = tasks_of(stage)
+    found = look_at(tasks, data)
+    told = sizes(tasks, found, data, CONFIG.convert)
+    assert told.slices == 35 * 12
+    slices = convert_dicom(CONFIG, data=data, out=tmp_path / "out", jobs=1)
+    pictures = [path.stat().st_size for path in slices.rglob("*.png")]
+    used = sum(-(-size // BLOCK) * BLOCK for size in pictures)
+    assert told.png_bytes - ROW_BYTES * told.slices == pytest.approx(used, rel=0.15)
+    volumes = build_volumes(CONFIG, data=data, out=tmp_path / "out", jobs=1)
+    told = room.volume_bytes(CONFIG.volume, 35)
+    assert told == pytest.approx(on_disk(volumes), rel=0.3)  # volumes of 27 KB: blocks count
+
+
+@pytest.mark.parametrize(("stage", "what"), [("01", layout.SLICES), ("02", layout.VOLUMES)])
+def test_too_little_disk_is_one_line_before_the_first_write(tmp_path, disk, stage, what):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    where = {"data": data, "out": out, "jobs": 1}
+    run = {"01": convert_dicom, "02": build_volumes}[stage]
+    if stage == "02":
+        convert_dicom(CONFIG, **where)
+    disk(5000)
+    with pytest.raises(InputError) as refusal:
+        run(CONFIG, **where)
+    text = str(refusal.value)
+    assert text.startswith(f"{what} needs about 0.")
+    assert " MB of disk, 0.0 MB are free, " in text
+    assert text.endswith("make room or choose another --out, or try data.limit=10 first")
+    assert not (out / what).exists()
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
+    data = make_data(tmp_path / "data")
+    monkeypatch.setattr(room.Room, "here", classmethod(lambda cls: cls(2, 400_000_000, None)))
+    with pytest.raises(InputError, match="needs about 0.7 GB of memory, 0.4 GB are free.*--jobs"):
+        convert_dicom(CONFIG, data=data, out=tmp_path / "out", jobs=2)
+
+
+def test_what_is_there_already_needs_nothing(tmp_path, disk, capfd):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    where = {"data": data, "out": out, "jobs": 1}
+    convert_dicom(CONFIG, **where)
+    disk(5000)
+    (out / layout.SLICES / layout.INDEX).unlink()
+    convert_dicom(CONFIG, **where)
+    assert "of disk" not in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_checkpoints_need_what_they_take(smoke, tmp_path, disk):
+    out = tmp_path / "run"
+    shutil.copytree(smoke / layout.VOLUMES, out / layout.VOLUMES)
+    disk(1_000_000)
+    with pytest.raises(InputError, match="04_voco2d needs about .* MB of disk.*pretrain.keep"):
+        pretrain_voco2d("smoke", out=out, device="cpu", jobs=2)
+    one = (smoke / layout.VOCO / "last.ckpt").stat().st_size
+    stage = Stage(layout.VOCO, load_config("smoke"), Options(out=out))
+    assert preflight._checkpoints(stage.config) == pytest.approx(5 * one, rel=0.15)
+
+
+def test_imagenet_weights_are_a_file_a_cache_or_the_hub(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no such weights, model.weights=.*nowhere"):
+        check_weights("resnet18", str(tmp_path / "nowhere"))
+    (tmp_path / "w.safetensors").touch()
+    check_weights("resnet18", str(tmp_path / "w.safetensors"))
+
+    def out_of_reach(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", out_of_reach)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(InputError, match=r"ImageNet weights of resnet18 are out of reach \(Name"):
+        check_weights("resnet18", None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/a/file")
+    check_weights("resnet18", None)
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
+    check_weights("resnet18", None)
+
+
+def test_a_whole_run_is_looked_at_before_its_first_stage(tmp_path, disk, capfd, monkeypatch):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    flags = ["--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1"]
+    assert preflight.main(flags) == 0
+    assert "this run: needs about " in capfd.readouterr().err
+    monkeypatch.setattr("pipeline.learning.backbone.check_weights", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preflight.main([*flags, "pretrain.init=imagenet"])
+    disk(5000)
+    assert preflight.main(flags) == 2
+    assert "error: this run needs about " in capfd.readouterr().err
+    assert preflight.main([*flags, "train.epoch=3"]) == 2
+    assert not out.exists()
