@@ -46,9 +46,10 @@ def _images(stage: Stage) -> int:
     _, tasks = tasks_of(stage)
     found = look_at(tasks, stage.data)
     refuse_absent(tasks, found, stage.data)
-    to_convert = [k for k, one in enumerate(tasks) if not (stage.folder / one.name).is_dir()]
-    parts = [[part[k] for k in to_convert] for part in (tasks, found)]
-    slices, folder = sizes(*parts, stage.data, stage.config.convert), stage.out / layout.VOLUMES
+    kept, folder = stage.config.convert.keep_png, stage.out / layout.VOLUMES
+    pairs = zip(tasks, found, strict=True)
+    to_keep = [pair for pair in pairs if kept and not (stage.folder / pair[0].name).is_dir()]
+    slices = sizes(to_keep, stage.data, stage.config.convert)
     volumes = [folder / f"{one.patient_id}_{one.series_id}.npy" for one in tasks]
     to_build = [path for path in volumes if not path.is_file()]
     return slices.png_bytes + room.volume_bytes(stage.config.volume, len(to_build))

@@ -54,8 +54,8 @@ def _patients(run: Run) -> str:
 
 
 def _images(run: Run) -> str:
-    counts = run.manifests.get(layout.SLICES, {}).get("counts")
-    return "{series} series, {slices} slices".format(**counts) if counts else ""
+    found = run.conversion()
+    return "{series} series, {slices} slices".format(**found[1]) if found else ""
 
 
 def _model(run: Run) -> str:

@@ -22,12 +22,15 @@ def _table(path: Path) -> pl.DataFrame:
     return pl.read_csv(path.read_bytes(), infer_schema=False)
 
 
-def conversion(run: Run) -> dict[str, Any]:
-    """Counts of stage 01, and the quarantined files by reason."""
+def conversion(run: Run) -> dict[str, Any] | None:
+    """Counts of the conversion, and the quarantined files by reason."""
     from pydicom.uid import UID
 
-    counts = run.manifests[layout.SLICES]["counts"]
-    lost = _table(run.out / layout.SLICES / layout.QUARANTINE)
+    found = run.conversion()
+    if found is None:
+        return None
+    folder, counts = found
+    lost = _table(run.out / folder / layout.QUARANTINE)
     kind = pl.col("reason").str.split(":").list.first().alias("kind")
     files = pl.struct("path", "reason").head(REASONS).alias("files")
     reasons = lost.group_by(kind, maintain_order=True).agg(pl.len(), files)

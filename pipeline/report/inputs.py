@@ -42,6 +42,16 @@ class Run:
             return pl.DataFrame(schema={"patient_id": pl.String, "source": pl.String})
         return read_frame(self.out / layout.VOLUMES / layout.INDEX)
 
+    def conversion(self) -> tuple[str, dict[str, Any]] | None:
+        """Folder and counts of the conversion: stage 01's, or stage 02's where no slices are kept;
+        None where neither has run.
+        """
+        direct = self.manifests.get(layout.VOLUMES, {}).get("counts", {}).get("conversion")
+        if direct:
+            return layout.VOLUMES, direct
+        made = self.manifests.get(layout.SLICES)
+        return (layout.SLICES, made["counts"]) if made else None
+
     def scores(self) -> dict[str, Any]:
         """The score tables of stage 06."""
         path = self.out / layout.SCORES / layout.SCORE_TABLE

@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 # name in the template: what gathers its values, and the stage that has to have run
 SECTIONS: dict[str, tuple[Callable[[Run], Any], str]] = {
     "facts": (cost.facts, ""),
-    "conversion": (data.conversion, layout.SLICES),
+    "conversion": (data.conversion, ""),
     "montage": (data.montage, layout.VOLUMES),
     "pretraining": (training.pretraining, layout.VOCO),
     "training": (training.training, f"{layout.CLASSIFIERS}/fold"),

@@ -51,6 +51,11 @@ class PhantomConfig(Section):
 class ConvertConfig(Section):
     """Stage 01. The intensity window is fixed and no option."""
 
+    keep_png: bool = Field(
+        True,
+        description="off: stage 02 reads the images itself, and no slices are written",
+        json_schema_extra={**HOW, **ADDED},
+    )
     flip_hfs: bool = Field(
         False, description="rotate by PatientPosition FFS/HFP too (off: orientation tags decide)"
     )

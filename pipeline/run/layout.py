@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"  # of every stage folder, written last
 INDEX = "index.parquet"  # of slices, and of volumes
 QUARANTINE = "quarantine.csv"  # files that became no slice
 SIDECAR = "series.json"  # of one series' slices
+SLICE_TABLE = "slices.parquet"  # the slice index where no slices are kept, beside the volumes
 FOLD_TABLE = "folds.csv"
 BACKBONE = "backbone.safetensors"
 MODEL = "model.safetensors"  # of one fold

@@ -222,14 +222,15 @@ def _flags(pictures: Sequence[Picture]) -> list[list[str]]:
 
 
 def decode_series_files(
-    listing: Listing, config: ConvertConfig
+    listing: Listing, config: ConvertConfig, deaths: list[str] | None = None
 ) -> tuple[list[SliceImage], list[tuple[str, str]]]:
-    """All good slices of a series in memory, superior first, and the (path, reason) of the others.
+    """All good slices of a series in memory, superior first, and the (path, reason) of the others;
+    the causes of lost children are appended to `deaths`.
 
     Holds rows x cols bytes a slice. Safe in a joblib worker and on Dask: what a damaged file brings
     down is a child of it.
     """
-    answers = list(pictures(listing, config))
+    answers = list(pictures(listing, config, deaths=deaths))
     found = [(file, answer) for file, answer in answers if isinstance(answer, Picture)]
     failed = {(file, answer.reason) for file, answer in answers if isinstance(answer, Failure)}
     return arranged(found, config), sorted({*listing.refused, *failed})

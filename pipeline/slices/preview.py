@@ -44,8 +44,8 @@ def _measure(task: SeriesTask, data: Path, config: ConvertConfig) -> tuple[float
     else:
         files = [listing.files[k] for k in _sample(len(listing.files))]
         kept = partial(pictures, listing._replace(files=files), config)
-    images = [one.image for _, one in kept() if not isinstance(one, Failure)]
-    images = [image for image in images if image is not None]
+    made = [one.image for _, one in kept() if not isinstance(one, Failure)]
+    images = [image for image in made if image is not None]
     if not images:
         return 0.0, 0.0, 0
     count = len(images) if reader and reader.volume else len(listing.files)
@@ -54,13 +54,11 @@ def _measure(task: SeriesTask, data: Path, config: ConvertConfig) -> tuple[float
     return float(png) + ROW_BYTES, float(np.mean([image.size for image in chosen])), count
 
 
-def sizes(
-    tasks: Sequence[SeriesTask], found: Sequence[Found], data: Path, config: ConvertConfig
-) -> Sizes:
-    """An estimate from evenly chosen series of those that have files; of volumes in one file, whose
-    slices are not known, the mean is taken of how many they have.
+def sizes(series: Sequence[tuple[SeriesTask, Found]], data: Path, config: ConvertConfig) -> Sizes:
+    """An estimate from evenly chosen ones of the `series` that have files; of volumes in one file,
+    whose slices are not known, the mean is taken of how many they have.
     """
-    there = [(task, one) for task, one in zip(tasks, found, strict=True) if one.files]
+    there = [(task, one) for task, one in series if one.files]
     total, png, largest = 0, 0.0, 0.0
     hasty = config.model_copy(update={"timeout_s": min(config.timeout_s, HASTE_S)})
     for volume in (False, True):

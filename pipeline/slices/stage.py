@@ -34,6 +34,10 @@ def tasks_of(stage: Stage) -> tuple[list[SeriesTask], list[SeriesTask]]:
 @stage_function(layout.SLICES)
 def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
     """Convert the series of the table and the unlabelled ones that are new or changed."""
+    if not stage.config.convert.keep_png:
+        script = layout.script(layout.VOLUMES)
+        log(f"{stage.name}: skipped, convert.keep_png=false: {script} reads the images itself")
+        return
     from . import presence, sources
 
     data = stage.image_data
@@ -52,12 +56,15 @@ def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
     from . import store as slice_store
     from .preview import sizes
 
-    missing = [k for k, task in enumerate(tasks) if not (stage.folder / task.name).is_dir()]
-    wanted = [[part[k] for k in missing] for part in (tasks, found)]
+    missing = [
+        (task, one)
+        for task, one in zip(tasks, found, strict=True)
+        if not (stage.folder / task.name).is_dir()
+    ]
     room.require(
         stage.folder,
         stage.name,
-        sizes(*wanted, data, stage.config.convert).png_bytes if missing else 0,
+        sizes(missing, data, stage.config.convert).png_bytes,
         room.convert_memory(stage.jobs),
     )
 

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from ..run import layout
-from ..run.config import ConvertConfig, resolved
+from ..run.config import ConvertConfig, decisive
 from ..run.manifest import digest
 from ..system.console import log, printable, progress, timed
 from ..system.contained import Failure
@@ -28,7 +28,7 @@ from ..system.pool import KILLED, spread
 from .convert import Picture, SliceImage, arranged, pictures
 from .geometry import NO_AIR, UNPLACED
 from .png import encode_png
-from .sources import VERSION, SeriesTask, list_files, series_folders
+from .sources import VERSION, Listing, SeriesTask, list_files, series_folders
 
 IDS = {"patient_id": pl.String, "series_id": pl.String, "source": pl.String}
 COLUMNS = {
@@ -55,7 +55,7 @@ def _write_png(folder: Path, k: int, image: np.ndarray) -> None:
         handle.write(encode_png(image))
 
 
-def _names(slices: Sequence[SliceImage]) -> Iterator[str]:
+def slice_names(slices: Sequence[SliceImage]) -> Iterator[str]:
     """`<instance>.png`; a number that is there again gets `-2`, `-3` and so on."""
     seen: Counter[int] = Counter()
     for item in slices:
@@ -64,9 +64,45 @@ def _names(slices: Sequence[SliceImage]) -> Iterator[str]:
         yield f"{item.instance_number}{f'-{again}' if again > 1 else ''}.png"
 
 
-def _fingerprint(files: str, config: ConvertConfig) -> str:
+def series_fingerprint(files: str, config: ConvertConfig) -> str:
     """Of all that a series' pictures and rows depend on."""
-    return digest({"files": files, "version": VERSION, **resolved(config), "timeout_s": None})
+    return digest({"files": files, "version": VERSION, **decisive(config), "timeout_s": None})
+
+
+def check_shared(*folders: Path) -> None:
+    """InputError where a machine of a cluster does not see a folder."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(
+                "no such folder",
+                f"{folder} on {socket.gethostname()}",
+                "give a folder that all machines share under one path",
+            )
+
+
+def describe_series(
+    task: SeriesTask,
+    listing: Listing,
+    slices: Sequence[SliceImage],
+    failed: Iterable[tuple[str, str]],
+    deaths: Sequence[str],
+    data: Path,
+    config: ConvertConfig,
+) -> dict[str, Any]:
+    """The sidecar of a series: fingerprint, bytes read, causes of lost children, rows of the index
+    and quarantine.
+    """
+    rows = {
+        column: [getattr(item, column) for item in slices] for column in COLUMNS if column != "png"
+    }
+    return {
+        "fingerprint": series_fingerprint(listing.fingerprint, config),
+        "bytes": listing.bytes,
+        "ignored": listing.ignored,
+        "deaths": list(deaths),
+        "rows": {**rows, "png": [f"{task.name}/{name}" for name in slice_names(slices)]},
+        "quarantine": sorted({(os.path.relpath(file, data), reason) for file, reason in failed}),
+    }
 
 
 def convert_series(
@@ -77,13 +113,7 @@ def convert_series(
     That is: fingerprint, bytes read, causes of lost children, rows of the index, bytes of each
     picture, and quarantine.
     """
-    for folder in (data, target):
-        if not folder.is_dir():
-            raise InputError(
-                "no such folder",
-                f"{folder} on {socket.gethostname()}",
-                "give a folder that all machines share under one path",
-            )
+    check_shared(data, target)
     listing = list_files(task.path, data)
     deaths: list[str] = []
     with atomic_folder(target / task.name) as folder:
@@ -98,44 +128,26 @@ def convert_series(
             else:
                 found.append((f"{k}.part", picture))
         slices = arranged(found, config)
-        names = list(_names(slices))
-        for item, name in zip(slices, names, strict=True):
+        for item, name in zip(slices, slice_names(slices), strict=True):
             os.rename(folder / item.file, folder / name)
-        rows = {
-            column: [getattr(item, column) for item in slices]
-            for column in COLUMNS
-            if column != "png"
-        }
-        sidecar = {
-            "fingerprint": _fingerprint(listing.fingerprint, config),
-            "bytes": listing.bytes,
-            "ignored": listing.ignored,
-            "deaths": deaths,
-            "rows": {**rows, "png": [f"{task.name}/{name}" for name in names]},
-            "pictures": _picture_bytes(folder),
-            "quarantine": sorted(
-                {(os.path.relpath(file, data), reason) for file, reason in failed}
-            ),
-        }
+        sidecar = describe_series(task, listing, slices, failed, deaths, data, config)
+        sidecar["pictures"] = _picture_bytes(folder)
         (folder / layout.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return sidecar
+
+
+def describe_lost(
+    task: SeriesTask, files: str, data: Path, config: ConvertConfig, reason: str
+) -> dict[str, Any]:
+    """The sidecar of a series that killed every process: no slice, all of it in quarantine."""
+    nothing = Listing([], [], 0, files, {})
+    return describe_series(task, nothing, [], [(task.path, reason)], [], data, config)
 
 
 def _lost(
     task: SeriesTask, files: str, data: Path, target: Path, config: ConvertConfig, reason: str
 ) -> dict[str, Any]:
-    """The sidecar, written too, of a series that killed every process: no slice, all of it in
-    quarantine.
-    """
-    sidecar = {
-        "fingerprint": _fingerprint(files, config),
-        "bytes": 0,
-        "ignored": {},
-        "deaths": [],
-        "rows": {column: [] for column in COLUMNS},
-        "pictures": {},
-        "quarantine": [(os.path.relpath(task.path, data), reason)],
-    }
+    sidecar = {**describe_lost(task, files, data, config, reason), "pictures": {}}
     with atomic_folder(target / task.name) as folder:
         (folder / layout.SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
     return sidecar
@@ -170,9 +182,12 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
         or sidecar["pictures"] != pictures
     ):
         return None
-    return (
-        None if any(reason.startswith(PASSING) for _, reason in sidecar["quarantine"]) else sidecar
-    )
+    return None if is_passing(sidecar) else sidecar
+
+
+def is_passing(sidecar: dict[str, Any]) -> bool:
+    """True for a series that lost slices to the machine, not to damage."""
+    return any(reason.startswith(PASSING) for _, reason in sidecar["quarantine"])
 
 
 def convert_all(
@@ -195,8 +210,10 @@ def convert_all(
         _remove_others(target, {task.name for task in tasks})
 
     def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
-        sidecar = None if force else _finished(target / task.name, _fingerprint(files, config))
-        return sidecar and _with_frame(task, sidecar)
+        sidecar = (
+            None if force else _finished(target / task.name, series_fingerprint(files, config))
+        )
+        return sidecar and with_frame(task, sidecar)
 
     with ThreadPoolExecutor(16) as threads:  # a shared file system answers slowly
         if force:  # now, lest a stopped run goes on with old ones
@@ -216,18 +233,13 @@ def convert_all(
             task = tasks[missing[k]]
             if isinstance(answer, Failure):
                 answer = _lost(task, prints[missing[k]], data, target, config, answer.reason)
-            done[missing[k]] = _with_frame(task, answer)
+            done[missing[k]] = with_frame(task, answer)
 
     _, seconds = timed(convert_missing)
     if missing:
         os.sync()  # no picture was synced by itself, and soon a manifest vouches for all
     remove_temporaries(target, depth=1)  # of workers that were killed
-    index = pl.concat([sidecar["rows"] for sidecar in done])
-    quarantine = sorted(tuple(row) for sidecar in done for row in sidecar["quarantine"])
-    _write_tables(target, index, quarantine)
-    _warn(index)
-    ignored: Counter[str] = sum((Counter(sidecar["ignored"]) for sidecar in done), Counter())
-    return _summary(index, quarantine, ignored, [done[k] for k in missing], seconds)
+    return write_tables(target / layout.INDEX, done, [done[k] for k in missing], seconds)
 
 
 def _remove_others(target: Path, names: set[str]) -> None:
@@ -238,15 +250,25 @@ def _remove_others(target: Path, names: set[str]) -> None:
             remove_folder(Path(path))
 
 
-def _write_tables(target: Path, index: pl.DataFrame, quarantine: Sequence[tuple[str, ...]]) -> None:
-    with atomic_path(target / layout.INDEX) as temporary:
+def write_tables(
+    path: Path, done: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """Write the slice index at `path`, and the quarantine beside it, from the sidecars of all
+    series; returns the counts, rates of those that were `made` in `seconds`.
+    """
+    index = pl.concat([sidecar["rows"] for sidecar in done])
+    quarantine = sorted(tuple(row) for sidecar in done for row in sidecar["quarantine"])
+    with atomic_path(path) as temporary:
         index.write_parquet(temporary)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *quarantine])
-    write_text(target / layout.QUARANTINE, printable(text.getvalue()))
+    write_text(path.with_name(layout.QUARANTINE), printable(text.getvalue()))
+    _warn(index)
+    ignored: Counter[str] = sum((Counter(sidecar["ignored"]) for sidecar in done), Counter())
+    return _summary(index, quarantine, ignored, made, seconds)
 
 
-def _with_frame(task: SeriesTask, sidecar: dict[str, Any]) -> dict[str, Any]:
+def with_frame(task: SeriesTask, sidecar: dict[str, Any]) -> dict[str, Any]:
     """The sidecar with its rows as a part of the index: a tenth of the memory of lists."""
     ids = {name: [getattr(task, name)] * len(sidecar["rows"]["png"]) for name in IDS}
     return {**sidecar, "rows": pl.DataFrame({**ids, **sidecar["rows"]}, {**IDS, **COLUMNS})}

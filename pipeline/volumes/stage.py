@@ -1,12 +1,16 @@
-"""Stage 02: slices to volumes."""
+"""Stage 02: slices, or the images themselves, to volumes."""
 
 from ..run import layout, room
+from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
 
 
 @stage_function(layout.VOLUMES)
 def build_volumes(stage: Stage, scheduler: str | None = None) -> None:
     """Build the volumes of all series that are new or changed."""
+    if not stage.config.convert.keep_png:
+        _from_images(stage, scheduler)
+        return
     from ..slices.sources import VOLUME_VERSION
 
     if stage.current({**stage.inputs(layout.SLICES), "version": VOLUME_VERSION}, ["volume"]):
@@ -14,23 +18,11 @@ def build_volumes(stage: Stage, scheduler: str | None = None) -> None:
     from ..system.frames import read_frame
     from .store import build_all
 
-    series = read_frame(
-        stage.upstream(layout.SLICES) / layout.INDEX, ["patient_id", "series_id"]
-    ).unique()
-    missing = [
-        name
-        for name in series.iter_rows()
-        if not (stage.folder / f"{'_'.join(name)}.npy").is_file()
-    ]
-    options = stage.config.volume
-    room.require(
-        stage.folder,
-        stage.name,
-        room.volume_bytes(options, len(missing)),
-        room.volume_memory(options, stage.jobs),
-    )
+    source = stage.upstream(layout.SLICES)
+    series = read_frame(source / layout.INDEX, ["patient_id", "series_id"]).unique()
+    _require(stage, [f"{patient}_{name}.npy" for patient, name in series.iter_rows()])
     counts, digests = build_all(
-        stage.upstream(layout.SLICES),
+        source,
         stage.folder,
         stage.config.volume,
         stage.jobs,
@@ -39,3 +31,58 @@ def build_volumes(stage: Stage, scheduler: str | None = None) -> None:
         tidy=not stage.limit,
     )
     stage.finish(counts, outputs={layout.INDEX: "", **digests})
+
+
+def _require(stage: Stage, names: list[str], largest: int = 0) -> None:
+    """Say what the volumes of these names need; `largest` are the bytes of the longest series that
+    each process holds.
+    """
+    missing = [name for name in names if not (stage.folder / name).is_file()]
+    options, jobs = stage.config.volume, stage.jobs
+    disk = room.volume_bytes(options, len(missing))
+    # as it is read, and as it comes from the child that reads it
+    memory = room.volume_memory(options, jobs) + 2 * jobs * largest
+    room.require(stage.folder, stage.name, disk, memory)
+
+
+def _from_images(stage: Stage, scheduler: str | None) -> None:
+    """Build the volumes of the series that are new or changed without slices on disk."""
+    from ..slices import presence, sources
+    from ..slices.stage import tasks_of
+
+    data, sections = stage.image_data, ["convert", "volume"]
+    planned, tasks = tasks_of(stage)
+    found = sources.look_at(tasks, data)
+    presence.refuse_absent(tasks, found, data)
+    prints = [one.fingerprint for one in found]
+    named = [[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)]
+    versions = [sources.VERSION, sources.VOLUME_VERSION]
+    inputs = {"series": digest(named), "version": versions}
+    if not stage.options.force and not stage.made_from(inputs, sections):
+        presence.refuse_vanished(planned, tasks, found, stage.folder / layout.INDEX, data)
+    if stage.current(inputs, sections):
+        return
+    from ..slices.preview import sizes
+    from .direct import build_directly
+
+    pairs = list(zip(tasks, found, strict=True))
+    largest = sizes(pairs, data, stage.config.convert).largest
+    _require(stage, [f"{task.patient_id}_{task.series_id}.npy" for task in tasks], largest)
+    counts, digests = build_directly(
+        tasks,
+        prints,
+        data,
+        stage.folder,
+        stage.config.convert,
+        stage.config.volume,
+        stage.jobs,
+        scheduler,
+        stage.options.force,
+        tidy=not stage.limit,
+    )
+    conversion = counts["conversion"]
+    presence.refuse_nothing_converted(
+        tasks, conversion["by_source"], conversion["by_reason"], stage.folder
+    )
+    tables = {layout.INDEX: "", layout.SLICE_TABLE: "", layout.QUARANTINE: ""}
+    stage.finish(counts, outputs={**tables, **digests})

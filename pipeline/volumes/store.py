@@ -4,7 +4,7 @@ series, and their index.
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,33 +94,52 @@ def build_series(
 
     Returns the row of the volume index, or None where no slice is usable.
     """
-    patient, series = slices["patient_id"][0], slices["series_id"][0]
-    path = target / f"{patient}_{series}.npy"
-    fingerprint = digest(
-        {"version": VOLUME_VERSION, "slices": slices.write_csv(), "config": resolved(config)}
-    )
-    sidecar = path.with_suffix(".json")
+    path, fingerprint = volume_path(slices, target), volume_fingerprint(slices, config)
     known = _known(path, fingerprint)
     if known is not None:
         return known
+    try:
+        made = store_volume(slices, lambda png: read_slice(source / png), path, config)
+    except InputError:
+        ids = slices["patient_id"][0], slices["series_id"][0]
+        with contextlib.suppress(OSError):  # of a read-only folder
+            # so that stage 01 makes this series again
+            source.joinpath(*ids, layout.SIDECAR).unlink()
+        raise
+    if made:
+        write_json(path.with_suffix(".json"), {"fingerprint": fingerprint, **made})
+    return made["row"] if made else None
+
+
+def volume_path(slices: pl.DataFrame, target: Path) -> Path:
+    """Where the volume of one series lies."""
+    return target / f"{slices['patient_id'][0]}_{slices['series_id'][0]}.npy"
+
+
+def volume_fingerprint(slices: pl.DataFrame, config: VolumeConfig) -> str:
+    """Of all that a volume depends on."""
+    return digest(
+        {"version": VOLUME_VERSION, "slices": slices.write_csv(), "config": resolved(config)}
+    )
+
+
+def store_volume(
+    slices: pl.DataFrame, image: Callable[[str], np.ndarray], path: Path, config: VolumeConfig
+) -> dict[str, Any] | None:
+    """Build and write the volume of one series, whose pictures `image` gives by their names; bytes
+    and index row, None where no slice is usable.
+    """
     used = usable(slices)
     if used.is_empty():
         return None
     # it must not vouch for another volume if this run is killed between the two
-    sidecar.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
     cv2.setNumThreads(1)
-    try:
-        volume = volume_of((read_slice(source / png) for png in used["png"]), used, config)
-    except InputError:
-        with contextlib.suppress(OSError):  # of a read-only folder
-            # so that stage 01 makes this series again
-            (source / patient / series / layout.SIDECAR).unlink()
-        raise
+    volume = volume_of(map(image, used["png"]), used, config)
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         np.save(handle, volume.array)
     row = _describe(volume, used, len(slices) - len(used), path)
-    write_json(sidecar, {"fingerprint": fingerprint, "bytes": path.stat().st_size, "row": row})
-    return row
+    return {"bytes": path.stat().st_size, "row": row}
 
 
 def _known(path: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -195,17 +214,32 @@ def build_all(
     for k, row in progress(spread(work, groups, jobs, scheduler), len(groups), "volumes", "series"):
         rows[k] = None if isinstance(row, Failure) else row
         if rows[k] is None:
-            flags = ", ".join(groups[k]["flags"].unique().sort().to_list())
-            reason = row.reason if isinstance(row, Failure) else f"no usable slice ({flags})"
-            log(
-                "warning: no volume of series"
-                f" {groups[k]['patient_id'][0]}/{groups[k]['series_id'][0]}: {reason}"
-            )
+            warn_of_none(groups[k], row.reason if isinstance(row, Failure) else "")
     remove_temporaries(target)  # of workers that were killed
+    (target / layout.SLICE_TABLE).unlink(missing_ok=True)  # of volumes made without slices
+    (target / layout.QUARANTINE).unlink(missing_ok=True)
+    return write_index(rows, target, source / layout.INDEX, tidy)
+
+
+def warn_of_none(slices: pl.DataFrame, reason: str) -> None:
+    """Name a series that gives no volume."""
+    flags = ", ".join(slices["flags"].unique().sort().to_list())
+    name = f"{slices['patient_id'][0]}/{slices['series_id'][0]}"
+    log(f"warning: no volume of series {name}: {reason or f'no usable slice ({flags})'}")
+
+
+def write_index(
+    rows: Sequence[dict[str, Any] | None], target: Path, slice_table: Path, tidy: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write the volume index from the rows of all series; returns what `build_all` does.
+
+    Raises:
+        InputError: there is no volume at all.
+    """
     if not any(rows):
         raise InputError(
-            f"not one of {len(groups)} series gives a volume",
-            str(source / layout.INDEX),
+            f"not one of {len(rows)} series gives a volume",
+            str(slice_table),
             "see the flags of its slices",
         )
     table = pl.DataFrame([row for row in rows if row], schema=INDEX_SCHEMA)
@@ -214,7 +248,7 @@ def build_all(
     if tidy:
         _remove_orphans(target, set(table["path"]))
     counts = {
-        "series": len(groups),
+        "series": len(rows),
         "volumes": len(table),
         "slices_used": int(table["slices_used"].sum()),
         "slices_left_out": int(table["slices_left_out"].sum()),

@@ -47,8 +47,8 @@ def test_the_disk_that_is_needed_is_told_within_15_percent(tmp_path):
     data = make_data(tmp_path / "data", patients=30, slices=12, unlabelled=5)
     stage = Stage(layout.SLICES, CONFIG, Options(data=data, out=tmp_path / "out", jobs=1))
     _, tasks = tasks_of(stage)
-    found = look_at(tasks, data)
-    told = sizes(tasks, found, data, CONFIG.convert)
+    series = list(zip(tasks, look_at(tasks, data), strict=True))
+    told = sizes(series, data, CONFIG.convert)
     assert told.slices == 35 * 12
     slices = convert_dicom(CONFIG, data=data, out=tmp_path / "out", jobs=1)
     pictures = [path.stat().st_size for path in slices.rglob("*.png")]

@@ -539,6 +539,18 @@ GUARDS = (
         "",
         "voco/test_pretrain.py::test_checkpoints_come_by_minutes",
     ),
+    (
+        "pipeline/volumes/direct.py",
+        '            or (sidecar["row"] and path.stat().st_size != sidecar["bytes"])\n',
+        "",
+        "volumes/test_direct.py::test_only_what",
+    ),
+    (
+        "pipeline/volumes/direct.py",
+        '            found["fingerprint"] != series_fingerprint(files, convert)\n            or ',
+        "            ",
+        "volumes/test_direct.py::test_only_what",
+    ),
     ("pipeline/report/page.py", "autoescape=True", "autoescape=False", HOSTILE + "hostile_files"),
     (
         "pipeline/learning/checkpoint.py",
@@ -566,13 +578,13 @@ GUARDS = (
     ),
     (
         "pipeline/volumes/store.py",
-        "    sidecar.unlink(missing_ok=True)",
-        "    pass",
+        '    path.with_suffix(".json").unlink(missing_ok=True)\n    cv2',
+        "    cv2",
         STATE + "a_volume",
     ),
     (
         "pipeline/volumes/store.py",
-        "            (source / patient / series / layout.SIDECAR).unlink()",
+        "            source.joinpath(*ids, layout.SIDECAR).unlink()",
         "            pass",
         STATE + "a_slice",
     ),
