@@ -5,6 +5,8 @@ nor a folder that is named otherwise like data without a slice.
 from collections.abc import Sequence
 from pathlib import Path
 
+from polars.exceptions import PolarsError
+
 from ..run import layout
 from ..system.console import log, printable
 from ..system.errors import InputError
@@ -72,9 +74,10 @@ def refuse_vanished(
     Raises:
         InputError: all or nearly all of one source that are still listed are gone.
     """
-    if not index.is_file():
+    try:
+        known = read_frame(index, ["patient_id", "series_id", "source"]).unique()
+    except (FileNotFoundError, PolarsError):  # none, or damaged: it is about to be made again
         return
-    known = read_frame(index, ["patient_id", "series_id", "source"]).unique()
     listed = {task.name for task in planned}
     empty = {task.name for task, one in zip(tasks, found, strict=True) if not one.files}
     for source in ("train", "unlabelled"):

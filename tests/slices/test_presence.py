@@ -70,6 +70,14 @@ def test_nearly_all_gone_is_refused_and_a_part_is_not(tmp_path):
     assert convert(data, out, force=True)["patient_id"].unique().to_list() == ["112"]
 
 
+def test_a_damaged_index_is_made_again(tmp_path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    whole = convert(data, out)
+    path = out / layout.SLICES / layout.INDEX
+    path.write_bytes(path.read_bytes()[:-7])
+    assert convert(data, out).equals(whole)
+
+
 def test_series_that_the_table_no_longer_lists_are_removed_as_ever(tmp_path):
     data, out = make_data(tmp_path / "data", patients=12), tmp_path / "out"
     convert(data, out)
