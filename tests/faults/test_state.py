@@ -241,17 +241,19 @@ def same_command(one: int, other: int) -> bool:
 
 def test_a_killed_loader_is_one_line(out):
     """Processes that load training data are forked, so they bear the command line of their
-    parent.
+    parent, and for longer than one that is about to become another program.
     """
     process = start("04", out, "pretrain.workers=1", "pretrain.steps=100000")
-    deadline, loaders = time.monotonic() + PATIENCE_S, []
+
+    def forked() -> set[int]:
+        found = set(alive(process.pid)) - {process.pid}
+        return {pid for pid in found if same_command(pid, process.pid)}
+
+    deadline, loaders = time.monotonic() + PATIENCE_S, set()
     while not loaders and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-        loaders = [
-            pid
-            for pid in alive(process.pid)
-            if pid != process.pid and same_command(pid, process.pid)
-        ]
+        before = forked()
+        time.sleep(0.3)
+        loaders = before & forked()
     for loader in loaders:
         os.kill(loader, signal.SIGKILL)
     code, text = end(process)
