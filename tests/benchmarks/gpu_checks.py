@@ -37,7 +37,7 @@ from pipeline.learning.distributed import World
 from pipeline.learning.fast_layers import speed_up
 from pipeline.learning.log import read_log
 from pipeline.run import layout
-from pipeline.run.config import Config
+from pipeline.run.config import Config, TrainConfig
 from pipeline.submission.inference import Ensemble
 from pipeline.voco import pretrain as loop
 from pipeline.voco.data import VocoSamples
@@ -45,6 +45,11 @@ from pipeline.voco.step import State, start, train_step
 
 TERMS = ("loss", "intra", "inter", "reg")
 FLIPS = ("x", "y", "z")
+# its draws are not the same on two devices
+NO_DROPOUT = (
+    "pretrain.dropout=0",
+    *(f"train.{name}=0" for name in TrainConfig.model_fields if name.endswith("dropout")),
+)
 CLOCK = {"samples_per_s", "waiting", "seconds", "slices_per_s"}  # of a log: what time changes
 TENSORS = ("student", "teacher", "model", "averaged", "optimiser")  # of a checkpoint
 
@@ -148,7 +153,7 @@ def trace(
 
 def pretraining(plan: Plan) -> Iterator[Row]:
     """Losses, gradients and the averaged teacher: device against CPU."""
-    config = plan.checked("pretrain.dropout=0", "pretrain.amp=false", "pretrain.lr=1e-5")
+    config = plan.checked(*NO_DROPOUT, "pretrain.amp=false", "pretrain.lr=1e-5")
     steps = plan.pick(2, 3, 5)
     with exact():
         reference = trace(plan, config, CPU, steps)
@@ -183,7 +188,7 @@ def half_precision(plan: Plan, steps: int) -> Iterator[Row]:
         yield missing("mixed precision", "this device computes in float32 only")
         return
     name = str(dtype).removeprefix("torch.")
-    resnet = ("pretrain.dropout=0", f"model.backbone={plan.resnet}")
+    resnet = (*NO_DROPOUT, f"model.backbone={plan.resnet}")
     reference = trace(plan, plan.checked(*resnet, "pretrain.amp=false"), CPU, steps)
     found = trace(plan, plan.checked(*resnet), plan.device, steps)
     yield from agreement(name, found, reference, Bounds(0.1, 0.7, 0.8, 0.4, 0.5))
@@ -245,7 +250,8 @@ def averaging(run: State, device: torch.device) -> Row:
 def resuming(plan: Plan) -> Iterator[Row]:
     """A run stopped by SIGTERM and gone on with against an unbroken one, both on the device."""
     steps, world = 6, World(0, 1, plan.device)
-    config = plan.checked(f"pretrain.steps={steps}", "pretrain.eval_every=3")
+    often = ("pretrain.eval_every=3", "pretrain.log_every=1", "pretrain.augment=true")
+    config = plan.checked(f"pretrain.steps={steps}", *often)
 
     def pretrained(folder: Path) -> None:
         loop.pretrain(config, plan.volumes(config), folder, world)
@@ -368,7 +374,7 @@ def compiled(plan: Plan) -> Iterator[Row]:
     small = plan.pick((), ("model.backbone=test_efficientnet",), ())
     off, on = (
         plan.checked(
-            *("pretrain.amp=false", "train.amp=false", "train.dropout=0", *small),
+            *("pretrain.amp=false", "train.amp=false", *NO_DROPOUT, *small),
             *(f"{section}.compile={wanted}" for section in ("pretrain", "train")),
         )
         for wanted in ("false", "true")
@@ -404,7 +410,7 @@ def losses_of(trainer: FoldTrainer, steps: int) -> torch.Tensor:
 
 def fold(plan: Plan) -> Iterator[Row]:
     """Losses of a fold's steps, the model's file, and predictions: device against CPU."""
-    config = plan.checked("train.dropout=0", "train.amp=false")
+    config = plan.checked(*NO_DROPOUT, "train.amp=false")
     steps = plan.pick(2, 4, 4)
     with exact():
         reference = losses_of(trainer_on(plan, config, CPU), steps)
@@ -413,13 +419,13 @@ def fold(plan: Plan) -> Iterator[Row]:
             found = losses_of(trainer, steps)
         yield check(f"float32: losses of {steps} steps", worst(found, reference), 0.02)
         if optimise.amp_dtype(plan.device):
-            resnet = ("train.dropout=0", f"model.backbone={plan.resnet}")
+            resnet = (*NO_DROPOUT, f"model.backbone={plan.resnet}")
             single = trainer_on(plan, plan.checked(*resnet, "train.amp=false"), CPU)
             half = trainer_on(plan, plan.checked(*resnet), plan.device)
             value = worst(losses_of(half, steps), losses_of(single, steps))
             yield check(f"mixed: losses of {steps} steps", value, 0.2)
             yield recurrent_type(half)
-        yield from predictions(plan, trainer.model, plan.checked("train.dropout=0"))
+        yield from predictions(plan, trainer.model, plan.checked(*NO_DROPOUT))
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from pipeline.run.presets import load_config
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-SCRATCH = ("pretrain.init=scratch", "train.init=scratch", "pretrain.workers=0", "train.workers=0")
+SCRATCH = ("pretrain.init=scratch", "train.init=scratch")
+ALONE = ("pretrain.workers=0", "train.workers=0")
 # crops as large as the paper's, so that every layer meets its sizes; few of them, for the CPU
 CHECKED = (
     "model.backbone=efficientnet_b0",
@@ -114,14 +115,14 @@ class Plan:
     def checked(self, *overrides: str) -> Config:
         """The config of checks, small enough for a CPU."""
         if self.size == "tiny":
-            return load_config("smoke", (*SCRATCH, *TINY, *overrides))
-        return load_config("paper", (*SCRATCH, *CHECKED, *overrides))
+            return load_config("smoke", (*SCRATCH, *ALONE, *TINY, *overrides))
+        return load_config("paper", (*SCRATCH, *ALONE, *CHECKED, *overrides))
 
     def paper(self, *overrides: str) -> Config:
-        """The config of measurements."""
+        """The config of measurements; its processes that load data are the preset's."""
         if self.size == "tiny":
             chosen = [one for one in overrides if not one.startswith("model.backbone")]
-            return load_config("smoke", (*SCRATCH, *TINY, *chosen))
+            return load_config("smoke", (*SCRATCH, *ALONE, *TINY, *chosen))
         return load_config("paper", (*SCRATCH, *overrides))
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -153,11 +154,6 @@ class Plan:
             for k in range(16)
         ]
         return FoldData(0, series[:12], series[12:])
-
-
-def workers() -> int:
-    """Processes that load data: the paper preset's 8, or as many as there are cores."""
-    return min(8, len(os.sched_getaffinity(0)))
 
 
 @contextlib.contextmanager

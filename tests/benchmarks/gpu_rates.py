@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from common import Peak, alternate, medians, seconds_of, synchronise
 from gpu_checks import compiling, lacks_compiler
-from gpu_plan import Plan, Row, after, cudnn, missing, ratio, spread, stopping, workers
+from gpu_plan import Plan, Row, after, cudnn, missing, ratio, spread, stopping
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -133,15 +133,12 @@ def memory_of(plan: Plan, step: Callable[[], object], peak: Peak) -> float:
 
 def steps(plan: Plan) -> Iterator[Row]:
     """A step of the paper preset against the published one."""
-    own = plan.paper().model.backbone
-    backbones = plan.pick({own}, {own, "efficientnet_b0"}, {own, "efficientnet_b0"})
-    for backbone in sorted(backbones):
-        for amp in (True, False):
-            config = plan.paper(f"model.backbone={backbone}", f"pretrain.amp={str(amp).lower()}")
-            with cudnn(benchmark=True):
-                yield from pair(
-                    plan, config, f"{config.model.backbone}, {'mixed' if amp else 'float32'}"
-                )
+    own, small = plan.paper().model.backbone, "efficientnet_b0"
+    chosen = [(own, True), (own, False), (small, True), (small, False)]
+    for backbone, amp in dict.fromkeys(plan.pick(chosen[:2], chosen[:1] + chosen[2:], chosen)):
+        config = plan.paper(f"model.backbone={backbone}", f"pretrain.amp={str(amp).lower()}")
+        with cudnn(benchmark=True):
+            yield from pair(plan, config, f"{backbone}, {'mixed' if amp else 'float32'}")
 
 
 def pair(plan: Plan, config: Config, name: str) -> Iterator[Row]:
@@ -322,17 +319,14 @@ def compilation(plan: Plan) -> Iterator[Row]:
 
 def waiting(plan: Plan) -> Iterator[Row]:
     """The training loop itself on drawn volumes for some seconds: what of a step waits for data."""
-    count = plan.pick(0, workers(), workers())
-    config = plan.paper(
-        f"pretrain.workers={count}", "pretrain.log_every=1", "pretrain.steps=100000"
-    )
+    config = plan.paper("pretrain.log_every=1", "pretrain.steps=100000")
     seconds, folder = plan.pick(0.5, 8, 20), plan.folder / layout.VOCO
     with cudnn(benchmark=True), stopping(after(seconds + plan.pick(0, 8, 8))):
         pretrain(config, plan.volumes(config), folder, World(0, 1, plan.device))
     records = read_log(folder / layout.LOG)
     records = records[len(records) // 3 :]  # without the start of workers and the choice of kernels
     shares = sorted(record["waiting"] for record in records)
-    note = f"{len(records)} steps, {count} workers, worst {shares[-1]:.1%}"
+    note = f"{len(records)} steps, worst {shares[-1]:.1%}"
     yield Row("waiting for data", 100 * sum(shares) / len(shares), "% of a step", note=note)
     rate = statistics.median(record["samples_per_s"] for record in records)
     yield Row("the loop", rate, "samples/s")
@@ -340,7 +334,7 @@ def waiting(plan: Plan) -> Iterator[Row]:
 
 def folds(plan: Plan) -> Iterator[Row]:
     """Training of a fold against the backbone alone on as many slices."""
-    config = plan.paper(f"train.workers={plan.pick(0, workers(), workers())}", "train.epochs=2000")
+    config = plan.paper("train.epochs=2000")
     options, data = config.train, plan.fold_data(config)
     trainer = FoldTrainer(config, data, plan.folder, plan.device, None)
     batch = images(plan, options.batch * options.slices, options.image_size)
