@@ -3,7 +3,8 @@ tests/benchmarks/voco_2d_3d.py`.
 
 3D, the published setting of arXiv 2402.17300: MONAI's SwinUNETR encoder (feature size 48, with its
 convolution blocks), 16 base and 4 random crops resized to 64^3, activation checkpointing as
-published, student and teacher, each level pooled, projector 2048. 2D, the published setting of
+published, student and teacher, each level pooled, projector 2048; and the same with a 3D ResNet-50,
+without activation checkpointing. 2D, the published setting of
 arXiv 2601.14593 (preset `paper`): 9 base and 2 random crops of 32 slices of 64 x 64. Latency is the
 encoder over one whole volume: 16 tiles of 64^3 (3D), 48 slices of 192 x 192 (2D). On a CPU the 3D
 step is measured with 4 crops and 2 tiles and its times are scaled to 20 and 16; its memory is not
@@ -13,30 +14,31 @@ scaled. Needs monai (the extra `bench`).
 import argparse
 import copy
 import json
-import resource
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from statistics import median
 
 import torch
+from common import Peak, alternate
 from torch import nn
 from torch.nn import functional
 from voco_step import batch_of
 
-from pipeline.learning.backbone import create_backbone
+from pipeline.learning.backbone import create_backbone, placed
 from pipeline.learning.distributed import World
 from pipeline.learning.optimise import adamw, autocast, ema_update
 from pipeline.run.presets import load_config
-from pipeline.system.console import timed
 from pipeline.voco import step
 from pipeline.voco.losses import base_regularisation, position_loss, similarity
 
 CROPS, TILES = 20, 16  # of one volume: 16 base and 4 random crops, and the tiles of a whole volume
 
 
-class Encoder3D(nn.Module):
+class SwinEncoder(nn.Module):
     """(N, 1, 64, 64, 64) -> (N, 1152): all levels of the SwinUNETR encoder, pooled."""
+
+    width = 1152
 
     def __init__(self) -> None:
         from monai.networks.nets import SwinUNETR
@@ -62,9 +64,28 @@ class Encoder3D(nn.Module):
         )
 
 
-def step_3d(device: torch.device, base: int, random: int) -> Callable[[], object]:
+class ResNetEncoder(nn.Module):
+    """(N, 1, 64, 64, 64) -> (N, 2048): MONAI's 3D ResNet-50, pooled."""
+
+    width = 2048
+
+    def __init__(self) -> None:
+        from monai.networks.nets import resnet50
+
+        super().__init__()
+        self.net = resnet50(spatial_dims=3, n_input_channels=1, feed_forward=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+ENCODERS = {"3D SwinUNETR": SwinEncoder, "3D ResNet-50": ResNetEncoder}
+
+
+def step_3d(kind: str, device: torch.device, base: int, random: int) -> Callable[[], object]:
     """One step of the 3D method on one volume: intra-volume loss and regularisation."""
-    layers: list[nn.Module] = [Encoder3D(), nn.Linear(1152, 2048)]
+    encoder = ENCODERS[kind]()
+    layers: list[nn.Module] = [encoder, nn.Linear(encoder.width, 2048)]
     for _ in range(2):
         layers += [nn.BatchNorm1d(2048), nn.ReLU(inplace=True), nn.Linear(2048, 2048)]
     student = nn.Sequential(*layers).to(device)
@@ -100,15 +121,16 @@ def step_2d(device: torch.device) -> Callable[[], object]:
 
 def latency(kind: str, device: torch.device, tiles: int) -> Callable[[], object]:
     """The encoder over one whole volume (3D: `tiles` of it), without gradient."""
-    shape = (tiles, 1, 64, 64, 64) if kind == "3D" else (48, 1, 192, 192)
-    net = (Encoder3D() if kind == "3D" else create_backbone("efficientnet_b0")).to(device).eval()
-    net = net.to(memory_format=torch.channels_last) if kind == "2D" else net
+    flat = kind == "2D"
+    shape = (48, 1, 192, 192) if flat else (tiles, 1, 64, 64, 64)
+    net = placed(create_backbone("efficientnet_b0"), device) if flat else ENCODERS[kind]()
+    net = net.to(device).eval()
     x = torch.rand(shape, device=device)
 
     @torch.no_grad()
     def embed() -> torch.Tensor:
         with autocast(device, True):
-            return functional.adaptive_avg_pool2d(net(x), 1) if kind == "2D" else net(x)
+            return functional.adaptive_avg_pool2d(net(x), 1) if flat else net(x)
 
     return embed
 
@@ -117,31 +139,16 @@ def measure(
     kind: str, device: torch.device, rounds: int, crops: int, tiles: int
 ) -> dict[str, float]:
     """Seconds a volume of a step, peak memory in GiB after the steps, seconds of the latency."""
-    step, volumes = (
-        (step_3d(device, crops - crops // 4, crops // 4), crops / CROPS)
-        if kind == "3D"
-        else (step_2d(device), 2)
-    )
-
-    def clock(work: Callable[[], object]) -> float:
-        def finished() -> None:
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return statistics.median([timed(finished)[1] for _ in range(rounds + 1)][1:])
-
-    seconds = clock(step) / volumes
-    cuda = device.type == "cuda"
-    memory = (
-        torch.cuda.max_memory_allocated() / 2**30
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    )
+    peak, flat = Peak(device), kind == "2D"
+    step = step_2d(device) if flat else step_3d(kind, device, crops - crops // 4, crops // 4)
+    step_s = median(alternate({"": step}, device, rounds)[""])
+    memory = peak.gib()
+    del step
+    latency_s = median(alternate({"": latency(kind, device, tiles)}, device, rounds)[""])
     return {
-        "step": seconds,
+        "step": step_s / (2 if flat else crops / CROPS),
         "memory": memory,
-        "latency": clock(latency(kind, device, tiles)) * (TILES / tiles if kind == "3D" else 1),
+        "latency": latency_s * (1 if flat else TILES / tiles),
     }
 
 
@@ -160,7 +167,7 @@ def main() -> None:
         type=int,
         help=f"3D tiles of the latency, of {TILES} (default: all on a GPU, 2 on a CPU)",
     )
-    flags.add_argument("--only", choices=("2D", "3D"), help="internal: measure one method")
+    flags.add_argument("--only", choices=("2D", *ENCODERS), help="internal: measure one method")
     options = flags.parse_args()
     cuda = options.device == "cuda"
     crops, tiles = options.crops or (CROPS if cuda else 4), options.tiles or (TILES if cuda else 2)
@@ -180,7 +187,7 @@ def main() -> None:
         " |\n|---|---|---|---|"
     )
     found = {}
-    for kind in ("3D", "2D"):
+    for kind in (*ENCODERS, "2D"):
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--only", kind],
             stdout=subprocess.PIPE,
@@ -192,10 +199,12 @@ def main() -> None:
             f"| {kind} | {found[kind]['step']:.2f} | {found[kind]['memory']:.2f} |"
             f" {found[kind]['latency']:.2f} |"
         )
-    ratios = " | ".join(
-        f"{found['3D'][name] / found['2D'][name]:.1f} x" for name in ("step", "memory", "latency")
-    )
-    print(f"| 3D over 2D | {ratios} |")
+    for kind in ENCODERS:
+        ratios = " | ".join(
+            f"{found[kind][name] / found['2D'][name]:.1f} x"
+            for name in ("step", "memory", "latency")
+        )
+        print(f"| {kind} over 2D | {ratios} |")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,20 @@ tests/benchmarks/voco_step.py`.
 The published step, written plainly: the teacher's forward pass builds a graph and its projector is
 trained by gradient, student and teacher each pass over random and base crops separately, contiguous
 float32 (float16 autocast on a GPU), parameters averaged one by one. Times are medians of
-alternating steps in one process, peak memory is that of a process for each.
+alternating steps in one process, peak memory is that of a process for each. `pretrain.amp=false`
+compares both in float32.
 """
 
 import argparse
 import copy
 import json
-import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from common import Peak, alternate, medians
 from torch import nn
 
 from pipeline.learning.backbone import standardise
@@ -59,7 +59,8 @@ class PublishedStep:
         parameters = [*self.student.parameters(), *self.teacher[1].parameters()]
         self.optimiser = torch.optim.AdamW(parameters, lr=options.lr, amsgrad=True)
         self.options, self.device = options, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+        self.half = options.amp and device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
 
     def embed(self, net: nn.ModuleList, crops: torch.Tensor) -> torch.Tensor:
         """(B, P, S, h, w) float -> (B, P, E)."""
@@ -73,9 +74,7 @@ class PublishedStep:
             batch["overlap"].to(self.device),
         )
         R = self.options.random_crops
-        with torch.autocast(
-            self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"
-        ):
+        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.half):
             student = [
                 self.embed(self.student, part)
                 for part in (crops[:, :R].contiguous(), crops[:, R:].contiguous())
@@ -148,15 +147,8 @@ def time_steps(config: Config, device: torch.device, rounds: int) -> dict[str, f
     torch.manual_seed(0)
     batch = batch_of(config)
     steps = {kind: make(kind, config, device) for kind in ("published", "ours")}
-    found: dict[str, list[float]] = {kind: [] for kind in steps}
-    for _ in range(rounds + 2):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step(batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            found[kind].append(time.perf_counter() - start)
-    return {kind: statistics.median(times[2:]) for kind, times in found.items()}
+    works = {kind: partial(step, batch) for kind, step in steps.items()}
+    return medians(alternate(works, device, rounds, warm_up=2))
 
 
 def peak_memory(kind: str, config: Config, device: torch.device) -> float:
@@ -164,12 +156,11 @@ def peak_memory(kind: str, config: Config, device: torch.device) -> float:
     memory.
     """
     torch.manual_seed(0)
+    peak = Peak(device)
     step, batch = make(kind, config, device), batch_of(config)
     for _ in range(3):
         step(batch)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak.gib()
 
 
 def share_of_peak(config: Config, device: torch.device, seconds: float) -> str:
