@@ -209,6 +209,7 @@ def test_whole_run_has_every_section_filled(html):
     assert "300 slices of 26 series" in page.sections["conversion"]
     assert "RLE Lossless" in page.sections["conversion"]
     assert "7 of 9 test patients predicted" in page.sections["test"]
+    assert "standard deviation of 0.34 (bowel), 0.68 (liver)" in page.sections["test"]
     assert "not for clinical use" in page.sections["summary"]
 
 

@@ -88,6 +88,7 @@ def write_run(out: Path) -> pl.DataFrame:
         "prior": 2,
         "fallbacks": 3,
         "patients_per_hour": 1234.5,
+        "fold_spread": {"bowel": 0.341, "liver": 0.68},
     }
     write_manifest(out, layout.SUBMISSION, counts)
     (out / layout.SUBMISSION / "fallbacks.csv").write_text(
