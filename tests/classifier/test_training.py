@@ -133,9 +133,9 @@ def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
 
 @pytest.mark.slow
 def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
-    made, original = [], training.make_loader
+    made, original = [], training.series_batches
     monkeypatch.setattr(
-        training, "make_loader", lambda *given: made.append(given[0]) or original(*given)
+        training, "series_batches", lambda *given: made.append(given[0]) or original(*given)
     )
     # other tests' pools may be up
     run, before = (
