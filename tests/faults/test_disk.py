@@ -67,8 +67,11 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(smoke, tmp_
     try:
         out = small / "run"
         code, text = run("01", out, "--data", data)
-        refused(code, text, "the disk is full", str(out))
+        refused(code, text, "01_slices needs about", str(small))
+        assert not list(out.rglob("*.png"))
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        full = run("01", out, "--data", data, fault=f"refuse:{errno.ENOSPC}:{out}/01")
+        refused(*full, "the disk is full", str(out))
         assert run("01", out, "--data", data)[0] == 0
         assert not temporaries(out)
         made = products(smoke)

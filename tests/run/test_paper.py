@@ -13,7 +13,7 @@ PAPER = {
         "height": 256,
         "width": 256,
         "aspect": "stretch",
-        "margin_mm": 2.0,
+        "margin_mm": 4.0,
     },
     "folds": {"count": 5},
     "model": {"backbone": "efficientnetv2_rw_s", "weights": None},
