@@ -31,7 +31,8 @@ from .calibration import GROUP_SLICES, logarithm
 
 GREYS = 64
 DEPTH, SIDE = 8, 16  # of a thumbnail
-PENALTIES = 10.0 ** np.arange(-6, 1)  # scikit-learn's C: large is weakly penalised
+# prior variances of the log-odds of independent features; a coefficient's is scikit-learn's C
+VARIANCES = 10.0 ** np.arange(4)
 STEPS = 300
 INNER_FOLDS = 3
 
@@ -130,22 +131,26 @@ def regress(
     x: np.ndarray, y: np.ndarray, patients: np.ndarray, held_out: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
     """Probabilities (n, classes) of features `held_out` (n, F) by a regression of classes y (N,) on
-    x (N, F); each class of `weights` (classes,) weighs as much. The penalty is that of least
-    weighted log loss over inner folds of `patients` (N,).
+    x (N, F); each class of `weights` (classes,) weighs as much.
+
+    The penalty is chosen by weighted log loss over inner folds of `patients` (N,): the strongest
+    one that is no worse than the best by more than a standard error of the difference. Folds that
+    choose alike have outputs of one scale, which one calibration fits.
     """
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(x)
     x, held_out = scaler.transform(x), scaler.transform(held_out)
-    inner = inner_folds(patients, y)
-    losses = np.zeros(len(PENALTIES))
-    for fold in np.unique(inner):
+    variances = VARIANCES / x.shape[1]
+    inner, losses = inner_folds(patients, y), np.zeros((len(variances), len(y)))
+    for fold, (k, variance) in product(np.unique(inner), enumerate(variances)):
         away = inner == fold
-        for k, penalty in enumerate(PENALTIES):
-            probabilities = _regression(x[~away], y[~away], weights, penalty, x[away])
-            true = probabilities[np.arange(away.sum()), y[away]]
-            losses[k] -= weights[y[away]] @ logarithm(true)
-    return _regression(x, y, weights, PENALTIES[losses.argmin()], held_out)
+        probabilities = _regression(x[~away], y[~away], weights, variance, x[away])
+        true = probabilities[np.arange(away.sum()), y[away]]
+        losses[k, away] = -weights[y[away]] * logarithm(true)
+    worse = losses - losses[losses.mean(axis=1).argmin()]
+    near = worse.mean(axis=1) <= worse.std(axis=1) / np.sqrt(len(y))
+    return _regression(x, y, weights, variances[near.argmax()], held_out)
 
 
 def inner_folds(patients: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -157,12 +162,12 @@ def inner_folds(patients: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _regression(
-    x: np.ndarray, y: np.ndarray, weights: np.ndarray, penalty: float, held_out: np.ndarray
+    x: np.ndarray, y: np.ndarray, weights: np.ndarray, variance: float, held_out: np.ndarray
 ) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
 
     extra = np.arange(len(weights))
     x = np.concatenate([x, np.zeros((len(extra), x.shape[1]), x.dtype)])
     y, share = np.concatenate([y, extra]), np.concatenate([weights[y], 0.5 * weights])
-    model = LogisticRegression(C=penalty, max_iter=STEPS, tol=1e-3)
+    model = LogisticRegression(C=variance, max_iter=STEPS, tol=1e-3)
     return model.fit(x, y, sample_weight=share).predict_proba(held_out)

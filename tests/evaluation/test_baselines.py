@@ -61,11 +61,14 @@ def run(labels: np.ndarray, features: np.ndarray, folds: np.ndarray) -> np.ndarr
 
 
 def test_a_telling_feature_is_found_out_of_fold_and_noise_is_not():
-    labels, folds = one_hot(240, seed=5), np.arange(240) % 3
+    labels, folds = one_hot(240, seed=5), np.arange(240) % 2
     found = run(labels, features_of(labels, 3.0), folds)
     for where in group_slices().values():
         np.testing.assert_allclose(found[:, where].sum(axis=1), 1)
-    table = score_arrays(labels, found)
+    frame = label_frame(labels)
+    own = frame.select("patient_id", fold=pl.Series(folds))
+    nested = scoring.nested({"a": series_frame(frame, found)}, frame, own, CONFIG.score)["nested"]
+    table = score_arrays(labels, nested.select(COLUMNS).to_numpy())
     constant = np.repeat(
         labels.mean(0)[None] * np.concatenate([t.weights for t in TARGETS]), 240, 0
     )
@@ -101,39 +104,62 @@ def test_regression_equals_a_slow_descent():
     """
     labels = one_hot(50, seed=3)
     x, y = features_of(labels, 1.0)[:, :3], labels[:, LIVER].argmax(axis=1)
-    weights, penalty = np.array([1.0, 2.0, 4.0]), 0.1
+    weights, variance = np.array([1.0, 2.0, 4.0]), 0.1
     rows, truth = np.vstack([x, np.zeros((3, 3))]), np.append(y, [0, 1, 2])
     share = np.append(weights[y], 0.5 * weights)
     slopes, bias = np.zeros((3, 3)), np.zeros(3)
     for _ in range(20_000):
         raised = np.exp(rows @ slopes + bias)
         gap = share[:, None] * (raised / raised.sum(1, keepdims=True) - np.eye(3)[truth])
-        slopes -= 0.005 * (rows.T @ gap + slopes / penalty)
+        slopes -= 0.005 * (rows.T @ gap + slopes / variance)
         bias -= 0.005 * gap.sum(axis=0)
     raised = np.exp(x @ slopes + bias)
-    found = baselines._regression(x, y, weights, penalty, x)
+    found = baselines._regression(x, y, weights, variance, x)
     np.testing.assert_allclose(found, raised / raised.sum(1, keepdims=True), atol=2e-3)
 
 
-def test_penalty_is_the_one_of_least_loss_in_the_training_folds(monkeypatch):
-    """Whatever is asked of held-out patients, the penalty comes from the inner folds alone."""
-    labels = one_hot(90, seed=3)
+@pytest.mark.parametrize(
+    ("right", "chosen"),
+    [
+        ((0.5, 0.9, 0.9, 0.9), 1),  # the strongest of equals
+        ((0.5, 0.6, 0.9, 0.8), 2),
+        ((0.5, 0.6, 0.7, 0.99), 3),
+    ],
+)
+def test_penalty_is_chosen_in_the_training_folds(monkeypatch, right, chosen):
+    """By regressions that give the true class the probability `right`, strongest penalty first."""
+    labels, calls = one_hot(90, seed=3), []
     x, y = features_of(labels, 2.0), labels[:, LIVER].argmax(axis=1)
-    weights, calls = np.array([1.0, 2.0, 4.0]), []
+    class_of = dict(zip(((x - x.mean(0)) / x.std(0))[:, 1].round(9), y, strict=True))
 
-    def regression(x, y, weights, penalty, held_out):
-        calls.append((len(x), penalty, len(held_out)))
-        close = 0.9 if penalty == baselines.PENALTIES[2] else 0.2
-        known = {row.tobytes(): label for row, label in zip(scaled, labels_of, strict=True)}
-        guess = [known.get(row.tobytes(), 0) for row in held_out]
-        return close * np.eye(3)[guess] + (1 - close) / 3
+    def regression(x, y, weights, variance, held_out):
+        calls.append((len(x), variance, len(held_out)))
+        p = right[round(np.log10(variance * x.shape[1]))]
+        true = np.eye(3)[[class_of.get(value, 0) for value in held_out[:, 1].round(9)]]
+        return p * true + (1 - p) / 2 * (1 - true)
 
-    scaled, labels_of = (x - x.mean(0)) / x.std(0), y
     monkeypatch.setattr(baselines, "_regression", regression)
-    baselines.regress(x, y, np.arange(90), x[:7] + 100, weights)
-    assert calls[-1] == (90, baselines.PENALTIES[2], 7)
-    assert len(calls) == 1 + baselines.INNER_FOLDS * len(baselines.PENALTIES)
+    baselines.regress(x, y, np.arange(90), x[:7] + 100, np.array([1.0, 2.0, 4.0]))
+    assert calls[-1] == (90, baselines.VARIANCES[chosen] / 20, 7)
+    assert len(calls) == 1 + baselines.INNER_FOLDS * len(right)
     assert all(kept + held == 90 for kept, _, held in calls[:-1])
+
+
+def test_a_penalty_that_is_better_by_chance_is_not_taken(monkeypatch):
+    """A mean loss less by 0.01, of losses that differ by 0.7 from series to series."""
+    x, y = np.random.default_rng(0).normal(size=(400, 20)), np.arange(400) % 2
+    taken = []
+
+    def regression(x, y, weights, variance, held_out):
+        taken.append(variance)
+        loss = np.full(len(held_out), 0.8)
+        if variance > 0.1:
+            loss = loss - 0.01 + np.where(np.arange(len(held_out)) // 2 % 2, 1, -1) * 0.7
+        return np.repeat(np.exp(-loss)[:, None], 2, axis=1)
+
+    monkeypatch.setattr(baselines, "_regression", regression)
+    baselines.regress(x, y, np.arange(400), x[:7], np.ones(2))
+    assert taken[-1] == baselines.VARIANCES[0] / 20
 
 
 def test_inner_folds_keep_patients_whole_and_classes_even():
