@@ -1,4 +1,6 @@
-"""Cross-validation folds over patients, stratified by all five targets and the number of series."""
+"""Cross-validation folds over patients: stratified by all five targets and the number of series, or
+one a hospital.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from .competition.strict_table import KEY, ROW
 from .competition.targets import COLUMNS
 from .run import layout
 from .run.stage import Stage, stage_function
-from .system.console import say
+from .system.console import log, say
 from .system.errors import InputError
 from .system.files import atomic_path
 
@@ -81,6 +83,45 @@ def _splits(matrix: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
         yield folds
 
 
+def read_hospitals(data: Path, labels: pl.DataFrame) -> pl.DataFrame:
+    """`patient_id, hospital` of the labelled patients, from column `hospital` of a data folder's
+    train_series_meta.csv, which the competition's own lacks.
+
+    Raises:
+        InputError: no such column, an empty cell, a patient of two hospitals or without series.
+    """
+    path, patients = data / "train_series_meta.csv", "or set folds.by=patient"
+    table = strict_table.load_table(path, [KEY], ["hospital"])
+    if "hospital" not in table.frame.columns:
+        what = "column 'hospital' is missing, which folds.by=hospital needs"
+        raise InputError(what, f"{path} row 1", f"add it, {patients}")
+    cell = pl.col("hospital").str.strip_chars()
+    second = "{value} is not the hospital of the patient's series above"
+    table.refuse(
+        (cell.is_null() | (cell == ""), "hospital", "the cell is empty", f"fill it in, {patients}"),
+        (cell != cell.first().over(KEY), "hospital", second, f"give each patient one, {patients}"),
+    )
+    known = table.frame.select(KEY, cell).unique(KEY)
+    found = labels.select(KEY).join(known, on=KEY, how="left", maintain_order="left")
+    if (absent := found.filter(pl.col("hospital").is_null())).height:
+        what = f"patient {absent[KEY][0]!r} has no series and so no hospital"
+        raise InputError(what, str(path), f"list a series, {patients}")
+    return found
+
+
+def hospital_folds(hospitals: pl.DataFrame, count: int) -> pl.DataFrame:
+    """`patient_id, fold` with one fold a hospital, in the order of their names; InputError unless
+    there are `count` of them.
+    """
+    names = hospitals["hospital"].unique().sort().to_list()
+    if len(names) != count:
+        remedy = f"set folds.count={len(names)}" if len(names) > 1 else "set folds.by=patient"
+        raise InputError(f"{count} folds for {len(names)} hospitals", "folds.count", remedy)
+    log(", ".join(f"fold {fold}: hospital {name}" for fold, name in enumerate(names)))
+    fold = pl.col("hospital").replace_strict(names, range(count), return_dtype=pl.Int64)
+    return hospitals.select(KEY, fold=fold).sort(KEY)
+
+
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
     """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with
     `labels`) in none.
@@ -144,7 +185,11 @@ def make_folds(stage: Stage) -> None:
     if stage.current(inputs | stage.limit, ["folds", "seed"]):
         return
     labels, series = stage.labels(), stage.series()
-    table = stratified_folds(labels, series, stage.config.folds.count, stage.config.seed)
+    options = stage.config.folds
+    if options.by == "hospital":
+        table = hospital_folds(read_hospitals(data, labels), options.count)
+    else:
+        table = stratified_folds(labels, series, options.count, stage.config.seed)
     with atomic_path(stage.folder / layout.FOLD_TABLE) as path:
         table.write_csv(path)
     counts = class_counts(read_folds(stage.folder / layout.FOLD_TABLE, labels), labels, series)

@@ -116,6 +116,47 @@ def test_errors(tmp_path):
         folds.read_folds(path, labels)
 
 
+def write_hospitals(folder: Path, rows: list[tuple[str, str, str]], column="hospital") -> None:
+    """train_series_meta.csv of patients, series and hospitals."""
+    lines = [",".join(row) for row in [("patient_id", "series_id", column), *rows]]
+    (folder / "train_series_meta.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_one_fold_a_hospital(tmp_path):
+    labels = label_frame(one_hot(9))
+    name = dict(zip(labels["patient_id"], "CABBACCBA", strict=True))
+    ids = [*name, "10000", "10003", "99999"]  # two have two series, one has no label
+    write_hospitals(
+        tmp_path, [(patient, str(k), name.get(patient, "D")) for k, patient in enumerate(ids)]
+    )
+    found = folds.hospital_folds(folds.read_hospitals(tmp_path, labels), 3)
+    assert dict(found.iter_rows()) == {p: "ABC".index(hospital) for p, hospital in name.items()}
+    assert found["fold"].dtype == pl.Int64
+    with pytest.raises(InputError, match="5 folds for 3 hospitals, folds.count, set folds.count=3"):
+        folds.hospital_folds(folds.read_hospitals(tmp_path, labels), 5)
+    write_hospitals(tmp_path, [(patient, patient, "A") for patient in name])
+    with pytest.raises(InputError, match="5 folds for 1 hospitals, .*, set folds.by=patient"):
+        folds.hospital_folds(folds.read_hospitals(tmp_path, labels), 5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("10000", "1", "A"), ("10001", "2", " ")], "the cell is empty, .*csv row 3 column hosp"),
+        (
+            [("10000", "1", "A"), ("10001", "2", "B"), ("10000", "3", "B")],
+            "'B' is not the hospital of the patient's series above, .*csv row 4 column hospital,"
+            " give each patient one, or set folds.by=patient",
+        ),
+        ([("10000", "1", "A")], "patient '10001' has no series and so no hospital, .*csv, list"),
+    ],
+)
+def test_wrong_hospitals_are_refused(tmp_path, rows, message):
+    write_hospitals(tmp_path, rows)
+    with pytest.raises(InputError, match=message):
+        folds.read_hospitals(tmp_path, label_frame(one_hot(3)[:2]))
+
+
 def run_stage(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
@@ -153,6 +194,17 @@ def test_stage_03_writes_once_and_then_only_reads(tmp_path):
     assert path.stat().st_mtime_ns == stamp
     assert run_stage(tmp_path, "folds.count=2").returncode == 0
     assert set(folds.read_folds(path)["fold"]) == {0, 1}
+    real = run_stage(tmp_path, "folds.by=hospital")
+    assert real.returncode == 2
+    assert (
+        f"column 'hospital' is missing, which folds.by=hospital needs, {tmp_path}/"
+        "train_series_meta.csv row 1, add it, or set folds.by=patient" in real.stderr
+    )
+    ids = labels["patient_id"]
+    write_hospitals(tmp_path, [(p, str(k), "AB"[k >= 30]) for k, p in enumerate(ids)])
+    done = run_stage(tmp_path, "folds.by=hospital", "folds.count=2")
+    assert "fold 0: hospital A, fold 1: hospital B" in done.stderr
+    assert dict(folds.read_folds(path).iter_rows()) == {p: int(k >= 30) for k, p in enumerate(ids)}
 
 
 @pytest.mark.slow

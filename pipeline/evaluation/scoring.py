@@ -7,6 +7,7 @@ what many report, shown for comparison). The blend weights of `raw` and of `oof_
 the nested ones, so that table is out-of-fold in every respect.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,14 +196,37 @@ def _of(series: dict[str, pl.DataFrame], patients: pl.DataFrame) -> dict[str, pl
 
 
 def score_predictions(
-    series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config
+    series: dict[str, pl.DataFrame],
+    labels: pl.DataFrame,
+    folds: pl.DataFrame,
+    config: Config,
+    baselines: Mapping[str, pl.DataFrame] = {},  # noqa: B006 (read only)
 ) -> Outcome:
     """Everything that stage 06 reports, from aligned series tables, labels and `patient_id,
-    fold`.
+    fold`; each table of `baselines` is calibrated and scored as the models' blend is.
     """
     # the matrices are small: threads of the linear algebra would only wait for each other
     with threadpool_limits(1):
-        return _score(series, labels, folds, config)
+        outcome = _score(series, labels, folds, config)
+        _add_baselines(outcome, baselines, labels, folds, config)
+    return outcome
+
+
+def _add_baselines(
+    outcome: Outcome,
+    baselines: Mapping[str, pl.DataFrame],
+    labels: pl.DataFrame,
+    folds: pl.DataFrame,
+    config: Config,
+) -> None:
+    truth, scores = labels.select(COLUMNS).cast(pl.Float64).to_numpy(), outcome.scores
+    for name, table in baselines.items():
+        found = nested({name: table}, labels, folds, config.score)["nested"]
+        values = found.select(COLUMNS).to_numpy()
+        scores["floors"][name] = score_arrays(truth, values)
+        scores["intervals"][name] = score_intervals(
+            truth, values, config.score.bootstrap, config.seed
+        )
 
 
 def _score(
@@ -268,6 +292,9 @@ def summary(scores: dict[str, Any]) -> str:
         f"nested score {headline['value']:.4f}{span}: {abs(saved):.1f} %"
         f" {'below' if saved >= 0 else 'above'} weighted means"
     )
+    for name in [name for name in scores["floors"] if name in scores["intervals"]]:
+        ratio = 1 - scores["nested"]["score"] / scores["floors"][name]["score"]
+        line += f", {abs(100 * ratio):.1f} % {'below' if ratio >= 0 else 'above'} the {name}"
     return (
         f"{format_table(rows)}\n{line}; {count['patients']} patients, {count['series']} series,"
         f" {count['models']} model(s)"

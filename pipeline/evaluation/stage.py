@@ -7,7 +7,7 @@ from pathlib import Path
 from ..run import layout
 from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
-from ..system.console import say
+from ..system.console import log, say
 from ..system.errors import InputError
 from ..system.files import atomic_path, write_json
 
@@ -49,12 +49,14 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
         say(summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))))
         return
     from ..competition.targets import COLUMNS
-    from . import figures, scoring
+    from . import baselines, figures, scoring
 
     labels = stage.labels()
     if given:
         series = scoring.read_oof(given, labels)
         folds = scoring.nested_folds(series, labels, stage.config)
+        floors = {}
+        log("baselines are left out: tables given by --oof come without volumes")
     else:
         series, folds = scoring.read_trained(
             stage.upstream(layout.FOLDS),
@@ -62,7 +64,9 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
             stage.upstream(layout.VOLUMES),
             labels,
         )
-    outcome = scoring.score_predictions(series, labels, folds, stage.config)
+        own = next(iter(series.values()))
+        floors = baselines.predict(stage.upstream(layout.VOLUMES), own, labels, folds, stage.jobs)
+    outcome = scoring.score_predictions(series, labels, folds, stage.config, floors)
     with atomic_path(stage.folder / TABLES[0]) as path:
         outcome.series.write_csv(path)
     write_json(stage.folder / TABLES[1], outcome.scores)

@@ -51,6 +51,11 @@ def scores(run: Run) -> dict[str, Any]:
     return {
         **found,
         "columns": list(columns),
+        "baselines": {
+            name: found["intervals"][name]["score"]
+            for name in found["floors"]
+            if name in found["intervals"]
+        },
         "rows": rows,
         "names": METRICS,
         "curves": precise,

@@ -92,6 +92,14 @@ class FoldConfig(Section):
     """Stage 03."""
 
     count: int = Field(5, ge=2)
+    by: Literal["patient", "hospital"] = Field(
+        "patient",
+        description=(
+            "what is kept whole: hospital leaves one out a fold, by the column of"
+            " train_series_meta.csv"
+        ),
+        json_schema_extra=ADDED,
+    )
 
 
 class ModelConfig(Section):

@@ -435,6 +435,7 @@ def test_stage_06_blends_files_of_others(tmp_path):
         assert tuple(scores[name]) == SCORE_KEYS
         assert f"{scores[name]['score']:.4f}" in done.stdout
     assert set(scores["floors"]) == {"uniform", "class_means", "weighted_means"}
+    assert "baselines are left out" in done.stderr
     table = pl.read_csv(
         folder / "oof_predictions.csv",
         schema_overrides={"patient_id": pl.String, "series_id": pl.String},
@@ -509,9 +510,13 @@ def test_stage_06_scores_the_runs_own_folds(tmp_path):
     for name in (layout.VOLUMES, layout.FOLDS):
         finished(out / name)
     table = table.filter(pl.col("patient_id") != absent)
-    table.select("patient_id", "series_id", source=pl.lit("train")).write_parquet(
+    path = pl.format("{}.npy", "series_id")
+    table.select("patient_id", "series_id", path=path, source=pl.lit("train")).write_parquet(
         out / layout.VOLUMES / "index.parquet"
     )
+    for number, series_id in enumerate(table["series_id"]):
+        volume = np.full((8, 16, 16), number, np.uint8)
+        np.save(out / layout.VOLUMES / f"{series_id}.npy", volume)
     folds.write_csv(out / layout.FOLDS / "folds.csv")
     for fold, part in [
         *table.join(folds, on="patient_id").group_by("fold"),
@@ -526,6 +531,12 @@ def test_stage_06_scores_the_runs_own_folds(tmp_path):
     scores = json.loads((out / layout.SCORES / "scores.json").read_text())
     assert scores["counts"]["without_series"] == 1
     assert scores["nested"]["score"] < scores["raw"]["score"]
+    for name in ("histogram", "thumbnail"):  # grey tells nothing here
+        assert tuple(scores["floors"][name]) == SCORE_KEYS
+        assert scores["floors"][name]["score"] > scores["nested"]["score"]
+        interval = scores["intervals"][name]["score"]
+        assert interval["low"] < interval["value"] == scores["floors"][name]["score"]
+        assert f"\n{name}" in done.stdout
     folds.with_columns(fold=1 - pl.col("fold")).write_csv(out / layout.FOLDS / "folds.csv")
     with pytest.raises(InputError, match=r"was held out in fold \d, not \d as folds.csv says"):
         scoring.read_trained(

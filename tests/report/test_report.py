@@ -347,6 +347,27 @@ def test_headline_is_the_nested_score_with_its_interval(out, html):
     assert f"{100 * saved:.1f} % {word} the {floor:.4f}" in text
 
 
+def test_baselines_stand_beside_the_scores_with_their_intervals(out, html):
+    scores = json.loads((out / layout.SCORES / "scores.json").read_text())
+    text = " ".join(Page(html).sections["scores"].split())
+    for name in ("histogram", "thumbnail"):
+        found = scores["intervals"][name]["score"]
+        assert f"{name} {found['value']:.4f} ({found['low']:.4f} to {found['high']:.4f})" in text
+        for value in scores["floors"][name].values():
+            assert f"{value:.4f}" in text
+
+
+def test_scores_of_a_run_before_the_baselines_make_a_page(copy):
+    path = copy / layout.SCORES / "scores.json"
+    scores = json.loads(path.read_text())
+    for name in ("histogram", "thumbnail"):
+        del scores["floors"][name], scores["intervals"][name]
+    path.write_text(json.dumps(scores))
+    text = " ".join(Page(page_of(copy)).sections["scores"].split())
+    assert f"{scores['nested']['score']:.4f}" in text
+    assert "histogram" not in text
+
+
 def test_reduction_is_that_of_two_scores_and_its_resamples_are_paired():
     labels = one_hot(60)
     values = predicted(labels, 1.5)
@@ -369,10 +390,10 @@ def test_lowest_honest_value_of_each_row_is_marked(html):
         r"(<td[^\n]*?)</tr>",
         html,
     )
-    rows = [cells for _, cells in rows if cells.count("<td") == 8]
+    rows = [cells for _, cells in rows if cells.count("<td") == 10]
     assert len(rows) == 7
     for cells in rows:
-        values = re.findall(r'<td( class="best")?[^>]*>([\d.]+)', cells)[:5]
+        values = re.findall(r'<td( class="best")?[^>]*>([\d.]+)', cells)[:7]
         assert [bool(mark) for mark, _ in values].count(True) == 1
         assert min(float(value) for _, value in values) == next(
             float(value) for mark, value in values if mark

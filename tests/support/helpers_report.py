@@ -72,7 +72,11 @@ def write_run(out: Path) -> pl.DataFrame:
     write_volumes(out, labels, series)
     write_training(out, config)
     folds = stratified_folds(labels, series, 2, 0)
-    outcome = score_predictions({"folds": series}, labels, folds, config)
+    plain = {
+        name: series_frame(labels, predicted(truth, signal, seed=8))
+        for name, signal in (("histogram", 0.2), ("thumbnail", 0.4))
+    }
+    outcome = score_predictions({"folds": series}, labels, folds, config, plain)
     write_manifest(
         out,
         layout.SCORES,

@@ -105,7 +105,8 @@ def test_scores_hold_every_table(smoke):
     scores = json.loads((smoke / layout.SCORES / "scores.json").read_text())
     for table in (scores["raw"], scores["nested"], scores["in_sample"], *scores["floors"].values()):
         assert set(SCORE_KEYS) <= set(table)
-    assert set(scores["floors"]) == {"uniform", "class_means", "weighted_means"}
+    constants = {"uniform", "class_means", "weighted_means"}
+    assert set(scores["floors"]) == constants | {"histogram", "thumbnail"}
     assert "weighted means" in (smoke.parent / "stdout.txt").read_text()
 
 
