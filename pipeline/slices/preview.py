@@ -29,27 +29,29 @@ class Sizes(NamedTuple):
     largest: int
 
 
-def _sample(number: int) -> list[int]:
-    """Places of a few evenly chosen ones of `number`, the middles of equal parts."""
+def _sample(number: int, phase: float) -> list[int]:
+    """Places of a few evenly chosen ones of `number`, at `phase` (0 to 1) of equal parts."""
     count = min(number, FILES)
-    return [int((k + 0.5) * number / count) for k in range(count)]
+    return [int((k + phase) * number / count) for k in range(count)]
 
 
-def _measure(task: SeriesTask, data: Path, config: ConvertConfig) -> tuple[float, float, int]:
+def _measure(
+    task: SeriesTask, phase: float, data: Path, config: ConvertConfig
+) -> tuple[float, float, int]:
     """Mean bytes of a slice as PNG and in memory, and how many slices there are; 0 of none."""
     listing = list_files(task.path, data)
     reader = reader_of(listing.files[0])
     if reader and reader.volume:
         kept = partial(pictures, listing, config)
     else:
-        files = [listing.files[k] for k in _sample(len(listing.files))]
+        files = [listing.files[k] for k in _sample(len(listing.files), phase)]
         kept = partial(pictures, listing._replace(files=files), config)
     made = [one.image for _, one in kept() if not isinstance(one, Failure)]
     images = [image for image in made if image is not None]
     if not images:
         return 0.0, 0.0, 0
     count = len(images) if reader and reader.volume else len(listing.files)
-    chosen = [images[k] for k in _sample(len(images))]
+    chosen = [images[k] for k in _sample(len(images), phase)]
     png = np.mean([-(-len(encode_png(image)) // BLOCK) * BLOCK for image in chosen])
     return float(png) + ROW_BYTES, float(np.mean([image.size for image in chosen])), count
 
@@ -64,8 +66,10 @@ def sizes(series: Sequence[tuple[SeriesTask, Found]], data: Path, config: Conver
     for volume in (False, True):
         part = [pair for pair in there if _is_volume(pair[0]) == volume]
         count = VOLUMES if volume else SERIES
-        places = {int((k + 0.5) * len(part) / count) for k in range(count if part else 0)}
-        measured = [_measure(part[k][0], data, hasty) for k in sorted(places)]
+        # another phase a series: all heights of the body are met
+        phases = [(k + 0.5) / count for k in range(count if part else 0)]
+        places = {int(phase * len(part)): phase for phase in phases}
+        measured = [_measure(part[k][0], places[k], data, hasty) for k in sorted(places)]
         seen = [one for one in measured if one[2]]
         if not seen:
             continue
