@@ -388,7 +388,7 @@ class FoldTrainer:
 
 
 def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
-    copy = build_model(config).to(next(model.parameters()).device)
+    copy = placed(build_model(config), next(model.parameters()).device)
     copy.load_state_dict(model.state_dict())
     return copy.requires_grad_(False)
 

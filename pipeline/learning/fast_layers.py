@@ -61,13 +61,16 @@ class _NormAct(BatchNormAct2d):
     backward pass.
     """
 
+    # by its name: `get_buffer` breaks the graph of `torch.compile` before torch 2.5
+    num_batches_tracked: torch.Tensor
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (
             not (self.training and self.track_running_stats and torch.is_grad_enabled())
             or self.momentum is None
         ):
             return super().forward(x)
-        self.get_buffer("num_batches_tracked").add_(1)
+        self.num_batches_tracked.add_(1)
         options = (
             self.running_mean,
             self.running_var,

@@ -427,3 +427,14 @@ def test_the_publications_recipe_trains_and_resumes(data, tmp_path):
     second.run()
     assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
     assert second.predict_held_out().equals(whole.predict_held_out())
+
+
+def test_averaged_weights_lie_in_memory_as_those_they_average(data, tmp_path):
+    """Channels last, else each prediction turns every map twice."""
+    run = trainer(data, tmp_path / "fold", "train.ema=0.9", "model.backbone=test_resnet")
+    assert run.averaged is not None
+    turned = 0
+    for name, tensor in run.model.state_dict().items():
+        assert run.averaged.state_dict()[name].stride() == tensor.stride(), name
+        turned += not tensor.is_contiguous()
+    assert turned
