@@ -22,11 +22,11 @@ from ..learning.interrupt import StopSignal
 from ..learning.loaders import loading
 from ..learning.log import open_log
 from ..learning.optimise import (
+    Average,
     NonFiniteLoss,
     Update,
     adamw,
     autocast,
-    ema_update,
     grad_scaler,
     warmup_cosine,
 )
@@ -74,6 +74,7 @@ class FoldTrainer:
         self.model.start_at_prior(labels)
         placed(self.model, device)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
+        self.average = Average(self.averaged, self.model) if self.averaged else None
         self.loss = InjuryLoss(self.options, labels).to(device)
         groups = parameter_groups(self.model, self.options)
         self.update = Update(
@@ -264,8 +265,8 @@ class FoldTrainer:
         values = {name: float(value) for name, value in sums.items()}
         ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
         self.update.apply(step, values, ids)
-        if self.averaged is not None:
-            ema_update(self.averaged, self.model, min(self.options.ema, (1 + step) / (10 + step)))
+        if self.average is not None:
+            self.average.update(min(self.options.ema, (1 + step) / (10 + step)))
         return values
 
     def validate(self) -> dict[str, float]:

@@ -42,16 +42,28 @@ def momentum_at(step: int, total: int, start: float, final: float | None) -> flo
     )
 
 
-@torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers alike;
-    integer buffers are copied.
+class Average:
+    """A teacher that follows its student. Their tensors are listed once, so they must stay the same
+    ones: loading a state, which copies into them, is no change.
     """
-    own, new = teacher.state_dict(), student.state_dict()
-    names = [name for name, tensor in own.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([own[name] for name in names], [new[name] for name in names], 1 - momentum)
-    for name in own.keys() - set(names):
-        own[name].copy_(new[name])
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        own, new = teacher.state_dict(), student.state_dict()
+        floating = [name for name, tensor in own.items() if tensor.is_floating_point()]
+        whole = [name for name in own if name not in set(floating)]
+        self._floating, self._whole = (
+            ([own[name] for name in names], [new[name] for name in names])
+            for names in (floating, whole)
+        )
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers alike;
+        integer buffers are copied.
+        """
+        torch._foreach_lerp_(*self._floating, 1 - momentum)
+        if self._whole[0]:
+            torch._foreach_copy_(*self._whole)
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:

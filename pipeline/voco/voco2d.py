@@ -37,6 +37,7 @@ class Voco2D(Method):
         student = self.prepared(student)
         self.teacher: VocoNet = sync_batch_norm(make_teacher(student), world)
         self.student = sync_batch_norm(student, world).train()
+        self.average = optimise.Average(self.teacher, self.student)
         self.recompute_activations(self.student.backbone)
         if options.compile:
             self.student.backbone.compile()
@@ -97,7 +98,7 @@ class Voco2D(Method):
         momentum = optimise.momentum_at(
             step, options.steps, options.ema_momentum, options.ema_final
         )
-        optimise.ema_update(self.teacher, self.student, momentum)
+        self.average.update(momentum)
         return {"momentum": momentum}
 
     def evaluate(self, samples: VocoSamples) -> float:

@@ -241,8 +241,9 @@ def averaging(run: State, device: torch.device) -> Row:
         teacher, student = (
             copy.deepcopy(run.method.networks[name]).to(place) for name in ("teacher", "student")
         )
+        average = optimise.Average(teacher, student)
         for momentum in (0.9, 0.99, 0.999):
-            optimise.ema_update(teacher, student, momentum)
+            average.update(momentum)
         results.append(flat(teacher.state_dict().values()))
     return check("float32: average of the same weights", relative(results[1], results[0]), 1e-6)
 

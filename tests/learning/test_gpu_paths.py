@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
+from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone
 from pipeline.learning.distributed import PeerLost, World
 from pipeline.system import machine
@@ -69,3 +71,22 @@ def test_only_what_the_process_group_raises_is_a_lost_process(monkeypatch, fault
     with pytest.raises(RuntimeError if kind is not PeerLost else PeerLost) as told:
         World(0, 2, torch.device("cpu")).barrier()
     assert type(told.value) is kind
+
+
+def test_the_average_follows_through_a_loaded_state():
+    """The tensors are listed once: what a checkpoint brings must reach the very same ones."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    teacher, other = copy.deepcopy(student), copy.deepcopy(student)
+    average = optimise.Average(teacher, student)
+    other(torch.randn(5, 3))
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student.load_state_dict(other.state_dict())
+    average.update(0.75)
+    for name, tensor in teacher.state_dict().items():
+        new = other.state_dict()[name]
+        expected = 0.75 * before[name] + 0.25 * new if tensor.is_floating_point() else new
+        torch.testing.assert_close(tensor, expected, msg=name)
+    assert teacher[1].num_batches_tracked == 1
