@@ -9,7 +9,10 @@ from ..run.config import TrainConfig
 
 
 class Recurrent(nn.Module):
-    """Bidirectional LSTM or GRU over z: (B, S, E) -> (B, S, 2 * hidden)."""
+    """Bidirectional LSTM or GRU over z: (B, S, E) -> (B, S, 2 * hidden), in float32 whatever the
+    rest computes in: cuDNN's cells know float16 alone beside it, which overflows where bfloat16
+    does not and nothing would scale the loss.
+    """
 
     def __init__(self, kind: str, width: int, config: TrainConfig) -> None:
         super().__init__()
@@ -27,7 +30,8 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """States of both directions at each slice."""
-        return self.cell(x)[0]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.cell(x.float())[0]
 
 
 class Transformer(nn.Module):

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from pipeline.classifier.sequence import sequence_model
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone
 from pipeline.learning.distributed import PeerLost, World
+from pipeline.run.config import TrainConfig
 from pipeline.system import machine
 
 BACKBONE = "test_efficientnet"
@@ -90,3 +92,21 @@ def test_the_average_follows_through_a_loaded_state():
         expected = 0.75 * before[name] + 0.25 * new if tensor.is_floating_point() else new
         torch.testing.assert_close(tensor, expected, msg=name)
     assert teacher[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recurrent_cells_compute_in_float32_under_autocast(kind, dtype):
+    """To the last bit, forward and backward, of features that half precision brings."""
+    torch.manual_seed(0)
+    cells = sequence_model(6, TrainConfig(sequence=kind, hidden=4, layers=2, dropout=0))
+    x = (100 * torch.randn(2, 5, 6)).to(dtype)
+    expected = cells.cell(x.float())[0]
+    wanted = torch.autograd.grad(expected.square().sum(), list(cells.parameters()))
+    with torch.autocast("cpu", dtype=dtype):
+        found = cells(x)
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == dtype, "autocast is on"
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    got = torch.autograd.grad(found.square().sum(), list(cells.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
