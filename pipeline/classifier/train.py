@@ -23,11 +23,13 @@ from ..learning.loaders import loading
 from ..learning.log import open_log
 from ..learning.optimise import (
     Average,
+    Figures,
     NonFiniteLoss,
     Update,
     adamw,
     autocast,
     grad_scaler,
+    reads_late,
     warmup_cosine,
 )
 from ..run import layout
@@ -94,6 +96,7 @@ class FoldTrainer:
         self.epoch = 0
         # of the epoch under way, so that a stopped run goes on within it
         self.tally: dict[str, Any] = {}
+        self.unread: Figures | None = None  # of the last step, where they are read late
         self.stop = StopSignal(world_size() > 1)
 
     @property
@@ -165,22 +168,30 @@ class FoldTrainer:
                 "slices": 0,
                 "terms": {},
             }
-        tally, terms = self.tally, self.tally["terms"]
+        tally = self.tally
         batches, steps = self.batches(), range(tally["steps"], self.steps_per_epoch)
         for step in progress(
             steps, len(steps), f"fold {self.data.fold} epoch {self.epoch + 1}", "step"
         ):
             asked = time.perf_counter()
             micro = next(batches)
-            tally["waiting"] += time.perf_counter() - asked
-            for name, value in self.step(self.epoch * self.steps_per_epoch + step, micro).items():
-                terms[name] = terms.get(name, 0.0) + value / self.steps_per_epoch
+            if self.unread is None or self.unread.here():  # else the device does not wait for data
+                tally["waiting"] += time.perf_counter() - asked
+            figures = self.step(self.epoch * self.steps_per_epoch + step, micro)
+            self._read()
+            self.unread = figures
+            if not reads_late(self.device):
+                self._read()
             tally["slices"] += sum(
                 batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro
             )
             tally["seconds"] += time.perf_counter() - asked
             tally["steps"] += 1
             self._leave_if_asked()
+        asked = time.perf_counter()
+        self._read()
+        tally["seconds"] += time.perf_counter() - asked
+        terms = tally["terms"]
         rate = self.learning_rate((self.epoch + 1) * self.steps_per_epoch - 1)
         return {
             "epoch": self.epoch + 1,
@@ -192,8 +203,18 @@ class FoldTrainer:
             "waiting": tally["waiting"] / tally["seconds"],
         }
 
+    def _read(self) -> None:
+        """Add the figures of the last step to the epoch's, unless that is done; waits for it."""
+        if self.unread is None:
+            return
+        terms = self.tally["terms"]
+        for name, value in self.unread.read().items():
+            terms[name] = terms.get(name, 0.0) + value / self.steps_per_epoch
+        self.unread = None
+
     def _leave_if_asked(self) -> None:
         if self.stop.signum:
+            self._read()
             self.save_state()
             log(
                 f"fold {self.data.fold}: stopped in epoch {self.epoch + 1} after step"
@@ -246,15 +267,20 @@ class FoldTrainer:
         share = warmup_cosine(step, int(options.warmup * total), total)
         return options.lr_final + (options.lr - options.lr_final) * share
 
-    def step(self, step: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimiser step over the micro-batches of one large batch; returns the loss terms."""
+    def step(self, step: int, micro: list[dict[str, Tensor]]) -> Figures:
+        """One optimiser step over the micro-batches of one large batch; returns the loss terms,
+        for which nothing has waited.
+        """
         seed_everything(self.config.seed, self.data.fold, step)
         self.update.set_rate(self.learning_rate(step))
         full = sum(len(batch["labels"]) for batch in micro)
+        ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
         sums: dict[str, Tensor] = {}
         for batch in micro:
             batch = {
-                name: value.to(self.device, non_blocking=True) for name, value in batch.items()
+                name: value.to(self.device, non_blocking=True)
+                for name, value in batch.items()
+                if name != "item"
             }
             with autocast(self.device, self.options.amp):
                 outputs = self.forward(standardise(batch["slices"]))
@@ -262,12 +288,10 @@ class FoldTrainer:
             self.update.backward(sum(terms.values()))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        values = {name: float(value) for name, value in sums.items()}
-        ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
-        self.update.apply(step, values, ids)
+        figures = self.update.apply(step, list(sums), torch.stack(list(sums.values())), ids)
         if self.average is not None:
             self.average.update(min(self.options.ema, (1 + step) / (10 + step)))
-        return values
+        return figures
 
     def validate(self) -> dict[str, float]:
         """Official score of the held-out patients after this epoch."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,14 +100,14 @@ def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
         scaler.load_state_dict(dict(state))
 
 
-def check_scale(scaler: torch.amp.GradScaler, step: int, ids: Iterable[str]) -> None:
+def check_scale(step: int, scale: float, ids: Iterable[str]) -> None:
     """NonFiniteLoss where float16 gradients stay non-finite however small the loss is scaled: then
     no step is taken any more.
     """
-    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+    if scale < LEAST_SCALE:
         what = (
-            f"non-finite gradients at step {step} though the loss is scaled by"
-            f" {scaler.get_scale():.3g}; batch {', '.join(ids)}"
+            f"non-finite gradients at step {step} though the loss is scaled by {scale:.3g};"
+            f" batch {', '.join(ids)}"
         )
         raise NonFiniteLoss(f"{what}; the last checkpoint is kept")
 
@@ -118,7 +118,9 @@ def adamw(
     weight_decay: float,
     amsgrad: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW, fused. Given a module, vectors (norms and biases) are not decayed."""
+    """AdamW, fused: the step is one call, which `Update` can have left out on the device. Given a
+    module, vectors (norms and biases) are not decayed.
+    """
     if isinstance(groups, nn.Module):
         weights = [p for p in groups.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in groups.parameters() if p.requires_grad and p.ndim <= 1]
@@ -145,9 +147,59 @@ def check_finite(step: int, terms: Mapping[str, float], ids: Iterable[str]) -> N
         )
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether the figures of a step are read when the next one has been handed over: a GPU that
+    was waited for in between would have nothing to do meanwhile.
+    """
+    return device.type == "cuda"
+
+
+class Figures:
+    """Figures of a step that was taken, on their way from the device: nothing has waited for them.
+
+    `values` (n,) are those of `names` and any `more`, then the gradient's norm and the loss scale.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        names: Sequence[str],
+        values: torch.Tensor,
+        ids: Iterable[str],
+        scaled: bool,
+    ) -> None:
+        self.step, self.names, self.ids, self.scaled = step, names, list(ids), scaled
+        self.more: list[float] = []
+        self._values = values.to("cpu", non_blocking=True)  # of a GPU, into pinned memory
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def here(self) -> bool:
+        """Whether `read` would not wait: the device is done with the step."""
+        return self._event is None or self._event.query()
+
+    def read(self) -> dict[str, float]:
+        """The figures by name, once the device is done with the step.
+
+        Raises:
+            NonFiniteLoss: a figure or, without loss scaling, the gradient is not finite; the device
+            has left out the step and all later ones. With loss scaling: overflows that no scale
+            prevents.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        *values, norm, scale = self._values.tolist()
+        found, self.more = dict(zip(self.names, values, strict=False)), values[len(self.names) :]
+        # float16 overflows now and then: the scaler leaves such a step out and scales by less
+        check_finite(self.step, found if self.scaled else {**found, "gradient": norm}, self.ids)
+        check_scale(self.step, scale, self.ids)
+        return found
+
+
 class Update:
     """One optimiser step, the same in every loop: `set_rate`, `backward` once for each part of the
-    batch, `apply`.
+    batch, `apply`. None of them waits for the device.
     """
 
     def __init__(
@@ -159,6 +211,7 @@ class Update:
     ) -> None:
         self.parameters, self.clip = list(parameters), clip
         self.optimiser, self.scaler = optimiser, scaler
+        self._broken: torch.Tensor | None = None  # 1.0 from the first non-finite step on
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the coming step; a group may have a `factor` of its own."""
@@ -169,23 +222,34 @@ class Update:
         """Add the gradients of a loss to those that are there."""
         self.scaler.scale(loss).backward()
 
-    def apply(self, step: int, terms: Mapping[str, float], ids: Iterable[str]) -> None:
-        """Clip the gradients to the norm `clip`, take the step and forget them.
-
-        Raises:
-            NonFiniteLoss: a term or, without loss scaling, the gradient is not finite; no parameter
-            has changed then. With loss scaling: overflows that no scale prevents.
+    def apply(
+        self, step: int, names: Sequence[str], values: torch.Tensor, ids: Iterable[str]
+    ) -> Figures:
+        """Clip the gradients to the norm `clip`, take the step and forget them. `values` (n,) are
+        the figures `names` of the loss and any more; reading what is returned raises where one of
+        them or the gradient is not finite, and no parameter changes from then on.
         """
-        ids = list(ids)
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        # float16 overflows now and then: the scaler leaves such a step out and scales by less
-        checked = terms if self.scaler.is_enabled() else {**terms, "gradient": float(norm)}
-        check_finite(step, checked, ids)
+        scaled = self.scaler.is_enabled()
+        if not scaled:
+            self._leave_out_unless_finite(torch.cat([values, norm[None]]))
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        check_scale(self.scaler, step, ids)
         self.optimiser.zero_grad(set_to_none=True)
+        scale = self.scaler.scale(torch.ones_like(norm))
+        return Figures(step, names, torch.cat([values, torch.stack([norm, scale])]), ids, scaled)
+
+    def _leave_out_unless_finite(self, figures: torch.Tensor) -> None:
+        """Tell a fused optimiser to change nothing once a figure was not finite: its own way with
+        overflows of float16, which the device decides by itself. Another optimiser steps on, in
+        memory alone: the run ends before a checkpoint.
+        """
+        if not getattr(self.optimiser, "_step_supports_amp_scaling", False):
+            return
+        broken = (~figures.isfinite().all()).float()
+        self._broken = broken if self._broken is None else torch.maximum(self._broken, broken)
+        vars(self.optimiser)["found_inf"] = self._broken
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -193,6 +257,7 @@ class Update:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
+        self._broken = None
         self.optimiser.load_state_dict(state["optimiser"])
         load_scaler(self.scaler, state["scaler"])
 

@@ -3,18 +3,32 @@ stay those of the plain way.
 """
 
 import copy
+import math
+import os
+import signal
 
 import pytest
 import torch
+from gpu_checks import CLOCK, largest
+from gpu_plan import CPU, Plan, stopping
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.data import default_collate
 
+from pipeline.classifier import train as training
 from pipeline.classifier.sequence import sequence_model
+from pipeline.classifier.train import FoldTrainer
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone
+from pipeline.learning.checkpoint import load_checkpoint
 from pipeline.learning.distributed import PeerLost, World
+from pipeline.learning.log import read_log
+from pipeline.run import layout
 from pipeline.run.config import TrainConfig
 from pipeline.system import machine
+from pipeline.voco import pretrain as pretraining_loop
+from pipeline.voco import step as voco_step
+from pipeline.voco.data import VocoSamples, batches
 
 BACKBONE = "test_efficientnet"
 
@@ -110,3 +124,313 @@ def test_recurrent_cells_compute_in_float32_under_autocast(kind, dtype):
     assert torch.equal(found, expected)
     got = torch.autograd.grad(found.square().sum(), list(cells.parameters()))
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+WAITS = ("item", "__float__", "__int__", "__bool__", "tolist", "cpu", "numpy", "__index__")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The calls that would wait for a GPU from a backward pass until `watching` is cleared, by
+    name; and `watching`.
+    """
+    found, watching = [], []
+
+    def counted(name, original):
+        def call(*given, **options):
+            if watching:
+                found.append(name)
+            return original(*given, **options)
+
+        return call
+
+    for name in WAITS:
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    backward = optimise.Update.backward
+
+    def watched(update, loss):
+        backward(update, loss)
+        watching.append(True)
+
+    monkeypatch.setattr(optimise.Update, "backward", watched)
+    return found, watching
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Drawn volumes, as the GPU command has them."""
+    return Plan(CPU, "tiny", tmp_path_factory.mktemp("plan"))
+
+
+def pretraining(plan, *overrides):
+    config = plan.checked(*overrides)
+    names = [f"p{k}_0.npy" for k in range(16)]
+    samples = VocoSamples(plan.volumes(config), names, config.pretrain, config.seed)
+    return voco_step.start(config, World(0, 1, plan.device)), samples
+
+
+def fold(plan, folder, *overrides):
+    config = plan.checked(*overrides)
+    folder.mkdir(exist_ok=True)
+    trainer = FoldTrainer(config, plan.fold_data(config), folder, plan.device, None)
+    trainer.model.train()
+    return trainer, default_collate([trainer.dataset[0, k] for k in range(4)])
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_nothing_waits_for_the_device_from_backward_to_the_end_of_the_step(
+    plan, tmp_path, waits, scale
+):
+    """Whether losses are scaled or not; reading the figures is what waits."""
+    run, samples = pretraining(plan, "pretrain.ema_final=1.0")
+    trainer, batch = fold(plan, tmp_path, "train.ema=0.9")
+    for update in (run.update, trainer.update):
+        update.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scale)
+    found, watching = waits
+    taken = voco_step.train_step(run, samples[0])
+    watching.clear()
+    figures = trainer.step(0, [batch])
+    assert found == []
+    assert taken.read()[0]["step"] == 1
+    assert set(figures.read()) == set(trainer.loss.columns)
+    assert found == ["tolist", "tolist"], "otherwise nothing is counted"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_call_of_a_step_waits_for_a_gpu(tmp_path):
+    """PyTorch's own guard over whole steps, from the batch's copy to the average."""
+    plan = Plan(torch.device("cuda", 0), "tiny", tmp_path)
+    run, samples = pretraining(plan)
+    trainer, batch = fold(plan, tmp_path / "fold", "train.ema=0.9")
+    for step in range(2):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            taken, figures = voco_step.train_step(run, samples[step]), trainer.step(step, [batch])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert taken.read()[0]["step"] == 2
+    assert figures.read()
+
+
+def linear_update(scaled=False, **options):
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    optimiser = optimise.adamw(net, 0.1, 0.01, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
+    return net, optimise.Update(net.parameters(), optimiser, scaler, 1.0)
+
+
+def take(net, update, step, factor=1.0, term=1.0):
+    """A step whose gradient is multiplied by `factor`, and whose second figure is `term`."""
+    loss = net(torch.ones(4, 3)).square().mean()
+    update.backward(loss * factor)
+    values = torch.stack([loss.detach(), torch.tensor(term)])
+    return update.apply(step, ("loss", "other"), values, [f"batch {step}"])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("broken", [{"factor": math.nan}, {"factor": math.inf}, {"term": math.nan}])
+def test_from_a_non_finite_step_on_no_parameter_changes_until_it_is_read(amsgrad, broken):
+    net, update = linear_update(amsgrad=amsgrad)
+    plain, other = linear_update(amsgrad=amsgrad)
+    for step in range(2):
+        take(net, update, step).read()
+        take(plain, other, step).read()
+    figures = take(net, update, 2, **broken)
+    later = take(net, update, 3)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+    for one, two in zip(
+        update.optimiser.state.values(), other.optimiser.state.values(), strict=True
+    ):
+        assert all(torch.equal(one[name], two[name]) for name in two)
+    assert later.read()["other"] == 1, "its own figures are fine"
+    with pytest.raises(optimise.NonFiniteLoss, match="step 2: loss .*; batch batch 2; the last"):
+        figures.read()
+
+
+def test_an_overflow_of_float16_leaves_out_its_step_alone():
+    net, update = linear_update(scaled=True)
+    before = net.weight.clone()
+    figures = take(net, update, 0, factor=math.inf)
+    assert torch.equal(net.weight, before)
+    take(net, update, 1).read()
+    assert not torch.equal(net.weight, before)
+    assert figures.read()["other"] == 1
+    assert update.scaler.get_scale() == 32
+
+
+def test_an_optimiser_without_that_way_is_still_told_of():
+    net, update = linear_update()
+    update.optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(optimise.NonFiniteLoss, match="gradient nan"):
+        take(net, update, 0, factor=math.nan).read()
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Figures are read one step late, as on a GPU."""
+    for module in (optimise, training):
+        monkeypatch.setattr(module, "reads_late", lambda device: True)
+
+
+def without_clock(folder):
+    return [
+        {name: value for name, value in record.items() if name not in CLOCK}
+        for record in read_log(folder / layout.LOG)
+    ]
+
+
+def pretrain(plan, folder, *overrides):
+    config = plan.checked("pretrain.steps=7", "pretrain.eval_every=3", *overrides)
+    folder.mkdir(exist_ok=True)
+    pretraining_loop.pretrain(config, plan.volumes(config), folder, World(0, 1, CPU))
+    return folder
+
+
+def same_checkpoints(one, other):
+    first, second = (load_checkpoint(folder / layout.LAST) for folder in (one, other))
+    return first.keys() == second.keys() and largest(first, second) == 0
+
+
+def test_pretraining_that_reads_late_logs_and_keeps_the_same(plan, tmp_path, monkeypatch):
+    """Also when it was stopped by a signal in between, and where not every step is logged."""
+    for name, options in (("all", ()), ("some", ("pretrain.log_every=2",))):
+        at_once = pretrain(plan, tmp_path / f"{name}_at_once", *options)
+        with monkeypatch.context() as patch:
+            patch.setattr(optimise, "reads_late", lambda device: True)
+            read_late = pretrain(plan, tmp_path / f"{name}_late", *options)
+            with stopping(lambda record: record["step"] == 4):
+                pretrain(plan, tmp_path / f"{name}_stopped", *options)
+            assert load_checkpoint(tmp_path / f"{name}_stopped" / layout.LAST)["step"] in (5, 6)
+            parts = pretrain(plan, tmp_path / f"{name}_stopped", *options)
+        assert [record["step"] for record in without_clock(at_once)][-1] == 7
+        for folder in (read_late, parts):
+            assert same_checkpoints(folder, at_once)
+        assert without_clock(read_late) == without_clock(at_once)
+        if name == "all":  # elsewhere the stop's own step is logged too
+            assert without_clock(parts) == without_clock(at_once)
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_loss_that_is_not_finite_ends_a_run_that_reads_late(
+    plan, tmp_path, monkeypatch, late, every
+):
+    """Step 4 is broken, step 5 under way when it is found out: the checkpoint is from before it."""
+    step = voco_step.train_step
+
+    def broken(run, batch, stopping=False):
+        if run.step == 3:
+            with torch.no_grad():
+                run.method.student.projector[-1].weight.mul_(math.nan)
+        return step(run, batch, stopping)
+
+    monkeypatch.setattr(pretraining_loop, "train_step", broken)
+    with pytest.raises(optimise.NonFiniteLoss, match=r"step 4: .*nan.*; batch p\d+_0.npy"):
+        pretrain(plan, tmp_path, f"pretrain.checkpoint_every={every}", "pretrain.eval_every=100")
+    state = load_checkpoint(tmp_path / layout.LAST)
+    assert (state and state["step"]) == {1: 3, 2: 2, 100: None}[every]
+    assert [record["step"] for record in read_log(tmp_path / layout.LOG)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_fold_that_reads_late_trains_the_same(plan, tmp_path, monkeypatch):
+    """Also when it was stopped within its first epoch."""
+    overrides = ("train.batch=2", "train.accumulate=2", "train.ema=0.9")
+    whole, _ = fold(plan, tmp_path / "whole", *overrides)
+    whole.run()
+    monkeypatch.setattr(training, "reads_late", lambda device: True)
+    at_a_time, _ = fold(plan, tmp_path / "late", *overrides)
+    at_a_time.run()
+    cut, _ = fold(plan, tmp_path / "cut", *overrides)
+    step = cut.step
+
+    def signalled(number, micro):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(number, micro)
+
+    monkeypatch.setattr(cut, "step", signalled)
+    with pytest.raises(SystemExit):
+        cut.run()
+    rest, _ = fold(plan, tmp_path / "cut", *overrides)
+    rest.run()
+    for other in (at_a_time, rest):
+        assert [row["terms"] for row in other.history] == [row["terms"] for row in whole.history]
+        assert all(
+            torch.equal(tensor, other.final_model.state_dict()[name])
+            for name, tensor in whole.final_model.state_dict().items()
+        )
+
+
+def test_a_fold_that_reads_late_stops_with_the_broken_step(plan, tmp_path, late):
+    run, _ = fold(plan, tmp_path, "train.batch=2")
+    liver, seen = run.model.heads["liver"].bias, []
+
+    def spoil(gradient):
+        seen.append(gradient)
+        return gradient * (math.nan if len(seen) == 2 else 1)
+
+    liver.register_hook(spoil)
+    with pytest.raises(optimise.NonFiniteLoss, match=r"step 1: .*gradient nan; batch \d+, \d+;"):
+        run.run()
+    assert len(seen) == 3, "the step after it was under way"
+    assert liver.isfinite().all()
+
+
+class Machine:
+    """A clock of its own: a host that hands a step over in 0.01 s, a device at work 0.2 s a step,
+    and batches that take `pause` to come.
+    """
+
+    def __init__(self, pause):
+        self.pause, self.now, self.busy_until = pause, 0.0, 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    monotonic = perf_counter
+
+    def batches(self, *given):
+        for batch in batches(*given):
+            self.now += self.pause
+            yield batch
+
+    def figures(self, *given):
+        self.now += 0.01
+        self.busy_until = max(self.busy_until, self.now) + 0.2
+        found = optimise.Figures(*given)
+        found.here = lambda done=self.busy_until: self.now >= done
+        found.read = lambda done=self.busy_until, read=found.read: self.until(done) or read()
+        return found
+
+    def until(self, done):
+        self.now = max(self.now, done)
+
+
+@pytest.mark.parametrize(
+    ("pause", "seconds", "waiting"),
+    [(0.0, 0.2, 0.0), (0.15, 0.2, 0.0), (0.39, 0.4, 0.39 / 0.4)],
+)
+def test_a_device_waits_for_data_only_when_it_is_done(
+    plan, tmp_path, monkeypatch, late, pause, seconds, waiting
+):
+    """Steps follow each other as the slower of both allows; what comes while the device is still
+    at work was not waited for.
+    """
+    machine, apply = Machine(pause), optimise.Update.apply
+
+    def handed_over(update, *given):
+        with monkeypatch.context() as patch:
+            patch.setattr(optimise, "Figures", lambda *own: own)
+            own = apply(update, *given)
+        return machine.figures(*own)
+
+    monkeypatch.setattr(optimise.Update, "apply", handed_over)
+    monkeypatch.setattr(pretraining_loop, "batches", machine.batches)
+    monkeypatch.setattr(pretraining_loop, "time", machine)
+    pretrain(plan, tmp_path, "pretrain.eval_every=100", "pretrain.checkpoint_every=100")
+    batch = plan.checked().pretrain.batch
+    for record in read_log(tmp_path / layout.LOG)[1:6]:
+        assert batch / record["samples_per_s"] == pytest.approx(seconds, rel=1e-3)
+        assert record["waiting"] == pytest.approx(waiting, abs=1e-3)

@@ -248,6 +248,24 @@ GUARDS = (
         STATE + "training_that",
     ),
     (
+        "pipeline/learning/optimise.py",
+        '        vars(self.optimiser)["found_inf"] = self._broken\n',
+        "",
+        "learning/test_gpu_paths.py::test_from_a_non_finite",
+    ),
+    (
+        "pipeline/learning/optimise.py",
+        "broken if self._broken is None else torch.maximum(self._broken, broken)",
+        "broken",
+        "learning/test_gpu_paths.py::test_from_a_non_finite",
+    ),
+    (
+        "pipeline/voco/pretrain.py",
+        "if due or stopping or not self.late:",
+        "if not self.late:",
+        "learning/test_gpu_paths.py::test_a_loss_that",
+    ),
+    (
         "pipeline/classifier/train.py",
         "        if self.stop.signum:\n",
         "        if False:\n",
