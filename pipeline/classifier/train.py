@@ -314,7 +314,7 @@ class FoldTrainer:
         for batch in series_batches(
             dataset, plan, self.device, self._leave_if_asked, self._sharing()
         ):
-            slices = batch["slices"].to(self.device)
+            slices = batch["slices"].to(self.device, non_blocking=True)
             values.append(predict(model, slices, self.options.amp, flips))
             self._leave_if_asked()
         table = torch.cat(values).numpy()
