@@ -103,21 +103,29 @@ class Voco2D(Method):
 
     def evaluate(self, samples: VocoSamples) -> float:
         """The teacher's position accuracy."""
-        return position_accuracy(self.teacher, samples, self.world.device, self.options.amp)
+        # as in training on a GPU; on a CPU the maps of more outgrow its caches
+        volumes = self.options.batch if self.world.device.type == "cuda" else 1
+        return position_accuracy(
+            self.teacher, samples, self.world.device, self.options.amp, volumes
+        )
 
 
 @torch.no_grad()
-def position_accuracy(net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool) -> float:
+def position_accuracy(
+    net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool, volumes: int = 1
+) -> float:
     """Share of held-out random crops whose most similar base crop overlaps them within 0.1 of the
-    largest overlap.
+    largest overlap; `volumes` go through the network together, and the device is waited for once.
     """
     right = []
     net.eval()
-    for batch in evaluation_batches(samples, EVALUATION_CROPS):
+    for batch in evaluation_batches(samples, EVALUATION_CROPS, volumes):
+        crops, overlap = (
+            batch[name].to(device, non_blocking=True) for name in ("crops", "overlap")
+        )
         with optimise.autocast(device, amp):
-            found = Embeddings.split(net(batch["crops"].to(device)), EVALUATION_CROPS)
-        chosen = similarity(found.random, found.base).mean(1).argmax(-1).cpu()  # (1, R)
-        overlap = batch["overlap"]
+            found = Embeddings.split(net(crops), EVALUATION_CROPS)
+        chosen = similarity(found.random, found.base).mean(1).argmax(-1)  # (B, R)
         reached = overlap.gather(2, chosen[..., None])[..., 0]
         right.append(reached >= overlap.amax(2) - TOLERANCE - 1e-6)
     net.train()

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from gpu_checks import CLOCK, largest
@@ -28,7 +29,8 @@ from pipeline.run.config import TrainConfig
 from pipeline.system import machine
 from pipeline.voco import pretrain as pretraining_loop
 from pipeline.voco import step as voco_step
-from pipeline.voco.data import VocoSamples, batches
+from pipeline.voco.data import VocoSamples, batches, evaluation_batches
+from pipeline.voco.voco2d import EVALUATION_CROPS, position_accuracy
 
 BACKBONE = "test_efficientnet"
 
@@ -434,3 +436,45 @@ def test_a_device_waits_for_data_only_when_it_is_done(
     for record in read_log(tmp_path / layout.LOG)[1:6]:
         assert batch / record["samples_per_s"] == pytest.approx(seconds, rel=1e-3)
         assert record["waiting"] == pytest.approx(waiting, abs=1e-3)
+
+
+class Thumbnails(nn.Module):
+    """Embeddings that are plainly apart: mean slices, coarse, less their mean."""
+
+    def forward(self, crops):
+        coarse = nn.functional.adaptive_avg_pool2d(crops.double().mean(2), 4).flatten(2)
+        return (coarse - coarse.mean(2, keepdim=True))[:, None]
+
+
+def slow_accuracy(net, samples):
+    """One crop at a time, by the definition."""
+    right, base = [], samples.base
+    for batch in evaluation_batches(samples, EVALUATION_CROPS):
+        embeddings = net(batch["crops"])[0, 0]
+        for r, overlap in enumerate(batch["overlap"][0].tolist()):
+            alike = [
+                torch.cosine_similarity(embeddings[r], embeddings[EVALUATION_CROPS + k], 0).item()
+                for k in range(len(base))
+            ]
+            right.append(overlap[int(np.argmax(alike))] >= max(overlap) - 0.1 - 1e-6)
+    return float(np.mean(right))
+
+
+def test_held_out_volumes_are_evaluated_in_batches_with_one_wait(plan, monkeypatch):
+    """Batches of 1, 3 (the last one smaller) and all give what single crops give."""
+    _, samples = pretraining(plan)
+    samples.paths = samples.paths[:7]
+    net = Thumbnails()
+    expected = slow_accuracy(net, samples)
+    assert 0 < expected < 1
+    waited = []
+    for name in WAITS:
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda *given, name=name, original=original: waited.append(name) or original(*given),
+        )
+    for volumes in (1, 3, 7):
+        assert position_accuracy(net, samples, CPU, False, volumes) == pytest.approx(expected)
+    assert waited == ["item"] * 3
