@@ -85,7 +85,8 @@ class FoldTrainer:
             grad_scaler(device, self.options.amp),
             self.options.clip,
         )
-        self.forward = torch.compile(self.model) if self.options.compile else self.model
+        if self.options.compile:  # what follows is small, and a graph ends at recurrent cells
+            self.model.backbone.compile()
         self.dataset = SeriesDataset(
             data.train, self.options, config.seed + data.fold, augment=True
         )
@@ -283,7 +284,7 @@ class FoldTrainer:
                 if name != "item"
             }
             with autocast(self.device, self.options.amp):
-                outputs = self.forward(standardise(batch["slices"]))
+                outputs = self.model(standardise(batch["slices"]))
             terms = self.loss(outputs, batch["labels"], batch["planes"], batch["known"], full)
             self.update.backward(sum(terms.values()))
             for name, value in terms.items():
