@@ -1,6 +1,7 @@
 """Models over the slices of a volume: recurrent, transformer, or none, and the pooling over z."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +55,14 @@ class Transformer(nn.Module):
         return self.encoder(self.embed(x) + positions(x.shape[1], self.width, x.device))
 
 
+@lru_cache(maxsize=8)
 def positions(length: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoidal position code (length, width), width even (Vaswani et al. 2017)."""
-    place = torch.arange(length, device=device)[:, None]
-    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
-    return torch.stack([torch.sin(place * rate), torch.cos(place * rate)], dim=-1).reshape(
-        length, width
-    )
+    """Sinusoidal position code (length, width), width even (Vaswani et al. 2017); made once."""
+    with torch.inference_mode(False):  # training may use what a prediction has made
+        place = torch.arange(length, device=device)[:, None]
+        rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+        code = torch.stack([torch.sin(place * rate), torch.cos(place * rate)], dim=-1)
+        return code.reshape(length, width)
 
 
 class Independent(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
+from torch.nn import functional
 
 from ..system.errors import InputError, TrainingStopped
 from ..system.machine import pick_device, world_size
@@ -107,12 +108,8 @@ class World:
         if self.size == 1:
             return tensor
         B = len(tensor)
-        padded = tensor.new_zeros(self.size * B, *tensor.shape[1:])
-        return self.sum(
-            padded.index_copy(
-                0, torch.arange(self.rank * B, (self.rank + 1) * B, device=tensor.device), tensor
-            )
-        )
+        around = (self.rank * B, (self.size - self.rank - 1) * B)
+        return self.sum(functional.pad(tensor, (*[0, 0] * (tensor.ndim - 1), *around)))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace the gradients by their mean over ranks: one all-reduce of all of them

@@ -212,11 +212,18 @@ class Update:
         self.parameters, self.clip = list(parameters), clip
         self.optimiser, self.scaler = optimiser, scaler
         self._broken: torch.Tensor | None = None  # 1.0 from the first non-finite step on
+        # by group, where the step runs on a GPU: a number would be part of a graph of its kernels
+        self.rates = [
+            torch.zeros((), device=group["params"][0].device)
+            for group in optimiser.param_groups
+            if group["params"][0].is_cuda
+        ]
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the coming step; a group may have a `factor` of its own."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group.get("factor", 1.0)
+        for k, group in enumerate(self.optimiser.param_groups):
+            value = rate * group.get("factor", 1.0)
+            group["lr"] = self.rates[k].fill_(value) if self.rates else value
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss to those that are there."""

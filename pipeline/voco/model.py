@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -60,13 +61,19 @@ def make_teacher(student: VocoNet) -> VocoNet:
     return teacher.train()
 
 
+@lru_cache(maxsize=8)
+def _generator(device: torch.device) -> torch.Generator:
+    """One of each device, seeded anew wherever it is used."""
+    return torch.Generator(device)
+
+
 def dropout_mask(
     shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device
 ) -> torch.Tensor:
     """Inverted dropout as a pure function of `seed` and `step`, for the whole batch over all
     ranks.
     """
-    generator = torch.Generator(device).manual_seed(
+    generator = _generator(device).manual_seed(
         int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
     )
     return torch.rand(shape, generator=generator, device=device).ge_(rate).div_(1 - rate)

@@ -1,5 +1,7 @@
 """2D-VoCo: a student and its averaged teacher, contrasted by where their crops lie."""
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -63,7 +65,9 @@ class Voco2D(Method):
             student = Embeddings.split(self.student(crops, keep), options.random_crops)
             with torch.no_grad():
                 teacher = Embeddings.split(self.teacher(crops), options.random_crops)
-        everyone, following = world.gather(student.base), self._following(len(crops))
+        first = world.rank * len(crops) + 1
+        following = following_volumes(first, len(crops), options.batch, world.device)
+        everyone = world.gather(student.base)
         others = (everyone[following], world.gather(teacher.base)[following])
         terms = voco_terms(student, teacher, overlap, *others)
         loss = (
@@ -87,11 +91,6 @@ class Voco2D(Method):
         mask = dropout_mask(shape, options.dropout, self.config.seed, step, world.device)
         return mask[world.rank * B : (world.rank + 1) * B]
 
-    def _following(self, B: int) -> torch.Tensor:
-        """For each volume of this rank the number of the next one in the batch over all ranks."""
-        first = self.world.rank * B + 1
-        return torch.arange(first, first + B, device=self.world.device) % self.options.batch
-
     def after_step(self, step: int) -> dict[str, float]:
         """The teacher follows the student."""
         options = self.options
@@ -108,6 +107,15 @@ class Voco2D(Method):
         return position_accuracy(
             self.teacher, samples, self.world.device, self.options.amp, volumes
         )
+
+
+@lru_cache(maxsize=8)
+def following_volumes(first: int, B: int, batch: int, device: torch.device) -> torch.Tensor:
+    """(B,): the numbers `first`, `first` + 1, ... modulo `batch` of the volumes after those of a
+    rank; made once.
+    """
+    with torch.inference_mode(False):
+        return torch.arange(first, first + B, device=device) % batch
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import default_collate
 
 from pipeline.classifier import train as training
-from pipeline.classifier.sequence import sequence_model
+from pipeline.classifier.sequence import positions, sequence_model
 from pipeline.classifier.train import FoldTrainer
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone
@@ -30,7 +30,8 @@ from pipeline.system import machine
 from pipeline.voco import pretrain as pretraining_loop
 from pipeline.voco import step as voco_step
 from pipeline.voco.data import VocoSamples, batches, evaluation_batches
-from pipeline.voco.voco2d import EVALUATION_CROPS, position_accuracy
+from pipeline.voco.losses import pairs
+from pipeline.voco.voco2d import EVALUATION_CROPS, following_volumes, position_accuracy
 
 BACKBONE = "test_efficientnet"
 
@@ -498,3 +499,60 @@ def test_a_compiled_fold_trains_the_same_in_few_graphs(plan, tmp_path):
     for one, other in zip(compiled.history, plain.history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_ranks_gather_stands_in_their_order(rank):
+    """Each rank's part alone, the others' zeros: the sum over ranks is the whole batch."""
+
+    class Alone(World):
+        def sum(self, tensor):
+            return tensor
+
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    found = Alone(rank, 3, CPU).gather(x)
+    assert found.shape == (6, 3, 4)
+    assert torch.equal(found[2 * rank : 2 * rank + 2], x)
+    assert (found != 0).sum() == x.numel()
+    weight = torch.randn(6, 3, 4)
+    assert torch.equal(
+        torch.autograd.grad((found * weight).sum(), x)[0], weight[2 * rank : 2 * rank + 2]
+    )
+
+
+def test_constants_are_made_once_and_serve_training_after_a_prediction():
+    for make in (
+        lambda: pairs(5, CPU)[0],
+        lambda: following_volumes(3, 2, 4, CPU),
+        lambda: positions(7, 6, CPU),
+    ):
+        with torch.inference_mode():
+            first = make()
+        assert make() is first
+        assert not first.is_inference()
+    assert following_volumes(3, 2, 4, CPU).tolist() == [3, 0]
+    assert torch.stack(pairs(3, CPU)).tolist() == [[0, 0, 1], [1, 2, 2]]
+    model = sequence_model(6, TrainConfig(sequence="transformer", hidden=4, dropout=0))
+    x = torch.randn(2, 5, 6)
+    with torch.inference_mode():
+        expected = model(x)
+    model(x).sum().backward()
+    torch.testing.assert_close(model(x).detach(), expected.clone())
+
+
+def test_a_rate_held_in_a_tensor_takes_the_same_steps():
+    """As on a GPU; a group's own factor counts, and a number's checkpoint is taken up."""
+    nets = [linear_update(amsgrad=True) for _ in range(2)]
+    nets[1][1].rates = [torch.zeros(()) for _ in nets[1][1].optimiser.param_groups]
+    for _, update in nets:
+        update.optimiser.param_groups[0]["factor"] = 0.3
+    for step in range(5):
+        for net, update in nets:
+            update.set_rate(0.1 / (1 + step))
+            take(net, update, step).read()
+        if step == 2:
+            nets[1][1].restore(copy.deepcopy(nets[0][1].state()))
+    plain, held = (net.weight for net, _ in nets)
+    torch.testing.assert_close(held, plain, rtol=1e-6, atol=1e-7)
+    assert nets[1][1].optimiser.param_groups[0]["lr"] is nets[1][1].rates[0]
+    assert nets[0][1].optimiser.param_groups[0]["lr"] == pytest.approx(0.006)
