@@ -174,7 +174,8 @@ def of_rank_0(value: T) -> T:
 
 def sync_batch_norm(module: N, world: World) -> N:
     """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers on
-    GPUs, our own on CPUs.
+    GPUs, our own on CPUs. Both keep what `fast_layers` would make again in the backward pass; on a
+    GPU it never does.
     """
     if world.size == 1:
         return module

@@ -1,5 +1,6 @@
 """2D-VoCo: a student and its averaged teacher, contrasted by where their crops lie."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,7 @@ from .losses import similarity
 from .method import Method
 from .model import (
     Embeddings,
+    RoundedCopy,
     VocoNet,
     correlation,
     dropout_mask,
@@ -23,6 +25,11 @@ from .model import (
 
 EVALUATION_CROPS = 8  # random crops of each held-out volume
 TOLERANCE = 0.1  # of overlap, within which a base crop counts as the right one
+
+
+def rounds_together(device: torch.device) -> bool:
+    """Whether rounding the teacher's weights one by one costs time: a GPU's launches do."""
+    return device.type == "cuda"
 
 
 class Voco2D(Method):
@@ -44,6 +51,16 @@ class Voco2D(Method):
         if options.compile:
             self.student.backbone.compile()
             self.teacher.backbone.compile()
+        self.teaching = self._teaching()
+
+    def _teaching(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The teacher's forward pass in a step."""
+        options, device = self.options, self.world.device
+        dtype = optimise.amp_dtype(device) if options.amp and rounds_together(device) else None
+        # the compiler makes the roundings part of other kernels
+        return (
+            self.teacher if dtype is None or options.compile else RoundedCopy(self.teacher, dtype)
+        )
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -64,7 +81,7 @@ class Voco2D(Method):
         with optimise.autocast(world.device, options.amp):
             student = Embeddings.split(self.student(crops, keep), options.random_crops)
             with torch.no_grad():
-                teacher = Embeddings.split(self.teacher(crops), options.random_crops)
+                teacher = Embeddings.split(self.teaching(crops), options.random_crops)
         first = world.rank * len(crops) + 1
         following = following_volumes(first, len(crops), options.batch, world.device)
         everyone = world.gather(student.base)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gpu_checks import CLOCK, compiling, flat, largest, relative
 from gpu_plan import CPU, Plan, stopping
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import default_collate
@@ -19,18 +20,22 @@ from torch.utils.data import default_collate
 from pipeline.classifier import train as training
 from pipeline.classifier.sequence import positions, sequence_model
 from pipeline.classifier.train import FoldTrainer
+from pipeline.learning import fast_layers as layers
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone
 from pipeline.learning.checkpoint import load_checkpoint
 from pipeline.learning.distributed import PeerLost, World
+from pipeline.learning.fast_layers import speed_up
 from pipeline.learning.log import read_log
 from pipeline.run import layout
 from pipeline.run.config import TrainConfig
 from pipeline.system import machine
 from pipeline.voco import pretrain as pretraining_loop
 from pipeline.voco import step as voco_step
+from pipeline.voco import voco2d
 from pipeline.voco.data import VocoSamples, batches, evaluation_batches
 from pipeline.voco.losses import pairs
+from pipeline.voco.model import RoundedCopy, VocoNet, make_teacher
 from pipeline.voco.voco2d import EVALUATION_CROPS, following_volumes, position_accuracy
 
 BACKBONE = "test_efficientnet"
@@ -556,3 +561,60 @@ def test_a_rate_held_in_a_tensor_takes_the_same_steps():
     torch.testing.assert_close(held, plain, rtol=1e-6, atol=1e-7)
     assert nets[1][1].optimiser.param_groups[0]["lr"] is nets[1][1].rates[0]
     assert nets[0][1].optimiser.param_groups[0]["lr"] == pytest.approx(0.006)
+
+
+def test_on_a_gpu_norm_and_activation_are_the_librarys(monkeypatch):
+    torch.manual_seed(0)
+    plain = BatchNormAct2d(6, act_layer=nn.SiLU)
+    own = speed_up(nn.Sequential(copy.deepcopy(plain)))
+    called, apply = [], layers._NormActFunction.apply
+    monkeypatch.setattr(
+        layers._NormActFunction, "apply", lambda *given: called.append(1) or apply(*given)
+    )
+    x = torch.randn(4, 6, 5, 5)
+    torch.testing.assert_close(own(x), plain(x))
+    assert called
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert torch.equal(own(x), plain(x))
+    assert called == [1]
+    assert torch.equal(own[0].running_var, plain.running_var)
+    assert own[0].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("name", [BACKBONE, "test_resnet", "test_vit"])
+def test_weights_rounded_together_give_the_teachers_very_numbers(name):
+    """Also after it has moved, and its counters move as they did."""
+    torch.manual_seed(0)
+    student = VocoNet(create_backbone(name, size=32), 32, 8, "clip")
+    teacher = make_teacher(student)
+    plain, copied = copy.deepcopy(teacher), RoundedCopy(teacher, torch.bfloat16)
+    crops = torch.randint(0, 256, (2, 3, 2, 32, 32), dtype=torch.uint8)
+    assert len(copied._own) > 8
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            assert torch.equal(copied(crops), plain(crops))
+        with torch.no_grad():
+            for parameter, other in zip(teacher.parameters(), plain.parameters(), strict=True):
+                parameter.mul_(1.1)
+                other.mul_(1.1)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], tensor), name
+    assert all(weight.dtype == torch.bfloat16 for weight in copied._rounded)
+
+
+def test_pretraining_with_weights_rounded_together_is_the_same(plan, monkeypatch):
+    """Five steps in bfloat16, a checkpoint taken up in between."""
+    monkeypatch.setattr(optimise, "amp_dtype", lambda device: torch.bfloat16)
+    runs = []
+    for together in (False, True):
+        monkeypatch.setattr(voco2d, "rounds_together", lambda device, yes=together: yes)
+        run, samples = pretraining(plan)
+        assert isinstance(run.method.teaching, RoundedCopy) == together
+        records = [voco_step.train_step(run, samples[k]).read()[0] for k in range(3)]
+        state = copy.deepcopy(run.state())
+        run, _ = pretraining(plan)
+        run.restore(state)
+        records += [voco_step.train_step(run, samples[k]).read()[0] for k in range(3, 5)]
+        runs.append((records, run.method.teacher.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(tensor, runs[1][1][name]) for name, tensor in runs[0][1].items())
