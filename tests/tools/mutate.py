@@ -572,8 +572,8 @@ GUARDS = (
     ),
     (
         "pipeline/voco/pretrain.py",
-        "0 < options.checkpoint_minutes <= minutes or ",
-        "",
+        "by_time = 0 < options.checkpoint_minutes <= minutes",
+        "by_time = False",
         "voco/test_pretrain.py::test_checkpoints_come_by_minutes",
     ),
     (
