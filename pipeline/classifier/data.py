@@ -22,6 +22,7 @@ from ..volumes.sampling import bins, slice_positions, take_slices
 from .augment import VolumeAugment
 
 SLICE_NAMES = {name: column for column, name in enumerate(SLICE_TARGETS.values())}
+HELD_OUT = -1  # in place of an epoch
 PLACE = 1  # tells the draw of the crop's place from the others of a sample's seed
 
 
@@ -136,8 +137,21 @@ class SeriesDataset(Dataset):
         }
 
 
+class FoldSeries(Dataset):
+    """Training series by (epoch, index) and held-out ones by (HELD_OUT, index), so that one set of
+    workers reads both.
+    """
+
+    def __init__(self, training: SeriesDataset, held_out: SeriesDataset) -> None:
+        self.training, self.held_out, self.config = training, held_out, training.config
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        return self.held_out[0, index] if epoch == HELD_OUT else self.training[key]
+
+
 def series_batches(
-    dataset: SeriesDataset,
+    dataset: SeriesDataset | FoldSeries,
     plan: list[list[tuple[int, int]]],
     device: torch.device,
     waiting: Callable[[], object] = lambda: None,

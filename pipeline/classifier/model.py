@@ -85,20 +85,24 @@ def probabilities(logits: dict[str, Tensor]) -> Tensor:
     """The 13 columns (B, 13) float64 in the project's order; a target that was not trained gets
     equal shares.
     """
-    batch = len(next(iter(logits.values())))
+    first = next(iter(logits.values()))
+    batch, device = len(first), first.device
     columns = []
     for target in TARGETS:
         if target.name not in logits:
             columns.append(
                 torch.full(
-                    (batch, len(target.classes)), 1 / len(target.classes), dtype=torch.float64
+                    (batch, len(target.classes)),
+                    1 / len(target.classes),
+                    dtype=torch.float64,
+                    device=device,
                 )
             )
         elif target.binary:
-            injury = logits[target.name].double().cpu().sigmoid()
+            injury = logits[target.name].double().sigmoid()
             columns.append(torch.cat([1 - injury, injury], 1))
         else:
-            columns.append(logits[target.name].double().cpu().softmax(1))
+            columns.append(logits[target.name].double().softmax(1))
     return torch.cat(columns, 1)
 
 

@@ -3,8 +3,9 @@ and inference share.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,38 +77,60 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[Cnn
 
 
 def mean_logits(answers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of the logits (B, 1 or 3) of several models or views, float64 on the CPU. For classes it
-    is the mean of log-probabilities: what one says with certainty does not drown in the others'
-    doubt, as it does in a mean of probabilities.
+    """Mean of the logits (B, 1 or 3) of several models or views, float64. For classes it is the
+    mean of log-probabilities: what one says with certainty does not drown in the others' doubt, as
+    it does in a mean of probabilities.
     """
     return {
-        name: torch.stack([answer[name].double().cpu() for answer in answers]).mean(0)
+        name: torch.stack([answer[name].double() for answer in answers]).mean(0)
         for name in answers[0]
     }
 
 
 @torch.inference_mode()
 def logits_of(
-    model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """Logits per target (B, 1 or 3) float64 on the CPU for slices (B, S, H, W) uint8, averaged over
-    the identity and each flip of `flips`, a name of axes such as `zy`.
+    models: Sequence[CnnLstm],
+    slices: Tensor,
+    amp: bool = False,
+    flips: Sequence[str] = (),
+    each: Callable[..., Iterable[Any]] = map,
+) -> list[dict[str, Tensor]]:
+    """For each model the logits per target (B, 1 or 3) float64 on the CPU for slices (B, S, H, W)
+    uint8, averaged over the identity and each flip of `flips`, a name of axes such as `zy`. `each`
+    maps over the models; the device is waited for once, with the answers of all.
 
     What overflows in mixed precision, as a model trained in bfloat16 may on a GPU that has float16
     only, is computed again in float32.
     """
+    answers = on_host(list(each(lambda model: _mean_of_views(model, slices, amp, flips), models)))
+    for k, answer in enumerate(answers):
+        if amp and not all(value.isfinite().all() for value in answer.values()):
+            answers[k] = logits_of([models[k]], slices, False, flips)[0]
+    return answers
+
+
+@torch.inference_mode()  # of this thread
+def _mean_of_views(
+    model: CnnLstm, slices: Tensor, amp: bool, flips: Sequence[str]
+) -> dict[str, Tensor]:
     axes = {"x": 3, "y": 2, "z": 1}
     views = [slices, *(slices.flip([axes[axis] for axis in flip]) for flip in flips)]
     with autocast(slices.device, amp):
-        mean = mean_logits([model(standardise(view))[0] for view in views])
-    if amp and not all(value.isfinite().all() for value in mean.values()):
-        return logits_of(model, slices, False, flips)
-    return mean
+        return mean_logits([model(standardise(view))[0] for view in views])
+
+
+def on_host(answers: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Logits (B, 1 or 3) by target, of several models, on the CPU: one transfer for all."""
+    widths = {name: logits.shape[1] for name, logits in answers[0].items()}
+    table = torch.stack([torch.cat([answer[name] for name in widths], 1) for answer in answers])
+    return [
+        dict(zip(widths, rows.split(list(widths.values()), 1), strict=True)) for rows in table.cpu()
+    ]
 
 
 def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[str] = ()) -> Tensor:
     """Probabilities (B, 13) float64 on the CPU of `logits_of`."""
-    return probabilities(logits_of(model, slices, amp, flips))
+    return probabilities(logits_of([model], slices, amp, flips)[0])
 
 
 def as_batch(volume: np.ndarray, options: TrainConfig, device: torch.device) -> Tensor:
@@ -115,7 +138,9 @@ def as_batch(volume: np.ndarray, options: TrainConfig, device: torch.device) -> 
     (D, H, W) uint8.
     """
     slices = take_slices(volume, slice_positions(len(volume), options.slices), options)
-    return torch.from_numpy(slices)[None].to(device)
+    batch = torch.from_numpy(slices)[None]
+    # from pinned memory the copy waits for nothing
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
 
 def predict_volume(

@@ -1,6 +1,7 @@
 """Models over the slices of a volume: recurrent, transformer, or none, and the pooling over z."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,10 @@ from ..run.config import TrainConfig
 
 
 class Recurrent(nn.Module):
-    """Bidirectional LSTM or GRU over z: (B, S, E) -> (B, S, 2 * hidden)."""
+    """Bidirectional LSTM or GRU over z: (B, S, E) -> (B, S, 2 * hidden), in float32 whatever the
+    rest computes in: cuDNN's cells know float16 alone beside it, which overflows where bfloat16
+    does not and nothing would scale the loss.
+    """
 
     def __init__(self, kind: str, width: int, config: TrainConfig) -> None:
         super().__init__()
@@ -27,7 +31,8 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """States of both directions at each slice."""
-        return self.cell(x)[0]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.cell(x.float())[0]
 
 
 class Transformer(nn.Module):
@@ -50,13 +55,14 @@ class Transformer(nn.Module):
         return self.encoder(self.embed(x) + positions(x.shape[1], self.width, x.device))
 
 
+@lru_cache(maxsize=8)
 def positions(length: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoidal position code (length, width), width even (Vaswani et al. 2017)."""
-    place = torch.arange(length, device=device)[:, None]
-    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
-    return torch.stack([torch.sin(place * rate), torch.cos(place * rate)], dim=-1).reshape(
-        length, width
-    )
+    """Sinusoidal position code (length, width), width even (Vaswani et al. 2017); made once."""
+    with torch.inference_mode(False):  # training may use what a prediction has made
+        place = torch.arange(length, device=device)[:, None]
+        rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+        code = torch.stack([torch.sin(place * rate), torch.cos(place * rate)], dim=-1)
+        return code.reshape(length, width)
 
 
 class Independent(nn.Module):

@@ -22,12 +22,14 @@ from ..learning.interrupt import StopSignal
 from ..learning.loaders import loading
 from ..learning.log import open_log
 from ..learning.optimise import (
+    Average,
+    Figures,
     NonFiniteLoss,
     Update,
     adamw,
     autocast,
-    ema_update,
     grad_scaler,
+    reads_late,
     warmup_cosine,
 )
 from ..run import layout
@@ -37,7 +39,7 @@ from ..system.console import log, progress
 from ..system.files import atomic_path
 from ..system.machine import pick_device, seed_everything, world_size
 from ..system.processes import parent_stage
-from .data import SeriesDataset, series_batches
+from .data import HELD_OUT, FoldSeries, SeriesDataset, series_batches
 from .fold import FoldData, gather_fold
 from .loss import InjuryLoss
 from .model import CnnLstm, parameter_groups
@@ -74,6 +76,7 @@ class FoldTrainer:
         self.model.start_at_prior(labels)
         placed(self.model, device)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
+        self.average = Average(self.averaged, self.model) if self.averaged else None
         self.loss = InjuryLoss(self.options, labels).to(device)
         groups = parameter_groups(self.model, self.options)
         self.update = Update(
@@ -82,17 +85,22 @@ class FoldTrainer:
             grad_scaler(device, self.options.amp),
             self.options.clip,
         )
-        self.forward = torch.compile(self.model) if self.options.compile else self.model
+        if self.options.compile:  # what follows is small, and a graph ends at recurrent cells
+            self.model.backbone.compile()
         self.dataset = SeriesDataset(
             data.train, self.options, config.seed + data.fold, augment=True
         )
+        self.held_out = SeriesDataset(data.held_out, self.options)
         self._stream: Generator[dict[str, Tensor], None, None] | None = None
+        # held-out batches that stand in the stream after the training batches of this epoch
+        self._held_out_due = 0
         self._closing = contextlib.ExitStack()
         self.history: list[dict[str, Any]] = []
         self.best: float = float("inf")
         self.epoch = 0
         # of the epoch under way, so that a stopped run goes on within it
         self.tally: dict[str, Any] = {}
+        self.unread: Figures | None = None  # of the last step, where they are read late
         self.stop = StopSignal(world_size() > 1)
 
     @property
@@ -110,11 +118,10 @@ class FoldTrainer:
         """The log row of the epoch whose weights predict: the best one where early stopping is on,
         else the last.
         """
-        return (
-            min(self.history, key=lambda row: row["score"])
-            if self.options.patience
-            else self.history[-1]
-        )
+        return self._best() if self.options.patience else self.history[-1]
+
+    def _best(self) -> dict[str, Any]:
+        return min((row for row in self.history if "score" in row), key=lambda row: row["score"])
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the last epoch or until patience is
@@ -131,14 +138,15 @@ class FoldTrainer:
             open_log(self.folder, self.history, "epoch") as write,
         ):
             while self.epoch < self.options.epochs and not self._out_of_patience():
-                row = self.train_epoch() | self.validate()
+                row = self.train_epoch() | (self.validate() if self._validates(self.epoch) else {})
                 self.epoch += 1
                 self.history.append(row)
                 self.save()
                 write(row)
+                score = f" held-out score {row['score']:.4f}," if "score" in row else ""
                 log(
                     f"fold {self.data.fold} epoch {self.epoch}/{self.options.epochs}: loss"
-                    f" {row['loss']:.4f}, held-out score {row['score']:.4f},"
+                    f" {row['loss']:.4f},{score}"
                     f" {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %"
                 )
         self._stream = None
@@ -164,22 +172,30 @@ class FoldTrainer:
                 "slices": 0,
                 "terms": {},
             }
-        tally, terms = self.tally, self.tally["terms"]
+        tally = self.tally
         batches, steps = self.batches(), range(tally["steps"], self.steps_per_epoch)
         for step in progress(
             steps, len(steps), f"fold {self.data.fold} epoch {self.epoch + 1}", "step"
         ):
             asked = time.perf_counter()
             micro = next(batches)
-            tally["waiting"] += time.perf_counter() - asked
-            for name, value in self.step(self.epoch * self.steps_per_epoch + step, micro).items():
-                terms[name] = terms.get(name, 0.0) + value / self.steps_per_epoch
+            if self.unread is None or self.unread.here():  # else the device does not wait for data
+                tally["waiting"] += time.perf_counter() - asked
+            figures = self.step(self.epoch * self.steps_per_epoch + step, micro)
+            self._read()
+            self.unread = figures
+            if not reads_late(self.device):
+                self._read()
             tally["slices"] += sum(
                 batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro
             )
             tally["seconds"] += time.perf_counter() - asked
             tally["steps"] += 1
             self._leave_if_asked()
+        asked = time.perf_counter()
+        self._read()
+        tally["seconds"] += time.perf_counter() - asked
+        terms = tally["terms"]
         rate = self.learning_rate((self.epoch + 1) * self.steps_per_epoch - 1)
         return {
             "epoch": self.epoch + 1,
@@ -191,8 +207,18 @@ class FoldTrainer:
             "waiting": tally["waiting"] / tally["seconds"],
         }
 
+    def _read(self) -> None:
+        """Add the figures of the last step to the epoch's, unless that is done; waits for it."""
+        if self.unread is None:
+            return
+        terms = self.tally["terms"]
+        for name, value in self.unread.read().items():
+            terms[name] = terms.get(name, 0.0) + value / self.steps_per_epoch
+        self.unread = None
+
     def _leave_if_asked(self) -> None:
         if self.stop.signum:
+            self._read()
             self.save_state()
             log(
                 f"fold {self.data.fold}: stopped in epoch {self.epoch + 1} after step"
@@ -201,24 +227,65 @@ class FoldTrainer:
             self.stop.leave()
 
     def batches(self) -> Iterator[list[dict[str, Tensor]]]:
-        """Lists of up to `accumulate` micro-batches of the next epoch, out of one stream: its
-        workers start once and work ahead.
-        """
+        """Lists of up to `accumulate` micro-batches of the next epoch."""
         done = self.tally["steps"] * self.options.accumulate
+        stream = self._opened()
+        for _ in range(self._held_out_due):  # of an epoch whose score nobody asked for
+            next(stream)
+        self._held_out_due = len(self._held_out_plan(self.epoch))
+        left = -(-len(self.dataset) // self.options.batch) - done
+        while left > 0:
+            yield list(itertools.islice(stream, min(self.options.accumulate, left)))
+            left -= self.options.accumulate
+
+    def _opened(self) -> Generator[dict[str, Tensor], None, None]:
+        """The one stream of a sitting, from where the epoch under way has come to: each epoch's
+        training batches and then, where it has a score, held-out ones. Its workers start once and
+        work ahead.
+        """
         if self._stream is None:
             plan = [
                 batch
                 for epoch in range(self.epoch, self.options.epochs)
-                for batch in self._plan(epoch)
+                for batch in (*self._plan(epoch), *self._held_out_plan(epoch))
             ]
+            steps = self.tally["steps"] if self.tally.get("epoch") == self.epoch else 0
+            done = min(steps * self.options.accumulate, len(self._plan(self.epoch)))
+            both = FoldSeries(self.dataset, self.held_out)
             self._stream = series_batches(
-                self.dataset, plan[done:], self.device, self._leave_if_asked, self._sharing()
+                both, plan[done:], self.device, self._leave_if_asked, self._sharing()
             )
             self._closing.callback(self._stream.close)  # ends its processes
-        left = -(-len(self.dataset) // self.options.batch) - done
-        while left > 0:
-            yield list(itertools.islice(self._stream, min(self.options.accumulate, left)))
-            left -= self.options.accumulate
+        return self._stream
+
+    def _validates(self, epoch: int) -> bool:
+        """Whether a score of the held-out patients follows an epoch (from 0)."""
+        return (epoch + 1) % self.options.eval_every == 0 or epoch + 1 == self.options.epochs
+
+    def _held_out_plan(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Keys of the batches whose score follows an epoch, none where none does: twice as large,
+        for they need no gradients.
+        """
+        if not self._validates(epoch):
+            return []
+        keys, size = [(HELD_OUT, k) for k in range(len(self.held_out))], 2 * self.options.batch
+        return [keys[i : i + size] for i in range(0, len(keys), size)]
+
+    def _held_out_batches(self) -> Iterator[dict[str, Tensor]]:
+        """All held-out series, out of the stream where it has come to them."""
+        of_this_epoch = self.tally.get("epoch") == self.epoch
+        through = of_this_epoch and self.tally["steps"] == self.steps_per_epoch
+        plan = self._held_out_plan(self.epoch)
+        if plan and through and (self._stream is None or self._held_out_due):
+            self._held_out_due = 0
+            return itertools.islice(self._opened(), len(plan))
+        return self._held_out_alone()
+
+    def _held_out_alone(self) -> Generator[dict[str, Tensor], None, None]:
+        """All held-out series, loaded by themselves."""
+        both = FoldSeries(self.dataset, self.held_out)
+        plan = self._held_out_plan(self.options.epochs - 1)
+        return series_batches(both, plan, self.device, self._leave_if_asked, self._sharing())
 
     def _sharing(self) -> int:
         """Processes that may train on this machine at once and share what there is of it."""
@@ -245,51 +312,51 @@ class FoldTrainer:
         share = warmup_cosine(step, int(options.warmup * total), total)
         return options.lr_final + (options.lr - options.lr_final) * share
 
-    def step(self, step: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimiser step over the micro-batches of one large batch; returns the loss terms."""
+    def step(self, step: int, micro: list[dict[str, Tensor]]) -> Figures:
+        """One optimiser step over the micro-batches of one large batch; returns the loss terms,
+        for which nothing has waited.
+        """
         seed_everything(self.config.seed, self.data.fold, step)
         self.update.set_rate(self.learning_rate(step))
         full = sum(len(batch["labels"]) for batch in micro)
+        ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
         sums: dict[str, Tensor] = {}
         for batch in micro:
             batch = {
-                name: value.to(self.device, non_blocking=True) for name, value in batch.items()
+                name: value.to(self.device, non_blocking=True)
+                for name, value in batch.items()
+                if name != "item"
             }
             with autocast(self.device, self.options.amp):
-                outputs = self.forward(standardise(batch["slices"]))
+                outputs = self.model(standardise(batch["slices"]))
             terms = self.loss(outputs, batch["labels"], batch["planes"], batch["known"], full)
             self.update.backward(sum(terms.values()))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        values = {name: float(value) for name, value in sums.items()}
-        ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
-        self.update.apply(step, values, ids)
-        if self.averaged is not None:
-            ema_update(self.averaged, self.model, min(self.options.ema, (1 + step) / (10 + step)))
-        return values
+        figures = self.update.apply(step, list(sums), torch.stack(list(sums.values())), ids)
+        if self.average is not None:
+            self.average.update(min(self.options.ema, (1 + step) / (10 + step)))
+        return figures
 
     def validate(self) -> dict[str, float]:
         """Official score of the held-out patients after this epoch."""
-        table = metric.aggregate(self.predict_held_out(), self.config.score.aggregate)
+        oof = self.predict_held_out((), self._held_out_batches())
+        table = metric.aggregate(oof, self.config.score.aggregate)
         truth = {series.patient_id: series.labels for series in self.data.held_out}
         labels = np.stack([truth[patient] for patient in table["patient_id"]])
         return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
 
-    def predict_held_out(self, flips: Sequence[str] = ()) -> pl.DataFrame:
-        """OOF rows: `patient_id, series_id, fold` and the 13 columns."""
+    def predict_held_out(
+        self, flips: Sequence[str] = (), batches: Iterator[dict[str, Tensor]] | None = None
+    ) -> pl.DataFrame:
+        """OOF rows: `patient_id, series_id, fold` and the 13 columns; `batches` (none: loaded anew)
+        are those of all held-out series.
+        """
         series = self.data.held_out
-        dataset = SeriesDataset(series, self.options)
-        size = 2 * self.options.batch
-        plan = [
-            [(0, k) for k in range(i, min(i + size, len(series)))]
-            for i in range(0, len(series), size)
-        ]
         model = self.final_model.eval()
         values = []
-        for batch in series_batches(
-            dataset, plan, self.device, self._leave_if_asked, self._sharing()
-        ):
-            slices = batch["slices"].to(self.device)
+        for batch in batches or self._held_out_alone():
+            slices = batch["slices"].to(self.device, non_blocking=True)
             values.append(predict(model, slices, self.options.amp, flips))
             self._leave_if_asked()
         table = torch.cat(values).numpy()
@@ -312,7 +379,7 @@ class FoldTrainer:
 
     def save(self) -> None:
         """Checkpoint after an epoch, with the best weights beside it where early stopping is on."""
-        score = self.history[-1]["score"]
+        score = self.history[-1].get("score", float("inf"))
         if self.options.patience and score < self.best:
             save_checkpoint(self.folder / layout.BEST, {"model": self.final_model.state_dict()})
         self.best = min(self.best, score)
@@ -375,11 +442,9 @@ class FoldTrainer:
         )
 
     def _out_of_patience(self) -> bool:
-        scores = [row["score"] for row in self.history]
-        return (
-            bool(self.options.patience and scores)
-            and len(scores) - 1 - int(np.argmin(scores)) >= self.options.patience
-        )
+        if not self.options.patience or not any("score" in row for row in self.history):
+            return False
+        return self.epoch - self._best()["epoch"] >= self.options.patience
 
     def _load_best(self) -> None:
         state = load_checkpoint(self.folder / layout.BEST)
@@ -388,7 +453,7 @@ class FoldTrainer:
 
 
 def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
-    copy = build_model(config).to(next(model.parameters()).device)
+    copy = placed(build_model(config), next(model.parameters()).device)
     copy.load_state_dict(model.state_dict())
     return copy.requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,16 +42,28 @@ def momentum_at(step: int, total: int, start: float, final: float | None) -> flo
     )
 
 
-@torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers alike;
-    integer buffers are copied.
+class Average:
+    """A teacher that follows its student. Their tensors are listed once, so they must stay the same
+    ones: loading a state, which copies into them, is no change.
     """
-    own, new = teacher.state_dict(), student.state_dict()
-    names = [name for name, tensor in own.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([own[name] for name in names], [new[name] for name in names], 1 - momentum)
-    for name in own.keys() - set(names):
-        own[name].copy_(new[name])
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        own, new = teacher.state_dict(), student.state_dict()
+        floating = [name for name, tensor in own.items() if tensor.is_floating_point()]
+        whole = [name for name in own if name not in set(floating)]
+        self._floating, self._whole = (
+            ([own[name] for name in names], [new[name] for name in names])
+            for names in (floating, whole)
+        )
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers alike;
+        integer buffers are copied.
+        """
+        torch._foreach_lerp_(*self._floating, 1 - momentum)
+        if self._whole[0]:
+            torch._foreach_copy_(*self._whole)
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
@@ -88,14 +100,14 @@ def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
         scaler.load_state_dict(dict(state))
 
 
-def check_scale(scaler: torch.amp.GradScaler, step: int, ids: Iterable[str]) -> None:
+def check_scale(step: int, scale: float, ids: Iterable[str]) -> None:
     """NonFiniteLoss where float16 gradients stay non-finite however small the loss is scaled: then
     no step is taken any more.
     """
-    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+    if scale < LEAST_SCALE:
         what = (
-            f"non-finite gradients at step {step} though the loss is scaled by"
-            f" {scaler.get_scale():.3g}; batch {', '.join(ids)}"
+            f"non-finite gradients at step {step} though the loss is scaled by {scale:.3g};"
+            f" batch {', '.join(ids)}"
         )
         raise NonFiniteLoss(f"{what}; the last checkpoint is kept")
 
@@ -106,7 +118,9 @@ def adamw(
     weight_decay: float,
     amsgrad: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW, fused. Given a module, vectors (norms and biases) are not decayed."""
+    """AdamW, fused: the step is one call, which `Update` can have left out on the device. Given a
+    module, vectors (norms and biases) are not decayed.
+    """
     if isinstance(groups, nn.Module):
         weights = [p for p in groups.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in groups.parameters() if p.requires_grad and p.ndim <= 1]
@@ -133,9 +147,59 @@ def check_finite(step: int, terms: Mapping[str, float], ids: Iterable[str]) -> N
         )
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether the figures of a step are read when the next one has been handed over: a GPU that
+    was waited for in between would have nothing to do meanwhile.
+    """
+    return device.type == "cuda"
+
+
+class Figures:
+    """Figures of a step that was taken, on their way from the device: nothing has waited for them.
+
+    `values` (n,) are those of `names` and any `more`, then the gradient's norm and the loss scale.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        names: Sequence[str],
+        values: torch.Tensor,
+        ids: Iterable[str],
+        scaled: bool,
+    ) -> None:
+        self.step, self.names, self.ids, self.scaled = step, names, list(ids), scaled
+        self.more: list[float] = []
+        self._values = values.to("cpu", non_blocking=True)  # of a GPU, into pinned memory
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def here(self) -> bool:
+        """Whether `read` would not wait: the device is done with the step."""
+        return self._event is None or self._event.query()
+
+    def read(self) -> dict[str, float]:
+        """The figures by name, once the device is done with the step.
+
+        Raises:
+            NonFiniteLoss: a figure or, without loss scaling, the gradient is not finite; the device
+            has left out the step and all later ones. With loss scaling: overflows that no scale
+            prevents.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        *values, norm, scale = self._values.tolist()
+        found, self.more = dict(zip(self.names, values, strict=False)), values[len(self.names) :]
+        # float16 overflows now and then: the scaler leaves such a step out and scales by less
+        check_finite(self.step, found if self.scaled else {**found, "gradient": norm}, self.ids)
+        check_scale(self.step, scale, self.ids)
+        return found
+
+
 class Update:
     """One optimiser step, the same in every loop: `set_rate`, `backward` once for each part of the
-    batch, `apply`.
+    batch, `apply`. None of them waits for the device.
     """
 
     def __init__(
@@ -147,33 +211,52 @@ class Update:
     ) -> None:
         self.parameters, self.clip = list(parameters), clip
         self.optimiser, self.scaler = optimiser, scaler
+        self._broken: torch.Tensor | None = None  # 1.0 from the first non-finite step on
+        # by group, where the step runs on a GPU: a number would be part of a graph of its kernels
+        self.rates = [
+            torch.zeros((), device=group["params"][0].device)
+            for group in optimiser.param_groups
+            if group["params"][0].is_cuda
+        ]
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the coming step; a group may have a `factor` of its own."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group.get("factor", 1.0)
+        for k, group in enumerate(self.optimiser.param_groups):
+            value = rate * group.get("factor", 1.0)
+            group["lr"] = self.rates[k].fill_(value) if self.rates else value
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss to those that are there."""
         self.scaler.scale(loss).backward()
 
-    def apply(self, step: int, terms: Mapping[str, float], ids: Iterable[str]) -> None:
-        """Clip the gradients to the norm `clip`, take the step and forget them.
-
-        Raises:
-            NonFiniteLoss: a term or, without loss scaling, the gradient is not finite; no parameter
-            has changed then. With loss scaling: overflows that no scale prevents.
+    def apply(
+        self, step: int, names: Sequence[str], values: torch.Tensor, ids: Iterable[str]
+    ) -> Figures:
+        """Clip the gradients to the norm `clip`, take the step and forget them. `values` (n,) are
+        the figures `names` of the loss and any more; reading what is returned raises where one of
+        them or the gradient is not finite, and no parameter changes from then on.
         """
-        ids = list(ids)
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        # float16 overflows now and then: the scaler leaves such a step out and scales by less
-        checked = terms if self.scaler.is_enabled() else {**terms, "gradient": float(norm)}
-        check_finite(step, checked, ids)
+        scaled = self.scaler.is_enabled()
+        if not scaled:
+            self._leave_out_unless_finite(torch.cat([values, norm[None]]))
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        check_scale(self.scaler, step, ids)
         self.optimiser.zero_grad(set_to_none=True)
+        scale = self.scaler.scale(torch.ones_like(norm))
+        return Figures(step, names, torch.cat([values, torch.stack([norm, scale])]), ids, scaled)
+
+    def _leave_out_unless_finite(self, figures: torch.Tensor) -> None:
+        """Tell a fused optimiser to change nothing once a figure was not finite: its own way with
+        overflows of float16, which the device decides by itself. Another optimiser steps on, in
+        memory alone: the run ends before a checkpoint.
+        """
+        if not getattr(self.optimiser, "_step_supports_amp_scaling", False):
+            return
+        broken = (~figures.isfinite().all()).float()
+        self._broken = broken if self._broken is None else torch.maximum(self._broken, broken)
+        vars(self.optimiser)["found_inf"] = self._broken
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -181,6 +264,7 @@ class Update:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
+        self._broken = None
         self.optimiser.load_state_dict(state["optimiser"])
         load_scaler(self.scaler, state["scaler"])
 

@@ -314,6 +314,12 @@ class TrainConfig(Section):
         0.0, ge=0, description="weight of the slice-level loss (needs image_level_labels.csv)"
     )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, 0: off")
+    eval_every: int = Field(
+        1,
+        ge=1,
+        description="epochs between two scores of the held-out patients; the last one has its own",
+        json_schema_extra=ADDED,
+    )
     patience: int = Field(0, ge=0, description="epochs without improvement before stopping, 0: off")
     amp: bool = True
     compile: bool = Field(False, json_schema_extra=HOW)

@@ -49,11 +49,7 @@ class Ensemble:
     def series(self, volume: np.ndarray, flips: Sequence[str]) -> np.ndarray:
         """Probabilities (13,) of one volume, of the mean logits over the fold models and flips."""
         batch = as_batch(volume, self.options, self.device)
-        answers = list(
-            self.threads.map(
-                lambda model: logits_of(model, batch, self.options.amp, flips), self.models
-            )
-        )
+        answers = logits_of(self.models, batch, self.options.amp, flips, self.threads.map)
         if len(answers) > 1:
             odds = torch.cat([injury_log_odds(answer) for answer in answers])
             self.spreads.append(odds.std(0).numpy())

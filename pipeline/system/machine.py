@@ -30,7 +30,10 @@ def seed_everything(*seeds: int) -> None:
 
 
 def pick_device(name: str, rank: int = 0) -> Any:
-    """`auto|cpu|cuda` to a torch device; InputError when CUDA is asked for and absent."""
+    """`auto|cpu|cuda` to a torch device; InputError when CUDA is asked for and absent.
+
+    On a GPU cuDNN then tries its algorithms for each shape and keeps the fastest.
+    """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -42,6 +45,7 @@ def pick_device(name: str, rank: int = 0) -> Any:
                 what, "torchrun --nproc-per-node", "start as many processes as there are GPUs"
             )
         torch.cuda.set_device(rank)
+        torch.backends.cudnn.benchmark = True  # few shapes in any stage, each met often
         return torch.device("cuda", rank)
     return torch.device("cpu")
 

@@ -182,14 +182,19 @@ def collate(samples: list[Batch]) -> Batch:
     return {"crops": crops, "overlap": overlap, "ids": [sample["ids"] for sample in samples]}
 
 
-def evaluation_batches(samples: VocoSamples, random_crops: int) -> Iterator[Batch]:
-    """The same crops at every call: `random_crops` of each volume, not augmented, one batch a
-    volume.
+def evaluation_batches(
+    samples: VocoSamples, random_crops: int, volumes: int = 1
+) -> Iterator[Batch]:
+    """The same crops at every call: `random_crops` of each volume, not augmented, batches of
+    `volumes`; the last one may be smaller.
     """
-    for index in range(len(samples.paths)):
-        yield collate(
-            [samples.sample(index, [samples.seed, EVALUATION, index], random_crops, augment=False)]
-        )
+
+    def sample(index: int) -> Batch:
+        seeds = [samples.seed, EVALUATION, index]
+        return samples.sample(index, seeds, random_crops, augment=False)
+
+    for start in range(0, len(samples.paths), volumes):
+        yield collate([sample(k) for k in range(start, min(start + volumes, len(samples.paths)))])
 
 
 def batches(

@@ -1,5 +1,7 @@
 """The three terms of 2D-VoCo (the 3D method: arXiv 2402.17300; by slices: arXiv 2601.14593)."""
 
+from functools import lru_cache
+
 import torch
 from torch.nn import functional
 
@@ -29,11 +31,18 @@ def position_loss(similarity: torch.Tensor, overlap: torch.Tensor) -> torch.Tens
     return near + far
 
 
+@lru_cache(maxsize=8)
+def pairs(K: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All k < m out of K, (K * (K - 1) / 2,) each; made once."""
+    with torch.inference_mode(False):
+        k, m = torch.triu_indices(K, K, 1, device=device)
+    return k, m
+
+
 def base_regularisation(base_embeddings: torch.Tensor) -> torch.Tensor:
     """reg: (..., K, E) -> (...): mean over pairs k < m of relu(cos(z_k, sg z_m))^2, which keeps
     base crops apart.
     """
     unit = functional.normalize(base_embeddings, dim=-1)
-    K = unit.shape[-2]
-    k, m = torch.triu_indices(K, K, 1, device=unit.device)
+    k, m = pairs(unit.shape[-2], unit.device)
     return torch.relu((unit @ unit.detach().mT)[..., k, m]).square().mean(-1)

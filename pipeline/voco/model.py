@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..learning.backbone import feature_shape, standardise
+from ..learning.fast_layers import Depthwise, Pointwise
 from .losses import base_regularisation, position_loss, similarity
 
 
@@ -60,13 +62,48 @@ def make_teacher(student: VocoNet) -> VocoNet:
     return teacher.train()
 
 
+class RoundedCopy:
+    """A network for forward passes without gradient under autocast to `dtype`. Weights of
+    convolutions and linear layers are kept in `dtype`, rounded all together as autocast would round
+    each at its use; every other tensor is the network's own. The numbers are the same to the last
+    bit.
+    """
+
+    rounded = (nn.Conv2d, nn.Linear, Depthwise, Pointwise)  # not what is derived from them
+
+    def __init__(self, network: VocoNet, dtype: torch.dtype) -> None:
+        self.copy = copy.deepcopy(network)
+        self._own: list[torch.Tensor] = []
+        self._rounded: list[torch.Tensor] = []
+        for layer, twin in zip(network.modules(), self.copy.modules(), strict=True):
+            twin._buffers.update(layer._buffers)
+            twin._parameters.update(layer._parameters)
+            for name, weight in layer.named_parameters(recurse=False):
+                if type(layer) in self.rounded:
+                    twin._parameters[name] = nn.Parameter(weight.to(dtype), requires_grad=False)
+                    self._own.append(weight)
+                    self._rounded.append(twin.get_parameter(name))
+
+    @torch.no_grad()
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        """What the network itself gives for `crops`."""
+        torch._foreach_copy_(self._rounded, self._own)
+        return self.copy(crops)
+
+
+@lru_cache(maxsize=8)
+def _generator(device: torch.device) -> torch.Generator:
+    """One of each device, seeded anew wherever it is used."""
+    return torch.Generator(device)
+
+
 def dropout_mask(
     shape: tuple[int, ...], rate: float, seed: int, step: int, device: torch.device
 ) -> torch.Tensor:
     """Inverted dropout as a pure function of `seed` and `step`, for the whole batch over all
     ranks.
     """
-    generator = torch.Generator(device).manual_seed(
+    generator = _generator(device).manual_seed(
         int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
     )
     return torch.rand(shape, generator=generator, device=device).ge_(rate).div_(1 - rate)

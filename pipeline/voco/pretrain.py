@@ -5,7 +5,7 @@ repeats an unbroken one.
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from ..run.room import checkpoint_bytes, require
 from ..system.console import log, progress
 from ..system.frames import read_frame
 from ..system.machine import seed_everything
-from .data import VocoSamples, batches, choose_volumes
-from .step import State, start, train_step
+from .data import Batch, VocoSamples, batches, choose_volumes
+from .step import State, Taken, start, train_step
 
 EARLIER = "earlier"  # folder of checkpoints that a run with other settings left
 
@@ -112,9 +112,13 @@ def pretrain(
     ):
         began_at = run.step
 
+        def finish(record: dict[str, Any], stopping: bool) -> None:
+            _finish_step(run, record, samples, evaluation, folder, write, stopping)
+
         def waiting() -> None:
             """Leave where a stop came while a batch is waited for: one process alone may."""
             if stop.signum and world.size == 1:
+                pace.catch_up()
                 if run.step > began_at and not run.flat:
                     save_checkpoint(folder / layout.LAST, run.state(), options.keep)
                 _leave(run, stop)
@@ -122,20 +126,12 @@ def pretrain(
         pinned = world.device.type == "cuda"
         stream = batches(samples, run.step, options.steps, pinned, waiting)
         closing.callback(stream.close)  # ends its processes
-        steps = range(run.step, options.steps)
+        steps, pace = range(run.step, options.steps), _Pace(run, finish)
         for _ in progress(steps, len(steps), "2D-VoCo", "steps") if world.main else steps:
-            began = time.perf_counter()
-            batch = next(stream)
-            waited = time.perf_counter() - began
-            record, stopping = train_step(run, batch, stop.signum > 0)
+            batch = pace.next_of(stream)
+            taken = train_step(run, batch, stop.signum > 0)
             # several ranks agree one step later
-            stopping = stopping or (world.size == 1 and stop.signum > 0)
-            seconds = time.perf_counter() - began
-            record |= {
-                "samples_per_s": round(options.batch / seconds, 3),
-                "waiting": round(waited / seconds, 4),
-            }
-            _finish_step(run, record, samples, evaluation, folder, write, stopping)
+            stopping = pace.take(taken, _due(run), world.size == 1 and stop.signum > 0)
             if stopping:
                 # torchrun ends the others as soon as one has ended: not while the checkpoint is
                 # being written
@@ -150,6 +146,53 @@ def pretrain(
         "steps": options.steps,
         run.method.merit: round(run.best, 4),
     }
+
+
+class _Pace:
+    """Steps and their figures, which are read one step late where the device works ahead, and at
+    once where something hangs on them: nothing is logged or kept that was not looked at.
+    """
+
+    def __init__(self, run: State, finish: Callable[[dict[str, Any], bool], None]) -> None:
+        self.run, self.finish = run, finish
+        self.late = optimise.reads_late(run.world.device)
+        self.unread: Taken | None = None
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def next_of(self, stream: Iterator[Batch]) -> Batch:
+        """The next batch; only a device that is done with the step before waits for it."""
+        began = time.perf_counter()
+        batch = next(stream)
+        if self.unread is None or self.unread.figures.here():
+            self.waited += time.perf_counter() - began
+        return batch
+
+    def take(self, taken: Taken, due: bool, stopping: bool) -> bool:
+        """Finish the step before `taken`, and this one where it is `due` or the loop ends with it;
+        returns whether it does.
+        """
+        stopping = self.catch_up() or stopping
+        self.unread = taken
+        if due or stopping or not self.late:
+            stopping = self.catch_up(stopping) or stopping
+        return stopping
+
+    def catch_up(self, stopping: bool = False) -> bool:
+        """Finish the step that was not read yet; returns whether a rank wants to stop."""
+        if self.unread is None:
+            return False
+        record, asked = self.unread.read()
+        now, options = time.perf_counter(), self.run.config.pretrain
+        seconds = now - self.since
+        record |= {
+            "samples_per_s": round(options.batch / seconds, 3),
+            "waiting": round(self.waited / seconds, 4),
+        }
+        self.unread, self.waited, self.since = None, 0.0, now
+        self.finish(record, stopping or asked)
+        if record["step"] == self.run.step:  # else the device has been at the next step meanwhile
+            self.since = time.perf_counter()
+        return asked
 
 
 def _leave(run: State, stop: StopSignal) -> None:
@@ -167,38 +210,47 @@ def _finish_step(
     write: Callable[[Record], None],
     stopping: bool,
 ) -> None:
-    options, merit = run.config.pretrain, run.method.merit
-    last = run.step == options.steps
+    options, merit, step = run.config.pretrain, run.method.merit, record["step"]
+    last, latest = step == options.steps, step == run.step
     if "std" in record:
-        _watch_collapse(run, record["std"], last)
+        _watch_collapse(run, step, record["std"], last)
     if not run.world.main:
         return
-    if run.step % options.eval_every == 0 or last:
+    if step % options.eval_every == 0 or last:
         record[merit] = round(run.method.evaluate(evaluation), 4)
         if record[merit] > run.best and not run.flat:
             run.best = record[merit]
             save_checkpoint(folder / layout.BEST, run.state())
             export(run, samples, folder / layout.BACKBONE)
-    if run.step % options.log_every == 0 or merit in record or stopping:
+    if step % options.log_every == 0 or merit in record or (stopping and latest):
         write(record)
-    minutes = (time.monotonic() - run.saved) / 60
-    due = 0 < options.checkpoint_minutes <= minutes or run.step % options.checkpoint_every == 0
-    if ((due or last) and not run.flat) or stopping:
+    if latest and ((_checkpoint_due(run) and not run.flat) or stopping):
         save_checkpoint(folder / layout.LAST, run.state(), options.keep)
         run.saved = time.monotonic()
 
 
-def _watch_collapse(run: State, std: float, last: bool) -> None:
+def _checkpoint_due(run: State) -> bool:
+    options, minutes = run.config.pretrain, (time.monotonic() - run.saved) / 60
+    by_time = 0 < options.checkpoint_minutes <= minutes
+    return by_time or run.step % options.checkpoint_every == 0 or run.step == options.steps
+
+
+def _due(run: State) -> bool:
+    """Whether an evaluation or a checkpoint follows this very step."""
+    return run.step % run.config.pretrain.eval_every == 0 or _checkpoint_due(run)
+
+
+def _watch_collapse(run: State, step: int, std: float, last: bool) -> None:
     options = run.config.pretrain
     run.flat = run.flat + 1 if std < options.collapse_std else 0
     if run.flat == 1:
         log(
-            f"warning: embeddings have collapsed at step {run.step} (standard deviation {std:.3g});"
+            f"warning: embeddings have collapsed at step {step} (standard deviation {std:.3g});"
             " no checkpoint is written meanwhile"
         )
     if run.flat >= (1 if last else options.collapse_patience):
         raise optimise.Collapse(
-            f"embeddings collapsed for {run.flat} steps until step {run.step} (standard deviation"
+            f"embeddings collapsed for {run.flat} steps until step {step} (standard deviation"
             f" {std:.3g}); the last good checkpoint is kept; lower pretrain.lr or raise"
             " pretrain.regularisation"
         )

@@ -88,9 +88,26 @@ def start(config: Config, world: World, volumes: Path | None = None) -> State:
     return State(config, identity(config, volumes), world, method, update)
 
 
-def train_step(run: State, batch: Batch, stopping: bool = False) -> tuple[dict[str, float], bool]:
-    """One optimiser step and what the method does after it; returns the figures over all ranks, and
-    whether any rank wants to stop.
+@dataclass(frozen=True)
+class Taken:
+    """A step that was handed to the device: its `figures`, and what was `known` before."""
+
+    figures: optimise.Figures
+    known: dict[str, float]
+
+    def read(self) -> tuple[dict[str, float], bool]:
+        """The figures over all ranks, and whether any rank wants to stop; waits for the step.
+
+        Raises:
+            NonFiniteLoss: see `Figures.read`.
+        """
+        values = self.figures.read()
+        return {"step": self.figures.step, **values, **self.known}, self.figures.more[0] > 0
+
+
+def train_step(run: State, batch: Batch, stopping: bool = False) -> Taken:
+    """One optimiser step and what the method does after it; nothing waits for the device before
+    `read` of what is returned.
     """
     options, method, world = run.config.pretrain, run.method, run.world
     seed_everything(run.config.seed, run.step, world.rank)
@@ -102,9 +119,9 @@ def train_step(run: State, batch: Batch, stopping: bool = False) -> tuple[dict[s
     with optimise.fixed_statistics(method.student) if recomputing else contextlib.nullcontext():
         run.update.backward(loss)
     world.average_gradients(method.student.parameters())
-    shared = world.mean(torch.cat([stats, stats.new_tensor([float(stopping)])])).tolist()
-    values = dict(zip(method.stats, shared, strict=False))
-    run.update.apply(run.step + 1, values, batch["ids"])
+    asked = torch.full((1,), float(stopping), device=stats.device)
+    shared = world.mean(torch.cat([stats, asked]))
+    figures = run.update.apply(run.step + 1, method.stats, shared, batch["ids"])
     more = method.after_step(run.step)
     run.step += 1
-    return {"step": run.step, **values, "lr": rate, **more}, shared[-1] > 0
+    return Taken(figures, {"lr": rate, **more})

@@ -1,5 +1,8 @@
 """2D-VoCo: a student and its averaged teacher, contrasted by where their crops lie."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -11,6 +14,7 @@ from .losses import similarity
 from .method import Method
 from .model import (
     Embeddings,
+    RoundedCopy,
     VocoNet,
     correlation,
     dropout_mask,
@@ -21,6 +25,11 @@ from .model import (
 
 EVALUATION_CROPS = 8  # random crops of each held-out volume
 TOLERANCE = 0.1  # of overlap, within which a base crop counts as the right one
+
+
+def rounds_together(device: torch.device) -> bool:
+    """Whether rounding the teacher's weights one by one costs time: a GPU's launches do."""
+    return device.type == "cuda"
 
 
 class Voco2D(Method):
@@ -37,10 +46,21 @@ class Voco2D(Method):
         student = self.prepared(student)
         self.teacher: VocoNet = sync_batch_norm(make_teacher(student), world)
         self.student = sync_batch_norm(student, world).train()
+        self.average = optimise.Average(self.teacher, self.student)
         self.recompute_activations(self.student.backbone)
         if options.compile:
             self.student.backbone.compile()
             self.teacher.backbone.compile()
+        self.teaching = self._teaching()
+
+    def _teaching(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The teacher's forward pass in a step."""
+        options, device = self.options, self.world.device
+        dtype = optimise.amp_dtype(device) if options.amp and rounds_together(device) else None
+        # the compiler makes the roundings part of other kernels
+        return (
+            self.teacher if dtype is None or options.compile else RoundedCopy(self.teacher, dtype)
+        )
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -61,8 +81,10 @@ class Voco2D(Method):
         with optimise.autocast(world.device, options.amp):
             student = Embeddings.split(self.student(crops, keep), options.random_crops)
             with torch.no_grad():
-                teacher = Embeddings.split(self.teacher(crops), options.random_crops)
-        everyone, following = world.gather(student.base), self._following(len(crops))
+                teacher = Embeddings.split(self.teaching(crops), options.random_crops)
+        first = world.rank * len(crops) + 1
+        following = following_volumes(first, len(crops), options.batch, world.device)
+        everyone = world.gather(student.base)
         others = (everyone[following], world.gather(teacher.base)[following])
         terms = voco_terms(student, teacher, overlap, *others)
         loss = (
@@ -86,37 +108,49 @@ class Voco2D(Method):
         mask = dropout_mask(shape, options.dropout, self.config.seed, step, world.device)
         return mask[world.rank * B : (world.rank + 1) * B]
 
-    def _following(self, B: int) -> torch.Tensor:
-        """For each volume of this rank the number of the next one in the batch over all ranks."""
-        first = self.world.rank * B + 1
-        return torch.arange(first, first + B, device=self.world.device) % self.options.batch
-
     def after_step(self, step: int) -> dict[str, float]:
         """The teacher follows the student."""
         options = self.options
         momentum = optimise.momentum_at(
             step, options.steps, options.ema_momentum, options.ema_final
         )
-        optimise.ema_update(self.teacher, self.student, momentum)
+        self.average.update(momentum)
         return {"momentum": momentum}
 
     def evaluate(self, samples: VocoSamples) -> float:
         """The teacher's position accuracy."""
-        return position_accuracy(self.teacher, samples, self.world.device, self.options.amp)
+        # as in training on a GPU; on a CPU the maps of more outgrow its caches
+        volumes = self.options.batch if self.world.device.type == "cuda" else 1
+        return position_accuracy(
+            self.teacher, samples, self.world.device, self.options.amp, volumes
+        )
+
+
+@lru_cache(maxsize=8)
+def following_volumes(first: int, B: int, batch: int, device: torch.device) -> torch.Tensor:
+    """(B,): the numbers `first`, `first` + 1, ... modulo `batch` of the volumes after those of a
+    rank; made once.
+    """
+    with torch.inference_mode(False):
+        return torch.arange(first, first + B, device=device) % batch
 
 
 @torch.no_grad()
-def position_accuracy(net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool) -> float:
+def position_accuracy(
+    net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool, volumes: int = 1
+) -> float:
     """Share of held-out random crops whose most similar base crop overlaps them within 0.1 of the
-    largest overlap.
+    largest overlap; `volumes` go through the network together, and the device is waited for once.
     """
     right = []
     net.eval()
-    for batch in evaluation_batches(samples, EVALUATION_CROPS):
+    for batch in evaluation_batches(samples, EVALUATION_CROPS, volumes):
+        crops, overlap = (
+            batch[name].to(device, non_blocking=True) for name in ("crops", "overlap")
+        )
         with optimise.autocast(device, amp):
-            found = Embeddings.split(net(batch["crops"].to(device)), EVALUATION_CROPS)
-        chosen = similarity(found.random, found.base).mean(1).argmax(-1).cpu()  # (1, R)
-        overlap = batch["overlap"]
+            found = Embeddings.split(net(crops), EVALUATION_CROPS)
+        chosen = similarity(found.random, found.base).mean(1).argmax(-1)  # (B, R)
         reached = overlap.gather(2, chosen[..., None])[..., 0]
         right.append(reached >= overlap.amax(2) - TOLERANCE - 1e-6)
     net.train()

@@ -145,7 +145,7 @@ def trace(
 
     hook = run.update.optimiser.register_step_pre_hook(keep)
     before = flat(teacher.state_dict().values())
-    values = [train_step(run, samples[k])[0] for k in range(steps)]
+    values = [train_step(run, samples[k]).read()[0] for k in range(steps)]
     hook.remove()
     losses = torch.tensor([[one[term] for term in TERMS] for one in values], dtype=torch.float64)
     return Trace(run, losses, gradients[0], flat(teacher.state_dict().values()) - before)
@@ -241,8 +241,9 @@ def averaging(run: State, device: torch.device) -> Row:
         teacher, student = (
             copy.deepcopy(run.method.networks[name]).to(place) for name in ("teacher", "student")
         )
+        average = optimise.Average(teacher, student)
         for momentum in (0.9, 0.99, 0.999):
-            optimise.ema_update(teacher, student, momentum)
+            average.update(momentum)
         results.append(flat(teacher.state_dict().values()))
     return check("float32: average of the same weights", relative(results[1], results[0]), 1e-6)
 
@@ -404,7 +405,7 @@ def losses_of(trainer: FoldTrainer, steps: int) -> torch.Tensor:
     for k in range(steps):
         keys = [(0, (k * size + i) % len(trainer.dataset)) for i in range(size)]
         terms = trainer.step(k, [default_collate([trainer.dataset[key] for key in keys])])
-        rows.append(list(terms.values()))
+        rows.append(list(terms.read().values()))
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -430,16 +431,15 @@ def fold(plan: Plan) -> Iterator[Row]:
 
 @torch.no_grad()
 def recurrent_type(trainer: FoldTrainer) -> Row:
-    """What the sequence model computes in: cuDNN's recurrent layers may choose another half
-    precision than the one asked for.
+    """What the sequence model computes in: cuDNN's recurrent layers know float16 alone beside
+    float32, whatever half precision is asked for.
     """
     width = trainer.model.norm.normalized_shape[0]
     features = torch.zeros(1, trainer.options.slices, width, device=trainer.device)
     with optimise.autocast(trainer.device, True):
         dtype = trainer.model.sequence(features).dtype
-    asked = str(optimise.amp_dtype(trainer.device)).removeprefix("torch.")
-    note = f"{str(dtype).removeprefix('torch.')}, asked for {asked}"
-    return Row("mixed: bits of the sequence model", 8 * dtype.itemsize, note=note)
+    note = str(dtype).removeprefix("torch.")
+    return least("mixed: bits of the sequence model", 8 * dtype.itemsize, 32, note)
 
 
 def trainer_on(plan: Plan, config: Config, device: torch.device) -> FoldTrainer:
@@ -508,7 +508,7 @@ def files(plan: Plan) -> Iterator[Row]:
 
 
 def synchronisations(plan: Plan) -> Iterator[Row]:
-    """Calls that wait for the GPU, by PyTorch's own guard: figures, not checks."""
+    """Calls that wait for the GPU, by PyTorch's own guard: none before the step is taken."""
     config = plan.checked()
     run = trace(plan, config, plan.device, 2).run
     names = [f"p{k}_0.npy" for k in range(16)]
@@ -516,7 +516,7 @@ def synchronisations(plan: Plan) -> Iterator[Row]:
     for name, between in (("between backward and optimiser", True), ("of a whole step", False)):
         places = waits(plan, run, partial(train_step, run, batch), between)
         note = ", ".join(f"{place} x{count}" for place, count in places.most_common(8))
-        row = Row(f"synchronising calls {name}", sum(places.values()), note=note)
+        row = check(f"synchronising calls {name}", sum(places.values()), 0, note)
         yield row if plan.cuda else missing(row.name, "needs a CUDA device")
 
 

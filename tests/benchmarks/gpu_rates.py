@@ -334,7 +334,7 @@ def waiting(plan: Plan) -> Iterator[Row]:
 
 def folds(plan: Plan) -> Iterator[Row]:
     """Training of a fold against the backbone alone on as many slices."""
-    config = plan.paper("train.epochs=2000")
+    config = plan.paper("train.epochs=2000", "train.eval_every=2000")
     options, data = config.train, plan.fold_data(config)
     trainer = FoldTrainer(config, data, plan.folder, plan.device, None)
     batch = images(plan, options.batch * options.slices, options.image_size)

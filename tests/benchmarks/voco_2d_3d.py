@@ -27,7 +27,7 @@ from voco_step import batch_of
 
 from pipeline.learning.backbone import create_backbone, placed
 from pipeline.learning.distributed import World
-from pipeline.learning.optimise import adamw, autocast, ema_update
+from pipeline.learning.optimise import Average, adamw, autocast
 from pipeline.run.presets import load_config
 from pipeline.voco import step
 from pipeline.voco.losses import base_regularisation, position_loss, similarity
@@ -90,6 +90,7 @@ def step_3d(kind: str, device: torch.device, base: int, random: int) -> Callable
         layers += [nn.BatchNorm1d(2048), nn.ReLU(inplace=True), nn.Linear(2048, 2048)]
     student = nn.Sequential(*layers).to(device)
     teacher, optimiser = copy.deepcopy(student).requires_grad_(False), adamw(student, 1e-4, 1e-2)
+    average = Average(teacher, student)
     crops, overlap = (
         torch.rand(base + random, 1, 64, 64, 64, device=device),
         torch.rand(random, base, device=device),
@@ -106,7 +107,7 @@ def step_3d(kind: str, device: torch.device, base: int, random: int) -> Callable
             + base_regularisation(own[random:])
         ).backward()
         optimiser.step()
-        ema_update(teacher, student, 0.9)
+        average.update(0.9)
 
     return step
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.classifier import train as training
-from pipeline.classifier.data import Series, labelled_series
+from pipeline.classifier.data import HELD_OUT, Series, labelled_series
 from pipeline.classifier.fold import FoldData
 from pipeline.classifier.predict import load_classifier
 from pipeline.classifier.train import FoldTrainer, train_fold
@@ -135,7 +135,7 @@ def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
 def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
     made, original = [], training.series_batches
     monkeypatch.setattr(
-        training, "series_batches", lambda *given: made.append(given[0]) or original(*given)
+        training, "series_batches", lambda *given: made.append(given[1]) or original(*given)
     )
     # other tests' pools may be up
     run, before = (
@@ -143,7 +143,9 @@ def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
         multiprocessing.active_children(),
     )
     run.run()
-    assert [dataset is run.dataset for dataset in made].count(True) == 1
+    (plan,) = made
+    epochs = [batch[0][0] for batch in plan]
+    assert epochs == [0, 0, HELD_OUT, 1, 1, HELD_OUT, 2, 2, HELD_OUT], "scores are part of it"
     left = [
         child
         for child in multiprocessing.active_children()
@@ -356,10 +358,10 @@ def test_a_stop_within_an_epoch_loses_nothing(data, tmp_path, monkeypatch, overr
             os.kill(os.getpid(), signal.SIGTERM)
         return step(number, micro)
 
-    def predicting():
+    def predicting(*given):
         if at == "held-out":
             os.kill(os.getpid(), signal.SIGTERM)
-        return predict_held_out()
+        return predict_held_out(*given)
 
     monkeypatch.setattr(cut, "step", stopping)
     monkeypatch.setattr(cut, "predict_held_out", predicting)
@@ -427,3 +429,55 @@ def test_the_publications_recipe_trains_and_resumes(data, tmp_path):
     second.run()
     assert [row["loss"] for row in second.history] == [row["loss"] for row in whole.history]
     assert second.predict_held_out().equals(whole.predict_held_out())
+
+
+def test_averaged_weights_lie_in_memory_as_those_they_average(data, tmp_path):
+    """Channels last, else each prediction turns every map twice."""
+    run = trainer(data, tmp_path / "fold", "train.ema=0.9", "model.backbone=test_resnet")
+    assert run.averaged is not None
+    turned = 0
+    for name, tensor in run.model.state_dict().items():
+        assert run.averaged.state_dict()[name].stride() == tensor.stride(), name
+        turned += not tensor.is_contiguous()
+    assert turned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_scores_of_some_epochs_change_nothing_else(data, tmp_path, workers):
+    """Of five epochs the second, the fourth and the last; each as where all are scored."""
+    options = ("train.epochs=5", "train.batch=2", "train.accumulate=2", f"train.workers={workers}")
+    every = trainer(data, tmp_path / "every", *options)
+    every.run()
+    some = trainer(data, tmp_path / "some", *options, "train.eval_every=2")
+    some.run()
+    assert [row["epoch"] for row in some.history if "score" in row] == [2, 4, 5]
+    for row, other in zip(some.history, every.history, strict=True):
+        assert row["terms"] == other["terms"]
+        if "score" in row:
+            assert row["score"] == other["score"]
+    assert some.predict_held_out().equals(every.predict_held_out())
+
+
+def test_patience_counts_epochs_between_scores(data, tmp_path, monkeypatch):
+    options = ("train.epochs=9", "train.patience=3", "train.eval_every=2")
+    run = trainer(data, tmp_path / "fold", *options)
+    scores = iter([0.9, 0.5, 0.6, 0.7])
+    monkeypatch.setattr(run, "validate", lambda: {"score": next(scores)})
+    run.run()
+    assert run.epoch == 7, "the best is of epoch 4, and 7 is three later"
+    assert (run.kept["epoch"], run.kept["score"]) == (4, 0.5)
+
+
+def test_an_epoch_whose_score_nobody_asks_for_leaves_the_next_one_its_series(data, tmp_path):
+    """As a notebook may call them; and a score asked for twice."""
+    whole, parts = (trainer(data, tmp_path / name, "train.batch=2") for name in ("whole", "parts"))
+    whole.run()
+    first = parts.train_epoch()
+    parts.epoch += 1
+    second = parts.train_epoch()
+    assert [first["loss"], second["loss"]] == [row["loss"] for row in whole.history[:2]]
+    scores = [parts.validate()["score"] for _ in range(2)]
+    assert scores == [whole.history[1]["score"]] * 2
+    parts.epoch += 1
+    assert parts.train_epoch()["loss"] == whole.history[2]["loss"]

@@ -28,6 +28,7 @@ from pipeline.competition.metric import aggregate, value_frame
 from pipeline.competition.tables import read_sample_submission, read_series
 from pipeline.competition.targets import COLUMNS, TARGET_NAMES, group_slices
 from pipeline.evaluation.calibration import Calibration
+from pipeline.learning.backbone import GREY_MEAN, GREY_STD
 from pipeline.run import layout
 from pipeline.run.command import main
 from pipeline.run.config import TrainConfig
@@ -764,3 +765,36 @@ def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, mon
         "warning: the calibration was fitted to predictions with predict.flips=[], not ['zy']"
         in capfd.readouterr().err
     )
+
+
+class Pixels(torch.nn.Module):
+    """Answers with the first pixels that it sees, in its own measure."""
+
+    logits = ("bowel", "kidney", "liver")
+
+    def __init__(self, measure):
+        super().__init__()
+        self.measure = measure
+
+    def forward(self, x):
+        part = self.measure * x[:, 0, :1].flatten(1)
+        return {"bowel": part[:, :1], "kidney": part[:, 1:4], "liver": part[:, 4:7]}, None
+
+
+def test_a_series_waits_for_its_device_once(monkeypatch):
+    """Three models and four views: one transfer, and the numbers of plain loops."""
+    ensemble = ensemble_of(Pixels(0.5), Pixels(-1.0), Pixels(2.0))
+    volume = np.random.default_rng(0).integers(0, 256, (2, 16, 16), np.uint8)
+    transfers, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda one: transfers.append(one.shape) or cpu(one))
+    found = ensemble.series(volume, ("x", "y", "zyx"))
+    assert transfers == [(3, 1, 7)]
+    grey, logits = (volume / 255 - GREY_MEAN) / GREY_STD, np.zeros(7)
+    for measure in (0.5, -1.0, 2.0):
+        for view in (grey, grey[:, :, ::-1], grey[:, ::-1], grey[::-1, ::-1, ::-1]):
+            logits += measure * view[0, 0, :7] / 12
+    where = group_slices()
+    assert found[where["bowel"]][1] == pytest.approx(1 / (1 + math.exp(-logits[0])), rel=1e-5)
+    for name, part in (("kidney", logits[1:4]), ("liver", logits[4:])):
+        grades = np.exp(part) / np.exp(part).sum()
+        assert found[where[name]] == pytest.approx(grades.tolist(), rel=1e-5)

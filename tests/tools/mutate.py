@@ -244,7 +244,7 @@ GUARDS = (
     ),
     (
         "pipeline/classifier/predict.py",
-        "if amp and not all(value.isfinite().all() for value in mean.values()):",
+        "if amp and not all(value.isfinite().all() for value in answer.values()):",
         "if False:",
         "submission/test_inference.py::test_what_overflows",
     ),
@@ -277,6 +277,43 @@ GUARDS = (
         "if not all(math.isfinite(value) for value in terms.values()):",
         "if False:",
         STATE + "training_that",
+    ),
+    (
+        "pipeline/learning/optimise.py",
+        '        vars(self.optimiser)["found_inf"] = self._broken\n',
+        "",
+        "learning/test_gpu_paths.py::test_from_a_non_finite",
+    ),
+    (
+        "pipeline/learning/optimise.py",
+        "broken if self._broken is None else torch.maximum(self._broken, broken)",
+        "broken",
+        "learning/test_gpu_paths.py::test_from_a_non_finite",
+    ),
+    (
+        "pipeline/learning/distributed.py",
+        'if not isinstance(fault, distributed.DistError) and "gloo" not in str(fault):',
+        "if False:",
+        "learning/test_gpu_paths.py::test_only_what",
+    ),
+    (
+        "pipeline/classifier/sequence.py",
+        "with torch.autocast(x.device.type, enabled=False):",
+        "if True:",
+        "learning/test_gpu_paths.py::test_recurrent",
+    ),
+    (
+        "pipeline/classifier/train.py",
+        "        for _ in range(self._held_out_due):  # of an epoch whose score nobody asked for\n"
+        "            next(stream)\n",
+        "",
+        "classifier/test_training.py::test_an_epoch_whose",
+    ),
+    (
+        "pipeline/voco/pretrain.py",
+        "if due or stopping or not self.late:",
+        "if not self.late:",
+        "learning/test_gpu_paths.py::test_a_loss_that",
     ),
     (
         "pipeline/classifier/train.py",
@@ -566,8 +603,8 @@ GUARDS = (
     ),
     (
         "pipeline/voco/pretrain.py",
-        "0 < options.checkpoint_minutes <= minutes or ",
-        "",
+        "by_time = 0 < options.checkpoint_minutes <= minutes",
+        "by_time = False",
         "voco/test_pretrain.py::test_checkpoints_come_by_minutes",
     ),
     (

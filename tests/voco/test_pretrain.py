@@ -138,7 +138,7 @@ def test_teacher_is_the_hand_computed_average_after_three_steps(volumes):
     }
     run.method.teacher.requires_grad_(True)
     for step in range(3):
-        momentum = voco_step.train_step(run, samples[step])[0]["momentum"]
+        momentum = voco_step.train_step(run, samples[step]).read()[0]["momentum"]
         assert momentum == pytest.approx((0.9, 0.6 + 0.3 * 3**0.5 / 2, 0.75)[step])
         for name, tensor in run.method.student.state_dict().items():
             old = expected[name]
@@ -482,11 +482,11 @@ def test_float16_gradients_that_stay_non_finite_end_the_run(volumes, monkeypatch
     run.method.student.projector[0].weight.register_hook(lambda gradient: gradient * float("inf"))
     before = run.method.student.projector[-1].weight.clone()
     for _ in range(24):
-        voco_step.train_step(run, samples[0])
+        voco_step.train_step(run, samples[0]).read()
     with pytest.raises(
         NonFiniteLoss, match="non-finite gradients at step 25 though the loss is scaled by 0.00195"
     ):
-        voco_step.train_step(run, samples[0])
+        voco_step.train_step(run, samples[0]).read()
     assert torch.equal(run.method.student.projector[-1].weight, before)
 
 
@@ -525,13 +525,11 @@ def test_a_run_that_ends_collapsed_is_no_result(volumes, tmp_path, monkeypatch):
     """Fewer steps than collapse_patience once ended with exit code 0 and the collapsed network as
     backbone.
     """
-    step = voco_step.train_step
+    read = voco_step.Taken.read
     monkeypatch.setattr(
-        loop,
-        "train_step",
-        lambda run, *given: (lambda record, stop: ({**record, "std": 0.0}, stop))(
-            *step(run, *given)
-        ),
+        voco_step.Taken,
+        "read",
+        lambda taken: (lambda record, stop: ({**record, "std": 0.0}, stop))(*read(taken)),
     )
     with pytest.raises(Collapse, match="collapsed for 2 steps until step 2"):
         loop.pretrain(load_config("smoke", (*TINY, "pretrain.steps=2")), volumes, tmp_path, ALONE)
