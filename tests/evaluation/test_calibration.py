@@ -535,7 +535,8 @@ def test_stage_06_scores_the_runs_own_folds(tmp_path):
         assert tuple(scores["floors"][name]) == SCORE_KEYS
         assert scores["floors"][name]["score"] > scores["nested"]["score"]
         interval = scores["intervals"][name]["score"]
-        assert interval["low"] < interval["value"] == scores["floors"][name]["score"]
+        assert interval["value"] == pytest.approx(scores["floors"][name]["score"], rel=1e-12)
+        assert interval["low"] < interval["value"]
         assert f"\n{name}" in done.stdout
     folds.with_columns(fold=1 - pl.col("fold")).write_csv(out / layout.FOLDS / "folds.csv")
     with pytest.raises(InputError, match=r"was held out in fold \d, not \d as folds.csv says"):
