@@ -3,24 +3,17 @@
 import numpy as np
 
 from .canvas import Array, Canvas, Region, soft
-from .injuries import BLOOD, FLUID, Injuries, haze
+from .injuries import FLUID, Injuries
 from .tissues import FAT, GAS, LUNG, SIDES
 
 
 def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
     """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast.
 
-    What an injury might be mistaken for is in the healthy too: loops with thick walls, gas under
-    the front wall, a hazy mesentery.
+    Two loops of small bowel are drawn last, where nothing hides them: one has a thick wall.
     """
     rng = c.rng
-    misty, place = (
-        rng.uniform(-0.8, 0.4),
-        (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, -0.1), rng.uniform(0.55, 0.85)),
-    )
-    if misty > 0:
-        haze(c, cavity, place, misty)
-    c.paint(None, c.vessels(0.42) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
+    c.paint(None, c.vessels(0.3) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
     oral = rng.uniform(100, 160) if rng.random() < 0.3 else FLUID
     _draw_small_bowel(c, hu["wall"], oral, cavity, injuries)
     _draw_colon(c, cavity)
@@ -53,10 +46,17 @@ def _draw_small_bowel(
         content, gas = (oral if rng.random() < 0.6 else 40.0), (0.2 if rng.random() < 0.2 else None)
         if index >= 24:
             centre, long, tilt, gas = (centre[0], -0.66, centre[2]), 1.3 * long, 0.0, -0.6
-        swollen = injuries.swollen(centre)
         loop = c.blob(centre, (size * long, size * 1.3, size), tilt=tilt, wobble=0.12)
-        thick = wall * (1.3 if swollen else 1)
-        _loop(c, loop, cavity, thick, content, 0.42 if swollen else lumen, gas)
+        _loop(c, loop, cavity, wall, content, lumen, gas)
+    for index, site in enumerate(injuries.loops):
+        radii = (
+            site.radius * 1.15,
+            site.radius * 1.5,
+            1.25 * site.radius * c.half[0] / c.length * 1.3,
+        )
+        loop = c.blob(site.centre, radii, tilt=site.tilt, wobble=0.05, grow=1.6)
+        c.paint(loop.box, loop.alpha(1.35) * cavity[loop.box], FAT)
+        _loop(c, loop, cavity, wall * 1.1, 20.0, 0.45 if injuries.thick(index) else 0.8, None)
 
 
 def _draw_colon(c: Canvas, cavity: Array) -> None:
@@ -93,6 +93,7 @@ def _loop(
     if not whole.any():
         return
     c.paint(shape.box, whole, wall)
+    np.maximum(c.bowel[shape.box], whole, out=c.bowel[shape.box])
     inner = shape.alpha(lumen) * cavity[shape.box]
     c.paint(shape.box, inner, content)
     if gas is not None:
@@ -101,8 +102,8 @@ def _loop(
         c.paint(shape.box, inner * soft((middle - y) * c.px - gas * shape.px), GAS)
 
 
-def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> Array:
-    """Heart, pancreas, liver, gallbladder, spleen, kidneys, cysts, then the lung bases around the
+def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array) -> Array:
+    """Heart, pancreas, liver, gallbladder, spleen, kidneys, then the lung bases around the
     domes; fills `c.organs`.
 
     Returns the coverage of the cavity below the diaphragm.
@@ -117,7 +118,7 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
         wobble=0.25,
         texture=25,
     )
-    _draw_liver(c, hu, cavity, injuries)
+    _draw_liver(c, hu, cavity)
     c.put(FLUID, (-0.27, -0.3, 0.45), (0.1, 0.13, 0.1), tilt=0.3)
     spleen = c.blob(
         (0.62, 0.26, 0.27),
@@ -126,16 +127,15 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
         wobble=0.05,
         grow=1.4,
     )
-    _organ(c, "spleen", [spleen], hu["spleen"], cavity, injuries)
-    _draw_kidneys(c, hu, cavity, injuries)
-    _draw_cysts(c)
+    _organ(c, "spleen", [spleen], hu["spleen"], cavity)
+    _draw_kidneys(c, hu, cavity)
     lung = _draw_lung_bases(c, cavity, heart)
     below = 1 - lung
     c.organs = {name: (box, alpha * below[box]) for name, (box, alpha) in c.organs.items()}
     return cavity * below
 
 
-def _draw_liver(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
+def _draw_liver(c: Canvas, hu: dict[str, float], cavity: Array) -> None:
     """Both lobes as one organ, with the branches of the portal vein."""
     rng = c.rng
     down = np.clip(c.tz - 0.25, 0, 1)
@@ -146,12 +146,12 @@ def _draw_liver(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuri
         grow=1.3,
     )
     left = c.blob((-0.1, -0.42, 0.17), (rng.uniform(0.42, 0.58), 0.27, 0.2), wobble=0.05, grow=1.3)
-    _organ(c, "liver", [right, left], hu["liver"], cavity, injuries)
+    _organ(c, "liver", [right, left], hu["liver"], cavity)
     box, alpha = c.organs["liver"]
     c.paint(box, c.vessels(0.3, box) * alpha, max(hu["portal"], hu["liver"] + 20))
 
 
-def _draw_kidneys(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
+def _draw_kidneys(c: Canvas, hu: dict[str, float], cavity: Array) -> None:
     """Cortex and medulla in a capsule of fat, and at each hilum fat around the renal pelvis."""
     rng = c.rng
     for side, name in zip(SIDES, ("right kidney", "left kidney"), strict=True):
@@ -163,27 +163,22 @@ def _draw_kidneys(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Inju
         radii = (rng.uniform(0.16, 0.19), rng.uniform(0.22, 0.27), rng.uniform(0.19, 0.22))
         kidney = c.blob((u, v, t), radii, tilt=side * 0.5, wobble=0.03, grow=2.0)
         c.paint(kidney.box, kidney.alpha(1.15), FAT)
-        _organ(c, name, [kidney], hu["cortex"], cavity, injuries)
+        _organ(c, name, [kidney], hu["cortex"], cavity)
         c.paint(
             kidney.box, kidney.alpha(0.72) * np.clip(0.9 + c.fine[kidney.box], 0, 1), hu["medulla"]
         )
         hilum = (u - side * 0.07, v - 0.07, t), (0.1, 0.1, 0.1)
         for value, limit in ((-60.0, 1.0), (hu["urine"], 0.5)):
-            c.put(value, *hilum, limit=limit, tilt=side * 0.6, wobble=0.2)
+            pelvis = c.put(value, *hilum, limit=limit, tilt=side * 0.6, wobble=0.2)
+        _cut(c, name, pelvis)
 
 
-def _draw_cysts(c: Canvas) -> None:
-    """Now and then one in the liver or the left kidney: round and sharp, no injury."""
-    rng = c.rng
-    for organ in ("liver", "left kidney"):
-        wanted, radius, place = rng.random() < 0.25, rng.uniform(7, 11), rng.random()
-        box, alpha = c.organs[organ]
-        core = np.argwhere(alpha > 0.9)
-        if wanted and len(core):
-            away = np.sqrt(
-                sum(d * d for d in c.offsets_mm(box, tuple(core[int(place * len(core))])))
-            )
-            c.paint(box, soft((radius - away) / c.mm) * alpha, 6.0)
+def _cut(c: Canvas, name: str, shape: Region) -> None:
+    """Take a shape out of the coverage of an organ."""
+    box, alpha = c.organs[name]
+    hole = np.zeros_like(c.solid)
+    hole[shape.box] = shape.alpha()
+    alpha *= 1 - hole[box]
 
 
 def _draw_lung_bases(c: Canvas, cavity: Array, heart: Region) -> Array:
@@ -210,12 +205,8 @@ def _dome(c: Canvas, u: float, top: float) -> Array:
     return np.where(c.u * (1 if u > 0 else -1) < -0.02, np.float32(9), bowl)
 
 
-def _organ(
-    c: Canvas, name: str, parts: list[Region], value: float, cavity: Array, injuries: Injuries
-) -> None:
-    """Paint one organ made of overlapping parts, any blood around it first, and keep its coverage
-    in `c.organs`.
-    """
+def _organ(c: Canvas, name: str, parts: list[Region], value: float, cavity: Array) -> None:
+    """Paint one organ made of overlapping parts and keep its coverage in `c.organs`."""
     box = tuple(
         slice(min(p.box[i].start for p in parts), max(p.box[i].stop for p in parts))
         for i in range(3)
@@ -226,8 +217,8 @@ def _organ(
             slice(s.start - b.start, s.stop - b.start) for s, b in zip(part.box, box, strict=True)
         )
         whole.r[at] = np.minimum(whole.r[at], part.r)
-    if injuries.grade(name) == 2:
-        c.paint(box, whole.alpha(injuries.rim(name, whole)) * cavity[box], BLOOD + 8 * c.fine[box])
     alpha = whole.alpha() * cavity[box]
     c.paint(box, alpha, value + 4 * c.fine[box])
-    c.organs[name] = (box, alpha)
+    c.organs[name], c.level[name] = (box, alpha), value
+    c.depth_mm[name] = (1 - whole.r) * (whole.px * c.mm)
+    np.maximum(c.solid[box], alpha, out=c.solid[box])

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from ..run.config import PhantomConfig
 from .abdomen import draw_bowel, draw_organs
 from .canvas import Array, Canvas, Region, soft
-from .injuries import Injuries
+from .injuries import FULL_SIZE, Injuries
 from .tissues import CORTICAL, FAT, MARROW, MUSCLE, PHASES, SIDES, TISSUES
 
 
@@ -31,6 +31,9 @@ class Scan:
     shown: dict[str, NDArray[np.bool_]]
     # (D,) slices that show at least 2 square centimetres of the organ
     organs: dict[str, NDArray[np.bool_]]
+    masks: NDArray[np.uint8]  # (D, H, W), the competition's numbers (`MASKS`)
+    # plane, row and column of the findings at the bowel and of the bright ones, harmless or not
+    sites: dict[str, tuple[int, ...]]
 
 
 def make_scan(
@@ -61,17 +64,17 @@ def _draw_scan(
         (take.uniform(-0.03, 0.02), take.uniform(0.99, 1.05)),
     )
     hu = {
-        name: value * take.uniform(0.93, 1.07)
+        name: value * take.uniform(0.93, 1.07) + take.normal(0, 9)
         for name, value in zip(TISSUES, PHASES[phase], strict=True)
     }
-    injuries = Injuries(c, labels, config.difficulty, hu["aorta"], np.random.default_rng([*key, 2]))
+    injuries = Injuries(c, labels, config.difficulty, width_mm(config, c), key)
     cavity = draw_trunk(c)
-    injuries.before_organs(cavity)
     draw_bowel(c, hu, cavity, injuries)
-    abdomen = draw_organs(c, hu, cavity, injuries)
+    abdomen = draw_organs(c, hu, cavity)
+    injuries.organs()
     draw_vessels(c, hu)
     draw_bones(c)
-    shown = injuries.after_organs(abdomen)
+    shown = {"bowel": injuries.bowel(abdomen), "extravasation": injuries.vessels(abdomen)}
     draw_surroundings(c)
     draw_noise(c, config.noise_hu, take)
     spacing = (float(c.tz[1] - c.tz[0]) * c.length, c.mm, c.mm)
@@ -84,7 +87,29 @@ def _draw_scan(
         round(hu["aorta"], 2),
         shown,
         organs,
+        masks(c),
+        {name: c.nearest(place) for name, place in injuries.sites.items()},
     )
+
+
+# numbers of the competition's segmentations
+MASKS = {"liver": 1, "spleen": 2, "left kidney": 3, "right kidney": 4}
+BOWEL = 5
+
+
+def masks(c: Canvas) -> NDArray[np.uint8]:
+    """Label map of what is at least half covered by an organ or by bowel."""
+    found = np.where(c.bowel > 0.5, np.uint8(BOWEL), np.uint8(0))
+    for name, (box, alpha) in c.organs.items():
+        found[box][alpha > 0.5] = MASKS[name]
+    return found
+
+
+def width_mm(config: PhantomConfig, c: Canvas) -> float:
+    """Least width of a tear or strand: nothing from `FULL_SIZE` pixels on, else two pixels of the
+    trunk at half the picture's size, which is about what the network sees.
+    """
+    return 0.0 if config.image_size >= FULL_SIZE else 8 * c.half[0] / config.image_size
 
 
 def draw_trunk(c: Canvas) -> Array:

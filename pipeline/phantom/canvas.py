@@ -20,6 +20,17 @@ def soft(value: Array) -> Array:
     return np.clip(value + 0.5, 0.0, 1.0)
 
 
+def level_set(field: Array, within: Array, voxels: float, mm: float) -> Array:
+    """Coverage of the place where `field` (mm) is lowest within the coverage `within`, so large
+    that it takes up `voxels` of it; an edge is `mm` wide.
+    """
+    values = np.sort(field[within > 0.5])
+    count = int(round(voxels))
+    if not count or not len(values):
+        return np.zeros_like(within)
+    return soft((values[min(count, len(values)) - 1] - field) / mm + 0.01)
+
+
 def smooth_field(
     rng: np.random.Generator, axes: tuple[Array, Array, Array], cells: tuple[int, int, int]
 ) -> Array:
@@ -81,7 +92,13 @@ class Canvas:
         u2, v2 = self.u**2, self.v**2
         self.rho = np.sqrt(0.5 * (u2 + v2) + 0.5 * np.sqrt(u2 * u2 + v2 * v2))  # 1 on the skin
         self.hu = np.full(self.u.shape, AIR, np.float32)
+        self.dz = self.length * float(self.tz[1] - self.tz[0])
+        self.voxel = self.mm**2 * self.dz  # cubic mm
         self.organs: dict[str, tuple[Box, Array]] = {}
+        self.level: dict[str, float] = {}  # HU
+        self.depth_mm: dict[str, Array] = {}  # below the surface of the organ
+        self.bowel = np.zeros(self.u.shape, np.float32)  # coverage
+        self.solid = np.zeros(self.u.shape, np.float32)  # coverage of the organs
 
     def field(self, cells: tuple[int, int, int]) -> Array:
         """A smooth random field on this canvas."""
@@ -162,6 +179,12 @@ class Canvas:
             (np.broadcast_to(self.t, self.u.shape)[box], self.length),
         )
         return tuple((values - values[index]) * scale for values, scale in fields)
+
+    def nearest(self, place: tuple[float, ...]) -> tuple[int, ...]:
+        """The voxel (plane, row, column) about nearest to body coordinates."""
+        plane = int(np.abs(self.tz - place[2]).argmin())
+        away = (self.u[plane] - place[0]) ** 2 + (self.v[plane] - place[1]) ** 2
+        return (plane, *(int(k) for k in np.unravel_index(away.argmin(), away.shape)))
 
     def point(self, box: Box, index: tuple[int, ...]) -> tuple[float, float, float]:
         """Body coordinates of the voxel `index` of a box."""

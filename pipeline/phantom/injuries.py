@@ -1,29 +1,40 @@
-"""Injuries of the phantom: lacerations, blood around organs, hazy fat, swollen bowel, free fluid
-and gas, contrast blush.
+"""Findings of the phantom: injuries, and in everybody harmless twins of the same grey and amount.
+
+How much there is of dark tissue in an organ, of haze and thick wall at the bowel, of bright and of
+grey liquid, and roughly where, is drawn without the labels. A label decides the form alone: a dark
+volume is round cysts or a branching tear, haze is nodes or strands, a bright volume is dots or a
+jet. So neither the counts of grey values nor a coarse picture tells an injury.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .canvas import Array, Canvas, Region, soft
+from .canvas import Array, Box, Canvas, level_set
 
-FLUID, BLOOD, FREE_GAS, HAZE = 14.0, 42.0, -960.0, -25.0
+FLUID, BLOOD, STRAND = 14.0, 48.0, 25.0
 KIDNEYS = ("right kidney", "left kidney")
-# Signs of a bowel injury beside hazy fat, one row a patient: every injury has two more, gas is in
-# two of five.
-BOWEL_SIGNS = (
-    ("wall", "fluid"),
-    ("wall", "gas"),
-    ("wall", "fluid"),
-    ("fluid", "gas"),
-    ("wall", "fluid"),
-)
-SEGMENT = (0.4, 0.34, 0.16)  # half axes (u, v, t) of the injured segment
+ORGANS = ("liver", "spleen", *KIDNEYS)
+FULL_SIZE = 256  # pixels of a picture from which on the sizes in mm hold
+# Least and most of the dark volume in a healthy organ, a low and a high grade, in shares of what
+# four branching tears take up. They overlap as far as the baselines need.
+AMOUNTS = ((0.1, 1.0), (0.5, 1.1), (0.8, 1.3))
+TWINS = 0.6  # share of patients without the injury who have its twin
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in body coordinates and the loop of bowel there."""
+
+    centre: tuple[float, float, float]
+    radius: float  # in units of the half axes
+    tilt: float
 
 
 class Injuries:
-    """What `labels` (class numbers by target) add to one canvas. `difficulty` 0: large and plain,
-    1: small and faint.
+    """What is found in one canvas. `labels` are class numbers by target; `difficulty` 0: plain,
+    1: faint and small. `stream(*numbers)` gives a generator of its own for each purpose.
     """
 
     def __init__(
@@ -31,171 +42,288 @@ class Injuries:
         c: Canvas,
         labels: dict[str, int],
         difficulty: float,
-        aorta: float,
-        rng: np.random.Generator,
+        width_mm: float,
+        key: tuple[int, ...],
     ) -> None:
-        self.c, self.labels, self.aorta, self.rng = c, labels, aorta, rng
-        self.contrast, self.size = 1 - 0.6 * difficulty, 1.06 - 0.45 * difficulty
+        self.c, self.labels, self.key = c, labels, (*key, 2)
+        rng = self.stream(0)
+        self.contrast = 1 - 0.4 * difficulty
+        # of tears and strands; never less than what the network can see
+        self.width = max(rng.uniform(2.5, 6.0), width_mm) * (1.05 - 0.35 * difficulty)
         self.kidney = KIDNEYS[int(rng.integers(2))]
-        # middle of the injured loops
-        self.segment = (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, -0.1), rng.uniform(0.6, 0.85))
-        self.signs = BOWEL_SIGNS[int(rng.integers(len(BOWEL_SIGNS)))] if labels["bowel"] else ()
+        self.twins = rng.random(3) < TWINS
+        self.loops = [
+            Site(
+                (side * rng.uniform(0.14, 0.34), rng.uniform(-0.4, -0.12), rng.uniform(0.66, 0.86)),
+                rng.uniform(0.13, 0.15),
+                rng.uniform(0, np.pi),
+            )
+            for side in rng.permutation([-1, 1])
+        ]
 
-    def swollen(self, centre: tuple[float, float, float]) -> bool:
-        """Whether a loop of small bowel belongs to the injured segment."""
-        away = (
-            (a - b) / radius for a, b, radius in zip(centre, self.segment, SEGMENT, strict=True)
-        )
-        return "wall" in self.signs and sum(d * d for d in away) < 1
+        self.sites: dict[str, tuple[float, ...]] = {"bowel": self.loops[0].centre}
+
+    def stream(self, *numbers: int) -> np.random.Generator:
+        """Random numbers for one purpose, whatever the labels make of the others."""
+        return np.random.default_rng([*self.key, *numbers])
 
     def grade(self, organ: str) -> int:
         """Class number of an organ; of the two kidneys only one is injured."""
         return self.labels.get(organ, self.labels["kidney"] if organ == self.kidney else 0)
 
-    def rim(self, name: str, organ: Region) -> Array:
-        """Outer limit (in r of the organ) of the uneven blood around it, thickest in the loose fat
-        around a kidney.
+    def thick(self, index: int) -> bool:
+        """Whether the loop at `loops[index]` has a thick wall: in a bowel injury the first, which
+        has the strands about it, else in `TWINS` of the patients the second.
         """
-        return 1 + (26 if name in KIDNEYS else 18) * self.size / (organ.px * self.c.mm) * (
-            1 + 0.35 * np.clip(self.c.wobble[organ.box], -1, 1)
-        )
+        return index == 0 if self.labels["bowel"] else index == 1 and bool(self.twins[0])
 
-    def before_organs(self, cavity: Array) -> None:
-        """Bowel injury behind the loops: hazy fat around the injured segment, a little free fluid
-        between loops and in one gutter.
-        """
-        if not self.labels["bowel"]:
-            return
-        c, rng = self.c, self.rng
-        haze(c, cavity, self.segment, rng.uniform(0.7, 1.0) * self.contrast)
-        side = (-1, 1)[int(rng.integers(2))]
-        spread = rng.normal(0, (0.2, 0.1, 0.05), (4, 3)) + self.segment
-        if "fluid" in self.signs:
-            within = cavity * self.contrast
-            c.put(
-                FLUID,
-                (side * 0.6, 0.28),
-                (0.24, 0.34 * self.size),
-                wobble=0.2,
-                span=(self.segment[2] - 0.15, 1.0),
-                within=within,
-            )
-            for centre in spread.tolist():
-                c.put(FLUID, tuple(centre), (0.18, 0.1, 0.1), wobble=0.3, within=within)
+    def organs(self) -> None:
+        """Cysts, tears and crescents in all organs."""
+        for index, name in enumerate(ORGANS):
+            if name in self.c.organs:
+                self._organ(name, self.stream(1, index))
 
-    def after_organs(self, cavity: Array) -> dict[str, NDArray[np.bool_]]:
-        """Lacerations, free gas and blush; returns which planes show the bowel injury and the
-        extravasation.
+    def _organ(self, name: str, rng: np.random.Generator) -> None:
+        """The dark volume of one organ: round in the healthy, partly one short tear or thin
+        crescent in a low grade, all in branching tears or a wide crescent in a high grade.
         """
-        for organ in self.c.organs:
-            if grade := self.grade(organ):
-                self._lacerate(organ, grade, cavity)
-        bowel, blush = np.zeros(self.c.depth, bool), np.zeros(self.c.depth, bool)
-        if self.labels["bowel"]:
-            bowel |= np.abs(self.c.tz - self.segment[2]) < SEGMENT[2]
-        if "gas" in self.signs:
-            bowel |= self._free_gas(cavity)
-        return {
-            "bowel": bowel,
-            "extravasation": self._blush(cavity) if self.labels["extravasation"] else blush,
-        }
-
-    def _lacerate(self, organ: str, grade: int, cavity: Array) -> None:
-        """Low grade: one tear with blood at its mouth. High grade: tears in four directions, half
-        of the organ without blood supply.
-        """
-        c, rng = self.c, self.rng
-        box, mask = c.organs[organ]
+        c, grade = self.c, self.grade(name)
+        box, mask = c.organs[name]
         core = np.argwhere(mask > 0.9)
-        if not len(core):
+        if name == self.kidney and len(core):
+            self.sites["kidney"] = c.point(box, tuple(core[len(core) // 2]))
+        kind, drop = rng.random(), rng.uniform(60, 80)
+        if name in KIDNEYS:
+            drop *= 1.5
+        drop *= self.contrast
+        width = self.width * (0.85 if name in KIDNEYS else 1.0)
+        most, branch = (0.12, 2.8) if name == "liver" else (0.2, 2.0)  # of the organ; mm per mm
+        volume = min(most * c.voxel * len(core), 4 * width * (branch * (width + 8)) ** 2)
+        least, most = AMOUNTS[grade]
+        volume *= least + (most - least) * rng.random()
+        if len(core) < 20:
             return
-        size = self.size * (0.85 if organ in KIDNEYS else 1.0)
-        # from the middle to the surface
-        order = np.argsort((((core - core.mean(0)) / (core.std(0) + 1e-3)) ** 2).sum(1))
-        if grade == 1:  # on the side away from the spine
-            order = order[
-                np.abs(c.u[box][tuple(core[order].T)]) >= np.median(np.abs(c.u[box][tuple(core.T)]))
-            ]
-        depth = (0.05 if grade == 2 else 0.5 if organ == "liver" else 0.8) + rng.uniform(-0.05, 0.1)
-        x, y, z = c.offsets_mm(box, tuple(core[order[int(depth * len(order))]]))
-        away = np.sqrt(x * x + y * y + (0.8 * z) ** 2)
-        tear, start = np.zeros_like(x), rng.uniform(0, np.pi)
-        for branch in range(4 if grade == 2 else 1):
-            half = rng.uniform(6.5, 8) * size if grade == 2 else rng.uniform(9, 11) * size
-            line = (
-                _across(x, y, z, start + branch * np.pi / 4 + rng.uniform(-0.2, 0.2))
-                + 4 * c.wobble[box]
-            )
-            tear = np.maximum(tear, soft((half * (1 + 0.3 * c.fine[box]) - np.abs(line)) / c.mm))
-        tear *= np.clip((80 * size - away) / 8, 0, 1)
-        if grade == 2:
-            dead = np.clip(
-                (_across(x, y, z, start + np.pi / 8) + 6 * c.wobble[box]) / 6 + 0.5, 0, 1
-            )
-            c.paint(box, 0.8 * dead * mask * self.contrast, BLOOD)
-        else:
-            # blood fills fat
-            mouth = (
-                np.clip((36 * self.size - away) / 5, 0, 1)
-                * (np.abs(c.hu[box] + 100) < 60)
-                * cavity[box]
-            )
-            c.paint(box, mouth * self.contrast, BLOOD + 8 * c.fine[box])
-        c.paint(box, tear * mask * self.contrast, 12 + 8 * c.fine[box])
+        share = (0.0, 0.45, 0.95)[grade]
+        dark = np.zeros_like(mask)
+        if grade:
+            form = _crescent if kind < (0.0, 0.3, 0.2)[grade] else _tears
+            field = form(self, name, core, volume * share, width, rng)
+            dark = level_set(field, mask, volume * share / c.voxel, c.mm)
+        if share < 0.9:
+            field = self._cysts(name, core, volume * (1 - share), width, rng)
+            rest = level_set(field + 1e3 * (dark > 0.1), mask, volume * (1 - share) / c.voxel, c.mm)
+            dark = np.maximum(dark, rest)
+        c.paint(box, dark * mask, c.level[name] - drop + 5 * c.fine[box])
 
-    def _free_gas(self, cavity: Array) -> NDArray[np.bool_]:
-        """A little gas under the front wall, flat below because it rises."""
-        c = self.c
-        middle = self.segment[2] - 0.15
-        top = np.where(cavity > 0.5, c.y, 9).min(axis=(1, 2), keepdims=True)
-        gas = (
-            soft((top + 0.14 * self.size - c.y) * c.px)
-            * cavity
-            * np.clip((0.22 * self.size - np.abs(c.t - middle)) * 20, 0, 1)
-        )
-        c.paint(None, gas, FREE_GAS)
-        return gas.sum(axis=(1, 2)) > 5
-
-    def _blush(self, cavity: Array) -> NDArray[np.bool_]:
-        """Escaped contrast: a chain of bright clumps in a pool of blood, at an injured organ or in
-        the mesentery.
+    def _cysts(
+        self, name: str, core: Array, volume: float, width: float, rng: np.random.Generator
+    ) -> Array:
+        """Distance (mm) to the middles of round cysts three times as wide as a tear, whose surface
+        is then as large for its volume, apart from each other.
         """
-        c, rng = self.c, self.rng
-        point = (rng.uniform(-0.3, 0.3), rng.uniform(-0.4, 0.0), rng.uniform(0.5, 0.75))
-        hurt = [organ for organ in c.organs if self.grade(organ)]
-        if hurt:
-            box, mask = c.organs[hurt[int(rng.integers(len(hurt)))]]
-            rim = np.argwhere(
-                (mask > 0.3) & (np.abs(c.rho[box] - 0.5) < 0.3) & (c.t[box[0]] > 0.15)
+        c = self.c
+        box = c.organs[name][0]
+        count = max(1, round(volume / (0.52 * (2.4 * width) ** 3)))
+        chosen: list[NDArray[np.int64]] = []
+        scale = np.array([c.dz, c.mm, c.mm])
+        for index in core[rng.integers(len(core), size=12 * count)]:
+            if all(np.linalg.norm((index - o) * scale) > 3.4 * width for o in chosen):
+                chosen.append(index)
+            if len(chosen) == count:
+                break
+        return nearest(c, box, chosen, rng)
+
+    def bowel(self, cavity: Array) -> NDArray[np.bool_]:
+        """Grey in the fat about the first loop: strands that run out from it in an injury, round
+        nodes in the healthy. Returns the planes that show the injury.
+        """
+        c, rng, site, width = self.c, self.stream(2), self.loops[0], 0.8 * self.width
+        reach = (30 + 2.2 * self.width) / c.half[0]
+        shape = c.blob(
+            site.centre, (reach, reach * c.half[0] / c.half[1], 1.1 * reach * c.half[0] / c.length)
+        )
+        box = shape.box
+        if not shape.r.size:
+            return np.zeros(c.depth, bool)
+        if not self.labels["bowel"] and not self.twins[1]:
+            return np.zeros(c.depth, bool)
+        fat = (
+            np.clip((-45 - c.hu[box]) / 20, 0, 1)
+            * cavity[box]
+            * (shape.r < 1)
+            * (c.rho[box] < 0.85)
+        )
+        volume = rng.uniform(0.24, 0.34) * fat.sum()
+        x, y, z = (
+            (c.u[box] - site.centre[0]) * c.half[0],
+            (c.v[box] - site.centre[1]) * c.half[1],
+            (c.t[box[0]] - site.centre[2]) * c.length,
+        )
+        if self.labels["bowel"]:
+            turn = np.arctan2(y, x) + 0.5 * c.wobble[box] + 0.01 * z
+            spokes = 7
+            field = (
+                np.hypot(x, y) * np.abs(np.sin(spokes / 2 * turn + rng.uniform(0, 6))) * 2 / spokes
             )
-            point = c.point(box, tuple(rim[int(rng.integers(len(rim)))])) if len(rim) else point
-        clumps = []
-        for k in range(7):
-            radius, step = (
-                rng.uniform(16, 23) * self.size,
-                rng.normal(0, (0.05, 0.06, 0.01)) + (0, 0, 0.045 * (k - 3)),
+        else:
+            inside = np.argwhere(fat > 0.5)
+            count = max(3, round(volume * c.voxel / (0.52 * (2.0 * width) ** 3)))
+            some = inside[rng.integers(len(inside), size=count)] if len(inside) else []
+            field = nearest(c, box, list(some), rng)
+        grey = level_set(field, fat, volume, c.mm) * fat
+        c.paint(box, grey * self.contrast, STRAND + 6 * c.fine[box])
+        shown = np.zeros(c.depth, bool)
+        if self.labels["bowel"]:
+            shown[box[0]] = grey.sum(axis=(1, 2)) * c.mm**2 > 60
+        return shown
+
+    def vessels(self, cavity: Array) -> NDArray[np.bool_]:
+        """One bright and one grey volume near an organ or in the mesentery: a jet of escaped
+        contrast within its pool of blood, or bare clips and calcifications with liquid beside them.
+        Returns the planes that show an extravasation.
+        """
+        c, rng = self.c, self.stream(3)
+        point, away = self._bleeding(rng)
+        self.sites["extravasation"], width = point, 0.85 * self.width
+        reach = np.array([30 + 8 * width] * 2 + [30 + 4 * width]) / (c.half[0], c.half[1], c.length)
+        shape = c.blob(point, tuple(reach.tolist()))
+        box = shape.box
+        if not shape.r.size or not (self.labels["extravasation"] or self.twins[2]):
+            return np.zeros(c.depth, bool)
+        free = cavity[box] * (c.rho[box] < 0.88) * (shape.r < 1) * (1 - c.solid[box])
+        loose, free = free * np.clip((-20 - c.hu[box]) / 40, 0, 1), free * (c.hu[box] < 100)
+        value = rng.uniform(260, 420)
+        bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 9 / c.voxel
+        pool_volume = rng.uniform(0.8, 1.2) * 9 * bright_volume
+        x, y, z = (
+            (c.u[box] - point[0]) * c.half[0],
+            (c.v[box] - point[1]) * c.half[1],
+            (c.t[box[0]] - point[2]) * c.length,
+        )
+        turn, slant = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4)
+        across = np.cos(turn) * x + np.sin(turn) * y + slant * z + 3 * c.wobble[box]
+        along = np.cos(turn) * y - np.sin(turn) * x
+        across += along**2 / (5 * width) + width / 4 * c.fine[box]
+        jet = np.maximum(np.hypot(across, 0.35 * z), np.abs(along) - 2.3 * width)
+        if self.labels["extravasation"]:
+            bright = level_set(jet, free, bright_volume, c.mm)
+            around = np.sqrt(across**2 + 0.6 * along**2 + 0.6 * z**2)
+            pool = level_set(around, loose * (bright < 0.5), pool_volume, c.mm)
+        else:
+            ends = [rng.normal(0, 1, 3) for _ in range(3)]
+            dots = np.full(x.shape, 1e3, np.float32)
+            for k, end in enumerate(ends):
+                place = (1.8 * width + 4) * np.array(
+                    [np.cos(turn + 2.1 * k), np.sin(turn + 2.1 * k), 0.5 * end[2]]
+                )
+                dots = np.minimum(
+                    dots,
+                    np.sqrt((x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2)
+                    / rng.uniform(0.8, 1.2),
+                )
+            bright = level_set(dots, free, bright_volume, c.mm)
+            beside = np.sqrt((x - away[0]) ** 2 + (y - away[1]) ** 2 + (z - away[2]) ** 2) + 1e3 * (
+                dots < 1.6 * width
             )
-            radii = (radius / c.half[0], 1.3 * radius / c.half[1], 1.6 * radius / c.length)
-            clumps.append(c.blob(tuple((point + step).tolist()), radii, wobble=0.15, grow=2.0))
-        shown = np.zeros(c.depth)
-        for limit, value, strength in (
-            (1.6, BLOOD, 0.8),
-            (1.0, max(self.aorta + 150, 420), self.contrast),
-        ):
-            for clump in clumps:
-                alpha = clump.alpha(limit) * cavity[clump.box]
-                c.paint(clump.box, alpha * strength, value)
-                shown[clump.box[0]] += alpha.sum(axis=(1, 2)) * (limit == 1.0)
-        return shown > 4
+            pool = level_set(beside, loose * (bright < 0.1), pool_volume, c.mm)
+        c.paint(box, pool * loose, BLOOD + 6 * c.fine[box])
+        c.paint(box, bright * free, value)
+        shown = np.zeros(c.depth, bool)
+        if self.labels["extravasation"]:
+            shown[box[0]] = (bright * free).sum(axis=(1, 2)) * c.mm**2 > 0.4 * width**2
+        return shown
+
+    def _bleeding(self, rng: np.random.Generator) -> tuple[tuple[float, ...], NDArray[np.float64]]:
+        """The middle of the bright volume, at the rim of an injured organ, or of any, or in the
+        mesentery; and where (mm from it) the liquid of the healthy lies.
+        """
+        c, turn = self.c, rng.uniform(0, 2 * np.pi)
+        away = (6 * self.width + 10) * np.array([np.cos(turn), np.sin(turn), 0.0])
+        places, mesentery = rng.random((12, 3)), rng.random() < 0.4
+        organ = rng.random()
+        names = [name for name in ORGANS if name in c.organs]
+        hurt = [name for name in names if self.grade(name)]
+        if not hurt and mesentery or not names:
+            low, high = np.array([-0.4, -0.45, 0.45]), np.array([0.4, 0.0, 0.8])
+            points = [tuple(p) for p in (low + places * (high - low)).tolist()]
+            return max(points, key=self._fat_at), away
+        box, mask = c.organs[(hurt or names)[int(organ * len(hurt or names))]]
+        rim = np.argwhere(
+            (mask > 0.2) & (mask < 0.8) & (c.rho[box] < 0.8) & (np.abs(c.t[box[0]] - 0.5) < 0.4)
+        )
+        if not len(rim):
+            return (0.0, -0.2, 0.6), away
+        points = [c.point(box, tuple(rim[int(p * len(rim))])) for p in places[:, 0]]
+        return max(points, key=self._fat_at), away
+
+    def _fat_at(self, point: tuple[float, float, float]) -> float:
+        """Share of fat about a place."""
+        c = self.c
+        near = c.blob(point, tuple(24 / np.array([*c.half, c.length])))
+        ball = near.r < 1
+        return float(np.mean(c.hu[near.box][ball] < -50)) if ball.any() else 0.0
 
 
-def haze(c: Canvas, cavity: Array, centre: tuple[float, float, float], strength: float) -> None:
-    """Stranding: patchy fat of up to `HAZE` HU with no sharp edge, of the size of a segment."""
-    shape = c.blob(centre, SEGMENT, wobble=0.25, grow=1.5)
-    fade = np.clip(2.0 - 1.2 * shape.r, 0, 1) * np.clip(0.75 + 0.35 * c.fine[shape.box], 0, 1)
-    c.paint(shape.box, strength * fade * cavity[shape.box], HAZE)
+def nearest(
+    c: Canvas, box: Box, middles: list[NDArray[np.int64]], rng: np.random.Generator
+) -> Array:
+    """Distance (mm, in units of each ball's relative radius) to the nearest of `middles`, voxels of
+    a box.
+    """
+    field = np.full(c.u[box].shape, 1e3, np.float32)
+    for middle in middles:
+        x, y, z = c.offsets_mm(box, tuple(middle))
+        field = np.minimum(field, np.sqrt(x * x + y * y + z * z) / rng.uniform(0.8, 1.25))
+    return field
 
 
-def _across(x: Array, y: Array, z: Array, angle: float) -> Array:
-    """Signed distance (mm) from an upright, slightly slanting plane through the origin."""
-    return float(np.cos(angle)) * x + float(np.sin(angle)) * y + 0.15 * z
+def _tears(
+    injuries: Injuries,
+    name: str,
+    core: Array,
+    volume: float,
+    width: float,
+    rng: np.random.Generator,
+) -> Array:
+    """Distance (mm) to upright plates that branch from one point: four from the depth of the organ
+    in a high grade, one from its surface inwards in a low grade.
+    """
+    c, grade = injuries.c, injuries.grade(name)
+    box = c.organs[name][0]
+    middle = core.mean(axis=0)
+    order = np.argsort((((core - middle) / (core.std(0) + 1e-3)) ** 2).sum(1))
+    deep = rng.uniform(0.02, 0.2) if grade == 2 else rng.uniform(0.8, 0.97)
+    start = core[order[int(deep * (len(order) - 1))]]
+    x, y, z = c.offsets_mm(box, tuple(start))
+    inwards = np.arctan2(*((middle - start) * (1, 1, 1))[1:])
+    branches = int(rng.integers(3, 5)) if grade == 2 else 1
+    turn = rng.uniform(0, 2 * np.pi) if grade == 2 else inwards + rng.uniform(-0.4, 0.4)
+    area = volume / width / branches
+    high = min(np.sqrt(1.5 * area), 0.7 * c.length * float(np.ptp(c.tz[box[0]])))
+    field = np.full(x.shape, 1e3, np.float32)
+    for k in range(branches):
+        angle = turn + 2 * np.pi * k / branches + rng.uniform(-0.3, 0.3)
+        along = np.cos(angle) * x + np.sin(angle) * y
+        across = np.cos(angle) * y - np.sin(angle) * x + 0.15 * z + 3 * c.wobble[box]
+        out = np.maximum(-along - width / 2, along - area / high)
+        field = np.minimum(field, np.maximum(np.maximum(np.abs(across), out), np.abs(z) - high / 2))
+    return field
+
+
+def _crescent(
+    injuries: Injuries,
+    name: str,
+    core: Array,
+    volume: float,
+    width: float,
+    rng: np.random.Generator,
+) -> Array:
+    """Depth (mm) below the capsule on one side of the organ."""
+    c = injuries.c
+    box, _ = c.organs[name]
+    depth = c.depth_mm[name]
+    rim = core[np.argsort(depth[tuple(core.T)])[: max(1, len(core) // 5)]]
+    start = rim[int(rng.integers(len(rim)))]
+    x, y, z = c.offsets_mm(box, tuple(start))
+    radius = np.sqrt(volume / width / 1.6)
+    return depth + np.maximum(0, np.sqrt(x * x + y * y + (0.8 * z) ** 2) - radius)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from scipy import ndimage
 
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS, TARGETS
@@ -33,6 +34,7 @@ SMALL = PhantomConfig(
     slices_min=12,
     slices_max=15,
 )
+SHARP = SMALL.model_copy(update={"image_size": 128, "noise_hu": 4.0})
 HEALTHY = dict.fromkeys(("bowel", "extravasation", "kidney", "liver", "spleen"), 0)
 SEED = 5
 
@@ -316,7 +318,10 @@ def test_extravasation_prefers_injured_organs_without_being_bound_to_them():
 def test_anatomy_is_where_it_belongs():
     soft, bone, air = [], [], []
     for index in range(6):
-        hu = scan({}, index).hu.astype(int)
+        drawn = scan({}, index)
+        hu = drawn.hu.astype(int)
+        columns = [np.argwhere(drawn.masks == k)[:, 2].mean() / hu.shape[2] for k in (1, 4, 3, 2)]
+        assert max(columns[:2]) < 0.5 < min(columns[2:]), "liver and right kidney at image left"
         upper = hu[len(hu) // 4]
         half = upper.shape[1] // 2
         soft.append(
@@ -334,9 +339,8 @@ def test_anatomy_is_where_it_belongs():
             body[:, 1].min() + 8 : body[:, 1].max() - 8,
         ]
         air.append([(plane < -700).mean() for plane in middle])
-    assert min(soft) > 1.05, "the liver lies at image left"
-    assert np.median(soft) > 1.3
-    assert min(bone) > 0.55, "the spine lies at the back"
+    assert np.median(soft) > 1.3, "the liver lies at image left"
+    assert np.median(bone) > 0.55, "the spine lies at the back"
     assert all(planes[0] > 0.2 > 0.1 > np.mean(planes[6:]) for planes in air), (
         "lung bases in the top planes only"
     )
@@ -351,109 +355,82 @@ def test_phases_differ_and_a_second_series_shows_the_same_body():
     assert not np.array_equal(one.hu[:12], two.hu[:12])
 
 
-@pytest.mark.parametrize(
-    ("target", "grade"),
-    [("liver", 1), ("liver", 2), ("spleen", 1), ("spleen", 2), ("kidney", 1), ("kidney", 2)],
-)
-def test_organ_injury_is_dark_and_wide_and_nothing_else_changes(target, grade):
-    for index in range(4):
-        healthy, hurt = scan({}, index), scan({target: grade}, index)
-        change = hurt.hu.astype(int) - healthy.hu
-        planes = (np.abs(change) > 25).sum(axis=(1, 2)) > 3
-        assert planes.mean() >= 0.15
-        assert change[change != 0].size < 0.2 * (healthy.hu > -300).sum()
-        dark = (change < -25) & (healthy.hu > 40) & (healthy.hu < 260)
-        assert np.abs(change)[~(dark | (change > 0))].mean() < 25, (
-            "blood fills fat, organs darken, nothing else"
-        )
-        assert dark.sum() > (20 if grade == 1 else 60)
-
-
 @pytest.mark.parametrize("target", ["liver", "spleen", "kidney"])
-def test_high_grade_is_more_than_low_grade(target):
-    sizes = [
-        [(scan({target: grade}, k).hu != scan({}, k).hu).sum() for k in range(4)]
-        for grade in (1, 2)
-    ]
-    assert np.median(sizes[1]) > 2 * np.median(sizes[0])
+@pytest.mark.parametrize("grade", [1, 2])
+def test_an_organ_injury_is_another_form_of_as_much_dark_tissue(target, grade):
+    numbers = {"liver": (1,), "spleen": (2,), "kidney": (3, 4)}[target]
+    same, dark = [], []
+    for index in range(8):
+        healthy, hurt = scan({}, index, "delayed"), scan({target: grade}, index, "delayed")
+        organ = np.isin(healthy.masks, numbers)
+        assert np.array_equal(organ, np.isin(hurt.masks, numbers))
+        changed = (np.abs(hurt.hu.astype(int) - healthy.hu) > 25) & organ
+        assert changed.sum() > 0.02 * organ.sum(), "the form is another one"
+        level = np.median(healthy.hu[organ])
+        dark.append([((s.hu < level - 35) & organ).sum() / organ.sum() for s in (healthy, hurt)])
+        same.append(
+            [np.histogram(s.hu[organ], 8, (-100, 300))[0] / organ.sum() for s in (healthy, hurt)]
+        )
+    amounts = np.mean(dark, axis=0)
+    assert 0.45 < amounts[0] / amounts[1] < 1.2
+    assert np.abs(np.diff(np.mean(same, axis=0), axis=0)).max() < 0.06
 
 
-def test_blush_is_brighter_than_the_aorta_and_on_the_labelled_slices():
+def test_tears_branch_from_one_point_where_cysts_lie_apart():
+    """Most of what is dark in an organ is one connected part in a high grade alone."""
+    largest = []
+    for index in range(8):
+        for labels in ({}, {"liver": 2}):
+            drawn = scan(labels, index, "delayed", SHARP)
+            organ = drawn.masks == 1
+            parts, _ = ndimage.label(organ & (drawn.hu < np.median(drawn.hu[organ]) - 35))
+            largest.append(np.bincount(parts.ravel())[1:].max() / organ.sum())
+    assert np.median(largest[1::2]) > 2 * np.median(largest[::2])
+
+
+def test_blush_is_bright_on_the_labelled_slices_and_as_much_as_its_twin():
+    amounts = []
     for index, other in ((0, {}), (1, {"liver": 2}), (2, {"spleen": 1}), (3, {"kidney": 1})):
         without, with_blush = (
             scan(other, index, "arterial"),
             scan({**other, "extravasation": 1}, index, "arterial"),
         )
-        bright = (with_blush.hu > without.hu + 60) & (with_blush.hu > with_blush.aortic_hu)
-        planes = bright.sum(axis=(1, 2))
-        assert (planes > 0).sum() >= 3
-        assert with_blush.shown["extravasation"].sum() >= 3
-        assert bright[with_blush.shown["extravasation"]].sum() > 0.8 * bright.sum()
+        bright = (with_blush.hu > without.hu + 60.0) & (with_blush.hu > with_blush.aortic_hu)
+        assert 2 <= with_blush.shown["extravasation"].sum() <= 0.6 * len(bright)
+        assert bright[with_blush.shown["extravasation"]].sum() > 0.8 * bright.sum() > 0
         assert not without.shown["extravasation"].any()
+        amounts.append([(s.hu > 240).sum() for s in (without, with_blush)])
+    assert np.abs(np.diff(amounts, axis=1)).max() < 0.3 * np.mean(amounts)
 
 
-def bowel_change(index):
-    """Healthy and injured HU of one patient, their difference, and whether free gas was added
-    (outside of any loop).
-    """
-    healthy, hurt = scan({}, index), scan({"bowel": 1}, index)
-    change = hurt.hu.astype(int) - healthy.hu
-    fat = (healthy.hu > -150) & (healthy.hu < -50)
-    return healthy, hurt, change, fat & (hurt.hu < -800)
-
-
-def test_bowel_injury_is_hazy_fat_with_swollen_loops_or_fluid():
-    for index in range(8):
-        healthy, hurt, change, _ = bowel_change(index)
-        fat = (healthy.hu > -150) & (healthy.hu < -50)
-        hazy = fat & (change > 25) & (hurt.hu < 60)
-        assert hazy.sum() > 30
-        assert hazy[hurt.shown["bowel"]].mean() > 3 * hazy[~hurt.shown["bowel"]].mean(), (
-            "the slice labels point at it"
-        )
-        assert 0.2 < hurt.shown["bowel"].mean() < 0.9
-        assert (change != 0).mean() < 0.2
-
-
-def test_free_gas_is_in_some_bowel_injuries_only_and_in_front():
-    gas = [bowel_change(index) for index in range(16)]
-    with_gas = [case for case in gas if case[3].sum() > 8]
-    assert 3 <= len(with_gas) <= 11
-    for healthy, hurt, _, where in with_gas:
-        rows = np.argwhere((healthy.hu > -300).any(axis=(0, 2)))
-        assert np.argwhere(where)[:, 1].mean() < np.quantile(rows, 0.35)
-        assert where[hurt.shown["bowel"]].sum() > 0.9 * where.sum()
-
-
-def test_gas_near_the_front_wall_does_not_tell_a_bowel_injury():
-    from sklearn.metrics import roc_auc_score
-
-    amount, label = [], []
-    for index in range(24):
-        hu = scan({"bowel": index % 2}, index).hu
-        front = np.argmax((hu > -300).any(axis=(0, 2))) + 4
-        amount.append((hu[4:, front : front + 12, 16:-16] < -700).sum())
-        label.append(index % 2)
-    assert np.median([a for a, y in zip(amount, label, strict=True) if not y]) > 20, (
-        "normal bowel gas lies there too"
-    )
-    assert roc_auc_score(label, amount) < 0.85
+def test_bowel_injury_changes_one_loop_and_the_fat_about_it_on_the_labelled_slices():
+    for index in range(6):
+        healthy, hurt = scan({}, index), scan({"bowel": 1}, index)
+        change = np.abs(hurt.hu.astype(int) - healthy.hu) > 25
+        z, y, x = hurt.sites["bowel"]
+        assert hurt.shown["bowel"][z]
+        assert 0.05 < hurt.shown["bowel"].mean() < 0.6
+        assert not healthy.shown["bowel"].any()
+        lumen = (slice(z, z + 1), slice(y - 1, y + 2), slice(x - 1, x + 2))
+        assert hurt.masks[lumen].max() == 5, "a loop lies at the site"
+        grown = (hurt.hu > -20).sum() / (healthy.hu > -20).sum()
+        assert 0.98 < grown < 1.02, "nodes and strands, thick and thin walls: as much tissue"
+        assert change.mean() < 0.1
 
 
 def test_difficulty_makes_injuries_smaller_and_fainter():
     strength = []
-    for difficulty in (0.0, 0.5, 1.0):
+    for difficulty in (0.0, 1.0):
         config = SMALL.model_copy(update={"difficulty": difficulty})
-        strength.append(
-            sum(
-                np.abs(
-                    scan({"liver": 2, "bowel": 1}, k, config=config).hu
-                    - scan({}, k).hu.astype(float)
-                ).sum()
+        drawn = [
+            [
+                scan({"liver": grade, "bowel": b}, k, config=config).hu.astype(float)
                 for k in range(3)
-            )
-        )
-    assert strength[0] > 1.4 * strength[1] > 1.4 * 1.4 * strength[2]
+            ]
+            for grade, b in ((0, 0), (2, 1))
+        ]
+        strength.append(np.abs(np.subtract(drawn[1][0], drawn[0][0])).sum())
+    assert strength[0] > 1.3 * strength[1]
 
 
 def test_healthy_patients_have_distractors():
@@ -483,7 +460,7 @@ def test_labels_change_nothing_but_the_picture_of_the_injury():
         assert np.array_equal(healthy.hu[:, outside], hurt.hu[:, outside]), (
             "noise, table and arms are the same"
         )
-        assert (healthy.hu == hurt.hu).mean() > 0.8
+        assert (healthy.hu == hurt.hu).mean() > 0.7
 
 
 def test_plan_does_not_depend_on_labels():
