@@ -7,15 +7,12 @@ from .injuries import FLUID, Injuries
 from .tissues import FAT, GAS, LUNG, SIDES
 
 
-def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
-    """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast.
-
-    Two loops of small bowel are drawn last, where nothing hides them: one has a thick wall.
-    """
+def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array) -> None:
+    """Mesenteric vessels, small bowel, colon and stomach with gas, fluid or positive contrast."""
     rng = c.rng
     c.paint(None, c.vessels(0.3) * cavity * (np.abs(c.u) < 0.6), 0.7 * hu["portal"])
     oral = rng.uniform(100, 160) if rng.random() < 0.3 else FLUID
-    _draw_small_bowel(c, hu["wall"], oral, cavity, injuries)
+    _draw_small_bowel(c, hu["wall"], oral, cavity)
     _draw_colon(c, cavity)
     stomach = c.blob(
         (0.3, -0.3, 0.22),
@@ -27,9 +24,7 @@ def draw_bowel(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injurie
     _loop(c, stomach, cavity, 70.0, content, 0.85, rng.uniform(-0.2, 0.35))
 
 
-def _draw_small_bowel(
-    c: Canvas, wall: float, oral: float, cavity: Array, injuries: Injuries
-) -> None:
+def _draw_small_bowel(c: Canvas, wall: float, oral: float, cavity: Array) -> None:
     """24 loops filled with what was drunk (`oral` HU) or fluid, and up to four full of gas that lie
     against the front wall.
     """
@@ -48,15 +43,16 @@ def _draw_small_bowel(
             centre, long, tilt, gas = (centre[0], -0.66, centre[2]), 1.3 * long, 0.0, -0.6
         loop = c.blob(centre, (size * long, size * 1.3, size), tilt=tilt, wobble=0.12)
         _loop(c, loop, cavity, wall, content, lumen, gas)
+
+
+def _draw_loops(c: Canvas, wall: float, cavity: Array, injuries: Injuries) -> None:
+    """Two loops of small bowel in fat of their own, of which one may have a thick wall."""
     for index, site in enumerate(injuries.loops):
-        radii = (
-            site.radius * 1.15,
-            site.radius * 1.5,
-            1.25 * site.radius * c.half[0] / c.length * 1.3,
-        )
+        radii = (site.radius * 1.15, site.radius * 1.5, 1.6 * site.radius * c.half[0] / c.length)
         loop = c.blob(site.centre, radii, tilt=site.tilt, wobble=0.05, grow=1.6)
-        c.paint(loop.box, loop.alpha(1.35) * cavity[loop.box], FAT)
-        _loop(c, loop, cavity, wall * 1.1, 20.0, 0.45 if injuries.thick(index) else 0.8, None)
+        room = cavity * (1 - c.solid)
+        c.paint(loop.box, loop.alpha(1.35) * room[loop.box], FAT)
+        _loop(c, loop, room, wall * 1.1, 20.0, 0.45 if injuries.thick(index) else 0.8, None)
 
 
 def _draw_colon(c: Canvas, cavity: Array) -> None:
@@ -102,7 +98,7 @@ def _loop(
         c.paint(shape.box, inner * soft((middle - y) * c.px - gas * shape.px), GAS)
 
 
-def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array) -> Array:
+def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> Array:
     """Heart, pancreas, liver, gallbladder, spleen, kidneys, then the lung bases around the
     domes; fills `c.organs`.
 
@@ -127,8 +123,10 @@ def draw_organs(c: Canvas, hu: dict[str, float], cavity: Array) -> Array:
         wobble=0.05,
         grow=1.4,
     )
-    _organ(c, "spleen", [spleen], hu["spleen"], cavity)
-    _draw_kidneys(c, hu, cavity)
+    if "spleen" not in injuries.absent:
+        _organ(c, "spleen", [spleen], hu["spleen"], cavity)
+    _draw_kidneys(c, hu, cavity, injuries)
+    _draw_loops(c, hu["wall"], cavity, injuries)
     lung = _draw_lung_bases(c, cavity, heart)
     below = 1 - lung
     c.organs = {name: (box, alpha * below[box]) for name, (box, alpha) in c.organs.items()}
@@ -151,8 +149,10 @@ def _draw_liver(c: Canvas, hu: dict[str, float], cavity: Array) -> None:
     c.paint(box, c.vessels(0.3, box) * alpha, max(hu["portal"], hu["liver"] + 20))
 
 
-def _draw_kidneys(c: Canvas, hu: dict[str, float], cavity: Array) -> None:
-    """Cortex and medulla in a capsule of fat, and at each hilum fat around the renal pelvis."""
+def _draw_kidneys(c: Canvas, hu: dict[str, float], cavity: Array, injuries: Injuries) -> None:
+    """Cortex and medulla in a capsule of fat, and at each hilum fat around the renal pelvis. One
+    may be absent or lie low.
+    """
     rng = c.rng
     for side, name in zip(SIDES, ("right kidney", "left kidney"), strict=True):
         u, v, t = (
@@ -160,7 +160,10 @@ def _draw_kidneys(c: Canvas, hu: dict[str, float], cavity: Array) -> None:
             rng.uniform(0.34, 0.39),
             0.55 - 0.04 * side + rng.uniform(-0.03, 0.03),
         )
+        t += 0.25 * (name in injuries.moved)
         radii = (rng.uniform(0.16, 0.19), rng.uniform(0.22, 0.27), rng.uniform(0.19, 0.22))
+        if name in injuries.absent:
+            continue
         kidney = c.blob((u, v, t), radii, tilt=side * 0.5, wobble=0.03, grow=2.0)
         c.paint(kidney.box, kidney.alpha(1.15), FAT)
         _organ(c, name, [kidney], hu["cortex"], cavity)

@@ -5,7 +5,6 @@ patients who differ in a label differ in the picture of that injury alone.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +13,9 @@ from threadpoolctl import threadpool_limits
 from ..run.config import PhantomConfig
 from .abdomen import draw_bowel, draw_organs
 from .canvas import Array, Canvas, Region, soft
+from .hospitals import HOSPITALS, Hospital, blurred, enhancement, noise
 from .injuries import FULL_SIZE, Injuries
-from .tissues import CORTICAL, FAT, MARROW, MUSCLE, PHASES, SIDES, TISSUES
+from .tissues import CORTICAL, FAT, MARROW, MUSCLE, SIDES, TISSUES
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ class Scan:
 
 
 def make_scan(
-    config: PhantomConfig, labels: dict[str, int], key: tuple[int, ...], series: int, phase: str
+    config: PhantomConfig,
+    labels: dict[str, int],
+    key: tuple[int, ...],
+    series: int,
+    phase: str,
+    hospital: Hospital = HOSPITALS[0],
 ) -> Scan:
     """One series of one patient: the same `key` gives the same body, each `series` its own
     coverage, phase and noise.
@@ -46,7 +51,8 @@ def make_scan(
     """
     # sums of several threads round differently: the bytes would depend on the machine's load
     with threadpool_limits(1):
-        return _draw_scan(config, labels, key, np.random.default_rng([*key, 1, series]), phase)
+        take = np.random.default_rng([*key, 1, series])
+        return _draw_scan(config, labels, key, take, phase, hospital)
 
 
 def _draw_scan(
@@ -55,40 +61,72 @@ def _draw_scan(
     key: tuple[int, ...],
     take: np.random.Generator,
     phase: str,
+    hospital: Hospital,
 ) -> Scan:
     depth = int(take.integers(config.slices_min, config.slices_max + 1))
     c = Canvas(
-        depth,
-        config.image_size,
-        np.random.default_rng([*key, 0]),
-        (take.uniform(-0.03, 0.02), take.uniform(0.99, 1.05)),
+        depth, config.image_size, np.random.default_rng([*key, 0]), extent(config, take), hospital
     )
     hu = {
         name: value * take.uniform(0.93, 1.07) + take.normal(0, 9)
-        for name, value in zip(TISSUES, PHASES[phase], strict=True)
+        for name, value in zip(TISSUES, enhancement(phase, hospital.timing), strict=True)
     }
     injuries = Injuries(c, labels, config.difficulty, width_mm(config, c), key)
     cavity = draw_trunk(c)
-    draw_bowel(c, hu, cavity, injuries)
-    abdomen = draw_organs(c, hu, cavity)
+    draw_bowel(c, hu, cavity)
+    abdomen = draw_organs(c, hu, cavity, injuries)
     injuries.organs()
     draw_vessels(c, hu)
     draw_bones(c)
+    draw_pelvis(c)
     shown = {"bowel": injuries.bowel(abdomen), "extravasation": injuries.vessels(abdomen)}
-    draw_surroundings(c)
-    draw_noise(c, config.noise_hu, take)
-    spacing = (float(c.tz[1] - c.tz[0]) * c.length, c.mm, c.mm)
-    organs = {name: np.zeros(depth, bool) for name in c.organs}
-    for name, (box, alpha) in c.organs.items():
-        organs[name][box[0]] = alpha.sum(axis=(1, 2)) * c.mm**2 >= 200
+    draw_surroundings(c, hospital)
+    return finished(
+        c, config.noise_hu, take, hospital, round(hu["aorta"], 2), shown, injuries.sites
+    )
+
+
+def extent(config: PhantomConfig, take: np.random.Generator) -> tuple[float, float]:
+    """Where the scan begins and ends (t): the abdomen, and of the chest and the thighs so much that
+    the abdomen is at least `coverage` of it.
+    """
+    top, end = take.uniform(-0.03, 0.02), take.uniform(0.99, 1.05)
+    more, above = 1 / take.uniform(config.coverage, 1) - 1, take.random()
+    return top - more * above, end + more * (1 - above)
+
+
+def finished(
+    c: Canvas,
+    sigma: float,
+    take: np.random.Generator,
+    hospital: Hospital,
+    aorta: float,
+    shown: dict[str, NDArray[np.bool_]],
+    sites: dict[str, tuple[float, ...]],
+) -> Scan:
+    """The drawn canvas as its scanner sees it: slices of their thickness, edges and noise of the
+    kernel; noise is stronger in the middle of the trunk.
+    """
+    depth, n = c.depth // c.thick, c.thick
+    hu = c.hu.reshape(depth, n, *c.hu.shape[1:]).mean(axis=1) if n > 1 else c.hu
+    hu = blurred(hu, hospital, c.mm)
+    strength = sigma * hospital.noise * (1.25 - 0.5 * np.minimum(c.rho[n // 2 :: n], 1.4))
+    hu = hu + noise(hu.shape, hospital, c.mm, take) * strength
+    found = masks(c)[n // 2 :: n]
+    organs = {
+        name: (found == MASKS[name]).sum(axis=(1, 2)) * c.mm**2 >= 200
+        if name in c.organs
+        else np.zeros(depth, bool)
+        for name in MASKS
+    }
     return Scan(
-        np.clip(np.rint(c.hu), -1024, 2047).astype(np.int16),
-        spacing,
-        round(hu["aorta"], 2),
-        shown,
+        np.clip(np.rint(hu), -1024, 2047).astype(np.int16),
+        (c.dz * n, c.mm, c.mm),
+        aorta,
+        {name: planes.reshape(depth, n).any(axis=1) for name, planes in shown.items()},
         organs,
-        masks(c),
-        {name: c.nearest(place) for name, place in injuries.sites.items()},
+        found,
+        {name: c.nearest(place, n) for name, place in sites.items()},
     )
 
 
@@ -116,7 +154,9 @@ def draw_trunk(c: Canvas) -> Array:
     """Skin, fat, muscle wall with ribs; returns the coverage of the fat-filled cavity."""
     rng = c.rng
     # more fat in front
-    rim = 1 - rng.uniform(0.05, 0.16) * np.clip(1 - 0.45 * c.y + 0.12 * c.wobble, 0.5, 1.6)
+    rim = 1 - (0.05 + 0.12 * c.mass * rng.uniform(0.8, 1.2)) * np.clip(
+        1 - 0.45 * c.y + 0.12 * c.wobble, 0.5, 1.6
+    )
     limit = rim - rng.uniform(0.085, 0.11)
     trunk, cavity = c.inside(rim), c.inside(limit)
     c.hu = np.where(c.rho < 0.975, FAT + 8 * c.fine, np.where(c.rho < 1.0, np.float32(30), c.hu))
@@ -154,7 +194,7 @@ def draw_trunk(c: Canvas) -> Array:
 
 def _wing(c: Canvas, side: int) -> Region:
     """One iliac wing: its bone lies at r = 1."""
-    return c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 9), grow=2.3)
+    return c.blob((side * 0.56, 0.32), (0.34, 0.13), tilt=side * 0.75, span=(0.84, 1.45), grow=2.3)
 
 
 def draw_vessels(c: Canvas, hu: dict[str, float]) -> None:
@@ -221,10 +261,23 @@ def draw_bones(c: Canvas) -> None:
         )
 
 
-def draw_surroundings(c: Canvas) -> None:
-    """Table, and in a third of the patients both arms with bone beside the trunk."""
+def draw_pelvis(c: Canvas) -> None:
+    """Below the abdomen: bladder, sacrum, gluteal muscles, hips and thighs."""
+    if c.tz[-1] < 1.1:
+        return
+    c.put(8.0, (0.0, -0.25, 1.42), (0.3, 0.3, 0.16))
+    c.put(230.0, (0.0, 0.62), (0.3, 0.14), span=(1.05, 1.5), wobble=0.1)
+    for side in SIDES:
+        c.put(MUSCLE, (side * 0.48, 0.55), (0.3, 0.26), span=(1.12, 9), texture=6)
+        c.put(260.0, (side * 0.55, 0.05, 1.55), (0.14, 0.2, 0.08))
+        c.put(CORTICAL, (side * 0.6, 0.05), (0.09, 0.13), span=(1.6, 9))
+        c.put(MARROW - 150, (side * 0.6, 0.05), (0.05, 0.07), span=(1.62, 9))
+
+
+def draw_surroundings(c: Canvas, hospital: Hospital) -> None:
+    """Table, and in some patients both arms with bone beside the trunk."""
     rng = c.rng
-    top, bend = 1.03 + rng.uniform(0, 0.03), rng.uniform(0.06, 0.18)
+    top, bend = 1.03 + rng.uniform(0, 0.03), hospital.table
     for offset, value in ((0.0, 150.0), (0.14, 50.0)):
         line = np.abs(c.y - (top + offset - bend * c.x**2)) * c.px
         c.paint(
@@ -232,7 +285,7 @@ def draw_surroundings(c: Canvas) -> None:
             soft(0.9 - line) * np.clip((1.05 - np.abs(c.x)) * 40, 0, 1) * (c.rho > 1.02),
             value,
         )
-    arms, v, wide = rng.random() < 0.35, rng.uniform(0.0, 0.3), rng.uniform(0.15, 0.2)
+    arms, v, wide = rng.random() < hospital.arms, rng.uniform(0.0, 0.3), rng.uniform(0.15, 0.2)
     outside = soft((c.rho - 1.03) * c.px)
     for side in SIDES if arms else ():
         for value, size, limit in (
@@ -245,13 +298,3 @@ def draw_surroundings(c: Canvas) -> None:
             c.put(
                 value, (side * (1.05 + wide), v), (size, 1.45 * size), limit=limit, within=outside
             )
-
-
-def draw_noise(c: Canvas, sigma: float, rng: np.random.Generator) -> None:
-    """Detector noise of `sigma` HU with the short correlation of a reconstruction kernel, stronger
-    in the middle of the trunk.
-    """
-    noise: Any = rng.standard_normal(c.hu.shape, dtype=np.float32)
-    for axis in (1, 2):
-        noise = 0.6 * noise + 0.4 * np.roll(noise, 1, axis)
-    c.hu += noise * (sigma / 0.52 * (1.25 - 0.5 * np.minimum(c.rho, 1.4)))

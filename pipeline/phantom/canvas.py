@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .hospitals import Hospital, sub_planes
+
 Array = NDArray[np.floating[Any]]  # of float32 where it is a volume
 Box = tuple[slice, ...]  # planes, rows, columns
 AIR = -1000.0
@@ -70,29 +72,41 @@ class Canvas:
     """
 
     def __init__(
-        self, depth: int, size: int, rng: np.random.Generator, t_range: tuple[float, float]
+        self,
+        depth: int,
+        size: int,
+        rng: np.random.Generator,
+        t_range: tuple[float, float],
+        hospital: Hospital,
     ) -> None:
-        self.depth, self.rng = depth, rng
-        width = rng.uniform(150, 180)
+        self.rng, self.mass = rng, rng.uniform(0, 1)  # slim to stout
+        width = 145 + 45 * self.mass + rng.uniform(-6, 6)
         self.half = (width, width * rng.uniform(0.66, 0.74))  # mm of the half axes
         self.length = rng.uniform(285, 320)  # mm of t = 0..1
-        self.mm = 2 * width * rng.uniform(1.14, 1.3) / size
+        self.mm = 2 * width * rng.uniform(1.16, 1.26) * hospital.field / size
         self.px = self.half[1] / self.mm  # pixels per unit of v
-        self.tz = np.linspace(*t_range, depth, dtype=np.float32)
+        gap = (t_range[1] - t_range[0]) / (depth - 1)
+        self.thick = sub_planes(hospital, gap * self.length)  # planes a slice is the mean of
+        self.depth = depth * self.thick
+        part = min(hospital.thickness_mm / self.length, gap) / self.thick
+        within = part * (np.arange(self.thick) - (self.thick - 1) / 2)
+        slices = np.linspace(*t_range, depth)
+        self.tz = (slices[:, None] + within).ravel().astype(np.float32)
         self.t = self.tz[:, None, None]
         grid = np.arange(size, dtype=np.float32)
         self.x = ((grid - size / 2 - rng.uniform(-2, 2)) * (self.mm / self.half[0]))[None, None, :]
         self.y = ((grid - size * rng.uniform(0.46, 0.5)) / self.px)[None, :, None]
         self.axes = (self.t, grid / size, grid / size)
         waist = 1 - rng.uniform(0.0, 0.06) * np.sin(np.pi * np.clip(self.t, 0, 1)) ** 2
-        self.u = self.x / waist + 0.03 * self.field((3, 4, 4))
-        self.v = self.y / waist + 0.03 * self.field((3, 4, 4))
+        roll = rng.normal(0, 0.03)  # of the trunk on the table
+        self.u = (self.x - roll * self.y) / waist + 0.03 * self.field((3, 4, 4))
+        self.v = (self.y + roll * self.x) / waist + 0.03 * self.field((3, 4, 4))
         self.wobble, self.fine = self.field((7, 9, 9)), self.field((14, 26, 26))
         self.tree = np.hypot(self.field((9, 14, 14)), self.field((9, 14, 14)))
         u2, v2 = self.u**2, self.v**2
         self.rho = np.sqrt(0.5 * (u2 + v2) + 0.5 * np.sqrt(u2 * u2 + v2 * v2))  # 1 on the skin
         self.hu = np.full(self.u.shape, AIR, np.float32)
-        self.dz = self.length * float(self.tz[1] - self.tz[0])
+        self.dz = self.length * gap / self.thick
         self.voxel = self.mm**2 * self.dz  # cubic mm
         self.organs: dict[str, tuple[Box, Array]] = {}
         self.level: dict[str, float] = {}  # HU
@@ -157,7 +171,7 @@ class Canvas:
             np.broadcast_to(np.asarray(c, np.float32), self.tz.shape)[z, None, None]
             for c in centre[:2]
         )
-        reach = grow * max(radii[:2]) * (1 + 2 * wobble) + 0.12
+        reach = grow * max(radii[:2]) * (1 + 2 * wobble) + 0.18
         box = (z, _span(self.y.ravel(), cv, reach), _span(self.x.ravel(), cu, reach))
         du, dv = self.u[box] - cu, self.v[box] - cv
         if tilt:
@@ -180,11 +194,11 @@ class Canvas:
         )
         return tuple((values - values[index]) * scale for values, scale in fields)
 
-    def nearest(self, place: tuple[float, ...]) -> tuple[int, ...]:
-        """The voxel (plane, row, column) about nearest to body coordinates."""
+    def nearest(self, place: tuple[float, ...], thick: int) -> tuple[int, ...]:
+        """The slice (of `thick` planes), row and column nearest to body coordinates."""
         plane = int(np.abs(self.tz - place[2]).argmin())
         away = (self.u[plane] - place[0]) ** 2 + (self.v[plane] - place[1]) ** 2
-        return (plane, *(int(k) for k in np.unravel_index(away.argmin(), away.shape)))
+        return (plane // thick, *(int(k) for k in np.unravel_index(away.argmin(), away.shape)))
 
     def point(self, box: Box, index: tuple[int, ...]) -> tuple[float, float, float]:
         """Body coordinates of the voxel `index` of a box."""

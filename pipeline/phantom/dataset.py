@@ -17,9 +17,11 @@ from ..system.errors import InputError
 from ..system.pool import spread
 from .anatomy import make_scan
 from .plan import TEST, TRAIN, PatientPlan, make_plan
-from .scanner import write_nifti, write_series
+from .scanner import height, write_masks, write_nifti, write_series
 
+SEGMENTATIONS = "segmentations"
 FOLDERS = ("train_images", "test_images", "unlabelled")
+HOSPITAL = "hospital"  # a column that the competition's tables lack
 SLICE_LABELS = {"bowel": "Bowel", "extravasation": "Active_Extravasation"}
 
 
@@ -29,16 +31,21 @@ def write_patient(
     """Make and write all series of a patient; returns one record a series for the tables."""
     records = []
     for number, series in enumerate(plan.series):
-        scan = make_scan(config, plan.labels, (seed, plan.split, plan.index), number, series.phase)
+        key = (seed, plan.split, plan.index)
+        scan = make_scan(config, plan.labels, key, number, series.phase, plan.hospital)
         folder = root / FOLDERS[plan.split]
         if series.nifti:
             write_nifti(folder / f"{plan.patient_id}.nii.gz", scan)
             instances = list(range(len(scan.hu)))
         else:
-            stream = np.random.default_rng([seed, plan.split, plan.index, 3, number])
+            seeds = [seed, plan.split, plan.index, 3, number]
+            stream = np.random.default_rng(seeds)
             instances = write_series(
                 folder / plan.patient_id / series.series_id, scan, series, stream
             )
+            if series.masks:
+                top = height(np.random.default_rng(seeds))
+                write_masks(root / SEGMENTATIONS / f"{series.series_id}.nii.gz", scan, top)
         shown = [
             (instance, SLICE_LABELS[name])
             for name, planes in scan.shown.items()
@@ -53,6 +60,7 @@ def write_patient(
             {
                 "ids": [plan.patient_id, series.series_id],
                 "aortic_hu": scan.aortic_hu,
+                "hospital": plan.hospital.name,
                 "slices": len(scan.hu),
                 "shown": shown,
                 "organs": organs,
@@ -83,16 +91,16 @@ def tables(
             *([p.patient_id, *one_hot(p.labels), int(any(p.labels.values()))] for p in train),
         ],
         "train_series_meta.csv": [
-            [*keys, "aortic_hu", "incomplete_organ"],
-            *([*r["ids"], r["aortic_hu"], 0] for r in series),
+            [*keys, "aortic_hu", "incomplete_organ", HOSPITAL],
+            *([*r["ids"], r["aortic_hu"], 0, r["hospital"]] for r in series),
         ],
         "image_level_labels.csv": [
             [*keys, "instance_number", "injury_name"],
             *([*r["ids"], *one] for r in series for one in r["shown"]),
         ],
         "test_series_meta.csv": [
-            [*keys, "aortic_hu"],
-            *([*r["ids"], r["aortic_hu"]] for r in test_series),
+            [*keys, "aortic_hu", HOSPITAL],
+            *([*r["ids"], r["aortic_hu"], r["hospital"]] for r in test_series),
         ],
         "sample_submission.csv": [columns, *([p.patient_id, *prior] for p in test)],
         "phantom_organs.csv": [

@@ -19,8 +19,9 @@ ORGANS = ("liver", "spleen", *KIDNEYS)
 FULL_SIZE = 256  # pixels of a picture from which on the sizes in mm hold
 # Least and most of the dark volume in a healthy organ, a low and a high grade, in shares of what
 # four branching tears take up. They overlap as far as the baselines need.
-AMOUNTS = ((0.1, 1.0), (0.5, 1.1), (0.8, 1.3))
-TWINS = 0.6  # share of patients without the injury who have its twin
+AMOUNTS = ((0.0, 0.5), (0.35, 0.8), (1.1, 1.6))
+RARE = 0.03  # share of patients without a spleen, without a kidney, with a low kidney
+TWINS = 0.5  # share of patients without the injury who have its twin
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class Injuries:
             for side in rng.permutation([-1, 1])
         ]
 
+        other, missing = KIDNEYS[self.kidney == KIDNEYS[0]], rng.random(3) < RARE
+        self.absent = {
+            n
+            for n, gone in (("spleen", missing[0] and not labels["spleen"]), (other, missing[1]))
+            if gone
+        }
+        self.moved = {other} if missing[2] else set()
         self.sites: dict[str, tuple[float, ...]] = {"bowel": self.loops[0].centre}
 
     def stream(self, *numbers: int) -> np.random.Generator:
@@ -92,12 +100,12 @@ class Injuries:
         core = np.argwhere(mask > 0.9)
         if name == self.kidney and len(core):
             self.sites["kidney"] = c.point(box, tuple(core[len(core) // 2]))
-        kind, drop = rng.random(), rng.uniform(60, 80)
+        kind, drop = rng.random(), rng.uniform(65, 85)
         if name in KIDNEYS:
             drop *= 1.5
         drop *= self.contrast
         width = self.width * (0.85 if name in KIDNEYS else 1.0)
-        most, branch = (0.12, 2.8) if name == "liver" else (0.2, 2.0)  # of the organ; mm per mm
+        most, branch = (0.16, 3.6) if name == "liver" else (0.24, 2.6)  # of the organ; mm per mm
         volume = min(most * c.voxel * len(core), 4 * width * (branch * (width + 8)) ** 2)
         least, most = AMOUNTS[grade]
         volume *= least + (most - least) * rng.random()
@@ -106,7 +114,7 @@ class Injuries:
         share = (0.0, 0.45, 0.95)[grade]
         dark = np.zeros_like(mask)
         if grade:
-            form = _crescent if kind < (0.0, 0.3, 0.2)[grade] else _tears
+            form = _crescent if grade == 1 and kind < 0.3 else _tears
             field = form(self, name, core, volume * share, width, rng)
             dark = level_set(field, mask, volume * share / c.voxel, c.mm)
         if share < 0.9:
@@ -153,7 +161,7 @@ class Injuries:
             * (shape.r < 1)
             * (c.rho[box] < 0.85)
         )
-        volume = rng.uniform(0.24, 0.34) * fat.sum()
+        volume = rng.uniform(0.24, 0.34) * fat.sum() * (1.0 if self.labels["bowel"] else 0.6)
         x, y, z = (
             (c.u[box] - site.centre[0]) * c.half[0],
             (c.v[box] - site.centre[1]) * c.half[1],
@@ -193,8 +201,8 @@ class Injuries:
         free = cavity[box] * (c.rho[box] < 0.88) * (shape.r < 1) * (1 - c.solid[box])
         loose, free = free * np.clip((-20 - c.hu[box]) / 40, 0, 1), free * (c.hu[box] < 100)
         value = rng.uniform(260, 420)
-        bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 9 / c.voxel
-        pool_volume = rng.uniform(0.8, 1.2) * 9 * bright_volume
+        bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 14 / c.voxel
+        pool_volume = rng.uniform(0.8, 1.2) * 7 * bright_volume
         x, y, z = (
             (c.u[box] - point[0]) * c.half[0],
             (c.v[box] - point[1]) * c.half[1],
@@ -204,7 +212,7 @@ class Injuries:
         across = np.cos(turn) * x + np.sin(turn) * y + slant * z + 3 * c.wobble[box]
         along = np.cos(turn) * y - np.sin(turn) * x
         across += along**2 / (5 * width) + width / 4 * c.fine[box]
-        jet = np.maximum(np.hypot(across, 0.35 * z), np.abs(along) - 2.3 * width)
+        jet = np.maximum(np.hypot(across, 0.35 * z), np.abs(along) - 2.8 * width)
         if self.labels["extravasation"]:
             bright = level_set(jet, free, bright_volume, c.mm)
             around = np.sqrt(across**2 + 0.6 * along**2 + 0.6 * z**2)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..run.config import PhantomConfig
+from .hospitals import HOSPITALS, Hospital
 from .tissues import PHASES
 
 TRAIN, TEST, UNLABELLED = 0, 1, 2
@@ -77,6 +78,31 @@ FAULTS = (
 )
 
 
+# Shares of the classes but healthy among the competition's 3,147 training patients, and the odds
+# ratios between injuries there, each given the other three injuries: a log-linear model with all
+# pairs fitted to its public train.csv.
+PREVALENCE: dict[str, tuple[float, ...]] = {
+    "bowel": (0.020,),
+    "extravasation": (0.064,),
+    "kidney": (0.037, 0.021),
+    "liver": (0.082, 0.020),
+    "spleen": (0.063, 0.049),
+}
+
+ODDS_RATIOS = {
+    ("bowel", "extravasation"): 5.2,
+    ("bowel", "kidney"): 0.9,
+    ("bowel", "liver"): 2.1,
+    ("bowel", "spleen"): 2.0,
+    ("extravasation", "kidney"): 2.4,
+    ("extravasation", "liver"): 1.5,
+    ("extravasation", "spleen"): 2.7,
+    ("kidney", "liver"): 3.9,
+    ("kidney", "spleen"): 2.7,
+    ("liver", "spleen"): 1.2,
+}
+
+
 @dataclass(frozen=True)
 class SeriesPlan:
     """One series: contrast phase and quirks, names out of the decks above."""
@@ -88,6 +114,7 @@ class SeriesPlan:
     header: str
     fault: str
     nifti: bool = False
+    masks: bool = False  # segmented by an expert
 
 
 @dataclass(frozen=True)
@@ -99,27 +126,60 @@ class PatientPlan:
     patient_id: str
     labels: dict[str, int]
     series: tuple[SeriesPlan, ...]
+    hospital: Hospital = HOSPITALS[0]
+
+
+def shares(config: PhantomConfig) -> dict[str, tuple[float, ...]]:
+    """Prevalence of each class but healthy, by target."""
+    if config.prevalence == "real":
+        return PREVALENCE
+    grades = (config.organ_low, config.organ_high)
+    return {
+        **dict.fromkeys(PREVALENCE, grades),
+        "bowel": (config.bowel,),
+        "extravasation": (config.extravasation,),
+    }
+
+
+def joint_table(injured: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probability (2, 2, 2, 2, 2) of each pattern of injured targets (order of `PREVALENCE`) with
+    the margins `injured` and the odds ratios of `ODDS_RATIOS`, by iterative proportional fitting.
+    """
+    names, table = list(PREVALENCE), np.ones((2,) * len(PREVALENCE))
+    for pair, ratio in ODDS_RATIOS.items():
+        both = np.ix_(*([1] if name in pair else [0, 1] for name in names))
+        table[both] *= ratio
+    injured = np.clip(injured, 1e-9, 1 - 1e-9)
+    for _ in range(100):
+        for axis, share in enumerate(injured):
+            others = tuple(k for k in range(table.ndim) if k != axis)
+            now = table.sum(axis=others, keepdims=True)
+            wanted = np.array([1 - share, share]).reshape(now.shape)
+            table = table * wanted / now
+    return table
 
 
 def draw_labels(
     config: PhantomConfig, count: int, rng: np.random.Generator
 ) -> dict[str, NDArray[np.int64]]:
     """Class numbers of `count` patients: each prevalence met exactly after rounding, at least two
-    of a class from 24 patients on.
-
-    Extravasation is twice as likely in a patient with an injured organ.
+    of a class from 24 patients on. Injuries go together as in `ODDS_RATIOS`.
     """
 
     def number(share: float) -> int:
         return max(round(share * count), 2 if count >= 24 and share else 0)
 
-    low, high = number(config.organ_low), number(config.organ_high)
-    grades = (np.arange(count) < low + high).astype(int) + (np.arange(count) < high)
-    labels = {organ: rng.permutation(grades) for organ in ("kidney", "liver", "spleen")}
-    odds = 1.0 + (np.sum(list(labels.values()), axis=0) > 0)
-    chosen = rng.choice(count, number(config.extravasation), replace=False, p=odds / odds.sum())
-    labels["bowel"] = rng.permutation(np.arange(count) < number(config.bowel)).astype(int)
-    labels["extravasation"] = np.isin(np.arange(count), chosen).astype(int)
+    wanted = {name: [number(share) for share in row] for name, row in shares(config).items()}
+    table = joint_table(np.array([sum(row) / count for row in wanted.values()]))
+    drawn = rng.choice(table.size, count, p=table.ravel())
+    patterns = np.stack(np.unravel_index(drawn, table.shape))
+    labels = {}
+    for injured, (name, numbers) in zip(patterns, wanted.items(), strict=True):
+        # so many that the numbers are met: the injured first, both groups in random order
+        order = np.lexsort((rng.random(count), 1 - injured))[: sum(numbers)]
+        grades = np.repeat(np.arange(len(numbers)) + 1, numbers)[: len(order)]
+        labels[name] = np.zeros(count, np.int64)
+        labels[name][rng.permutation(order)] = grades
     return labels
 
 
@@ -153,6 +213,8 @@ def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
     total = sum(counts) + int(np.concatenate(pairs).sum())
     numbers = rng.choice(65_000, total, replace=False) + 1
     dealt = iter(_deal(numbers.tolist(), rng))
+    hospitals = iter(rng.permutation(np.arange(sum(counts)) % len(HOSPITALS)).tolist())
+    segmented = iter(rng.permutation(np.arange(total) < config.masks * total).tolist())
     plans = []
     for split, count in enumerate(counts):
         labels = (
@@ -165,6 +227,7 @@ def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
             if pairs[split][index]:
                 other = [phase for phase in PHASES if phase != series[0].phase]
                 series.append(replace(next(dealt), phase=other[int(rng.integers(2))]))
+            series = [replace(one, masks=next(segmented) and split == TRAIN) for one in series]
             plans.append(
                 PatientPlan(
                     split,
@@ -172,6 +235,7 @@ def make_plan(config: PhantomConfig, seed: int) -> list[PatientPlan]:
                     str(next(ids)),
                     {k: int(v[index]) for k, v in labels.items()},
                     tuple(series),
+                    HOSPITALS[next(hospitals)],
                 )
             )
     return plans

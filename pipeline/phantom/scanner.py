@@ -23,7 +23,7 @@ PLACES = ("-77777", "-66666.66666", "2.25." + "9" * 39, "2.25." + "8" * 39)
 def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Generator) -> list[int]:
     """Write one DICOM file a plane into `folder`; returns the instance numbers of the planes."""
     folder.mkdir(parents=True, exist_ok=True)  # a worker killed here is done again
-    depth, dz, top, series_uid = len(scan.hu), scan.spacing[0], rng.uniform(-900, 100), _uid(rng)
+    depth, dz, top, series_uid = len(scan.hu), scan.spacing[0], height(rng), _uid(rng)
     order = np.arange(depth)[:: -1 if plan.header == "ascending" else 1] * (
         2 if plan.header == "gap" else 1
     )
@@ -41,6 +41,11 @@ def write_series(folder: Path, scan: Scan, plan: SeriesPlan, rng: np.random.Gene
         data = _file(meta, tags, hu, plan, fault)
         (folder / f"{number}.dcm").write_bytes(data)
     return instances
+
+
+def height(rng: np.random.Generator) -> float:
+    """Position (mm) of the uppermost plane: the first number of a series' stream."""
+    return rng.uniform(-900, 100)
 
 
 def _uid(rng: np.random.Generator) -> str:
@@ -195,12 +200,32 @@ def write_nifti(path: Path, scan: Scan) -> None:
     """Write a volume as NIfTI (FLARE style): int16 HU; x runs to the patient's left, y to the back,
     z up (affine in RAS).
     """
+    _write(path, scan.hu[::-1].transpose(2, 1, 0), scan, 1, 0.0)
+
+
+def write_masks(path: Path, scan: Scan, top: float) -> None:
+    """Write the label map as the competition's segmentations are stored: x to the patient's left, y
+    to the front, z up, so that rows are upside down beside the images unless the affine is heeded.
+
+    The uppermost plane lies at `top` mm, as in the DICOM files.
+    """
+    _write(path, scan.masks[::-1, ::-1].transpose(2, 1, 0), scan, -1, top)
+
+
+def _write(path: Path, values: NDArray[Any], scan: Scan, back: int, top: float) -> None:
+    """NIfTI of values (x, y, z), centred in the plane; x runs to the patient's left, y to the back
+    where `back` is 1, to the front where it is -1.
+    """
     import nibabel
 
     dz, dy, dx = scan.spacing
+    steps = np.array([-dx, -back * dy, dz])
+    affine = np.diag([*steps, 1.0])
+    affine[:3, 3] = [
+        *(-steps[:2] * (np.array(values.shape[:2]) - 1) / 2),
+        top - dz * (len(scan.hu) - 1),
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(
-        np.ascontiguousarray(scan.hu[::-1].transpose(2, 1, 0)), np.diag([-dx, -dy, dz, 1.0])
-    )
+    image = nibabel.Nifti1Image(np.ascontiguousarray(values), affine)
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)

@@ -46,6 +46,25 @@ class PhantomConfig(Section):
         0.15, ge=0, le=0.5, description="prevalence of low grade, for kidney, liver and spleen each"
     )
     organ_high: float = Field(0.15, ge=0, le=0.5)
+    prevalence: Literal["enriched", "real"] = Field(
+        "enriched",
+        description="real: the competition's, in place of the four keys above",
+        json_schema_extra=ADDED,
+    )
+    coverage: float = Field(
+        1.0,
+        ge=0.3,
+        le=1,
+        description="least share of a scan that is abdomen; chest and thighs are the rest",
+        json_schema_extra=ADDED,
+    )
+    masks: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the training series with organ masks in segmentations/",
+        json_schema_extra=ADDED,
+    )
 
 
 class ConvertConfig(Section):

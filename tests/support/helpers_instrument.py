@@ -25,7 +25,9 @@ from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.evaluation.scoring import nested
 from pipeline.phantom.anatomy import make_scan
 from pipeline.phantom.dataset import one_hot
+from pipeline.phantom.hospitals import HOSPITALS
 from pipeline.phantom.plan import TRAIN, make_plan
+from pipeline.phantom.tissues import PHASES
 from pipeline.run.config import ScoreConfig
 from pipeline.volumes.build import build_volume
 
@@ -49,12 +51,26 @@ def thumbnail(volume):
     return np.stack([cv2.resize(p, (16, 16), interpolation=cv2.INTER_AREA) for p in planes]).ravel()
 
 
+def metadata(plan, scan):
+    """What tables and headers say of a patient, hospital included."""
+    series = plan.series[0]
+    one_hot_of = [series.phase == phase for phase in PHASES]
+    one_hot_of += [plan.hospital == hospital for hospital in HOSPITALS]
+    air = scan.hu[:, 2:6, 2:6].std()
+    extent = scan.spacing[0] * len(scan.hu)
+    identity = [int(plan.patient_id), int(series.series_id), plan.index]
+    header = [len(scan.hu), *scan.spacing, extent, scan.aortic_hu, air, float(series.masks)]
+    return np.array([*identity, *header, *one_hot_of], dtype=float)
+
+
 def patient_features(config, volume, seed, plan):
-    scan = make_scan(config, plan.labels, (seed, plan.split, plan.index), 0, plan.series[0].phase)
+    key = (seed, plan.split, plan.index)
+    scan = make_scan(config, plan.labels, key, 0, plan.series[0].phase, plan.hospital)
     stored = stored_volume(scan.hu, scan.spacing, volume)
     return {
         "histogram": histogram(stored),
         "thumbnail": thumbnail(stored),
+        "metadata": metadata(plan, scan),
         **reader_features(scan),
     }
 
