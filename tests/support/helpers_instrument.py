@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from pipeline.competition.metric import constants, score_arrays
+from pipeline.competition.metric import constants
 from pipeline.competition.strict_table import KEY
 from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.evaluation.scoring import nested
@@ -31,6 +31,8 @@ from pipeline.phantom.tissues import PHASES
 from pipeline.run.config import ScoreConfig
 from pipeline.volumes.build import build_volume
 
+READER = "reader with masks"
+READERS = ("histogram", "thumbnail", "metadata", READER)
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the regressions
 
 
@@ -206,19 +208,6 @@ def reader_features(scan):
     }
 
 
-def reader_predictions(features, labels, folds):
-    """(N, 13) out-of-fold probabilities by the reader's features of each target."""
-    answer, at = np.zeros(labels.shape), 0
-    for target in TARGETS:
-        where = slice(at, at + len(target.classes))
-        at = where.stop
-        classes, own = labels[:, where].argmax(axis=1), features[target.name]
-        for fold in np.unique(folds):
-            held = folds == fold
-            answer[held, where] = regression(own[~held], classes[~held], own[held])
-    return answer
-
-
 def draw_features(config, volume, seed, jobs=2):
     plans = [plan for plan in make_plan(config, seed) if plan.split == TRAIN]
     work = partial(patient_features, config, volume, seed)
@@ -243,16 +232,15 @@ def regression(train, classes, test):
 
 
 def predictions(features, labels, folds):
-    """(N, 13) out-of-fold probabilities."""
-    answer = np.zeros(labels.shape)
-    at = 0
+    """(N, 13) out-of-fold probabilities by a regression on the features of each target."""
+    answer, at = np.zeros(labels.shape), 0
     for target in TARGETS:
         where = slice(at, at + len(target.classes))
         at = where.stop
-        classes = labels[:, where].argmax(axis=1)
+        classes, own = labels[:, where].argmax(axis=1), features[target.name]
         for fold in np.unique(folds):
             held = folds == fold
-            answer[held, where] = regression(features[~held], classes[~held], features[held])
+            answer[held, where] = regression(own[~held], classes[~held], own[held])
     return answer
 
 
@@ -260,8 +248,8 @@ def random_folds(count, folds, seed):
     return np.random.default_rng(seed).permutation(np.arange(count) % folds)
 
 
-def nested_score(probabilities, labels, folds):
-    """Score table of predictions calibrated as the models' are, nested."""
+def nested_predictions(probabilities, labels, folds):
+    """(N, 13) predictions calibrated as the models' are, each fold by the others."""
     ids = [f"{k:05d}" for k in range(len(labels))]
     frame = pl.DataFrame({KEY: ids, "series_id": ids}).hstack(
         pl.DataFrame(probabilities, schema=COLUMNS, orient="row")
@@ -269,7 +257,17 @@ def nested_score(probabilities, labels, folds):
     truth = pl.DataFrame({KEY: ids}).hstack(pl.DataFrame(labels, schema=COLUMNS, orient="row"))
     split = pl.DataFrame({KEY: ids, "fold": folds})
     found = nested({"one": frame}, truth, split, ScoreConfig(bootstrap=0))["nested"]
-    return score_arrays(labels, found.select(COLUMNS).to_numpy())
+    return found.select(COLUMNS).to_numpy()
+
+
+def judged(labels, features, folds):
+    """Of every reader, (N, 13) out-of-fold probabilities and the same calibrated, nested."""
+    found = {}
+    for name in READERS:
+        own = {t.name: features[t.name if name == READER else name] for t in TARGETS}
+        raw = predictions(own, labels, folds)
+        found[name] = (raw, nested_predictions(raw, labels, folds))
+    return found
 
 
 def best_constant(labels):

@@ -1,0 +1,48 @@
+"""The phantom as an instrument: grey counts, thumbnails and metadata do not tell its injuries, a
+reader who looks at form inside the organ masks does.
+
+Bounds are loose here; `tests/benchmarks/phantom.py` measures with more patients.
+"""
+
+import numpy as np
+import pytest
+from helpers_instrument import READER, best_constant, draw_features, judged, random_folds
+from sklearn.metrics import roc_auc_score
+
+from pipeline.competition.metric import score_arrays
+from pipeline.competition.targets import COLUMNS, TARGET_NAMES
+from pipeline.run.presets import load_config
+
+PATIENTS = 180
+
+
+@pytest.fixture(scope="module")
+def answers():
+    config = load_config("demo", [])
+    phantom = config.phantom.model_copy(
+        update={"train_patients": PATIENTS, "unlabelled_patients": 0, "second_series": 0.0}
+    )
+    labels, features = draw_features(phantom, config.volume, 1)
+    return labels, judged(labels, features, random_folds(PATIENTS, 3, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blind", ["histogram", "thumbnail", "metadata"])
+def test_without_looking_at_form_one_does_no_better_than_a_constant(answers, blind):
+    labels, found = answers
+    scores, best = score_arrays(labels, found[blind][1]), best_constant(labels)
+    assert scores["score"] > 0.88 * best["score"]
+    for name in TARGET_NAMES:
+        assert scores[name] > 0.8 * best[name], name
+
+
+@pytest.mark.slow
+def test_a_reader_with_masks_tells_injuries_by_their_form(answers):
+    labels, found = answers
+    raw = found[READER][0]
+    auc = {name: roc_auc_score(labels[:, k], raw[:, k]) for k, name in enumerate(COLUMNS)}
+    for name in ("kidney_high", "liver_high", "spleen_high", "extravasation_injury"):
+        assert auc[name] > 0.85, auc
+    for name in ("kidney_low", "liver_low", "spleen_low", "bowel_injury"):
+        assert auc[name] > 0.65, auc
+    assert np.mean(list(auc.values())) > 0.85
