@@ -19,9 +19,9 @@ ORGANS = ("liver", "spleen", *KIDNEYS)
 FULL_SIZE = 256  # pixels of a picture from which on the sizes in mm hold
 # Least and most of the dark volume in a healthy organ, a low and a high grade, in shares of what
 # four branching tears take up. They overlap as far as the baselines need.
-AMOUNTS = ((0.0, 0.5), (0.35, 0.8), (1.1, 1.6))
+AMOUNTS = ((0.0, 0.3), (0.5, 0.9), (1.3, 1.9))
 RARE = 0.03  # share of patients without a spleen, without a kidney, with a low kidney
-TWINS = 0.5  # share of patients without the injury who have its twin
+TWINS = 0.35  # share of patients without the injury who have its twin
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Injuries:
             drop *= 1.5
         drop *= self.contrast
         width = self.width * (0.85 if name in KIDNEYS else 1.0)
-        most, branch = (0.16, 3.6) if name == "liver" else (0.24, 2.6)  # of the organ; mm per mm
+        most, branch = (0.18, 3.6) if name == "liver" else (0.26, 2.6)  # of the organ; mm per mm
         volume = min(most * c.voxel * len(core), 4 * width * (branch * (width + 8)) ** 2)
         least, most = AMOUNTS[grade]
         volume *= least + (most - least) * rng.random()
@@ -124,7 +124,12 @@ class Injuries:
         c.paint(box, dark * mask, c.level[name] - drop + 5 * c.fine[box])
 
     def _cysts(
-        self, name: str, core: Array, volume: float, width: float, rng: np.random.Generator
+        self,
+        name: str,
+        core: NDArray[np.int64],
+        volume: float,
+        width: float,
+        rng: np.random.Generator,
     ) -> Array:
         """Distance (mm) to the middles of round cysts three times as wide as a tear, whose surface
         is then as large for its volume, apart from each other.
@@ -161,7 +166,7 @@ class Injuries:
             * (shape.r < 1)
             * (c.rho[box] < 0.85)
         )
-        volume = rng.uniform(0.24, 0.34) * fat.sum() * (1.0 if self.labels["bowel"] else 0.6)
+        volume = rng.uniform(0.24, 0.34) * fat.sum() * (1.3 if self.labels["bowel"] else 0.6)
         x, y, z = (
             (c.u[box] - site.centre[0]) * c.half[0],
             (c.v[box] - site.centre[1]) * c.half[1],
@@ -201,7 +206,7 @@ class Injuries:
         free = cavity[box] * (c.rho[box] < 0.88) * (shape.r < 1) * (1 - c.solid[box])
         loose, free = free * np.clip((-20 - c.hu[box]) / 40, 0, 1), free * (c.hu[box] < 100)
         value = rng.uniform(260, 420)
-        bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 14 / c.voxel
+        bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 18 / c.voxel
         pool_volume = rng.uniform(0.8, 1.2) * 7 * bright_volume
         x, y, z = (
             (c.u[box] - point[0]) * c.half[0],
@@ -288,7 +293,7 @@ def nearest(
 def _tears(
     injuries: Injuries,
     name: str,
-    core: Array,
+    core: NDArray[np.int64],
     volume: float,
     width: float,
     rng: np.random.Generator,
@@ -321,7 +326,7 @@ def _tears(
 def _crescent(
     injuries: Injuries,
     name: str,
-    core: Array,
+    core: NDArray[np.int64],
     volume: float,
     width: float,
     rng: np.random.Generator,
