@@ -3,8 +3,9 @@
 Reads   the config's `phantom` section and `seed`
 Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_images/, unlabelled/,
         train.csv, train_series_meta.csv, image_level_labels.csv, test_series_meta.csv,
-        sample_submission.csv, phantom_truth.csv (labels of the test patients) and
-        phantom_organs.csv (organs in view by slice), for evaluation only, manifest.json
+        sample_submission.csv, segmentations/ (`phantom.masks`), and for evaluation
+        only phantom_truth.csv (labels of the test patients), phantom_organs.csv (organs in view by
+        slice), manifest.json
 Skipped when --data names a data set or the config has `phantom: null`.
 """
 

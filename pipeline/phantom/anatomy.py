@@ -114,7 +114,7 @@ def finished(
     hu = hu + noise(hu.shape, hospital, c.mm, take) * strength
     found = masks(c)[n // 2 :: n]
     organs = {
-        name: np.count_nonzero(found == number, axis=(1, 2)) * c.mm**2 >= 200
+        name: np.atleast_1d((found == number).sum(axis=(1, 2)) * c.mm**2 >= 200)
         for name, number in MASKS.items()
     }
     return Scan(
@@ -142,10 +142,10 @@ def masks(c: Canvas) -> NDArray[np.uint8]:
 
 
 def width_mm(config: PhantomConfig, c: Canvas) -> float:
-    """Least width of a tear or strand: nothing from `FULL_SIZE` pixels on, else two and a half
-    pixels of the trunk at half the picture's size, which is about what the network sees.
+    """Least width of a tear or strand: nothing from `FULL_SIZE` pixels on, else two pixels of the
+    trunk at half the picture's size, which is about what the network sees.
     """
-    return 0.0 if config.image_size >= FULL_SIZE else 10 * c.half[0] / config.image_size
+    return 0.0 if config.image_size >= FULL_SIZE else 8 * c.half[0] / config.image_size
 
 
 def draw_trunk(c: Canvas) -> Array:
