@@ -113,19 +113,22 @@ def finished(
     strength = sigma * hospital.noise * (1.25 - 0.5 * np.minimum(c.rho[n // 2 :: n], 1.4))
     hu = hu + noise(hu.shape, hospital, c.mm, take) * strength
     found = masks(c)[n // 2 :: n]
-    organs = {
-        name: np.atleast_1d((found == number).sum(axis=(1, 2)) * c.mm**2 >= 200)
-        for name, number in MASKS.items()
-    }
+    organs = {name: in_view(found, number, c.mm) for name, number in MASKS.items()}
     return Scan(
         np.clip(np.rint(hu), -1024, 2047).astype(np.int16),
         (c.dz * n, c.mm, c.mm),
         aorta,
-        {name: planes.reshape(depth, n).any(axis=1) for name, planes in shown.items()},
+        {name: planes.reshape(depth, n).max(axis=1) for name, planes in shown.items()},
         organs,
         found,
         {name: c.nearest(place, n) for name, place in sites.items()},
     )
+
+
+def in_view(found: NDArray[np.uint8], number: int, mm: float) -> NDArray[np.bool_]:
+    """(D,) planes that show at least 2 square centimetres of one number of a label map."""
+    area: NDArray[np.int64] = (found == number).sum(axis=(1, 2))
+    return area * mm**2 >= 200
 
 
 # numbers of the competition's segmentations
