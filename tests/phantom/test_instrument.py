@@ -43,6 +43,8 @@ def test_a_reader_with_masks_tells_injuries_by_their_form(answers):
     auc = {name: roc_auc_score(labels[:, k], raw[:, k]) for k, name in enumerate(COLUMNS)}
     for name in ("kidney_high", "liver_high", "spleen_high", "extravasation_injury"):
         assert auc[name] > 0.85, auc
-    for name in ("kidney_low", "liver_low", "spleen_low", "bowel_injury"):
-        assert auc[name] > 0.65, auc
+    assert auc["bowel_injury"] > 0.85, auc
+    low = [auc[name] for name in ("kidney_low", "liver_low", "spleen_low")]
+    assert min(low) > 0.55, "27 patients each: an area is known to 0.06"
+    assert np.mean(low) > 0.7
     assert np.mean(list(auc.values())) > 0.85
