@@ -19,9 +19,9 @@ ORGANS = ("liver", "spleen", *KIDNEYS)
 FULL_SIZE = 256  # pixels of a picture from which on the sizes in mm hold
 # Least and most of the dark volume in a healthy organ, a low and a high grade, in shares of what
 # four branching tears take up. They overlap as far as the baselines need.
-AMOUNTS = ((0.0, 0.5), (0.35, 0.8), (1.1, 1.6))
+AMOUNTS = ((0.0, 0.25), (0.6, 1.0), (1.5, 2.2))
 RARE = 0.03  # share of patients without a spleen, without a kidney, with a low kidney
-TWINS = 0.5  # share of patients without the injury who have its twin
+TWINS = 0.3  # share of patients without the injury who have its twin
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Injuries:
             self.sites["kidney"] = c.point(box, tuple(core[len(core) // 2]))
         kind, drop = rng.random(), rng.uniform(65, 85)
         if name in KIDNEYS:
-            drop *= 1.5
+            drop *= 1.7
         drop *= self.contrast
-        width = self.width * (0.85 if name in KIDNEYS else 1.0)
-        most, branch = (0.16, 3.6) if name == "liver" else (0.24, 2.6)  # of the organ; mm per mm
+        width = self.width
+        most, branch = (0.2, 3.6) if name == "liver" else (0.3, 2.6)  # of the organ; mm per mm
         volume = min(most * c.voxel * len(core), 4 * width * (branch * (width + 8)) ** 2)
         least, most = AMOUNTS[grade]
         volume *= least + (most - least) * rng.random()
@@ -166,7 +166,7 @@ class Injuries:
             * (shape.r < 1)
             * (c.rho[box] < 0.85)
         )
-        volume = rng.uniform(0.24, 0.34) * fat.sum() * (1.0 if self.labels["bowel"] else 0.6)
+        volume = rng.uniform(0.24, 0.34) * fat.sum() * (1.4 if self.labels["bowel"] else 0.6)
         x, y, z = (
             (c.u[box] - site.centre[0]) * c.half[0],
             (c.v[box] - site.centre[1]) * c.half[1],
@@ -206,7 +206,7 @@ class Injuries:
         free = cavity[box] * (c.rho[box] < 0.88) * (shape.r < 1) * (1 - c.solid[box])
         loose, free = free * np.clip((-20 - c.hu[box]) / 40, 0, 1), free * (c.hu[box] < 100)
         value = rng.uniform(260, 420)
-        bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 14 / c.voxel
+        bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 20 / c.voxel
         pool_volume = rng.uniform(0.8, 1.2) * 7 * bright_volume
         x, y, z = (
             (c.u[box] - point[0]) * c.half[0],
