@@ -38,7 +38,7 @@ def slow_nt_xent(first, second, temperature):
     loss = 0.0
     for i, view in enumerate(views):
         alike = [math.exp(slow_cosine(view, other) / temperature) for other in views]
-        loss -= math.log(alike[(i + N) % (2 * N)] / (sum(alike) - alike[i]))
+        loss -= math.log(alike[(i + N) % (2 * N)] / sum(alike[:i] + alike[i + 1 :]))
     return loss / (2 * N)
 
 
