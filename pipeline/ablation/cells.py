@@ -32,7 +32,9 @@ SECTIONS = ("seed", "model", "train")
 
 def backbone_is_current(part: Stage) -> bool:
     """Whether a pretraining is up to date."""
-    return part.current(part.inputs(layout.VOLUMES), ("seed", "model", "pretrain"))
+    from ..voco.stage import inputs
+
+    return part.current(inputs(part), ("seed", "model", "pretrain"))
 
 
 def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
@@ -61,11 +63,12 @@ def pretrain_backbone(part: Stage) -> None:
         from ..learning.log import read_log
         from ..system.machine import pick_device
         from ..voco.pretrain import pretrain
+        from ..voco.stage import excluded_patients
 
         world = World(0, 1, pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0))))
-        counts = pretrain(
-            part.config, part.upstream(layout.VOLUMES), part.folder, world, fresh=part.options.force
-        )
+        volumes, fresh = part.upstream(layout.VOLUMES), part.options.force
+        excluded = excluded_patients(part)
+        counts = pretrain(part.config, volumes, part.folder, world, fresh, excluded)
         rates = [row["samples_per_s"] for row in read_log(part.folder / layout.LOG)]
         seconds = fmean(1 / rate for rate in rates)  # of a sample
         options = part.config.pretrain

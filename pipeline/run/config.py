@@ -134,10 +134,18 @@ class ModelConfig(Section):
 
 
 class VocoConfig(Section):
-    """Stage 04: 2D-VoCo in the notation of docs/method.md."""
+    """Stage 04: 2D-VoCo in the notation of docs/method.md, and what it is compared with."""
 
+    method: Literal["voco2d", "height", "simclr", "masked"] = Field(
+        "voco2d",
+        description=(
+            "what is learnt: where crops lie, their height, which two show one place, or what is"
+            " hidden"
+        ),
+        json_schema_extra=ADDED,
+    )
     steps: int = Field(250_000, ge=1, json_schema_extra=RESUMABLE)
-    batch: int = Field(4, ge=2, description="volumes a step")
+    batch: int = Field(4, ge=1, description="volumes a step; 1 needs inter=0")
     depth: int | None = Field(
         None,
         ge=2,
@@ -147,16 +155,59 @@ class VocoConfig(Section):
     slices: int = Field(32, ge=1, description="S, spread evenly over z")
     image_size: int = Field(192, ge=24)
     grid: int = Field(3, ge=2, description="K = grid * grid base crops")
+    window: bool = Field(
+        False,
+        description="crops lie in an inner window of the plane, whose place is drawn",
+        json_schema_extra=ADDED,
+    )
+    window_margin: float = Field(
+        0.15,
+        ge=0,
+        lt=0.5,
+        description="share of the plane that the window leaves on each side",
+        json_schema_extra=ADDED,
+    )
+    window_jitter: float = Field(
+        0.08,
+        ge=0,
+        lt=0.5,
+        description="share of the plane by which it is moved at most",
+        json_schema_extra=ADDED,
+    )
+    z_bins: int = Field(
+        1,
+        ge=1,
+        description="Z slabs along z, of slices / z_bins slices each; base crops are (tile, slab)",
+        json_schema_extra=ADDED,
+    )
     random_crops: int = Field(2, ge=1)
     pool: Literal["clip", "slice"] = "clip"
     width: int = Field(2048, ge=8, description="of the projector's three layers")
     dropout: float = Field(0.2, ge=0, lt=1)
+    dropout_at: Literal["mean", "slices"] = Field(
+        "mean",
+        description="on the mean over slices, or on each slice's features before it",
+        json_schema_extra=ADDED,
+    )
     intra: float = Field(1.0, ge=0)
+    symmetric: bool = Field(
+        False,
+        description="intra compares the teacher's random with the student's base crops too",
+        json_schema_extra=ADDED,
+    )
     inter: float = Field(1.0, ge=0)
     regularisation: float = Field(1.0, ge=0)
     ema_momentum: float = Field(0.9, ge=0, lt=1)
     ema_final: float | None = Field(
         None, ge=0, le=1, description="cosine momentum schedule to this value (none: constant)"
+    )
+    temperature: float = Field(0.1, gt=0, description="of method=simclr", json_schema_extra=ADDED)
+    masked: float = Field(
+        0.6,
+        gt=0,
+        lt=1,
+        description="share of a crop that method=masked hides",
+        json_schema_extra=ADDED,
     )
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
@@ -185,6 +236,12 @@ class VocoConfig(Section):
     )
     labelled: bool = Field(
         True, description="use the competition's own series (their labels are never read)"
+    )
+    exclude_fold: int | None = Field(
+        None,
+        ge=0,
+        description="images of this fold's patients are not seen (needs stage 03)",
+        json_schema_extra=ADDED,
     )
     holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
     eval_every: int = Field(1000, ge=1, json_schema_extra=RESUMABLE)
@@ -224,6 +281,21 @@ class VocoConfig(Section):
     amp: bool = True
     compile: bool = Field(False, json_schema_extra=HOW)
     activation_checkpointing: bool = Field(False, json_schema_extra=HOW)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "VocoConfig":
+        if self.method == "voco2d" and self.batch == 1 and self.inter:
+            raise ValueError("batch=1 has no next volume for the term inter: set inter=0")
+        if self.slices % self.z_bins:
+            raise ValueError(f"slices={self.slices} is no multiple of z_bins={self.z_bins}")
+        if self.z_bins > 1 and self.pool == "slice":
+            raise ValueError("z_bins divides clips: it needs pool=clip")
+        if self.window and self.window_jitter > self.window_margin:
+            raise ValueError(
+                f"window_jitter={self.window_jitter} is more than"
+                f" window_margin={self.window_margin}: the window would leave the plane"
+            )
+        return self
 
 
 class AugmentConfig(Section):
@@ -487,6 +559,23 @@ class Config(Section):
             raise ValueError(
                 f"pretrain.image_size={self.pretrain.image_size} is no multiple of"
                 f" pretrain.grid={self.pretrain.grid}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pretraining_fits(self) -> "Config":
+        options = self.pretrain
+        inside = 1 - 2 * options.window_margin
+        for name, side in (("height", self.volume.height), ("width", self.volume.width)):
+            if options.window and (left := int(inside * side)) < options.grid:
+                raise ValueError(
+                    f"pretrain.window_margin={options.window_margin} leaves {left} pixels of"
+                    f" volume.{name}={side} for pretrain.grid={options.grid}"
+                )
+        if options.exclude_fold is not None and options.exclude_fold >= self.folds.count:
+            raise ValueError(
+                f"pretrain.exclude_fold={options.exclude_fold} is none of folds.count="
+                f"{self.folds.count} folds, which count from 0"
             )
         return self
 

@@ -18,17 +18,26 @@ from ..run.config import VocoConfig
 from ..run.room import loaders, voco_batch_bytes
 from ..system.errors import InputError
 from ..volumes.sampling import evenly, resample_planes, resize_planes
-from .crops import base_boxes, cut, overlap_labels, random_boxes, turn
+from .crops import (
+    base_boxes,
+    cut,
+    in_slabs,
+    overlap_labels,
+    random_boxes,
+    turn,
+    twin_boxes,
+    window_of,
+)
 
 EVALUATION = 1 << 30  # the "step" of the fixed evaluation crops, which no training step reaches
 Batch = dict[str, Any]
 
 
 def choose_volumes(
-    index: pl.DataFrame, config: VocoConfig, seed: int
+    index: pl.DataFrame, config: VocoConfig, seed: int, excluded: frozenset[str] = frozenset()
 ) -> tuple[list[str], list[str]]:
     """Relative paths of training and of held-out volumes, by patient, from all sources that
-    `config` wants.
+    `config` wants, without the labelled patients `excluded`.
 
     At most a quarter of the volumes is held out.
 
@@ -36,6 +45,8 @@ def choose_volumes(
         InputError: fewer volumes than one batch.
     """
     rng = np.random.default_rng([seed, EVALUATION])
+    kept = (pl.col("source") == "unlabelled") | ~pl.col("patient_id").is_in(list(excluded))
+    index = index.filter(kept) if excluded else index
     patients = index.select("patient_id", "source").unique().sort("patient_id", "source")
     labelled = (
         patients.filter(pl.col("source") != "unlabelled") if config.labelled else patients.clear()
@@ -65,7 +76,11 @@ def choose_volumes(
 
 
 class VocoSamples(Dataset):
-    """Item `step`: this rank's part of the global batch of that step."""
+    """Item `step`: this rank's part of the global batch of that step.
+
+    With `pairs` the crops of a volume are as many places as random and base crops have room for,
+    each twice.
+    """
 
     def __init__(
         self,
@@ -75,9 +90,10 @@ class VocoSamples(Dataset):
         seed: int,
         rank: int = 0,
         size: int = 1,
+        pairs: bool = False,
     ) -> None:
         self.folder, self.paths, self.config, self.seed = folder, list(paths), config, seed
-        self.ranks = size
+        self.ranks, self.pairs = size, pairs
         self.slots = range(rank * config.batch // size, (rank + 1) * config.batch // size)
         self.base = base_boxes(config.image_size, config.grid)
         self._intensity: Any = None
@@ -104,27 +120,44 @@ class VocoSamples(Dataset):
         random_crops: int | None = None,
         augment: bool | None = None,
     ) -> Batch:
-        """Crops (P, S, h, h) uint8, random ones first, and labels (R, K) float32 of one volume."""
+        """Of one volume: crops (P, S, h, h) uint8, random ones first, their labels (Z * R, Z * K)
+        float32, slab by slab, and the heights (S,) float32 of its slices, 0 (superior) to 1.
+        """
         rng, config = np.random.default_rng(seeds), self.config
         augment = config.augment if augment is None else augment
-        boxes = random_boxes(
-            config.image_size, config.grid, random_crops or config.random_crops, rng
-        )
+        boxes, base = self._boxes(random_crops, rng)
         phase = rng.random() if augment and config.jitter else 0.5
-        crops = cut(self.planes(index, phase), np.concatenate([boxes, self.base]))
+        draw = rng.uniform(-1, 1, 2) if config.window else None
+        crops = cut(self.planes(index, phase, draw), np.concatenate([boxes, base]))
         if augment:
-            crops = self._augment(crops, len(boxes), rng)
+            crops = self._augment(crops, len(crops) if self.pairs else len(boxes), rng)
+        slabs = (in_slabs(part, config.z_bins) for part in (boxes, base))
         return {
             "crops": crops,
-            "overlap": overlap_labels(boxes, self.base).astype(np.float32),
+            "overlap": overlap_labels(*slabs).astype(np.float32),
+            "heights": ((np.arange(config.slices) + phase) / config.slices).astype(np.float32),
             "ids": self.paths[index],
         }
 
-    def planes(self, index: int, phase: float = 0.5) -> np.ndarray:
+    def _boxes(self, count: int | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Random boxes (R, 4), `count` of them where told, and base boxes (K, 4); of pairs, places
+        and the same places again.
+        """
+        config = self.config
+        room = (config.random_crops + len(self.base)) // 2 if self.pairs else config.random_crops
+        boxes = random_boxes(config.image_size, config.grid, count or room, rng)
+        return boxes, twin_boxes(boxes, config.image_size, rng) if self.pairs else self.base
+
+    def planes(self, index: int, phase: float = 0.5, draw: np.ndarray | None = None) -> np.ndarray:
         """(S, size, size) uint8 of one volume, resampled to `pretrain.depth` planes: base crops
-        tile the plane, so the bytes of S planes are read and no more.
+        tile the plane, so the bytes of S planes are read and no more. With `draw` (2,), -1 to 1,
+        of the inner window at that place.
         """
         volume = np.load(self.folder / self.paths[index], mmap_mode="r")
+        if draw is not None:
+            margin, jitter = self.config.window_margin, self.config.window_jitter
+            rows, columns = window_of(volume.shape[1:], margin, jitter, draw)
+            volume = volume[:, rows, columns]
         depth = self.config.depth or len(volume)
         chosen = evenly(depth, self.config.slices, phase)
         same = depth == len(volume)
@@ -147,7 +180,9 @@ class VocoSamples(Dataset):
         """
         turned = rng.random(len(crops)) < self.config.turn
         crops = turn(crops, turned * rng.integers(1, 8, len(crops)))
-        views = [*range(random_crops), slice(random_crops, None)]
+        views: list[int | slice] = [*range(random_crops)]
+        if random_crops < len(crops):
+            views.append(slice(random_crops, None))
         for view, change, seed in zip(
             views,
             rng.random(len(views)) < self.config.intensity,
@@ -174,24 +209,26 @@ class VocoSamples(Dataset):
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Crops (B, P, S, h, h) uint8, overlap (B, R, K) float32, ids (B,)."""
-    crops, overlap = (
-        torch.from_numpy(np.stack([sample[key] for sample in samples]))
-        for key in ("crops", "overlap")
-    )
-    return {"crops": crops, "overlap": overlap, "ids": [sample["ids"] for sample in samples]}
+    """Crops (B, P, S, h, h) uint8, overlap (B, Z * R, Z * K) and heights (B, S) float32, and
+    ids (B,).
+    """
+    batch: Batch = {
+        key: torch.from_numpy(np.stack([sample[key] for sample in samples]))
+        for key in ("crops", "overlap", "heights")
+    }
+    return batch | {"ids": [sample["ids"] for sample in samples]}
 
 
 def evaluation_batches(
-    samples: VocoSamples, random_crops: int, volumes: int = 1
+    samples: VocoSamples, random_crops: int, volumes: int = 1, augment: bool = False
 ) -> Iterator[Batch]:
-    """The same crops at every call: `random_crops` of each volume, not augmented, batches of
-    `volumes`; the last one may be smaller.
+    """The same crops at every call: `random_crops` of each volume, not augmented if not told,
+    batches of `volumes`; the last one may be smaller.
     """
 
     def sample(index: int) -> Batch:
         seeds = [samples.seed, EVALUATION, index]
-        return samples.sample(index, seeds, random_crops, augment=False)
+        return samples.sample(index, seeds, random_crops, augment)
 
     for start in range(0, len(samples.paths), volumes):
         yield collate([sample(k) for k in range(start, min(start + volumes, len(samples.paths)))])

@@ -28,11 +28,20 @@ CROPS_SHOWN = 4  # random crops
 WINDOWS = 9  # positions an axis of the similarity maps
 
 
-def draw_all(config: Config, volumes: Path, folder: Path, device: torch.device) -> list[str]:
-    """Write crops.png and similarity.png into `folder`; returns their names."""
-    _, held = choose_volumes(read_frame(volumes / layout.INDEX), config.pretrain, config.seed)
-    planes = VocoSamples(volumes, held, config.pretrain, config.seed).planes(0)
-    options = config.pretrain
+def draw_all(
+    config: Config,
+    volumes: Path,
+    folder: Path,
+    device: torch.device,
+    excluded: frozenset[str] = frozenset(),
+) -> list[str]:
+    """Write crops.png and similarity.png into `folder` where the method compares places; returns
+    their names.
+    """
+    index, options = read_frame(volumes / layout.INDEX), config.pretrain
+    _, held = choose_volumes(index, options, config.seed, excluded)
+    middle = np.zeros(2) if options.window else None
+    planes = VocoSamples(volumes, held, options, config.seed).planes(0, draw=middle)
     rng = np.random.default_rng([config.seed, EVALUATION])
     boxes = random_boxes(options.image_size, options.grid, CROPS_SHOWN, rng)
     run = start(config, World(0, 1, device))

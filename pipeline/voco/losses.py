@@ -8,11 +8,14 @@ from torch.nn import functional
 EPS = 1e-6
 
 
+def cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """cos of all pairs: (..., R, E), (..., K, E) -> (..., R, K)."""
+    return functional.normalize(first, dim=-1) @ functional.normalize(second, dim=-1).mT
+
+
 def similarity(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """clamp(cos, 0, 1) of all pairs: (..., R, E), (..., K, E) -> (..., R, K)."""
-    return (functional.normalize(first, dim=-1) @ functional.normalize(second, dim=-1).mT).clamp(
-        0, 1
-    )
+    return cosine(first, second).clamp(0, 1)
 
 
 def position_loss(similarity: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
@@ -37,6 +40,19 @@ def pairs(K: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
         k, m = torch.triu_indices(K, K, 1, device=device)
     return k, m
+
+
+def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Normalised temperature-scaled cross entropy of pairs (N, E), (N, E): each of the 2 N has its
+    twin to find among the other 2 N - 1.
+    """
+    views = torch.cat([first, second])
+    logits = cosine(views, views) / temperature
+    logits = logits.masked_fill(
+        torch.eye(len(views), dtype=torch.bool, device=views.device), float("-inf")
+    )
+    twins = torch.arange(len(views), device=views.device).roll(len(first))
+    return functional.cross_entropy(logits, twins)
 
 
 def base_regularisation(base_embeddings: torch.Tensor) -> torch.Tensor:

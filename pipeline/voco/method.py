@@ -23,7 +23,8 @@ class Method(ABC):
     """A method of pretraining at work; `student` is what the optimiser trains."""
 
     stats: ClassVar[tuple[str, ...]]  # names of the figures of `loss`, the loss itself first
-    merit: ClassVar[str]  # name of what `evaluate` returns, in the log and in the manifest
+    merit: str  # which figure of `evaluate` the best backbone is chosen by
+    pairs: ClassVar[bool] = False  # whether each place is shown twice, instead of base crops
     student: nn.Module
 
     def __init__(self, config: Config, world: World) -> None:
@@ -66,8 +67,12 @@ class Method(ABC):
         """This rank's loss, to differentiate, and the figures `stats` of its part of the batch."""
 
     @abstractmethod
-    def evaluate(self, samples: VocoSamples) -> float:
-        """A figure of held-out volumes, larger is better: the best backbone is chosen by it."""
+    def evaluate(self, samples: VocoSamples) -> dict[str, float]:
+        """Figures of held-out volumes by name, among them `merit`; larger is better."""
+
+    def baselines(self, training: VocoSamples, held: VocoSamples) -> dict[str, float]:
+        """What is reached without a network, by name: `<baseline>_<figure of evaluate>`."""
+        return {}
 
     def after_step(self, step: int) -> dict[str, float]:
         """What follows the optimiser's step, e.g. an averaged teacher; returns figures to log."""

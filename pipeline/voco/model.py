@@ -10,26 +10,30 @@ from torch import nn
 
 from ..learning.backbone import feature_shape, standardise
 from ..learning.fast_layers import Depthwise, Pointwise
-from .losses import base_regularisation, position_loss, similarity
+from .losses import base_regularisation, cosine, position_loss, similarity
 
 
 class VocoNet(nn.Module):
     """Backbone and projector; the projector's input width is measured, not typed in."""
 
-    def __init__(self, backbone: nn.Module, crop: int, width: int, pool: str) -> None:
+    def __init__(
+        self, backbone: nn.Module, crop: int, width: int, pool: str, z_bins: int = 1
+    ) -> None:
         super().__init__()
         C, h, w = feature_shape(backbone, crop)
         self.backbone, self.features, self.pool = backbone, C * h * w, pool
+        self.z_bins = z_bins
         layers: list[nn.Module] = [nn.Linear(self.features, width)]
         for _ in range(2):
             layers += [nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Linear(width, width)]
         self.projector = nn.Sequential(*layers)
 
     def forward(self, crops: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 (B, P, S, h, w) -> float32 (B, G, P, E): G = 1 embedding of the clip, or G = S of
-        its slices.
+        """uint8 (B, P, S, h, w) -> float32 (B, G, P, E): G embeddings of the clip's slabs, or G = S
+        of its slices.
 
-        `keep` (B, G, P, F), if given, multiplies the features: the dropout mask.
+        `keep`, if given, multiplies the features: the dropout mask, (B, S, P, F) of the slices
+        before their mean or (B, G, P, F) of the means.
         """
         B, P, S, h, w = crops.shape
         images = (
@@ -38,8 +42,12 @@ class VocoNet(nn.Module):
             .contiguous(memory_format=torch.channels_last)
         )
         features = self.backbone(images).flatten(1).view(B, P, S, self.features)  # (B, P, S, F)
-        features = features.mean(2, keepdim=True) if self.pool == "clip" else features
-        features = features.transpose(1, 2)  # (B, G, P, F)
+        features = features.transpose(1, 2)  # (B, S, P, F)
+        if keep is not None and keep.shape[1] == S:
+            features, keep = features * keep, None
+        if self.pool == "clip":
+            slabs = features.unflatten(1, (self.z_bins, S // self.z_bins))
+            features = slabs.mean(2)  # (B, G, P, F)
         features = features * keep if keep is not None else features
         return (
             self.projector(features.reshape(-1, self.features))
@@ -111,15 +119,18 @@ def dropout_mask(
 
 @dataclass(frozen=True)
 class Embeddings:
-    """(B, G, R, E) of random and (B, G, K, E) of base crops."""
+    """(B, G, R, E) of random and (B, G, K, E) of base crops; G is 1 where all slabs meet."""
 
     random: torch.Tensor
     base: torch.Tensor
 
     @classmethod
-    def split(cls, embeddings: torch.Tensor, random_crops: int) -> "Embeddings":
-        """Random crops come first in every batch."""
-        return cls(embeddings[:, :, :random_crops], embeddings[:, :, random_crops:])
+    def split(cls, embeddings: torch.Tensor, random_crops: int, z_bins: int = 1) -> "Embeddings":
+        """Random crops come first in every batch. Of (B, z_bins, R + K, E) every random crop of a
+        slab meets every base crop of all slabs: (B, 1, z_bins * R, E) and (B, 1, z_bins * K, E).
+        """
+        parts = embeddings[:, :, :random_crops], embeddings[:, :, random_crops:]
+        return cls(*((part.flatten(1, 2)[:, None] for part in parts) if z_bins > 1 else parts))
 
 
 def voco_terms(
@@ -128,13 +139,18 @@ def voco_terms(
     overlap: torch.Tensor,
     next_student: torch.Tensor,
     next_teacher: torch.Tensor,
+    symmetric: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The terms intra, inter and reg (scalars) and the intra-volume similarity (B, G, R, K).
 
     overlap (B, R, K); next_*: base embeddings of the volume after each one, (B, G, K, E), modulo
-    the whole batch.
+    the whole batch. `symmetric`: the intra-volume cosine is the mean of that of the student's
+    random and the teacher's base crops and that of the teacher's random and the student's base.
     """
-    own = similarity(student.random, teacher.base)
+    own = cosine(student.random, teacher.base)
+    if symmetric:
+        own = (own + cosine(teacher.random, student.base)) / 2
+    own = own.clamp(0, 1)
     with torch.no_grad():
         target = similarity(teacher.random, next_teacher)
     return {

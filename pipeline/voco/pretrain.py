@@ -35,7 +35,12 @@ def resume(run: State, folder: Path) -> None:
     state = newest_checkpoint(folder / layout.LAST, run.config.pretrain.keep)
     if state is None:
         return
-    changed = [name for name, value in run.identity.items() if state["identity"].get(name) != value]
+    known = state["identity"]
+    changed = [
+        name
+        for name in (*run.identity, *known)  # a key at its default may be in one alone
+        if known.get(name) != run.identity.get(name)
+    ]
     if changed or state["step"] > run.config.pretrain.steps:
         why = (
             f"of another run ({changed[0]} differs)"
@@ -74,10 +79,15 @@ def usable_best(run: State, folder: Path) -> dict[str, Any] | None:
 
 
 def pretrain(
-    config: Config, volumes: Path, folder: Path, world: World, fresh: bool = False
+    config: Config,
+    volumes: Path,
+    folder: Path,
+    world: World,
+    fresh: bool = False,
+    excluded: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """Train to `config.pretrain.steps` and leave backbone.safetensors, last.ckpt, best.ckpt and
-    log.jsonl in `folder`.
+    log.jsonl in `folder`. Images of the labelled patients `excluded` are not read.
 
     A stopped run goes on from its last checkpoint unless `fresh`. Returns the counts for the
     manifest.
@@ -88,12 +98,14 @@ def pretrain(
     """
     options = config.pretrain
     world.check_divides(options.batch, "pretrain.batch")
-    training, held = choose_volumes(read_frame(volumes / layout.INDEX), options, config.seed)
-    run = start(config, world, volumes)
+    index = read_frame(volumes / layout.INDEX)
+    training, held = choose_volumes(index, options, config.seed, excluded)
+    run = start(config, world, volumes, excluded)
     if not fresh:
         resume(run, folder)
-    samples = VocoSamples(volumes, training, options, config.seed, world.rank, world.size)
-    evaluation = VocoSamples(volumes, held, options, config.seed)
+    pairs, ranks = run.method.pairs, (world.rank, world.size)
+    samples = VocoSamples(volumes, training, options, config.seed, *ranks, pairs)
+    evaluation = VocoSamples(volumes, held, options, config.seed, pairs=pairs)
     folder.mkdir(parents=True, exist_ok=True)
     world.agree(run.step, "the step of last.ckpt", f"{folder} must be one folder for all")
     if world.main:
@@ -103,6 +115,8 @@ def pretrain(
         require(folder, folder.name, need, way_out="lower pretrain.keep")
     if world.main and run.step == 0:
         _set_aside(folder, keep=not fresh)
+    if world.main and not run.baselines:
+        _measure_baselines(run, samples, evaluation)
     with (
         StopSignal(world.size > 1) as stop,
         loading(),
@@ -138,13 +152,14 @@ def pretrain(
                 world.barrier()
                 _leave(run, stop)
     if world.main:
-        run.restore(usable_best(run, folder) or run.state())
-        export(run, samples, folder / layout.BACKBONE)
+        _choose(run, samples, evaluation, folder)
     return {
         "volumes": len(training),
         "held_out": len(held),
         "steps": options.steps,
+        "merit": run.method.merit,
         run.method.merit: round(run.best, 4),
+        "baselines": run.baselines,
     }
 
 
@@ -195,6 +210,32 @@ class _Pace:
         return asked
 
 
+def _measure_baselines(run: State, samples: VocoSamples, evaluation: VocoSamples) -> None:
+    began = time.perf_counter()
+    found = run.method.baselines(samples, evaluation)
+    run.baselines = {name: round(value, 4) for name, value in found.items()}
+    if found:
+        figures = ", ".join(f"{name} {value}" for name, value in run.baselines.items())
+        log(f"without a network: {figures} ({time.perf_counter() - began:.1f} s)")
+
+
+def _choose(run: State, samples: VocoSamples, evaluation: VocoSamples, folder: Path) -> None:
+    """Export the best of the checkpoints that are better than every baseline, the last state where
+    none is.
+    """
+    merit, best = run.method.merit, usable_best(run, folder) if run.best > run.floor else None
+    if best:
+        run.restore(best)
+    else:
+        run.best = round(run.method.evaluate(evaluation)[merit], 4)
+        log(
+            f"warning: no checkpoint's {merit} is above {run.floor:g}, which needs no network:"
+            f" {layout.BACKBONE} is the last state's ({run.best:g})"
+        )
+        save_checkpoint(folder / layout.BEST, run.state())
+    export(run, samples, folder / layout.BACKBONE)
+
+
 def _leave(run: State, stop: StopSignal) -> None:
     if run.world.main:
         log(f"stopped at step {run.step}, checkpoint written: run the same command again to go on")
@@ -217,8 +258,9 @@ def _finish_step(
     if not run.world.main:
         return
     if step % options.eval_every == 0 or last:
-        record[merit] = round(run.method.evaluate(evaluation), 4)
-        if record[merit] > run.best and not run.flat:
+        found = run.method.evaluate(evaluation)
+        record |= {name: round(value, 4) for name, value in found.items()} | run.baselines
+        if record[merit] > max(run.best, run.floor) and not run.flat:
             run.best = record[merit]
             save_checkpoint(folder / layout.BEST, run.state())
             export(run, samples, folder / layout.BACKBONE)
@@ -273,7 +315,7 @@ def export(run: State, samples: VocoSamples, path: Path) -> None:
         with optimise.autocast(device, config.pretrain.amp):
             settle(backbone, samples.whole_slices(config.pretrain.settle), device)
     metadata = {
-        "kind": "voco2d",
+        "kind": config.pretrain.method,
         "backbone": config.model.backbone,
         "step": str(run.step),
         run.method.merit: f"{run.best:.4f}",

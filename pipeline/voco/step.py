@@ -15,10 +15,18 @@ from ..run.config import RESUMABLE, Config, decisive
 from ..run.manifest import digest
 from ..system.machine import seed_everything
 from .data import Batch
+from .height import Height
+from .masked import Masked
 from .method import Method
+from .simclr import SimClr
 from .voco2d import Voco2D
 
-METHODS: dict[str, type[Method]] = {"voco2d": Voco2D}
+METHODS: dict[str, type[Method]] = {
+    "voco2d": Voco2D,
+    "height": Height,
+    "simclr": SimClr,
+    "masked": Masked,
+}
 
 
 @dataclass
@@ -35,6 +43,16 @@ class State:
     flat: int = 0  # steps for which the embeddings have been collapsed
     # when the last checkpoint was written
     saved: float = field(default_factory=lambda: time.monotonic())
+    baselines: dict[str, float] = field(default_factory=dict)  # figures that need no network
+
+    @property
+    def floor(self) -> float:
+        """What the best baseline has of the method's merit, -1 without one."""
+        merit = self.method.merit
+        return max(
+            (value for name, value in self.baselines.items() if name.endswith(f"_{merit}")),
+            default=-1.0,
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds; random numbers and data order follow from `step` and
@@ -45,6 +63,7 @@ class State:
             "step": self.step,
             "best": self.best,
             "flat": self.flat,
+            "baselines": self.baselines,
             **{name: network.state_dict() for name, network in self.method.networks.items()},
             **self.update.state(),
         }
@@ -55,10 +74,13 @@ class State:
             network.load_state_dict(state[name])
         self.update.restore(state)
         self.step, self.best, self.flat = state["step"], state["best"], state["flat"]
+        self.baselines = state.get("baselines", {})
 
 
-def identity(config: Config, volumes: Path | None) -> dict[str, Any]:
-    """What two sittings must share to be one run: settings and volumes."""
+def identity(
+    config: Config, volumes: Path | None, excluded: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """What two sittings must share to be one run: settings, volumes, and patients left out."""
     weights = (
         digest(Path(config.model.weights))
         if config.model.weights and config.pretrain.init == "imagenet"
@@ -70,14 +92,20 @@ def identity(config: Config, volumes: Path | None) -> dict[str, Any]:
         "start": weights,
         **decisive(config.pretrain, RESUMABLE),
         "volumes": volumes and digest(volumes / layout.INDEX),
+        **({"excluded": digest(sorted(excluded))} if excluded else {}),
     }
 
 
-def start(config: Config, world: World, volumes: Path | None = None) -> State:
+def start(
+    config: Config,
+    world: World,
+    volumes: Path | None = None,
+    excluded: frozenset[str] = frozenset(),
+) -> State:
     """Networks and optimiser at step 0, the same on every rank."""
     options = config.pretrain
     seed_everything(config.seed)
-    method = METHODS["voco2d"](config, world)
+    method = METHODS[options.method](config, world)
     optimiser = optimise.adamw(method.student, options.lr, options.weight_decay, options.amsgrad)
     update = optimise.Update(
         method.student.parameters(),
@@ -85,7 +113,7 @@ def start(config: Config, world: World, volumes: Path | None = None) -> State:
         optimise.grad_scaler(world.device, options.amp),
         options.clip,
     )
-    return State(config, identity(config, volumes), world, method, update)
+    return State(config, identity(config, volumes, excluded), world, method, update)
 
 
 @dataclass(frozen=True)

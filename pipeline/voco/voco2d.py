@@ -9,6 +9,8 @@ from torch import nn
 from ..learning import optimise
 from ..learning.distributed import World, sync_batch_norm
 from ..run.config import Config
+from . import baselines
+from .crops import hits
 from .data import Batch, VocoSamples, evaluation_batches
 from .losses import similarity
 from .method import Method
@@ -23,9 +25,6 @@ from .model import (
     voco_terms,
 )
 
-EVALUATION_CROPS = 8  # random crops of each held-out volume
-TOLERANCE = 0.1  # of overlap, within which a base crop counts as the right one
-
 
 def rounds_together(device: torch.device) -> bool:
     """Whether rounding the teacher's weights one by one costs time: a GPU's launches do."""
@@ -36,13 +35,13 @@ class Voco2D(Method):
     """Position contrast between random and base crops (docs/method.md)."""
 
     stats = ("loss", "intra", "inter", "reg", "std", "correlation")
-    merit = "position_accuracy"
     student: VocoNet
 
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
         options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
-        student = VocoNet(self.first_backbone(), crop, options.width, options.pool)
+        self.merit = "place_accuracy" if options.z_bins > 1 else "position_accuracy"
+        student = VocoNet(self.first_backbone(), crop, options.width, options.pool, options.z_bins)
         student = self.prepared(student)
         self.teacher: VocoNet = sync_batch_norm(make_teacher(student), world)
         self.student = sync_batch_norm(student, world).train()
@@ -79,14 +78,17 @@ class Voco2D(Method):
         overlap = batch["overlap"].to(world.device, non_blocking=True)  # (B, R, K)
         keep = self._dropout(crops, step)
         with optimise.autocast(world.device, options.amp):
-            student = Embeddings.split(self.student(crops, keep), options.random_crops)
+            parts = options.random_crops, options.z_bins
+            student = Embeddings.split(self.student(crops, keep), *parts)
             with torch.no_grad():
-                teacher = Embeddings.split(self.teaching(crops), options.random_crops)
+                teacher = Embeddings.split(self.teaching(crops), *parts)
         first = world.rank * len(crops) + 1
         following = following_volumes(first, len(crops), options.batch, world.device)
         everyone = world.gather(student.base)
         others = (everyone[following], world.gather(teacher.base)[following])
-        terms = voco_terms(student, teacher, overlap, *others)
+        terms = voco_terms(student, teacher, overlap, *others, options.symmetric)
+        if not options.inter:  # a batch of one has no next volume
+            terms["inter"] = torch.zeros_like(terms["inter"])
         loss = (
             options.intra * terms["intra"]
             + options.inter * terms["inter"]
@@ -103,7 +105,8 @@ class Voco2D(Method):
         B, P, S = crops.shape[:3]
         if not options.dropout:
             return None
-        groups = 1 if options.pool == "clip" else S
+        before = options.pool == "slice" or options.dropout_at == "slices"
+        groups = S if before else options.z_bins
         shape = (options.batch, groups, P, self.student.features)
         mask = dropout_mask(shape, options.dropout, self.config.seed, step, world.device)
         return mask[world.rank * B : (world.rank + 1) * B]
@@ -117,13 +120,17 @@ class Voco2D(Method):
         self.average.update(momentum)
         return {"momentum": momentum}
 
-    def evaluate(self, samples: VocoSamples) -> float:
-        """The teacher's position accuracy."""
+    def evaluate(self, samples: VocoSamples) -> dict[str, float]:
+        """The teacher's position accuracies."""
         # as in training on a GPU; on a CPU the maps of more outgrow its caches
         volumes = self.options.batch if self.world.device.type == "cuda" else 1
-        return position_accuracy(
+        return position_accuracies(
             self.teacher, samples, self.world.device, self.options.amp, volumes
         )
+
+    def baselines(self, training: VocoSamples, held: VocoSamples) -> dict[str, float]:
+        """The position accuracies of pictures of 8 x 8 cells and regression trees."""
+        return baselines.position_accuracies(training, held)
 
 
 @lru_cache(maxsize=8)
@@ -136,22 +143,21 @@ def following_volumes(first: int, B: int, batch: int, device: torch.device) -> t
 
 
 @torch.no_grad()
-def position_accuracy(
+def position_accuracies(
     net: VocoNet, samples: VocoSamples, device: torch.device, amp: bool, volumes: int = 1
-) -> float:
-    """Share of held-out random crops whose most similar base crop overlaps them within 0.1 of the
-    largest overlap; `volumes` go through the network together, and the device is waited for once.
+) -> dict[str, float]:
+    """Share of held-out random crops whose most similar base crop is the right one (`hits`): in the
+    plane, and with more than one slab along z and over both. `volumes` go through the network
+    together, and the device is waited for once.
     """
-    right = []
+    chosen, overlap, Z = [], [], samples.config.z_bins
     net.eval()
-    for batch in evaluation_batches(samples, EVALUATION_CROPS, volumes):
-        crops, overlap = (
-            batch[name].to(device, non_blocking=True) for name in ("crops", "overlap")
-        )
+    for batch in evaluation_batches(samples, baselines.CROPS, volumes):
+        crops = batch["crops"].to(device, non_blocking=True)
         with optimise.autocast(device, amp):
-            found = Embeddings.split(net(crops), EVALUATION_CROPS)
-        chosen = similarity(found.random, found.base).mean(1).argmax(-1)  # (B, R)
-        reached = overlap.gather(2, chosen[..., None])[..., 0]
-        right.append(reached >= overlap.amax(2) - TOLERANCE - 1e-6)
+            found = Embeddings.split(net(crops), baselines.CROPS, Z)
+        chosen.append(similarity(found.random, found.base).mean(1).argmax(-1).flatten())
+        overlap.append(batch["overlap"].flatten(0, 1))
     net.train()
-    return torch.cat(right).float().mean().item()
+    right = hits(torch.cat(chosen).cpu().numpy(), torch.cat(overlap).numpy(), Z)
+    return {name: float(found.mean()) for name, found in right.items()}

@@ -33,10 +33,11 @@ from pipeline.system import machine
 from pipeline.voco import pretrain as pretraining_loop
 from pipeline.voco import step as voco_step
 from pipeline.voco import voco2d
+from pipeline.voco.baselines import CROPS
 from pipeline.voco.data import VocoSamples, batches, evaluation_batches
 from pipeline.voco.losses import pairs
 from pipeline.voco.model import RoundedCopy, VocoNet, make_teacher
-from pipeline.voco.voco2d import EVALUATION_CROPS, following_volumes, position_accuracy
+from pipeline.voco.voco2d import following_volumes, position_accuracies
 
 BACKBONE = "test_efficientnet"
 
@@ -455,11 +456,11 @@ class Thumbnails(nn.Module):
 def slow_accuracy(net, samples):
     """One crop at a time, by the definition."""
     right, base = [], samples.base
-    for batch in evaluation_batches(samples, EVALUATION_CROPS):
+    for batch in evaluation_batches(samples, CROPS):
         embeddings = net(batch["crops"])[0, 0]
         for r, overlap in enumerate(batch["overlap"][0].tolist()):
             alike = [
-                torch.cosine_similarity(embeddings[r], embeddings[EVALUATION_CROPS + k], 0).item()
+                torch.cosine_similarity(embeddings[r], embeddings[CROPS + k], 0).item()
                 for k in range(len(base))
             ]
             right.append(overlap[int(np.argmax(alike))] >= max(overlap) - 0.1 - 1e-6)
@@ -482,8 +483,10 @@ def test_held_out_volumes_are_evaluated_in_batches_with_one_wait(plan, monkeypat
             lambda *given, name=name, original=original: waited.append(name) or original(*given),
         )
     for volumes in (1, 3, 7):
-        assert position_accuracy(net, samples, CPU, False, volumes) == pytest.approx(expected)
-    assert waited == ["item"] * 3
+        found = position_accuracies(net, samples, CPU, False, volumes)
+        assert found == {"position_accuracy": pytest.approx(expected)}
+    # once for the chosen crops; labels are on the CPU
+    assert waited == ["cpu", "numpy", "numpy"] * 3
 
 
 @pytest.mark.slow

@@ -288,6 +288,15 @@ def test_without_an_ablation_nobody_hears_of_it(copy):
     assert not [one for one in page.all("a") if one["href"] in ("#ablation", "#probes")]
 
 
+def test_pretraining_stands_beside_what_needs_no_network(html):
+    text = " ".join(Page(html).sections["pretraining"].split())
+    assert (
+        "Best held-out position accuracy 0.500, silhouette 0.310, thumbnail 0.420, by chance 0.4"
+        in text
+    )
+    assert "chance silhouette thumbnail network" in text, "the legend"
+
+
 def test_ablation_says_what_its_intervals_support_and_no_more(html):
     text = " ".join(Page(html).sections["ablation"].split())
     assert "voco2d against scratch: score" in text

@@ -28,6 +28,7 @@ PAPER = {
         "pool": "clip",
         "width": 2048,
         "dropout": 0.2,
+        "dropout_at": "slices",
         "intra": 1.0,
         "inter": 1.0,
         "regularisation": 1.0,
@@ -118,7 +119,7 @@ def test_no_other_preset_has_what_the_publication_has(name):
     config = load_config(name)
     assert config.train.augment.flip_x is False, "it moves the liver to the left"
     new = {
-        "pretrain": {"depth"},
+        "pretrain": {"depth", "dropout_at"},
         "train": {
             "crop_size",
             "map_pool",

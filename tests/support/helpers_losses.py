@@ -31,3 +31,27 @@ def slow_regularisation(z):
         max(0.0, slow_cosine(z[k], z[m])) ** 2 for k in range(len(z)) for m in range(k + 1, len(z))
     ]
     return sum(pairs) / len(pairs)
+
+
+def slow_nt_xent(first, second, temperature):
+    views, N = [*first, *second], len(first)
+    loss = 0.0
+    for i, view in enumerate(views):
+        alike = [math.exp(slow_cosine(view, other) / temperature) for other in views]
+        loss -= math.log(alike[(i + N) % (2 * N)] / sum(alike[:i] + alike[i + 1 :]))
+    return loss / (2 * N)
+
+
+def slow_overlap(random, base):
+    """Shares of boxes (starts, then stops of each axis) in each other, by intervals."""
+    table = []
+    for r in random:
+        n, row = len(r) // 2, []
+        for k in base:
+            share = 1.0
+            for axis in range(n):
+                shared = min(r[n + axis], k[n + axis]) - max(r[axis], k[axis])
+                share *= max(0.0, shared) / (r[n + axis] - r[axis])
+            row.append(share)
+        table.append(row)
+    return table

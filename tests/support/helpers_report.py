@@ -222,7 +222,17 @@ def write_training(out: Path, config: Config) -> None:
     write_manifest(
         out,
         layout.VOCO,
-        {"volumes": 20, "held_out": 4, "steps": 6, "position_accuracy": 0.5},
+        {
+            "volumes": 20,
+            "held_out": 4,
+            "steps": 6,
+            "merit": "position_accuracy",
+            "position_accuracy": 0.5,
+            "baselines": {
+                "silhouette_position_accuracy": 0.31,
+                "thumbnail_position_accuracy": 0.42,
+            },
+        },
         config={"pretrain": resolved(config.pretrain)},
     )
     steps = [

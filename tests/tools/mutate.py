@@ -596,6 +596,36 @@ GUARDS = (
         "slices/test_damage.py::test_a_full_dev_shm",
     ),
     (
+        "pipeline/voco/pretrain.py",
+        "(*run.identity, *known)",
+        "run.identity",
+        "voco/test_places.py::test_a_key_set_back",
+    ),
+    (
+        "pipeline/voco/pretrain.py",
+        "> max(run.best, run.floor) and",
+        "> run.best and",
+        "voco/test_places.py::test_the_backbone_is_one",
+    ),
+    (
+        "pipeline/voco/pretrain.py",
+        " if run.best > run.floor else None",
+        "",
+        "voco/test_places.py::test_a_best_that_is_none",
+    ),
+    (
+        "pipeline/voco/data.py",
+        "index.filter(kept) if excluded else index",
+        "index",
+        "voco/test_places.py::test_patients_of_the_fold",
+    ),
+    (
+        "pipeline/voco/stage.py",
+        "*([layout.FOLDS] if left_out else [])",
+        "",
+        "voco/test_places.py::test_patients_of_the_fold",
+    ),
+    (
         "pipeline/run/room.py",
         "        if needed[what] > free:",
         "        if False:",

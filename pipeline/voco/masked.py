@@ -1,0 +1,120 @@
+"""Masked reconstruction: a small decoder paints what of a crop is hidden."""
+
+import torch
+from torch import nn
+
+from ..learning import optimise
+from ..learning.backbone import feature_shape, standardise
+from ..learning.distributed import World, sync_batch_norm
+from ..run.config import Config
+from .baselines import CROPS
+from .data import EVALUATION, Batch, VocoSamples, evaluation_batches
+from .method import Method
+from .model import dropout_mask
+
+PATCHES = 8  # along a side of a crop
+
+
+class MaskedNet(nn.Module):
+    """Backbone, and two 1 x 1 convolutions that paint a square of pixels for each cell of its
+    map.
+    """
+
+    def __init__(self, backbone: nn.Module, crop: int, width: int) -> None:
+        super().__init__()
+        C, h, _ = feature_shape(backbone, crop)
+        side = -(-crop // h)  # pixels
+        self.backbone = backbone
+        self.decoder = nn.Sequential(
+            nn.Conv2d(C, width, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, side * side, 1),
+            nn.PixelShuffle(side),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 1, h, h) with what is hidden at 0 -> the whole image, (N, 1, h, h) float32."""
+        painted = self.decoder(self.backbone(images)).float()
+        if painted.shape == images.shape:
+            return painted
+        return nn.functional.interpolate(painted, images.shape[2:], mode="bilinear")
+
+
+class Masked(Method):
+    """Reconstructs the hidden share `pretrain.masked` of the 8 x 8 patches of every slice of every
+    crop.
+    """
+
+    stats = ("loss", "explained")
+    merit = "held_out_explained"
+    student: MaskedNet
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
+        net = self.prepared(MaskedNet(self.first_backbone(), crop, options.width))
+        self.student = sync_batch_norm(net, world).train()
+        self.recompute_activations(self.student.backbone)
+        if options.compile:
+            self.student.backbone.compile()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """One network."""
+        return {"student": self.student}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Its own."""
+        return self.student.backbone
+
+    def _errors(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squared error over hidden pixels, of the reconstruction and of the mean grey of what
+        is visible of each image; `hidden` (B, P * S, 1, 8, 8) bool.
+        """
+        crops = batch["crops"].to(self.world.device, non_blocking=True)
+        images = standardise(crops).flatten(0, 2)[:, None]  # (N, 1, h, h)
+        cells = hidden.flatten(0, 1).float()
+        mask = nn.functional.interpolate(cells, images.shape[2:], mode="nearest")
+        seen = (images * (1 - mask)).contiguous(memory_format=torch.channels_last)
+        with optimise.autocast(self.world.device, self.options.amp):
+            painted = self.student(seen)
+        visible = (1 - mask).sum((2, 3), keepdim=True).clamp_min(1)
+        mean = seen.sum((2, 3), keepdim=True) / visible
+        painted_error, plain_error = (
+            ((guess - images).square() * mask).sum() / mask.sum() for guess in (painted, mean)
+        )
+        return painted_error, plain_error
+
+    def _hidden(self, batch: Batch, count: int, seed: int, step: int) -> torch.Tensor:
+        """Which patches of `count` volumes are hidden, (count, P * S, 1, 8, 8) bool: a function of
+        `seed` and `step`.
+        """
+        P, S = batch["crops"].shape[1:3]
+        shape = (count, P * S, 1, PATCHES, PATCHES)
+        return dropout_mask(shape, self.options.masked, seed, step, self.world.device) == 0
+
+    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean squared error over hidden pixels of standardised grey."""
+        hidden = self._hidden(batch, self.options.batch, self.config.seed, step)
+        B = len(batch["crops"])
+        loss, plain = self._errors(batch, hidden[self.world.rank * B : (self.world.rank + 1) * B])
+        return loss, torch.stack([loss.detach(), 1 - loss.detach() / plain])
+
+    @torch.no_grad()
+    def evaluate(self, samples: VocoSamples) -> dict[str, float]:
+        """The share of the squared error of the visible pixels' mean that the reconstruction
+        removes, on held-out volumes.
+        """
+        self.student.eval()
+        errors = []
+        for number, batch in enumerate(evaluation_batches(samples, CROPS)):
+            hidden = self._hidden(batch, 1, self.config.seed, EVALUATION + number)
+            errors.append(torch.stack(self._errors(batch, hidden)))
+        self.student.train()
+        painted, plain = torch.stack(errors).mean(0).tolist()
+        return {"held_out_explained": 1 - painted / plain}
+
+    def baselines(self, training: VocoSamples, held: VocoSamples) -> dict[str, float]:
+        """0 by definition."""
+        return {"visible_mean_held_out_explained": 0.0}

@@ -1,0 +1,92 @@
+"""SimCLR: two crops of one place are to be more alike than crops of other places and volumes."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..learning import optimise
+from ..learning.distributed import World, sync_batch_norm
+from ..run.config import Config
+from . import baselines
+from .data import Batch, VocoSamples, evaluation_batches
+from .losses import cosine, nt_xent
+from .method import Method
+from .model import VocoNet, spread_of
+
+
+class SimClr(Method):
+    """NT-Xent over pairs of crops of one volume's place, each moved by at most an eighth of its
+    side and augmented by itself; the other crops of the batch over all ranks are what it is not.
+    """
+
+    stats = ("loss", "std")
+    merit = "retrieval_accuracy"
+    pairs = True
+    student: VocoNet
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
+        net = VocoNet(self.first_backbone(), crop, options.width, options.pool, options.z_bins)
+        self.student = sync_batch_norm(self.prepared(net), world).train()
+        self.recompute_activations(self.student.backbone)
+        if options.compile:
+            self.student.backbone.compile()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """One network."""
+        return {"student": self.student}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Its own."""
+        return self.student.backbone
+
+    def _twins(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (N, E) of the places of all volumes and slabs over all ranks, twice."""
+        with optimise.autocast(self.world.device, self.options.amp):
+            found = self.student(batch["crops"].to(self.world.device, non_blocking=True))
+        first, second = self.world.gather(found).chunk(2, 2)  # (B, G, P / 2, E)
+        return first.flatten(0, 2), second.flatten(0, 2)
+
+    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """NT-Xent over the whole batch."""
+        first, second = self._twins(batch)
+        loss = nt_xent(first, second, self.options.temperature)
+        return loss, torch.stack([loss.detach(), spread_of(torch.cat([first, second])[None])])
+
+    @torch.no_grad()
+    def evaluate(self, samples: VocoSamples) -> dict[str, float]:
+        """Share of held-out crops whose twin is the most similar crop of the volume."""
+        self.student.eval()
+        found = [retrieved(*self._twins(batch)) for batch in _held_out(samples)]
+        self.student.train()
+        return {"retrieval_accuracy": torch.cat(found).float().mean().item()}
+
+    def baselines(self, training: VocoSamples, held: VocoSamples) -> dict[str, float]:
+        """The same of pictures of 8 x 8 cells."""
+        figures = {}
+        for name, picture in baselines.PICTURES.items():
+            found = []
+            for batch in _held_out(held):
+                cells = picture(batch["crops"][0].numpy(), self.options.z_bins)
+                views = torch.from_numpy(cells).unflatten(0, (self.options.z_bins, -1))
+                # about their mean: the cosine of all that is bright is near 1
+                centred = (views - views.mean((0, 1))).chunk(2, 1)
+                found.append(retrieved(*(part.flatten(0, 1) for part in centred)))
+            figures[f"{name}_retrieval_accuracy"] = torch.cat(found).float().mean().item()
+        return figures
+
+
+def _held_out(samples: VocoSamples) -> Iterator[Batch]:
+    """Pairs, augmented alike at every call."""
+    return evaluation_batches(samples, baselines.CROPS, augment=True)
+
+
+def retrieved(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """(2 N,) bool of pairs (N, E), (N, E): is the twin of each the most similar of the others?"""
+    views = torch.cat([first, second])
+    alike = cosine(views, views).fill_diagonal_(float("-inf"))
+    return alike.argmax(1) == torch.arange(len(views), device=views.device).roll(len(first))
