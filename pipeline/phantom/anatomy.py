@@ -145,7 +145,7 @@ def masks(c: Canvas) -> NDArray[np.uint8]:
 
 
 def width_mm(config: PhantomConfig, c: Canvas) -> float:
-    """Least width of a tear or strand: nothing from `FULL_SIZE` pixels on, else two pixels of the
+    """Least width of a tear or strand: nothing from `FULL_SIZE` pixels on, else 2.75 pixels of the
     trunk at half the picture's size, which is about what the network sees.
     """
     return 0.0 if config.image_size >= FULL_SIZE else 11 * c.half[0] / config.image_size

@@ -1,9 +1,10 @@
 """Findings of the phantom: injuries, and in everybody harmless twins of the same grey and amount.
 
-How much there is of dark tissue in an organ, of haze and thick wall at the bowel, of bright and of
-grey liquid, and roughly where, is drawn without the labels. A label decides the form alone: a dark
-volume is round cysts or a branching tear, haze is nodes or strands, a bright volume is dots or a
-jet. So neither the counts of grey values nor a coarse picture tells an injury.
+Where there is dark tissue in an organ, haze and thick wall at the bowel, bright and grey liquid is
+drawn without the labels, and how grey it is. A label decides the form: a dark volume is round cysts
+or a branching tear, haze is nodes or strands, a bright volume is dots or a jet. Injuries have more
+of it than their twins on average, hidden among the spread of organs and tissues: the counts of grey
+values and a coarse picture tell little.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ KIDNEYS = ("right kidney", "left kidney")
 ORGANS = ("liver", "spleen", *KIDNEYS)
 FULL_SIZE = 256  # pixels of a picture from which on the sizes in mm hold
 # Least and most of the dark volume in a healthy organ, a low and a high grade, in shares of what
-# four branching tears take up. They overlap as far as the baselines need.
+# four branching tears take up. They grow with the grade as far as a reader of grey alone, who does
+# not know the organ's size and own grey, stays near the constant (tests/benchmarks/phantom.py).
 AMOUNTS = ((0.0, 0.25), (0.6, 1.0), (1.5, 2.2))
 RARE = 0.03  # share of patients without a spleen, without a kidney, with a low kidney
 TWINS = 0.3  # share of patients without the injury who have its twin
