@@ -291,7 +291,7 @@ def test_without_an_ablation_nobody_hears_of_it(copy):
 def test_pretraining_stands_beside_what_needs_no_network(html):
     text = " ".join(Page(html).sections["pretraining"].split())
     assert (
-        "Best held-out position accuracy 0.500, silhouette 0.310, thumbnail 0.420, by chance 0.4"
+        "Best held-out position accuracy 0.500, silhouette 0.310, thumbnail 0.420, by chance 0.3"
         in text
     )
     assert "chance silhouette thumbnail network" in text, "the legend"

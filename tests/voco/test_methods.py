@@ -161,5 +161,5 @@ def test_every_method_learns(volumes, method):
     run, samples = trained(*options, "pretrain.steps=1000", volumes=volumes)
     losses = []
     for _ in range(12):
-        losses.append(train_step(run, samples[0])[0]["loss"])
+        losses.append(train_step(run, samples[0]).read()[0]["loss"])
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
