@@ -70,7 +70,8 @@ def regressed(
     found = {}
     for name in PICTURES:
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAF, random_state=training.seed)
-        said = trees.fit(seen[name][rows], wanted[rows]).predict(shown[name])
+        asked = wanted[rows].ravel() if wanted.shape[1] == 1 else wanted[rows]
+        said = trees.fit(seen[name][rows], asked).predict(shown[name])
         found[name] = said.reshape(truth.shape)
     return truth, found
 
