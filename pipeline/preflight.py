@@ -20,11 +20,16 @@ def check(stage: Stage) -> None:
     """Look ahead from stage 01 to the end of pretraining; what is finished needs nothing.
 
     Raises:
-        InputError: too little disk or memory, or weights out of reach.
+        InputError: too little disk or memory, weights out of reach, or no slice labels where
+            `train.slice_loss` wants them.
     """
     config = stage.config
     if all(read_manifest(stage.out / name) for name in (layout.VOLUMES, layout.VOCO)):
         return
+    if config.train.slice_loss and stage.real_data and not stage.unlabelled_alone:
+        from .competition.tables import require_slice_labels
+
+        require_slice_labels(stage.data)
     disk = _images(stage) if stage.real_data else 0
     memory = max(room.convert_memory(stage.jobs), room.volume_memory(config.volume, stage.jobs))
     if "imagenet" in (config.pretrain.init, config.train.init):

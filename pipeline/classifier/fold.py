@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..competition.subset import label_subset
-from ..competition.tables import read_slice_labels
+from ..competition.tables import read_slice_labels, require_slice_labels
 from ..folds import read_folds
 from ..run import layout
 from ..run.config import Config
@@ -47,12 +47,9 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
             f"--fold {fold}",
             f"choose one of {sorted(set(folds.values()))}",
         )
+    if part.config.train.slice_loss:
+        require_slice_labels(part.data)
     slice_labels = read_slice_labels(part.data) if part.config.train.slice_loss else None
-    if part.config.train.slice_loss and slice_labels is None:
-        where = f"{part.data}/image_level_labels.csv"
-        raise InputError(
-            "train.slice_loss needs slice labels", where, "add the table or set train.slice_loss=0"
-        )
     series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels)
     held_out = [one for one in series if folds[one.patient_id] == fold]
     train = [one for one in series if folds[one.patient_id] != fold]

@@ -131,6 +131,17 @@ def read_series(data: Path, split: str) -> pl.DataFrame:
     return table.frame.drop(ROW)
 
 
+def require_slice_labels(data: Path) -> None:
+    """Raises InputError where there is no `image_level_labels.csv`."""
+    path = Path(data) / "image_level_labels.csv"
+    if not path.exists():
+        raise InputError(
+            "train.slice_loss needs slice labels",
+            str(path),
+            "add the table or set train.slice_loss=0",
+        )
+
+
 def read_slice_labels(data: Path) -> pl.DataFrame | None:
     """`image_level_labels.csv`: patient_id, series_id, instance_number (Int64), injury_name; None
     where there is none.

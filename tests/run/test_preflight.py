@@ -19,7 +19,7 @@ from pipeline.voco.stage import pretrain_voco2d
 from pipeline.volumes.stage import build_volumes
 
 Usage = namedtuple("Usage", "total used free")
-CONFIG = load_config("smoke", ["phantom=null"])
+CONFIG = load_config("smoke", ["phantom=null", "train.slice_loss=0"])
 
 
 @pytest.fixture
@@ -129,6 +129,7 @@ def test_imagenet_weights_are_a_file_a_cache_or_the_hub(tmp_path, monkeypatch):
 def test_a_whole_run_is_looked_at_before_its_first_stage(tmp_path, disk, capfd, monkeypatch):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     flags = ["--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1"]
+    flags.append("train.slice_loss=0")
     assert preflight.main(flags) == 0
     assert "this run: needs about " in capfd.readouterr().err
     monkeypatch.setattr("pipeline.learning.backbone.check_weights", lambda *_: 1 / 0)
@@ -138,4 +139,13 @@ def test_a_whole_run_is_looked_at_before_its_first_stage(tmp_path, disk, capfd, 
     assert preflight.main(flags) == 2
     assert "error: this run needs about " in capfd.readouterr().err
     assert preflight.main([*flags, "train.epoch=3"]) == 2
+    assert not out.exists()
+
+
+def test_slice_labels_that_are_missing_are_told_before_the_first_write(tmp_path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    (data / "image_level_labels.csv").unlink(missing_ok=True)
+    config = load_config("smoke", ["phantom=null", "train.slice_loss=0.5"])
+    with pytest.raises(InputError, match="train.slice_loss needs slice labels"):
+        preflight.check(Stage(layout.SLICES, config, Options(data=data, out=out)))
     assert not out.exists()
