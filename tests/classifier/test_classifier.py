@@ -33,6 +33,7 @@ def make(config):
     return CnnLstm(backbone, feature_shape(backbone, config.image_size)[0], config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequence", ["lstm", "gru", "transformer", "none"])
 @pytest.mark.parametrize("pool", ["max", "mean", "attention"])
 def test_every_variant_gives_all_heads_and_gradients(sequence, pool):

@@ -58,6 +58,7 @@ def test_cudnn_tries_its_algorithms_in_whichever_stage_chose_a_gpu(pretended, na
     assert torch.backends.cudnn.benchmark == tries
 
 
+@pytest.mark.slow
 def test_the_backbone_is_one_graph_to_the_compiler():
     """Its counters of batches once broke it at every norm, with torch 2.4."""
     torch.manual_seed(0)
@@ -302,6 +303,7 @@ def same_checkpoints(one, other):
     return first.keys() == second.keys() and largest(first, second) == 0
 
 
+@pytest.mark.slow
 def test_pretraining_that_reads_late_logs_and_keeps_the_same(plan, tmp_path, monkeypatch):
     """Also when it was stopped by a signal in between, and where not every step is logged."""
     for name, options in (("all", ()), ("some", ("pretrain.log_every=2",))):

@@ -38,6 +38,7 @@ def series_of(folder) -> set[str]:
     return set(pl.read_parquet(folder / layout.INDEX)["series_id"])
 
 
+@pytest.mark.slow
 def test_a_trial_uses_few_and_leaves_what_is_there_of_the_others(tmp_path):
     data, out = make_data(tmp_path / "data", patients=12, unlabelled=5), tmp_path / "out"
     whole, few = load_config("smoke"), load_config("smoke", ["data.limit=4"])

@@ -43,6 +43,7 @@ def on_disk(folder) -> int:
     return sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
+@pytest.mark.slow
 def test_the_disk_that_is_needed_is_told_within_15_percent(tmp_path):
     data = make_data(tmp_path / "data", patients=30, slices=12, unlabelled=5)
     stage = Stage(layout.SLICES, CONFIG, Options(data=data, out=tmp_path / "out", jobs=1))
