@@ -5,11 +5,9 @@ import torch
 from torch import nn
 
 from ..learning import optimise
-from ..learning.distributed import World, sync_batch_norm
-from ..run.config import Config
 from . import baselines
 from .data import Batch, VocoSamples, evaluation_batches
-from .method import Method
+from .method import OneNetwork
 from .model import VocoNet
 
 
@@ -25,7 +23,7 @@ class HeightNet(nn.Module):
         return self.head(self.net(crops)).float()[..., 0]
 
 
-class Height(Method):
+class Height(OneNetwork):
     """Regresses the height of every slab where `pretrain.z_bins` is above 1, of every slice
     otherwise: 0 is the first plane of the volume, 1 its last.
     """
@@ -34,24 +32,16 @@ class Height(Method):
     merit = "height_r2"
     student: HeightNet
 
-    def __init__(self, config: Config, world: World) -> None:
-        super().__init__(config, world)
-        options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
+    def network(self) -> HeightNet:
+        """2D-VoCo's with a height on top."""
+        options = self.options
         pool = "clip" if options.z_bins > 1 else "slice"
-        net = VocoNet(self.first_backbone(), crop, options.width, pool, options.z_bins)
-        self.student = sync_batch_norm(self.prepared(HeightNet(net, options.width)), world).train()
-        self.recompute_activations(self.backbone)
-        if options.compile:
-            self.backbone.compile()
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """One network."""
-        return {"student": self.student}
+        net = VocoNet(self.first_backbone(), self.crop, options.width, pool, options.z_bins)
+        return HeightNet(net, options.width)
 
     @property
     def backbone(self) -> nn.Module:
-        """Its own."""
+        """That of 2D-VoCo's network."""
         return self.student.net.backbone
 
     @property

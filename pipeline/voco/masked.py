@@ -5,11 +5,9 @@ from torch import nn
 
 from ..learning import optimise
 from ..learning.backbone import feature_shape, standardise
-from ..learning.distributed import World, sync_batch_norm
-from ..run.config import Config
 from .baselines import CROPS
 from .data import EVALUATION, Batch, VocoSamples, evaluation_batches
-from .method import Method
+from .method import OneNetwork
 from .model import dropout_mask
 
 PATCHES = 8  # along a side of a crop
@@ -40,7 +38,7 @@ class MaskedNet(nn.Module):
         return nn.functional.interpolate(painted, images.shape[2:], mode="bilinear")
 
 
-class Masked(Method):
+class Masked(OneNetwork):
     """Reconstructs the hidden share `pretrain.masked` of the 8 x 8 patches of every slice of every
     crop.
     """
@@ -49,24 +47,9 @@ class Masked(Method):
     merit = "held_out_explained"
     student: MaskedNet
 
-    def __init__(self, config: Config, world: World) -> None:
-        super().__init__(config, world)
-        options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
-        net = self.prepared(MaskedNet(self.first_backbone(), crop, options.width))
-        self.student = sync_batch_norm(net, world).train()
-        self.recompute_activations(self.student.backbone)
-        if options.compile:
-            self.student.backbone.compile()
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """One network."""
-        return {"student": self.student}
-
-    @property
-    def backbone(self) -> nn.Module:
-        """Its own."""
-        return self.student.backbone
+    def network(self) -> MaskedNet:
+        """Backbone and decoder."""
+        return MaskedNet(self.first_backbone(), self.crop, self.options.width)
 
     def _errors(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean squared error over hidden pixels, of the reconstruction and of the mean grey of what

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..learning.backbone import WrongSize, create_backbone, placed
-from ..learning.distributed import World
+from ..learning.distributed import World, sync_batch_norm
 from ..run.config import Config
 from ..system.errors import InputError
 from .data import Batch, VocoSamples
@@ -30,10 +30,15 @@ class Method(ABC):
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.options, self.world = config, config.pretrain, world
 
+    @property
+    def crop(self) -> int:
+        """Side of a crop in pixels."""
+        return self.options.image_size // self.options.grid
+
     def first_backbone(self) -> nn.Module:
         """The backbone that training starts from, for images of the crops' size."""
         model, options = self.config.model, self.options
-        crop = options.image_size // options.grid
+        crop = self.crop
         try:
             return create_backbone(model.backbone, options.init, model.weights, crop)
         except WrongSize as fault:
@@ -90,3 +95,28 @@ class Method(ABC):
             what = f"{self.config.model.backbone} cannot recompute its activations"
             remedy = "set it to false or choose another model.backbone"
             raise InputError(what, "pretrain.activation_checkpointing=true", remedy) from fault
+
+
+class OneNetwork(Method):
+    """A method that trains one network, whose `backbone` is exported."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        self.student = sync_batch_norm(self.prepared(self.network()), world).train()
+        self.recompute_activations(self.backbone)
+        if self.options.compile:
+            self.backbone.compile()
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The network that training starts from, around `first_backbone`."""
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The one."""
+        return {"student": self.student}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Its own."""
+        return self.student.get_submodule("backbone")

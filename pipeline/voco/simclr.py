@@ -3,19 +3,16 @@
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from ..learning import optimise
-from ..learning.distributed import World, sync_batch_norm
-from ..run.config import Config
 from . import baselines
 from .data import Batch, VocoSamples, evaluation_batches
 from .losses import cosine, nt_xent
-from .method import Method
+from .method import OneNetwork
 from .model import VocoNet, spread_of
 
 
-class SimClr(Method):
+class SimClr(OneNetwork):
     """NT-Xent over pairs of crops of one volume's place, each moved by at most an eighth of its
     side and augmented by itself; the other crops of the batch over all ranks are what it is not.
     """
@@ -25,24 +22,12 @@ class SimClr(Method):
     pairs = True
     student: VocoNet
 
-    def __init__(self, config: Config, world: World) -> None:
-        super().__init__(config, world)
-        options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
-        net = VocoNet(self.first_backbone(), crop, options.width, options.pool, options.z_bins)
-        self.student = sync_batch_norm(self.prepared(net), world).train()
-        self.recompute_activations(self.student.backbone)
-        if options.compile:
-            self.student.backbone.compile()
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """One network."""
-        return {"student": self.student}
-
-    @property
-    def backbone(self) -> nn.Module:
-        """Its own."""
-        return self.student.backbone
+    def network(self) -> VocoNet:
+        """2D-VoCo's."""
+        options = self.options
+        return VocoNet(
+            self.first_backbone(), self.crop, options.width, options.pool, options.z_bins
+        )
 
     def _twins(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (N, E) of the places of all volumes and slabs over all ranks, twice."""

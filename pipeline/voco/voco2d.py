@@ -39,9 +39,11 @@ class Voco2D(Method):
 
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
-        options, crop = self.options, config.pretrain.image_size // config.pretrain.grid
+        options = self.options
         self.merit = "place_accuracy" if options.z_bins > 1 else "position_accuracy"
-        student = VocoNet(self.first_backbone(), crop, options.width, options.pool, options.z_bins)
+        student = VocoNet(
+            self.first_backbone(), self.crop, options.width, options.pool, options.z_bins
+        )
         student = self.prepared(student)
         self.teacher: VocoNet = sync_batch_norm(make_teacher(student), world)
         self.student = sync_batch_norm(student, world).train()
