@@ -55,7 +55,7 @@ def _images(stage: Stage) -> int:
     pairs = zip(tasks, found, strict=True)
     to_keep = [pair for pair in pairs if kept and not (stage.folder / pair[0].name).is_dir()]
     slices = sizes(to_keep, stage.data, stage.config.convert)
-    volumes = [folder / f"{one.patient_id}_{one.series_id}.npy" for one in tasks]
+    volumes = [folder / layout.volume_file(one.patient_id, one.series_id) for one in tasks]
     to_build = [path for path in volumes if not path.is_file()]
     return slices.png_bytes + room.volume_bytes(stage.config.volume, len(to_build))
 

@@ -56,6 +56,11 @@ CELLS, TABLE, TABLE_JSON, TABLE_MD, PROBES = (
 )
 
 
+def volume_file(patient_id: str, series_id: str) -> str:
+    """Name of one series' volume within `VOLUMES`."""
+    return f"{patient_id}_{series_id}.npy"
+
+
 def fold_folder(fold: int) -> str:
     """Name of one fold's folder within `CLASSIFIERS`."""
     return f"fold{fold}"

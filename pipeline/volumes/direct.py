@@ -30,6 +30,7 @@ from ..system.files import remove_temporaries, write_json
 from ..system.pool import spread
 from .store import (
     SLICE_COLUMNS,
+    prepare_folder,
     store_volume,
     volume_fingerprint,
     warn_of_none,
@@ -38,7 +39,7 @@ from .store import (
 
 
 def _volume_path(task: SeriesTask, target: Path) -> Path:
-    return target / f"{task.patient_id}_{task.series_id}.npy"
+    return target / layout.volume_file(task.patient_id, task.series_id)
 
 
 def read_series(
@@ -110,10 +111,7 @@ def build_directly(
     """Build the volumes of the series that are new or changed; returns what `build_all` does, with
     the counts of the conversion.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(target)
-    for sidecar in target.glob("*.json") if force else ():  # lest a stopped run goes on with them
-        sidecar.unlink()
+    prepare_folder(target, force)
     done = [
         _finished(task, files, target, convert, config)
         for task, files in zip(tasks, prints, strict=True)

@@ -20,7 +20,7 @@ def build_volumes(stage: Stage, scheduler: str | None = None) -> None:
 
     source = stage.upstream(layout.SLICES)
     series = read_frame(source / layout.INDEX, ["patient_id", "series_id"]).unique()
-    _require(stage, [f"{patient}_{name}.npy" for patient, name in series.iter_rows()])
+    _require(stage, [layout.volume_file(*ids) for ids in series.iter_rows()])
     counts, digests = build_all(
         source,
         stage.folder,
@@ -67,7 +67,8 @@ def _from_images(stage: Stage, scheduler: str | None) -> None:
 
     pairs = list(zip(tasks, found, strict=True))
     largest = sizes(pairs, data, stage.config.convert).largest
-    _require(stage, [f"{task.patient_id}_{task.series_id}.npy" for task in tasks], largest)
+    names = [layout.volume_file(task.patient_id, task.series_id) for task in tasks]
+    _require(stage, names, largest)
     counts, digests = build_directly(
         tasks,
         prints,

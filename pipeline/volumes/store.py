@@ -94,14 +94,14 @@ def build_series(
 
     Returns the row of the volume index, or None where no slice is usable.
     """
-    path, fingerprint = volume_path(slices, target), volume_fingerprint(slices, config)
+    ids = slices["patient_id"][0], slices["series_id"][0]
+    path, fingerprint = target / layout.volume_file(*ids), volume_fingerprint(slices, config)
     known = _known(path, fingerprint)
     if known is not None:
         return known
     try:
         made = store_volume(slices, lambda png: read_slice(source / png), path, config)
     except InputError:
-        ids = slices["patient_id"][0], slices["series_id"][0]
         with contextlib.suppress(OSError):  # of a read-only folder
             # so that stage 01 makes this series again
             source.joinpath(*ids, layout.SIDECAR).unlink()
@@ -109,11 +109,6 @@ def build_series(
     if made:
         write_json(path.with_suffix(".json"), {"fingerprint": fingerprint, **made})
     return made["row"] if made else None
-
-
-def volume_path(slices: pl.DataFrame, target: Path) -> Path:
-    """Where the volume of one series lies."""
-    return target / f"{slices['patient_id'][0]}_{slices['series_id'][0]}.npy"
 
 
 def volume_fingerprint(slices: pl.DataFrame, config: VolumeConfig) -> str:
@@ -203,11 +198,7 @@ def build_all(
     Returns the manifest's counts and the digest of every volume by file name.
     """
     slices = read_frame(source / layout.INDEX, SLICE_COLUMNS)
-    target.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(target)
-    # now, lest a stopped run goes on with old ones
-    for sidecar in target.glob("*.json") if force else ():
-        sidecar.unlink()
+    prepare_folder(target, force)
     groups = slices.partition_by("patient_id", "series_id", maintain_order=True)
     work = partial(build_series, source=source, target=target, config=config)
     rows: list[dict[str, Any] | None] = [None] * len(groups)
@@ -219,6 +210,17 @@ def build_all(
     (target / layout.SLICE_TABLE).unlink(missing_ok=True)  # of volumes made without slices
     (target / layout.QUARANTINE).unlink(missing_ok=True)
     return write_index(rows, target, source / layout.INDEX, tidy)
+
+
+def prepare_folder(target: Path, force: bool) -> None:
+    """Make the folder of the volumes, without what a killed run left; with `force` nothing in it is
+    taken for done.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(target)
+    # now, lest a stopped run goes on with old ones
+    for sidecar in target.glob("*.json") if force else ():
+        sidecar.unlink()
 
 
 def warn_of_none(slices: pl.DataFrame, reason: str) -> None:
