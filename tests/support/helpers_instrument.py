@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.competition.metric import constants
 from pipeline.competition.strict_table import KEY
 from pipeline.competition.targets import COLUMNS, TARGETS
+from pipeline.evaluation.baselines import histogram_features, thumbnail_features
 from pipeline.evaluation.scoring import nested
 from pipeline.phantom.anatomy import make_scan
 from pipeline.phantom.dataset import one_hot
@@ -29,6 +30,7 @@ from pipeline.phantom.hospitals import HOSPITALS
 from pipeline.phantom.plan import TRAIN, make_plan
 from pipeline.phantom.tissues import PHASES
 from pipeline.run.config import ScoreConfig
+from pipeline.slices.window import window
 from pipeline.volumes.build import build_volume
 
 READER = "reader with masks"
@@ -38,19 +40,10 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the regressions
 
 def stored_volume(hu, spacing, config):
     """The stored (D, H, W) uint8 volume of HU planes."""
-    grey = np.clip(np.rint((hu + 150.0) * 255 / 400), 0, 255).astype(np.uint8)
+    grey = window(hu)
     z = -np.arange(len(grey)) * spacing[0]
     sizes = [plane.shape for plane in grey]
     return build_volume(iter(grey), sizes, z, spacing[1:], config).array
-
-
-def histogram(volume):
-    return np.bincount(volume.ravel() // 4, minlength=64).astype(float)
-
-
-def thumbnail(volume):
-    planes = volume.reshape(8, -1, *volume.shape[1:]).mean(axis=1).astype(np.float32)
-    return np.stack([cv2.resize(p, (16, 16), interpolation=cv2.INTER_AREA) for p in planes]).ravel()
 
 
 def metadata(plan, scan):
@@ -70,8 +63,8 @@ def patient_features(config, volume, seed, plan):
     scan = make_scan(config, plan.labels, key, 0, plan.series[0].phase, plan.hospital)
     stored = stored_volume(scan.hu, scan.spacing, volume)
     return {
-        "histogram": histogram(stored),
-        "thumbnail": thumbnail(stored),
+        "histogram": histogram_features(stored),
+        "thumbnail": thumbnail_features(stored),
         "metadata": metadata(plan, scan),
         **reader_features(scan),
     }
