@@ -47,9 +47,10 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
             f"--fold {fold}",
             f"choose one of {sorted(set(folds.values()))}",
         )
+    slice_labels = None
     if part.config.train.slice_loss:
         require_slice_labels(part.data)
-    slice_labels = read_slice_labels(part.data) if part.config.train.slice_loss else None
+        slice_labels = read_slice_labels(part.data)
     series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels)
     held_out = [one for one in series if folds[one.patient_id] == fold]
     train = [one for one in series if folds[one.patient_id] != fold]

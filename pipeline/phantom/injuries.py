@@ -310,7 +310,7 @@ def _tears(
     deep = rng.uniform(0.02, 0.2) if grade == 2 else rng.uniform(0.8, 0.97)
     start = core[order[int(deep * (len(order) - 1))]]
     x, y, z = c.offsets_mm(box, tuple(start))
-    inwards = np.arctan2(*((middle - start) * (1, 1, 1))[1:])
+    inwards = np.arctan2(*(middle - start)[1:])
     branches = int(rng.integers(3, 5)) if grade == 2 else 1
     turn = rng.uniform(0, 2 * np.pi) if grade == 2 else inwards + rng.uniform(-0.4, 0.4)
     area = volume / width / branches
