@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment with the test extras, lint, check types, run the tests; arguments go to pytest.
 #   ./tests/run.sh [--fast] [...]   --fast leaves out what is marked slow: runs of the pipeline, processes, whatever takes seconds
-# PYTHON=/path/to/python uses that interpreter as it is.
+# PYTHON=/path/to/python uses that interpreter as it is. One test process a core, four at most; -n 0: one, for --pdb.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fast=()
@@ -11,4 +11,4 @@ PYTHON=$(EXTRAS='test' bash .ci/environment.sh)
 "$PYTHON" -m ruff format --check pipeline stages tests
 "$PYTHON" -m mypy
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait make a busy machine several times slower
-exec "$PYTHON" -m pytest "${fast[@]}" "$@"
+exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "${fast[@]}" "$@"
