@@ -25,7 +25,7 @@ from ..system.errors import InputError
 from ..system.files import atomic_path, remove_folder, write_text
 from ..system.frames import read_frame
 from ..system.machine import world_size
-from .grid import Cell, backbone_part, declared_cells, part_with, pretrainings
+from .grid import Cell, backbone_part, declared_cells, part_with, pretrainings, trained_folds
 
 SECTIONS = ("seed", "model", "train")
 
@@ -49,7 +49,8 @@ def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
         if cell.backbone
         else {}
     )
-    return part.current(inputs | backbone | views(cell.config), SECTIONS)
+    some = {"judged_folds": cell.config.ablation.folds} if cell.config.ablation.folds else {}
+    return part.current(inputs | backbone | views(cell.config) | some, SECTIONS)
 
 
 def pretrain_backbone(part: Stage) -> None:
@@ -90,11 +91,15 @@ def train_cell(stage: Stage, cell: Cell) -> None:
 
         pretrained = backbone_part(stage, cell).folder / layout.BACKBONE if cell.backbone else None
         _forget_another_run(part.folder, part.fingerprint)
-        folds = [part.part(layout.fold_folder(fold)) for fold in range(cell.config.folds.count)]
+        numbers = trained_folds(cell.config)
+        folds = [part.part(layout.fold_folder(number)) for number in numbers]
         for fold in folds:
             fold.config = cell.config
-        counts = [run_fold(fold, number, pretrained) for number, fold in enumerate(folds)]
-        rows = list(_log_lines([fold.folder / layout.LOG for fold in folds]))
+        counts = [
+            run_fold(fold, number, pretrained) for number, fold in zip(numbers, folds, strict=True)
+        ]
+        logs = [fold.folder / layout.LOG for fold in folds]
+        rows = list(_log_lines(dict(zip(numbers, logs, strict=True))))
         with atomic_path(part.folder / layout.OOF) as path:
             pl.concat([read_frame(fold.folder / layout.OOF) for fold in folds]).write_parquet(path)
         write_text(part.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in rows))
@@ -117,8 +122,8 @@ def _forget_another_run(folder: Path, identity: str) -> None:
     write_text(mark, identity)
 
 
-def _log_lines(paths: list[Path]) -> Iterator[dict]:
-    for number, path in enumerate(paths):
+def _log_lines(paths: dict[int, Path]) -> Iterator[dict]:
+    for number, path in paths.items():
         yield from (
             {"fold": number, **json.loads(line)}
             for line in path.read_text(encoding="utf-8").splitlines()
@@ -199,6 +204,7 @@ def run_cells(stage: Stage) -> list[Cell]:
         raise InputError(
             "--force works in a single process only", "torchrun", f"remove {stage.folder} instead"
         )
+    trained_folds(stage.config)  # refused before anything is trained
     cells = startable(stage, declared_cells(stage.config))
     shared = list(pretrainings(cells).values())
     if stage.options.force:

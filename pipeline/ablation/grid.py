@@ -58,6 +58,19 @@ def declared_cells(config: Config) -> list[Cell]:
     return cells
 
 
+def trained_folds(config: Config) -> tuple[int, ...]:
+    """Numbers of the folds that each cell trains without and is judged on.
+
+    Raises:
+        InputError: `ablation.folds` names one that the run does not have.
+    """
+    folds = tuple(range(config.folds.count))
+    for fold in config.ablation.folds:
+        if fold not in folds:
+            raise InputError(f"there is no fold {fold}", "ablation.folds", f"choose of {[*folds]}")
+    return config.ablation.folds or folds
+
+
 def pretraining_key(config: Config) -> str:
     """Cells with the same key share one pretraining."""
     sections = ("seed", "model", "pretrain")

@@ -4,6 +4,9 @@ percent intervals.
 The bootstrap draws patients, the same for both sides of a difference: what is hard about a patient
 or lucky about a seed cancels. To each resample comes a draw of the mean over seeds, by Student's t:
 few seeds hardly tell their own spread, so intervals are wide.
+
+One comparison may be named in advance and stands on its own interval. All others are exploratory:
+their p-values are corrected for being many by the false discovery rate of Benjamini and Hochberg.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +31,9 @@ from ..evaluation.metrics import (
 # Names as in tables, and whether less is better.
 FIGURES = {"score": True, "mAP": False, "precision": False, "recall": False}
 MOST = (np.inf, 1.0, 1.0, 1.0)  # that a figure can be; the least is 0
+LEVEL = 0.05  # of p-values, corrected or not
+# A true difference of so many half widths of its 95 % interval is shown in 80 of 100 experiments.
+DETECTABLE = 1 + float(stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,12 @@ def compare(
             "other": over_seeds(other, seed).clip(0, MOST),
             "difference": over_seeds(own - other, seed),
         }
-        figures = {
+        figures: dict[str, dict[str, Any]] = {
             figure: {name: interval(part[:, k]) for name, part in parts.items()}
             for k, figure in enumerate(FIGURES)
         }
+        for k, found in enumerate(figures.values()):
+            found["difference"] |= significance(parts["difference"][1:, k], found["difference"])
         rows.append(
             {
                 "variant": variant,
@@ -143,12 +151,45 @@ def compare(
     return rows
 
 
-def verdict(difference: Interval, less_is_better: bool, seeds: int) -> str:
-    """`better`, `worse`, or `no difference shown` where the interval holds 0 or is not defined, or
-    speaks of one seed alone.
+def significance(drawn: np.ndarray, span: Interval) -> dict[str, float | None]:
+    """`p`, twice the share of draws of a difference on the rarer side of 0 (None: not defined), and
+    `detectable`, how large it must be to be shown in 80 of 100 such experiments.
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    if span["low"] is None or span["high"] is None:
+        return {"p": None, "detectable": None}
+    rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = min(1.0, 2 * (1 + float(rarer)) / (1 + len(drawn)))
+    return {"p": p, "detectable": DETECTABLE * (span["high"] - span["low"]) / 2}
+
+
+def correct(rows: Sequence[dict[str, Any]], primary: tuple[str, str] | None) -> None:
+    """Give each row of `compare` its `role`, and each difference `q`: of the score of the pair
+    `primary` its own p-value, of all others one corrected over the comparisons of that figure.
+    """
+    for row in rows:
+        named = primary is not None and (row["variant"], row["reference"]) == tuple(primary)
+        row["role"] = "primary" if named else "exploratory"
+    for figure in FIGURES:
+        found = [(row["role"], row["figures"][figure]["difference"]) for row in rows]
+        alone = [one for role, one in found if role == "primary" and figure == "score"]
+        many = [one for _, one in found if one["p"] is not None and one not in alone]
+        for one in (one for _, one in found):
+            one["q"] = one["p"]
+        if many:
+            qs = stats.false_discovery_control([one["p"] for one in many])
+            for one, q in zip(many, qs.tolist(), strict=True):
+                one["q"] = q
+
+
+def verdict(difference: Mapping[str, Any], less_is_better: bool, seeds: int) -> str:
+    """`better`, `worse`, or `no difference shown` where the interval holds 0 or is not defined, the
+    corrected p-value `q` is above 0.05, or one seed alone speaks.
     """
     low, high = difference["low"], difference["high"]
     if seeds == 1 or low is None or high is None or low <= 0 <= high:
+        return "no difference shown"
+    if (difference.get("q") or 0) > LEVEL:  # tables of before had none
         return "no difference shown"
     return "better" if (high < 0) == less_is_better else "worse"
 
@@ -167,12 +208,15 @@ def sentence(row: Mapping[str, Any]) -> str:
             f"{names}: score {span}; of one seed each, so nothing is known of the spread between"
             " seeds, and no difference is shown."
         )
-    means = (
-        "the interval holds 0, so these runs show no difference"
-        if outcome.startswith("no")
-        else f"{outcome} (less is better)"
-    )
-    return f"{names}: score {span}; {means}."
+    if found["low"] is not None and found["low"] <= 0 <= found["high"]:
+        means = "the interval holds 0, so these runs show no difference"
+    elif outcome.startswith("no"):
+        means = "no longer shown after correction for so many comparisons"
+    else:
+        means = f"{outcome} (less is better)"
+    tail = f", corrected p {found['q']:.3f}" if row.get("role") == "exploratory" else ""
+    detectable = f"; {found['detectable']:.3f} would be shown in 4 of 5 such experiments"
+    return f"{names}: score {span}{tail}; {means}{detectable}."
 
 
 def long_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -186,13 +230,14 @@ def long_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 for name, part in parts.items()
                 for end in ("value", "low", "high")
             }
-            own = {key: row[key] for key in ("variant", "reference")}
+            own = {key: row[key] for key in ("variant", "reference", "role")}
             found = verdict(parts["difference"], FIGURES[figure], row["seeds"])
             yield {
                 **own,
                 "targets": " ".join(row["targets"]),
                 "figure": figure,
                 **spans,
+                **{key: parts["difference"][key] for key in ("p", "q", "detectable")},
                 "verdict": found,
                 "seeds": row["seeds"],
                 "patients": result["patients"],
@@ -215,7 +260,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     sentences that they support.
     """
     costs = {row["variant"]: row for row in result["costs"]}
-    drawn = f"{result['patients']} patients, {len(result['seeds'])} seeds"
+    drawn = f"{result['patients']} patients judged, {len(result['seeds'])} seeds"
     lines = [
         f"{drawn}; 95 % intervals: bootstrap over patients, Student's t over seeds.",
         "",
@@ -236,8 +281,15 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"| {name} | {' | '.join(cells)} | {cost['training_s']:.0f} |"
             f" {cost['pretraining_s']:.0f} |"
         )
-    lines += ["", f"| difference | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 1) + "|"]
+    heads = ["difference", *FIGURES, "detectable score", "corrected p, score"]
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in result["compared"]:
         cells = [text(parts["difference"], signed=True) for parts in row["figures"].values()]
-        lines.append(f"| {row['variant']} − {row['reference']} | {' | '.join(cells)} |")
+        found = row["figures"]["score"]["difference"]
+        cells += ["–" if found[key] is None else f"{found[key]:.3f}" for key in ("detectable", "q")]
+        name = f"{row['variant']} − {row['reference']}"
+        lines.append(
+            f"| {f'**{name}** (primary)' if row['role'] == 'primary' else name} |"
+            f" {' | '.join(cells)} |"
+        )
     return "\n".join([*lines, "", *(f"- {one}" for one in result["sentences"])]) + "\n"

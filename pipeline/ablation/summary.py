@@ -13,20 +13,28 @@ from ..system.console import progress
 from ..system.files import write_json, write_text
 from ..system.frames import read_frame
 from .grid import Cell, backbone_part
-from .statistics import FIGURES, Draws, cell_draws, compare, long_rows, markdown, sentence
+from .statistics import (
+    FIGURES,
+    Draws,
+    cell_draws,
+    compare,
+    correct,
+    long_rows,
+    markdown,
+    sentence,
+)
 
 
 def read_cells(
     stage: Stage, cells: list[Cell]
 ) -> tuple[np.ndarray, dict[Cell, dict[str, np.ndarray]]]:
-    """Labels (N, 13) and each cell's `raw` and `nested` probabilities (N, 13): calibrated without
-    the patients that they are of.
+    """Labels (N, 13) of the judged patients, and each cell's `raw` and `nested` probabilities
+    (N, 13): calibrated without the patients that they are of.
     """
     from ..evaluation.scoring import nested
-    from ..folds import read_folds
 
-    labels = stage.labels()
-    folds, found = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels), {}
+    labels, folds = judged_patients(stage)
+    found = {}
     with threadpool_limits(1):
         for cell in progress(cells, len(cells), "calibration", "cells"):
             frames = nested(
@@ -39,6 +47,24 @@ def read_cells(
                 name: frames[name].select(COLUMNS).to_numpy() for name in ("raw", "nested")
             }
     return labels.select(pl.col(COLUMNS).cast(pl.Float64)).to_numpy(), found
+
+
+def judged_patients(stage: Stage) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Labels of the patients of `ablation.folds`, and the folds within which calibration is nested:
+    the run's own where all of them are judged, else new ones (`score.nested_folds`).
+    """
+    from ..folds import read_folds, stratified_folds
+
+    labels, config = stage.labels(), stage.config
+    folds = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels)
+    if not config.ablation.folds:
+        return labels, folds
+    held_out = folds.filter(pl.col("fold").is_in(config.ablation.folds))
+    labels = labels.join(held_out, on="patient_id", how="semi", maintain_order="left")
+    count = config.score.nested_folds
+    return labels, stratified_folds(
+        labels, stage.series(), count, config.seed, "score.nested_folds"
+    )
 
 
 def seconds_of(stage: Stage, cell: Cell) -> dict[str, float]:
@@ -85,11 +111,14 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
         )
     table = pl.DataFrame(rows)
     targets = {cell.variant: cell.config.train.targets for cell in cells}
-    listed = {first for first, _ in options.pairs} | {options.reference}
-    pairs = [*options.pairs, *((name, options.reference) for name in targets if name not in listed)]
+    named = [options.primary] if options.primary else []
+    named += [pair for pair in options.pairs if pair != options.primary]
+    listed = {first for first, _ in named} | {options.reference}
+    pairs = [*named, *((name, options.reference) for name in targets if name not in listed)]
     compared = compare(
         draws, targets, [pair for pair in pairs if set(pair) <= set(targets)], stage.config.seed
     )
+    correct(compared, options.primary)
     own = compare(draws, targets, [(name, name) for name in targets], stage.config.seed)
     costs = table.group_by("variant", maintain_order=True).agg(
         pl.col("training_s", "pretraining_s").mean().round(1)

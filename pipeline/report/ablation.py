@@ -32,7 +32,8 @@ def comparison(run: Run) -> dict[str, Any]:
     ]
     pairs = [
         {
-            "name": f"{row['variant']} − {row['reference']}",
+            "name": f"{row['variant']} − {row['reference']}"
+            + (" (primary)" if row.get("role") == "primary" else ""),
             "cells": [
                 (
                     text(part["difference"], signed=True),

@@ -237,6 +237,13 @@ class VocoConfig(Section):
     labelled: bool = Field(
         True, description="use the competition's own series (their labels are never read)"
     )
+    patients: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of all patients, of whatever source, that is used",
+        json_schema_extra=ADDED,
+    )
     exclude_fold: int | None = Field(
         None,
         ge=0,
@@ -458,7 +465,17 @@ class AblationConfig(Section):
 
     variants: dict[str, dict[str, Any]] = {}
     reference: str = ""
+    primary: tuple[str, str] | None = Field(
+        None,
+        description="the pair named in advance; all others are corrected for being many",
+        json_schema_extra=ADDED,
+    )
     pairs: tuple[tuple[str, str], ...] = ()
+    folds: tuple[int, ...] = Field(
+        (),
+        description="trained without and judged on these alone, none: all folds in turn",
+        json_schema_extra=ADDED,
+    )
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
     bootstrap: int = Field(2000, ge=1, description="resamples of patients")
     neighbours: int = Field(15, ge=1, description="of the k-nearest-neighbour probe")
@@ -466,7 +483,7 @@ class AblationConfig(Section):
     @model_validator(mode="after")
     def _known_names(self) -> "AblationConfig":
         named = (
-            [self.reference, *(name for pair in self.pairs for name in pair)]
+            [self.reference, *(self.primary or ()), *(name for pair in self.pairs for name in pair)]
             if self.variants
             else []
         )

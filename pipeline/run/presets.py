@@ -20,13 +20,25 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML preset (a path, or the bare name of one in `pipeline/configs`) and apply
-    `key=value` overrides.
+    `key=value` overrides. A preset's key `base` names another one whose keys it adds to or
+    replaces, section by section.
 
     Raises:
-        InputError: no such file, bad YAML, unknown key (the nearest one is named), or a value out
-        of range.
+        InputError: no such file, bad YAML, unknown key (the nearest one is named), a value out of
+        range, or presets that are each other's base.
     """
     path = resolve_preset(path)
+    tree = _read(path, ())
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(tree, override)
+    return _validated(tree, f"{path} and its overrides")
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a preset and of what it is based on; `above` are the presets that led here."""
+    if path.resolve() in above:
+        raise InputError("the preset is its own base", str(path), "remove the key 'base'")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as fault:
@@ -37,10 +49,14 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputError("not readable as YAML", f"{path}: {fault}", "mend the file") from fault
     if not isinstance(tree, dict):
         raise InputError("not a mapping of keys", str(path), "see the presets in pipeline/configs")
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        _apply(tree, override)
-    return _validated(tree, f"{path} and its overrides")
+    if (base := tree.pop("base", None)) is None:
+        return tree
+    found = _read(resolve_preset(str(base)), (*above, path.resolve()))
+    found.pop("name", None)
+    for key, value in tree.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = {**found[key], **value} if both else value
+    return found
 
 
 def derive(config: Config, changes: Mapping[str, Any], where: str) -> Config:

@@ -58,6 +58,8 @@ def choose_volumes(
             : round(config.unlabelled * len(unlabelled))
         ],
     ]
+    if config.patients < 1:
+        chosen = rng.permutation(chosen)[: round(config.patients * len(chosen))].tolist()
     table = index.filter(pl.col("patient_id").is_in(chosen)).sort("patient_id", "series_id")
     limit = min(config.holdout, len(table) // 4)
     held: list[str] = []

@@ -19,12 +19,15 @@ from pipeline.ablation.statistics import (
     Draws,
     cell_draws,
     compare,
+    correct,
     long_rows,
     markdown,
     over_seeds,
     sentence,
+    significance,
     verdict,
 )
+from pipeline.ablation.summary import judged_patients
 from pipeline.competition.subset import label_subset
 from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
 from pipeline.evaluation.metrics import resamples
@@ -126,6 +129,7 @@ def test_one_seed_shows_no_difference():
     row = compare(
         {name: cells[:1] for name, cells in cells_of(0.5)[1].items()}, ALL, [("b", "a")], 0
     )[0]
+    correct([row], None)
     assert row["figures"]["score"]["difference"]["high"] < 0
     assert "of one seed each" in sentence(row)
     assert next(long_rows({"compared": [row], "patients": 150}))["verdict"] == "no difference shown"
@@ -207,7 +211,7 @@ def test_difference_is_paired_over_patients():
     same = compare({"a": [cell_draws(labels, values, 300, 1)]}, ALL, [("a", "a")], 0)[0]["figures"][
         "mAP"
     ]["difference"]
-    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "detectable": 0.0}
 
 
 def test_single_target_variant_is_compared_on_its_target_only():
@@ -233,9 +237,81 @@ def test_verdict_needs_an_interval_without_zero(low, high, less, word):
     assert verdict({"value": 0.0, "low": low, "high": high}, less, 3) == word
 
 
+def test_p_values_count_the_rarer_side_of_zero():
+    drawn, span = np.r_[np.full(97, -1.0), np.full(2, 1.0), np.nan], {"low": -1.0, "high": 0.5}
+    found = significance(drawn, {"value": -1.0, **span})
+    assert found["p"] == pytest.approx(2 * (1 + 2) / (1 + 99))
+    assert found["detectable"] == pytest.approx(0.75 * (1.959964 + 0.841621) / 1.959964, rel=1e-6)
+    assert significance(drawn, {"value": None, "low": None, "high": None})["p"] is None
+
+
+def test_a_difference_of_the_detectable_size_is_shown_in_four_of_five_experiments():
+    """Five seeds whose noise is as large as that of the patients."""
+    rng, sizes, shown = np.random.default_rng(3), [], 0
+
+    def experiment(truth: float, rep: int) -> dict[str, float | None]:
+        patients = rng.normal() + np.insert(rng.normal(size=400), 0, 0.0)
+        rows = truth + rng.normal(size=(5, 1)) + patients
+        part = over_seeds(rows[..., None], rep)[:, 0]
+        low, high = np.percentile(part[1:], [2.5, 97.5])
+        return {
+            "low": low,
+            "high": high,
+            **significance(part[1:], {"value": 0, "low": low, "high": high}),
+        }
+
+    sizes = [experiment(0.0, rep)["detectable"] for rep in range(300)]
+    for rep in range(400):
+        found = experiment(float(np.mean(sizes)), rep)
+        shown += not found["low"] <= 0 <= found["high"]
+    assert 0.75 <= shown / 400 <= 0.9
+
+
+def test_all_but_the_primary_comparison_are_corrected_for_being_many():
+    """By hand: q of the k-th smallest of n is the least p n / j of all j >= k."""
+    ps = [0.03, 0.001, 0.04, 0.02, 0.9]
+    names = [("a", "z"), ("b", "z"), ("c", "z"), ("d", "z"), ("e", "z")]
+
+    def rows() -> list[dict]:
+        return [
+            {
+                "variant": one,
+                "reference": other,
+                "seeds": 5,
+                "figures": {
+                    name: {"difference": {"value": -1.0, "low": -2.0, "high": -0.1, "p": p}}
+                    for name in FIGURES
+                },
+            }
+            for (one, other), p in zip(names, ps, strict=True)
+        ]
+
+    def by_hand(found: list[float]) -> list[float]:
+        order = sorted(found)
+        return [
+            min(one * len(order) / j for j, one in enumerate(order, 1) if one >= p) for p in found
+        ]
+
+    alone, named = rows(), rows()
+    correct(alone, None)
+    correct(named, ("c", "z"))
+    found = [row["figures"]["score"]["difference"]["q"] for row in alone]
+    assert found == pytest.approx(by_hand(ps))
+    assert [row["role"] for row in named] == ["exploratory"] * 2 + ["primary"] + ["exploratory"] * 2
+    found = [row["figures"]["score"]["difference"]["q"] for row in named]
+    assert found[2] == 0.04
+    assert found[:2] + found[3:] == pytest.approx(by_hand([0.03, 0.001, 0.02, 0.9]))
+    found = [row["figures"]["mAP"]["difference"]["q"] for row in named]
+    assert found == pytest.approx(by_hand(ps)), "it was named for the score alone"
+    score = [row["figures"]["score"]["difference"] for row in named]
+    assert verdict(score[1], True, 5) == "better"
+    assert verdict(score[4], True, 5) == "no difference shown"
+
+
 def test_tables_hold_every_comparison():
     draws = cells_of(0.3)[1]
     pair = compare(draws, ALL, [("b", "a")], 0)
+    correct(pair, ("b", "a"))
     result = {
         "patients": 150,
         "seeds": [1, 2, 3],
@@ -251,7 +327,7 @@ def test_tables_hold_every_comparison():
         for row in rows
     )
     text = markdown(result)
-    assert text.count("| b − a |") == 1
+    assert text.count("| **b − a** (primary) |") == 1
     assert f"{pair[0]['figures']['score']['own']['value']:.3f} (" in text
     assert sentence(pair[0]) in text
 
@@ -278,6 +354,11 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
         load_config("smoke", ["ablation.variants={a: {}}", "ablation.reference=other"])
     with pytest.raises(InputError, match="'volume.depth' is the same for all variants"):
         load_config("smoke", ["ablation.variants={a: {volume.depth: 3}}", "ablation.reference=a"])
+    with pytest.raises(InputError, match="'b' is none of the variants"):
+        load_config(
+            "smoke",
+            ["ablation.variants={a: {}}", "ablation.primary=[b, a]", "ablation.reference=a"],
+        )
     with pytest.raises(InputError, match="no name for a variant"):
         load_config("smoke", ["ablation.variants={../a: {}}", "ablation.reference=../a"])
     done = run_stage(
@@ -296,16 +377,22 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
         derive(load_config("smoke"), {"train.label_fraction": 0}, "here")
 
 
-def test_presets_declare_valid_grids():
-    from pipeline.ablation.grid import declared_cells, pretrainings
+@pytest.mark.parametrize("name", ["ablation_quick", "ablation_more", "ablation_full"])
+def test_presets_declare_valid_grids(name):
+    from pipeline.ablation.grid import declared_cells, pretrainings, trained_folds
 
-    for name in ("ablation_quick", "ablation_full"):
-        config = load_config(name)
-        cells = declared_cells(config)
-        assert len(cells) == len(config.ablation.variants) * len(config.ablation.seeds) >= 12
-        assert len(config.ablation.seeds) >= 3
-        assert len(pretrainings(cells)) < len(cells), "pretraining is shared"
-        assert len({cell.name for cell in cells}) == len(cells)
+    config = load_config(name)
+    options, cells = config.ablation, declared_cells(config)
+    assert len(cells) == len(options.variants) * len(options.seeds)
+    assert len(options.seeds) == 5
+    assert len(pretrainings(cells)) < len(cells), "pretraining is shared"
+    assert len({cell.name for cell in cells}) == len(cells)
+    judged = config.phantom.train_patients / config.folds.count
+    assert trained_folds(config) == (0,)
+    assert judged >= 1000
+    assert config.phantom.train_patients - judged >= 1000
+    for cell in cells:
+        assert cell.config.pretrain.exclude_fold == (None if cell.variant == "seen" else 0)
 
 
 GRID = (
@@ -383,6 +470,36 @@ def test_tables_agree_with_the_cells(ablated):
         == pl.read_parquet(folder / "scratch" / "seed1" / "oof.parquet")["patient_id"].n_unique()
     )
     assert len(json.loads((folder / "table.json").read_text())["sentences"]) == 1
+
+
+def test_one_fold_alone_is_trained_without_and_judged_on(ablated):
+    """Nested calibration within it; the other cells go on as they are."""
+    more = ("ablation.folds=[1]", "ablation.bootstrap=20", "score.nested_folds=2")
+    done = run_stage("09", "--config", "smoke", "--out", str(ablated), *GRID, "ablation.folds=[7]")
+    assert done.returncode == 2
+    assert "there is no fold 7" in done.stderr
+    stage = Stage(layout.ABLATION, load_config("smoke", [*GRID, *more]), Options(out=ablated))
+    labels, folds = judged_patients(stage)
+    table = pl.read_csv(
+        ablated / layout.FOLDS / "folds.csv", schema_overrides={"patient_id": pl.String}
+    )
+    held_out = set(table.filter(pl.col("fold") == 1)["patient_id"])
+    assert set(labels["patient_id"]) == set(folds["patient_id"]) == held_out
+    assert set(folds["fold"]) == {0, 1}
+    out = ablated.parent / "one_fold"
+    shutil.copytree(ablated, out, ignore=shutil.ignore_patterns("voco2d"))
+    one = "ablation.variants={scratch: {train.init: scratch}}"
+    done = run_stage("09", "--config", "smoke", "--out", str(out), *GRID, *more, one)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = pl.read_parquet(out / layout.ABLATION / "scratch" / "seed1" / "oof.parquet")
+    assert set(found["patient_id"]) == held_out
+    rows = [
+        json.loads(line)
+        for line in (out / layout.ABLATION / "scratch" / "seed1" / "log.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    assert {row["fold"] for row in rows} == {1}
 
 
 def test_probes_answer_for_both_statistics_before_and_after(ablated):

@@ -19,6 +19,7 @@ from pipeline.run.config import (
     Config,
     PhantomConfig,
     Section,
+    TrainConfig,
     decisive,
     marked,
 )
@@ -114,6 +115,24 @@ def test_values_that_yaml_stumbles_over_are_one_line(override, tmp_path):
     (tmp_path / "own.yaml").write_text(override.replace("=", ": ").replace(".", "_"))
     with pytest.raises(InputError, match="not readable as YAML"):
         load_config(tmp_path / "own.yaml")
+
+
+def test_a_preset_adds_to_and_replaces_the_keys_of_its_base(tmp_path):
+    own, above = tmp_path / "own.yaml", tmp_path / "above.yaml"
+    above.write_text("{base: demo, seed: 3, train: {epochs: 5, augment: {probability: 0.1}}}")
+    own.write_text(f"{{base: {above}, train: {{epochs: 6}}}}")
+    found, demo = load_config(own), load_config("demo")
+    assert (found.name, found.seed, found.train.epochs) == ("own", 3, 6)
+    assert found.train.slices == demo.train.slices
+    assert found.train.augment.probability == 0.1
+    assert found.train.augment.scale == TrainConfig().augment.scale, "replaced whole"
+    assert found.pretrain == demo.pretrain
+    above.write_text(f"{{base: {own}}}")
+    with pytest.raises(InputError, match="its own base"):
+        load_config(own)
+    above.write_text("{base: nowhere}")
+    with pytest.raises(InputError, match="no such config"):
+        load_config(own)
 
 
 def test_a_config_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):

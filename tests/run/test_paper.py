@@ -114,7 +114,9 @@ def test_paper_is_the_published_configuration(section):
     assert decisive(getattr(load_config("paper"), section)) == PAPER[section]
 
 
-@pytest.mark.parametrize("name", ["demo", "smoke", "ablation_quick", "ablation_full"])
+@pytest.mark.parametrize(
+    "name", ["demo", "smoke", "ablation_quick", "ablation_more", "ablation_full"]
+)
 def test_no_other_preset_has_what_the_publication_has(name):
     config = load_config(name)
     assert config.train.augment.flip_x is False, "it moves the liver to the left"

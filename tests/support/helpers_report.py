@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from helpers_scores import label_frame, one_hot, predicted, series_frame
 
-from pipeline.ablation.statistics import cell_draws, compare, sentence
+from pipeline.ablation.statistics import cell_draws, compare, correct, sentence
 from pipeline.competition.targets import COLUMNS, TARGET_NAMES
 from pipeline.evaluation.scoring import score_predictions
 from pipeline.folds import stratified_folds
@@ -115,6 +115,7 @@ def write_ablation(out: Path, truth: np.ndarray) -> None:
     }
     targets = {name: ("liver",) if name == "liver_only" else TARGET_NAMES for name in signal}
     compared = compare(draws, targets, [("voco2d", "scratch"), ("liver_only", "scratch")], 0)
+    correct(compared, ("voco2d", "scratch"))
     costs = [
         {"variant": name, "training_s": 75.0, "pretraining_s": 130.0 if name == "voco2d" else 0.0}
         for name in signal

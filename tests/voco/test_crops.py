@@ -108,6 +108,9 @@ def test_held_out_patients_are_never_trained_on(store):
     assert not {owner[path] for path in training} & {owner[path] for path in held}
     none = choose_volumes(index, SMALL.model_copy(update={"unlabelled": 0.0}), seed=1)
     assert not any(owner[path].startswith("unlabelled") for path in none[0] + none[1])
+    half = choose_volumes(index, SMALL.model_copy(update={"patients": 0.5}), seed=1)
+    used = {owner[path] for path in half[0] + half[1]}
+    assert len(used) == round(0.5 * len(set(owner.values())))
     with pytest.raises(InputError, match="too few"):
         choose_volumes(index.head(3), SMALL, seed=1)
 
