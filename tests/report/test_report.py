@@ -300,7 +300,10 @@ def test_pretraining_stands_beside_what_needs_no_network(html):
 def test_ablation_says_what_its_intervals_support_and_no_more(html):
     text = " ".join(Page(html).sections["ablation"].split())
     assert "voco2d against scratch: score" in text
-    assert "+0.0000 to +0.0000); the interval holds 0, so these runs show no difference; 0.000 would" in text
+    assert (
+        "+0.0000 to +0.0000); the interval holds 0, so these runs show no difference; 0.000 would"
+        in text
+    )
     assert "liver_only against scratch: score −" in text
     assert "better (less is better)" in text
     assert "liver only" in text
