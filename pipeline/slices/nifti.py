@@ -155,3 +155,25 @@ def read(file: str, k: int, config: ConvertConfig, careful: bool) -> SliceRead:
     """Slice `k` of a file, numbered from 1: see `readers`."""
     hu, position, orientation, spacing = nifti_slice(Path(file), k, config.max_pixels)
     return SliceRead(hu, spacing, Placement(k + 1, position, orientation), "nibabel", "NIfTI")
+
+
+def read_labels(path: Path, max_pixels: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """A label map as the slices that `nifti_slice` would give, superior first: (N, rows, cols)
+    uint8 with values up to `labels`, and (N,) heights of the slices along their normal, in the
+    file's unit of length.
+
+    Raises:
+        Unreadable: no NIfTI, damaged, orientation unknown, or other values than 0 to `labels`.
+    """
+    loaded = _load(path, max_pixels)
+    if isinstance(loaded, Unreadable):
+        raise loaded
+    stored, slope, intercept, affine = loaded
+    values = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
+    found = np.ascontiguousarray(values.transpose(2, 1, 0).astype(np.uint8))
+    if (found != values.transpose(2, 1, 0)).any() or found.max() > labels:
+        raise Unreadable(f"NIfTI: values other than the labels 0 to {labels}")
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    normal *= np.sign(normal[2]) / np.linalg.norm(normal)  # to the head, as heights of slices run
+    steps = np.arange(len(found))[:, None] * affine[:3, 2]
+    return found, (affine[:3, 3] + steps) @ normal

@@ -125,6 +125,41 @@ def fit_plane(box_mm: tuple[float, float], config: VolumeConfig) -> tuple[int, i
     return max(1, round(box_mm[0] * scale)), max(1, round(box_mm[1] * scale))
 
 
+def _stored(part: np.ndarray, inner: tuple[int, int], config: VolumeConfig) -> np.ndarray:
+    """The body's box (h, w) of a plane as a plane of the volume."""
+    return _centre(_resize(part, *inner), config.height, config.width)
+
+
+def resample_labels(
+    labels: Iterable[np.ndarray],
+    count: int,
+    z_mm: np.ndarray,
+    spacing_mm: tuple[float, float],
+    box: tuple[int, int, int, int],
+    config: VolumeConfig,
+) -> np.ndarray:
+    """A label map of usable slices, superior first, on the grid of the volume that `build_volume`
+    made of them: (D, H, W) uint8. A voxel has the label that most of it has.
+
+    Args:
+        labels: N arrays (rows, cols) uint8 of the common size, values 0 to `count`.
+        count: the largest label.
+        z_mm, spacing_mm: those that the volume was made with.
+        box: (y0, y1, x0, x1) of the volume.
+    """
+    (y0, y1, x0, x1), weights = box, plane_weights(np.asarray(z_mm, float), config.depth)
+    inner = fit_plane(((y1 - y0) * spacing_mm[0], (x1 - x0) * spacing_mm[1]), config)
+    shares = np.zeros((count + 1, config.depth, config.height, config.width), np.float32)
+    for plane, weight in zip(labels, weights, strict=True):
+        part = plane[y0:y1, x0:x1]
+        for label in np.flatnonzero(np.bincount(part.ravel(), minlength=count + 1)[1:]) + 1:
+            own = _stored((part == label).astype(np.float32), inner, config)
+            for k in np.flatnonzero(weight):
+                cv2.scaleAdd(own, float(weight[k]), shares[label, k], shares[label, k])
+    shares[0] = 1 - shares[1:].sum(0)
+    return shares.argmax(0).astype(np.uint8)
+
+
 def build_volume(
     images: Iterable[np.ndarray],
     sizes: Sequence[tuple[int, int]],
@@ -167,8 +202,7 @@ def build_volume(
     array = np.empty((config.depth, config.height, config.width), np.uint8)
     for k, (plane, outline) in enumerate(zip(planes, outlines, strict=True)):
         body = plane[y0:y1, x0:x1] * outline[y0:y1, x0:x1]
-        fitted = _centre(_resize(body, *inner), config.height, config.width)
-        array[k] = np.clip(np.rint(fitted), 0, 255)
+        array[k] = np.clip(np.rint(_stored(body, inner, config)), 0, 255)
     in_plane = ((y1 - y0) * spacing_mm[0] / inner[0], (x1 - x0) * spacing_mm[1] / inner[1])
     return Volume(array, box, (plane_mm, *in_plane), tuple(int(i) for i in weights.argmax(0)))
 

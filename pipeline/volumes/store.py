@@ -24,7 +24,7 @@ from ..system.errors import InputError
 from ..system.files import atomic_path, remove_temporaries, write_json
 from ..system.frames import read_frame
 from ..system.pool import spread
-from .build import Volume, build_volume, common_size
+from .build import Volume, build_volume, common_size, resample_labels
 
 SLICE_COLUMNS = (
     "patient_id",
@@ -56,8 +56,26 @@ def volume_of(images: Iterator[np.ndarray], slices: pl.DataFrame, config: Volume
     """
     sizes = list(slices.select("rows", "cols").iter_rows())
     spacing = _common_mm(slices)
-    z_mm = slices["z_mm"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-    return build_volume(images, sizes, z_mm, spacing, config, _plausible(slices).rows())
+    return build_volume(images, sizes, heights(slices), spacing, config, _plausible(slices).rows())
+
+
+def labels_of(
+    labels: Sequence[np.ndarray],
+    count: int,
+    slices: pl.DataFrame,
+    row: dict[str, Any],
+    config: VolumeConfig,
+) -> np.ndarray:
+    """`resample_labels` for the usable `slices` of one series and labels (rows, cols) of each, onto
+    the volume of the index row `row`.
+    """
+    box = row["box_y0"], row["box_y1"], row["box_x0"], row["box_x1"]
+    return resample_labels(labels, count, heights(slices), _common_mm(slices), box, config)
+
+
+def heights(slices: pl.DataFrame) -> np.ndarray:
+    """Positions (N,) of slices along their normal in mm, NaN where unknown."""
+    return slices["z_mm"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
 
 
 def _plausible(slices: pl.DataFrame) -> pl.DataFrame:

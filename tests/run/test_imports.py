@@ -19,6 +19,7 @@ ORDER = (
     "folds",  # stages 00 to 03
     "learning",  # shared by what trains
     "voco",
+    "organs",
     "classifier",
     "evaluation",
     "submission",
