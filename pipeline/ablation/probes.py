@@ -1,14 +1,18 @@
-"""Probes of frozen backbones: what slice features say about organs, injuries and height, at random
-start and after pretraining.
+"""Probes of frozen backbones, at random start and after pretraining, beside what needs no network:
+which organ lies where (`dense`: Dice), which planes show it (`planes`, `neighbours`: AUC), and who
+is injured, from what lies inside the organ's mask (`inside`: AUC).
 
-A linear and a k-nearest-neighbour probe are fitted on the slices of some folds' patients and judged
-on the others'. Batch norms come `stored` (as saved) and `settled` (their statistics taken again
-over these very slices).
+Fitted on some folds' patients and judged on the others'. Batch norms come `stored` (as saved) and
+`settled` (their statistics taken again over these very slices).
+
+`python -m pipeline.ablation.probes --data FOLDER --volumes FOLDER --backbone FILE [--backbone ...]`
+probes any backbones on any data set with `segmentations/`, and prints Markdown tables.
 """
 
+import argparse
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,152 +21,36 @@ import polars as pl
 import torch
 from torch import nn
 
-from ..competition.targets import SLICE_TARGETS
+from ..competition import tables
 from ..folds import read_folds
-from ..learning.backbone import (
-    create_backbone,
-    load_backbone,
-    placed,
-    pool_maps,
-    settle,
-    standardise,
-)
+from ..learning.backbone import create_backbone, load_backbone, placed, settle
+from ..learning.weights import read_weights
 from ..run import layout
 from ..run.config import Config
 from ..run.stage import Stage
-from ..system.console import log
-from ..system.files import atomic_path, write_text
+from ..system.console import log, say, show_log
+from ..system.errors import InputError
+from ..system.files import write_text
 from ..system.frames import read_frame
 from ..system.machine import pick_device, seed_everything
-from ..volumes.sampling import slice_positions, take_slices
 from .grid import Cell, backbone_part, pretrainings
+from .probe_cases import Case, read_cases
+from .probe_views import BASELINES, Maps
+from .questions import ALL, Rows, judge
 
-PATIENTS = 400  # at most, the first in the order of their ids (which are random numbers)
 BATCH = 256
-ORGANS = "phantom_organs.csv"
-HEIGHT = "height"
-
-
-@dataclass(frozen=True)
-class Slices:
-    """N slices of labelled series: `images` (N, h, w) uint8, `height` (N,) 0 top to 1 bottom,
-    `folds` (N,) of their patients.
-
-    `questions`: name to truth (N,) bool and known (N,) bool.
-    """
-
-    images: np.ndarray
-    height: np.ndarray
-    folds: np.ndarray
-    questions: dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def read_slices(stage: Stage) -> Slices:
-    """Evenly chosen slices of the labelled volumes with what is known about them: slice labels, and
-    organs where the phantom tells.
-    """
-    folder, config, labels = (
-        stage.upstream(layout.VOLUMES),
-        stage.config.train,
-        stage.labels(),
-    )
-    folds = dict(read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE).iter_rows())
-    index = (
-        read_frame(folder / layout.INDEX)
-        .filter(pl.col("source") == "train")
-        .sort("patient_id", "series_id")
-    )
-    index = index.filter(pl.col("patient_id").is_in(sorted(folds)[:PATIENTS])).join(
-        labels, on="patient_id", maintain_order="left"
-    )
-    marks, organs = _marks(stage.data)
-    rows: list[dict[str, Any]] = []
-    for series in index.iter_rows(named=True):
-        volume = np.load(folder / series["path"], mmap_mode="r")
-        chosen = slice_positions(len(volume), config.slices)
-        instances, own = (
-            np.array(series["plane_instances"])[chosen],
-            marks.get((series["patient_id"], series["series_id"]), {}),
-        )
-        answers = {
-            name: (np.isin(instances, own.get(name, ())), np.ones(len(chosen), bool))
-            for name in organs
-        }
-        for name in SLICE_TARGETS:
-            known = bool(series[f"{name}_healthy"]) or name in own
-            answers[name] = np.isin(instances, own.get(name, ())), np.full(len(chosen), known)
-        rows.append(
-            {
-                "images": take_slices(volume, chosen, config),
-                "height": (chosen + 0.5) / len(volume),
-                "folds": np.full(len(chosen), folds[series["patient_id"]]),
-                "answers": answers,
-            }
-        )
-    parts = {
-        key: np.concatenate([row[key] for row in rows]) for key in ("images", "height", "folds")
-    }
-    asked = [row["answers"] for row in rows]
-    questions = {
-        name: (
-            np.concatenate([answers[name][0] for answers in asked]),
-            np.concatenate([answers[name][1] for answers in asked]),
-        )
-        for name in asked[0]
-    }
-    return Slices(**parts, questions=questions)
-
-
-def _marks(data: Path) -> tuple[dict[tuple[str, str], dict[str, list[int]]], list[str]]:
-    """Instance numbers by series and name, of slice labels and of the phantom's organs; and the
-    organs' names.
-    """
-    frames = []
-    for name, column in (("image_level_labels.csv", "injury_name"), (ORGANS, "organ")):
-        if (data / name).is_file():
-            table = pl.read_csv(
-                (data / name).read_bytes(),
-                schema_overrides={"patient_id": pl.String, "series_id": pl.String},
-            )
-            frames.append(
-                table.select(
-                    "patient_id", "series_id", "instance_number", pl.col(column).alias("name")
-                )
-            )
-    found: dict[tuple[str, str], dict[str, list[int]]] = {}
-    titles = {name: target for target, name in SLICE_TARGETS.items()}
-    table = (
-        pl.concat(frames)
-        if frames
-        else pl.DataFrame(schema=["patient_id", "series_id", "instance_number", "name"])
-    )
-    for patient, series, instance, name in table.iter_rows():
-        found.setdefault((patient, series), {}).setdefault(titles.get(name, name), []).append(
-            instance
-        )
-    return found, sorted(set(table["name"]) - set(titles))
+FEW = 12  # patients, up to which each is a fold of its own
+PARTS = 5  # folds of more patients, where nobody made folds
+SCHEMA = {
+    **dict.fromkeys(("backbone", "statistics", "question", "probe", "figure"), pl.String),
+    **{"hospital": pl.String, "seed": pl.Int64, "value": pl.Float64, "patients": pl.Int64},
+}
 
 
 def settle_on(backbone: nn.Module, images: np.ndarray, device: torch.device) -> None:
     """`settle` on `images` (N, h, w) uint8, every batch of them a sample of all series."""
     mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))[:, None]
     settle(backbone, mixed.split(BATCH), device)
-
-
-@torch.no_grad()
-def slice_features(backbone: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """(N, h, w) uint8 -> (N, 2C) float32: layer-normed mean and maximum of the feature map, what
-    the classifier sees of a slice.
-    """
-    found = []
-    for part in torch.from_numpy(images).split(BATCH):
-        # (b, C, h', w')
-        maps = backbone(
-            standardise(part[:, None].to(device)).contiguous(memory_format=torch.channels_last)
-        )
-        features = pool_maps(maps)
-        found.append(nn.functional.layer_norm(features, features.shape[1:]).cpu())
-    return torch.cat(found).numpy()
 
 
 def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Config, Path | None]]:
@@ -184,136 +72,151 @@ def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Confi
         )
 
 
-def judge(features: np.ndarray, slices: Slices, neighbours: int) -> Iterator[dict[str, Any]]:
-    """Both probes' answers to every question that each fold can ask: AUC of presence, R2 of height;
-    means over the folds.
-    """
-    from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.metrics import r2_score, roc_auc_score
-    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+def judge_baselines(cases: Sequence[Case], neighbours: int) -> Rows:
+    """`judge` of what needs no network."""
+    return [
+        {"backbone": name, "seed": 0, "statistics": "", **row}
+        for name, view in BASELINES.items()
+        for row in judge(view, cases, neighbours)
+    ]
 
-    everything = np.ones(len(features), bool)
-    for name, (truth, known) in {**slices.questions, HEIGHT: (slices.height, everything)}.items():
-        pairs = (
-            (Ridge(100.0), KNeighborsRegressor(neighbours))
-            if name == HEIGHT
-            else (LogisticRegression(C=0.01, max_iter=300), KNeighborsClassifier(neighbours))
-        )
-        splits = [
-            (known & (slices.folds != fold), known & (slices.folds == fold))
-            for fold in np.unique(slices.folds)
-        ]
-        if name != HEIGHT and not all(
-            0 < truth[side].mean() < 1 for split in splits for side in split
-        ):
-            log(f"probes: {name} is left out, a fold shows it in none or all of its slices")
-            continue
-        for title, model in zip(("linear", "neighbours"), pairs, strict=True):
-            values = []
-            for fit, test in splits:
-                mean, scale = features[fit].mean(0), features[fit].std(0) + 1e-6
-                model.fit((features[fit] - mean) / scale, truth[fit])
-                seen = (features[test] - mean) / scale
-                answer = model.predict(seen) if name == HEIGHT else model.predict_proba(seen)[:, 1]
-                values.append((r2_score if name == HEIGHT else roc_auc_score)(truth[test], answer))
-            yield {
-                "question": name,
-                "probe": title,
-                "figure": "R2" if name == HEIGHT else "AUC",
-                "value": float(np.mean(values)),
-            }
+
+def judge_backbone(
+    name: str, seed: int, backbone: nn.Module, cases: Sequence[Case], neighbours: int
+) -> Rows:
+    """`judge` of a backbone's last map and of its maps of all scales, stored and settled."""
+    rows, device = [], next(backbone.parameters()).device
+    for statistics in ("stored", "settled"):
+        if statistics == "settled":
+            settle_on(backbone, np.concatenate([case.images for case in cases]), device)
+        for title, scales in ((name, False), (f"{name}, all scales", True)):
+            own = {"backbone": title, "seed": seed, "statistics": statistics}
+            view = Maps(backbone.eval(), device, scales)
+            rows += [{**own, **row} for row in judge(view, cases, neighbours)]
+    log(f"probes: {name}, seed {seed} done")
+    return rows
 
 
 def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
-    """Probe every backbone of the ablation; writes probes.csv and probes.png and returns these
-    names.
+    """Probe every backbone of the ablation; writes probes.csv, without rows where the data have no
+    masks, and returns its name.
     """
-    slices = read_slices(stage)
-    rows: list[dict[str, Any]] = []
-    shown: dict[str, np.ndarray] = {}
-    device = pick_device(stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
-    for name, seed, config, path in backbones(stage, cells):
-        seed_everything(seed)
-        backbone = create_backbone(
-            config.model.backbone,
-            name.removeprefix("start_") if path is None else "scratch",
-            config.model.weights,
-            config.train.image_size,
-        )
+    config, folds = stage.config, stage.upstream(layout.FOLDS) / layout.FOLD_TABLE
+    count, size, k = config.train.slices, config.pretrain.image_size, config.ablation.neighbours
+    volumes, known = stage.upstream(layout.VOLUMES), dict(read_folds(folds).iter_rows())
+    rows: Rows = []
+    try:
+        cases = read_cases(stage.data, volumes, known, count, size, stage.labels())
+    except InputError as fault:
+        log(f"probes: skipped, {fault}")
+    else:
+        device = pick_device(stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
+        rows = judge_baselines(cases, k)
+        for name, seed, own, path in backbones(stage, cells):
+            start = "scratch" if path else name.removeprefix("start_")
+            seed_everything(seed)
+            backbone = create_backbone(own.model.backbone, start, own.model.weights, size)
+            if path:
+                load_backbone(backbone, path)
+            rows += judge_backbone(name, seed, placed(backbone.eval(), device), cases, k)
+    write_text(stage.folder / layout.PROBES, pl.DataFrame(rows, schema=SCHEMA).write_csv())
+    return [layout.PROBES]
+
+
+def markdown(rows: Rows) -> str:
+    """A table of every probe, a line for each backbone or baseline; then one by hospital, where
+    there are several, of the means over the questions.
+    """
+    table, found = pl.DataFrame(rows, schema=SCHEMA), []
+    keys, line = ["probe", "figure"], pl.concat_str("backbone", "statistics", separator=" ")
+    table = table.with_columns(line.str.strip_chars().alias("line"))
+    for kept, column in (
+        (pl.col("hospital") == ALL, "question"),
+        (pl.col("hospital") != ALL, "hospital"),
+    ):
+        for (probe, figure), part in table.filter(kept).group_by(keys, maintain_order=True):
+            wide = part.pivot(column, index="line", values="value", aggregate_function="mean")
+            names = wide.columns[1:]
+            found += [
+                f"| {probe}, {figure} | " + " | ".join([*names, "mean"]) + " |",
+                "|---" * (len(names) + 2) + "|",
+                *(_line(row) for row in wide.iter_rows()),
+                "",
+            ]
+    return "\n".join(found)
+
+
+def _line(row: Sequence[Any]) -> str:
+    values = [one for one in row[1:] if one is not None]
+    cells = ["" if one is None else f"{one:.3f}" for one in (*row[1:], float(np.mean(values)))]
+    return f"| {row[0]} | " + " | ".join(cells) + " |"
+
+
+def folds_of(patients: Sequence[str], table: Path | None) -> dict[str, int]:
+    """Fold by patient: of a folds table; without one each of `FEW` patients or less is a fold, more
+    are dealt out into `PARTS`.
+    """
+    if table is not None:
+        return dict(read_folds(table).iter_rows())
+    ordered = sorted(set(patients))
+    return {name: k if len(ordered) <= FEW else k % PARTS for k, name in enumerate(ordered)}
+
+
+def probe_files(options: argparse.Namespace) -> Rows:
+    """What the command line asks for."""
+    volumes, table = options.volumes, options.data / "train.csv"
+    index = read_frame(volumes / layout.INDEX, ["patient_id"])
+    folds = folds_of(index["patient_id"].to_list(), options.folds)
+    labels = tables.read_labels(options.data) if table.is_file() else None
+    cases = read_cases(
+        options.data, volumes, folds, options.planes, options.size, labels, options.organs
+    )
+    patients = len({case.patient for case in cases})
+    masked = len({case.patient for case in cases if case.masks is not None})
+    log(f"{patients} patients, {masked} with masks, {len({c.fold for c in cases})} folds")
+    rows, device = judge_baselines(cases, options.neighbours), pick_device(options.device)
+    starts = dict.fromkeys(_timm_name(path) for path in options.backbone)
+    made: list[tuple[str, str, Path | None]] = [
+        *((f"untouched {name}", name, None) for name in starts),
+        *((str(path), _timm_name(path), path) for path in options.backbone),
+    ]
+    for title, name, path in made:
+        seed_everything(0)
+        backbone = create_backbone(name, "scratch", None, options.size)
         if path is not None:
             load_backbone(backbone, path)
         backbone = placed(backbone.eval(), device)
-        for statistics in ("stored", "settled"):
-            if statistics == "settled":
-                settle_on(backbone, slices.images, device)
-            features = slice_features(backbone, slices.images, device)
-            own = {"backbone": name, "seed": seed, "statistics": statistics}
-            rows += [
-                {**own, **row} for row in judge(features, slices, stage.config.ablation.neighbours)
-            ]
-        shown.setdefault(name, features)
-        log(f"probes: {name}, seed {seed} done")
-    write_text(stage.folder / layout.PROBES, pl.DataFrame(rows).write_csv())
-    draw(shown, slices, stage.folder / "probes.png")
-    return [layout.PROBES, "probes.png"]
+        rows += judge_backbone(title, 0, backbone, cases, options.neighbours)
+    return rows
 
 
-def draw(features: Mapping[str, np.ndarray], slices: Slices, path: Path) -> None:
-    """First two principal components of each backbone's features, one row each: coloured by height,
-    by organs in view, by injury.
-    """
-    from matplotlib.figure import Figure
-    from sklearn.decomposition import PCA
-
-    figure = Figure((12, 4.2 * len(features)), layout="constrained")
-    organs = _groups(slices, [name for name in slices.questions if name not in SLICE_TARGETS])
-    injuries = _groups(slices, [name for name in SLICE_TARGETS if name in slices.questions])
-    for axes, (name, values) in zip(
-        figure.subplots(len(features), 3, squeeze=False), features.items(), strict=True
-    ):
-        points = (
-            PCA(2, random_state=0)
-            .fit_transform((values - values.mean(0)) / (values.std(0) + 1e-6))
-            .T
-        )
-        dots = axes[0].scatter(*points, c=slices.height, s=4, cmap="viridis")
-        figure.colorbar(dots, ax=axes[0], label="height: 0 top, 1 bottom")
-        for axis, groups, legend in (
-            (axes[1], organs, "organs in view"),
-            (axes[2], injuries, "labelled injury"),
-        ):
-            for k, (group, inside) in enumerate(groups.items()):
-                axis.scatter(
-                    *points[:, inside],
-                    s=4,
-                    color=f"C{k}" if group != "none" else "0.8",
-                    label=group,
-                )
-            axis.legend(
-                title=legend,
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.02),
-                ncols=2,
-                fontsize=7,
-                title_fontsize=7,
-                markerscale=3,
-            )
-        for axis in axes:
-            axis.set(title=name, xticks=[], yticks=[])
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90, format="png", metadata={"Software": None})
+def _timm_name(path: Path) -> str:
+    metadata: Mapping[str, str] = read_weights(path)[1]
+    if "backbone" not in metadata:
+        raise InputError("not said which timm model this is", str(path), "give a file of stage 04")
+    return metadata["backbone"]
 
 
-def _groups(slices: Slices, names: list[str]) -> dict[str, np.ndarray]:
-    """Slices (N,) bool by the names that are true of them, `none` first; the commonest six
-    groups.
-    """
-    texts = np.array(
-        [
-            " + ".join(name for name in names if slices.questions[name][0][k]) or "none"
-            for k in range(len(slices.height))
-        ]
-    )
-    found, counts = np.unique(texts, return_counts=True)
-    common = found[np.argsort(-counts, kind="stable")][:6]
-    return {str(one): texts == one for one in sorted(common, key=lambda one: one != "none")}
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of this module; exit code 2 with one line on wrong input."""
+    flags = argparse.ArgumentParser(prog="python -m pipeline.ablation.probes", description=__doc__)
+    flags.add_argument("--backbone", type=Path, action="append", default=[], help="of stage 04")
+    flags.add_argument("--data", type=Path, required=True, help="with segmentations/")
+    flags.add_argument("--volumes", type=Path, required=True, help="folder of stage 02")
+    flags.add_argument("--organs", type=Path, help="table of the slices that show an organ")
+    flags.add_argument("--folds", type=Path, help="folds.csv (default: leave one patient out)")
+    flags.add_argument("--planes", type=int, default=24, help="of a series (default: 24)")
+    flags.add_argument("--size", type=int, default=96, help="of a plane, pixels (default: 96)")
+    flags.add_argument("--neighbours", type=int, default=15)
+    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    show_log()
+    try:
+        say(markdown(probe_files(flags.parse_args(arguments))))
+    except InputError as fault:
+        say(f"error: {fault}", sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -9,15 +9,16 @@ from ..system.console import say
 @stage_function(layout.ABLATION)
 def ablate(stage: Stage) -> None:
     """Train what is missing, then compare, unless these very cells are compared."""
+    from ..organs.masks import mask_files
     from .cells import run_cells
     from .summary import summarise
 
     cells = run_cells(stage)
     if not stage.writer:
         return
-    tables = [
-        stage.data / name for name in ("train.csv", "image_level_labels.csv", "phantom_organs.csv")
-    ]
+    names = ("train.csv", "image_level_labels.csv", "phantom_organs.csv")
+    tables = [stage.data / name for name in names]
+    tables += mask_files(stage.data).values()
     parts = {cell.name: digest(finished(stage.folder / cell.name)["outputs"]) for cell in cells}
     if stage.current(
         parts | stage.inputs(layout.FOLDS, files=tables), ["seed", "ablation", "score"]

@@ -8,7 +8,7 @@ import polars as pl
 from ..ablation.statistics import FIGURES, text, verdict
 from ..competition.targets import TARGETS
 from ..run import layout
-from .charts import data_uri, ticks
+from .charts import ticks
 from .inputs import Run
 
 STYLES = {"better": "c3", "worse": "c2", "no difference shown": "soft"}
@@ -83,8 +83,12 @@ def probe_table(run: Run) -> dict[str, Any]:
     """Probe values by question and probe for every backbone and kind of statistics: mean, least and
     most over the seeds.
     """
-    folder = run.out / layout.ABLATION
-    table = pl.read_csv((folder / layout.PROBES).read_bytes())
+    table = pl.read_csv(
+        (run.out / layout.ABLATION / layout.PROBES).read_bytes(),
+        schema_overrides={"value": pl.Float64},
+    ).with_columns(pl.col("statistics").fill_null(""))
+    if "hospital" in table.columns:
+        table = table.filter(pl.col("hospital") == "all")
     keys, value = ["backbone", "statistics"], pl.col("value")
     spread = [value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high")]
     found = table.group_by("question", "probe", "figure", *keys, maintain_order=True).agg(spread)
@@ -102,16 +106,14 @@ def probe_table(run: Run) -> dict[str, Any]:
         }
         for key in found.select("question", "probe", "figure").unique(maintain_order=True).rows()
     ]
-    auc = (
-        table.filter(pl.col("figure") == "AUC", pl.col("probe") == "linear")
+    means = (
+        table.filter(pl.col("figure") == "Dice")
         .group_by(keys, maintain_order=True)
         .agg(value.mean())
     )
-    picture = data_uri((folder / "probes.png").read_bytes(), "png")
     return {
         "columns": columns,
         "rows": rows,
-        "picture": picture,
-        "means": auc.rows(),
-        "seeds": table["seed"].n_unique(),
+        "means": means.rows(),
+        "seeds": table.filter(pl.col("statistics") != "")["seed"].n_unique(),
     }

@@ -309,10 +309,10 @@ def test_ablation_says_what_its_intervals_support_and_no_more(html):
     assert "liver only" in text
     assert "2 min 10 s" in text, "what pretraining cost"
     probes = " ".join(Page(html).sections["probes"].split())
-    assert "start (stored) 0.650, start (settled) 0.650" in probes, (
-        "the mean of two seeds, height left out"
-    )
-    assert "height (R²)" in probes
+    assert "start (stored) 0.650, start (settled) 0.650" in probes, "the mean of two seeds"
+    assert "place 0.250" in probes
+    assert "bowel (AUC)" in probes
+    assert "over the folds and 2 seeds" in probes
 
 
 def test_forest_puts_differences_on_one_axis(out):

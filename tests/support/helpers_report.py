@@ -106,8 +106,6 @@ def write_ablation(out: Path, truth: np.ndarray) -> None:
     """Stage 09: three variants of two seeds, the first two alike, the third better by far; probes
     of a start and one backbone.
     """
-    import cv2
-
     signal = {"scratch": 0.5, "voco2d": 0.5, "liver_only": 4.0}
     draws = {
         name: [cell_draws(truth, predicted(truth, strength, seed=k), 100, 0) for k in range(2)]
@@ -138,17 +136,19 @@ def write_ablation(out: Path, truth: np.ndarray) -> None:
             "seed": seed,
             "statistics": kind,
             "question": question,
-            "probe": "linear",
-            "figure": "R2" if question == "height" else "AUC",
-            "value": 0.5 + 0.1 * seed,
+            "probe": "dense" if figure == "Dice" else "inside",
+            "figure": figure,
+            "hospital": hospital,
+            "value": 0.5 + 0.1 * seed if hospital == "all" else 0.0,
         }
         for name in ("start", "voco2d")
         for seed in (1, 2)
         for kind in ("stored", "settled")
-        for question in ("liver", "height")
+        for question, figure in (("liver", "Dice"), ("bowel", "AUC"))
+        for hospital in ("all", "A")
     ]
+    rows.append({**rows[0], "backbone": "place", "seed": 0, "statistics": "", "value": 0.25})
     pl.DataFrame(rows).write_csv(out / layout.ABLATION / "probes.csv")
-    cv2.imwrite(str(out / layout.ABLATION / "probes.png"), np.full((600, 1100, 3), 200, np.uint8))
     write_manifest(out, layout.ABLATION, {"cells": 6, "variants": 3})
 
 

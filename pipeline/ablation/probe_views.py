@@ -1,0 +1,152 @@
+"""How a plane is described to a probe: by a frozen backbone, or by what needs no network.
+
+Every view describes planes as a whole, each cell of the grid on which masks are asked for, and the
+inside of a mask.
+"""
+
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import nn
+from torch.nn import functional
+
+from ..learning.backbone import pool_maps, standardise
+from ..volumes.sampling import resize_planes
+from .probe_cases import STRIDE
+
+SIDE = 16  # of a thumbnail, and of the patch around a cell
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class View(Protocol):
+    """Descriptions of S planes `images` (S, h, w) uint8 at `height` (S,)."""
+
+    def planes(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """(S, F): of each plane."""
+
+    def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """(S, h / 4, w / 4, F): of each cell."""
+
+    def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """(S, F): of what lies in `mask` (S, h, w) bool, which is nowhere empty."""
+
+
+def _polynomials(values: np.ndarray) -> np.ndarray:
+    """(N, F) to all products of up to three of them."""
+    from sklearn.preprocessing import PolynomialFeatures
+
+    return PolynomialFeatures(3, include_bias=False).fit_transform(values).astype(np.float32)
+
+
+class Place:
+    """Where something is, not what it looks like: height in the volume, and place in the plane."""
+
+    def planes(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        return _polynomials(height[:, None])
+
+    def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        h, w = (side // STRIDE for side in images.shape[1:])
+        at = np.meshgrid(height, np.linspace(0, 1, h), np.linspace(0, 1, w), indexing="ij")
+        return _polynomials(np.stack(at, -1).reshape(-1, 3)).reshape(len(images), h, w, -1)
+
+    def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        y, x = (np.linspace(0, 1, side) for side in mask.shape[1:])
+        area = mask.mean((1, 2))
+        middle = (mask.mean(2) @ y / area, mask.mean(1) @ x / area)
+        return _polynomials(np.stack([height, area, *middle], 1))
+
+
+class Grey:
+    """Greys as they are: `side` x `side` cells around a cell, of a plane its thumbnail, of a mask
+    its distribution.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def planes(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        return resize_planes(images, self.side).reshape(len(images), -1).astype(np.float32)
+
+    def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        size = [side // STRIDE for side in images.shape[:0:-1]]
+        small = np.stack(
+            [cv2.resize(np.float32(one), size, interpolation=cv2.INTER_AREA) for one in images]
+        )
+        before, after = (self.side - 1) // 2, self.side // 2
+        padded = np.pad(small, ((0, 0), (before, after), (before, after)))
+        windows = sliding_window_view(padded, (self.side, self.side), (1, 2))
+        return windows.reshape(*small.shape, -1)
+
+    def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        greys = [image[own].astype(np.float32) for image, own in zip(images, mask, strict=True)]
+        return np.stack([[*np.quantile(g, QUANTILES), g.mean(), g.std()] for g in greys])
+
+
+class Maps:
+    """A frozen backbone's last map or, with `scales`, the last of its maps of every size too."""
+
+    def __init__(self, backbone: nn.Module, device: torch.device, scales: bool = False) -> None:
+        self.backbone, self.device, self.scales = backbone, device, scales
+
+    @torch.no_grad()
+    def maps(self, images: np.ndarray) -> list[torch.Tensor]:
+        """(S, C, h', w') each, float32, the finest first."""
+        batch = standardise(torch.from_numpy(images)[:, None].to(self.device))
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        found = [self.backbone(batch).float()]
+        if self.scales and hasattr(self.backbone, "forward_intermediates"):
+            inner = self.backbone.forward_intermediates(batch, intermediates_only=True)
+            found = [*{one.shape[2:]: one.float() for one in inner}.values(), *found]
+        return found
+
+    def planes(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Layer-normed mean and maximum of each map: what the classifier sees of a slice."""
+        pooled = [pool_maps(one) for one in self.maps(images)]
+        return torch.cat([functional.layer_norm(p, p.shape[1:]) for p in pooled], 1).cpu().numpy()
+
+    def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Larger maps are averaged over a cell, smaller ones interpolated."""
+        size = tuple(side // STRIDE for side in images.shape[1:])
+        found = [
+            functional.adaptive_avg_pool2d(one, size)
+            if one.shape[2] > size[0]
+            else functional.interpolate(one, size, mode="bilinear")
+            for one in self.maps(images)
+        ]
+        return torch.cat(found, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+    def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Mean of each map, weighted by the share of the mask, and maximum where there is any."""
+        share, found = torch.from_numpy(mask).to(self.device)[:, None].float(), []
+        for one in self.maps(images):
+            weight = functional.adaptive_avg_pool2d(share, one.shape[2:])
+            mean = (one * weight).sum((2, 3)) / weight.sum((2, 3))
+            most = one.masked_fill(weight == 0, -torch.inf).amax((2, 3))
+            found.append(torch.cat([mean, most], 1))
+        return torch.cat(found, 1).cpu().numpy()
+
+
+BASELINES: dict[str, View] = {
+    "place": Place(),
+    "3 x 3 pixels": Grey(3),
+    "16 x 16 pixels": Grey(SIDE),
+}
+
+
+class Both:
+    """Two views side by side."""
+
+    def __init__(self, first: View, second: View) -> None:
+        self.views = first, second
+
+    def planes(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        return np.concatenate([one.planes(images, height) for one in self.views], -1)
+
+    def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
+        return np.concatenate([one.cells(images, height) for one in self.views], -1)
+
+    def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return np.concatenate([one.inside(images, height, mask) for one in self.views], -1)
