@@ -48,7 +48,10 @@ class Moments:
         count = np.maximum(self.count, 1)
         means, N = self.total / count[:, None], self.count.sum()
         middle = self.total.sum(0) / N
-        scale = np.sqrt(np.maximum(np.diag(self.products) / N - middle**2, 0)) + 1e-6
+        square = np.diag(self.products) / N
+        spread = square - middle**2
+        # what is the same in all cells tells nothing, and gets no weight
+        scale = np.where(spread > 1e-10 * square, np.sqrt(np.maximum(spread, 0)), np.inf)
         within = (self.products - (means.T * self.count) @ means) / N / np.outer(scale, scale)
         level = np.trace(within) / len(within)
         within = (1 - SHRINKAGE) * within + (SHRINKAGE * level + 1e-9) * np.eye(len(within))

@@ -20,7 +20,7 @@ from ..system.console import log
 from ..system.errors import InputError
 from ..system.frames import read_frame
 from ..volumes.sampling import resize_planes, slice_positions
-from ..volumes.store import labels_of, usable
+from ..volumes.store import SLICE_COLUMNS, labels_of, usable
 
 PATIENTS = 400  # at most, the first in the order of their ids (which are random numbers)
 ORGAN_TABLE = "phantom_organs.csv"  # patient_id, series_id, instance_number, organ
@@ -86,7 +86,7 @@ def read_cases(
     files, shown = masks.mask_files(data), _marks(organs or data / ORGAN_TABLE, "organ")
     known = pl.col("series_id").is_in([*files, *(series for _, series in shown)])
     index = index.filter(known & pl.col("patient_id").is_in(list(folds)))
-    kept = index["patient_id"].unique().sort()[:PATIENTS]
+    kept = index["patient_id"].unique().sort()[:PATIENTS].to_list()
     index = index.filter(pl.col("patient_id").is_in(kept))
     maps = _maps(files, index, volumes)
     facts = {row["patient_id"]: row for row in ([] if labels is None else labels.to_dicts())}
@@ -131,7 +131,7 @@ def _maps(
     if not table.is_file():
         what = "the slice index that the volumes were made from is missing"
         raise InputError(what, str(table), f"run {layout.script(layout.SLICES)} again")
-    found = masks.with_masks(files, index, read_frame(table))
+    found = masks.with_masks(files, index, read_frame(table, SLICE_COLUMNS))
     return {(row["patient_id"], row["series_id"]): (path, own) for path, own, row in found}
 
 

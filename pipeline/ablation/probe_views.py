@@ -110,30 +110,19 @@ class Maps:
     def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
         """Larger maps are averaged over a cell, smaller ones interpolated."""
         size = tuple(side // STRIDE for side in images.shape[1:])
-        found = [
-            functional.adaptive_avg_pool2d(one, size)
-            if one.shape[2] > size[0]
-            else functional.interpolate(one, size, mode="bilinear")
-            for one in self.maps(images)
-        ]
+        shrink, grow = nn.AdaptiveAvgPool2d(size), nn.Upsample(size, mode="bilinear")
+        found = [(shrink if one.shape[2] > size[0] else grow)(one) for one in self.maps(images)]
         return torch.cat(found, 1).permute(0, 2, 3, 1).cpu().numpy()
 
     def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Mean of each map, weighted by the share of the mask, and maximum where there is any."""
         share, found = torch.from_numpy(mask).to(self.device)[:, None].float(), []
         for one in self.maps(images):
-            weight = functional.adaptive_avg_pool2d(share, one.shape[2:])
+            weight = nn.AdaptiveAvgPool2d(one.shape[2:])(share)
             mean = (one * weight).sum((2, 3)) / weight.sum((2, 3))
             most = one.masked_fill(weight == 0, -torch.inf).amax((2, 3))
             found.append(torch.cat([mean, most], 1))
         return torch.cat(found, 1).cpu().numpy()
-
-
-BASELINES: dict[str, View] = {
-    "place": Place(),
-    "3 x 3 pixels": Grey(3),
-    "16 x 16 pixels": Grey(SIDE),
-}
 
 
 class Both:
@@ -150,3 +139,11 @@ class Both:
 
     def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return np.concatenate([one.inside(images, height, mask) for one in self.views], -1)
+
+
+BASELINES: dict[str, View] = {
+    "place": Place(),
+    "3 x 3 pixels": Grey(3),
+    "16 x 16 pixels": Grey(SIDE),
+    "16 x 16 pixels and place": Both(Grey(SIDE), Place()),
+}

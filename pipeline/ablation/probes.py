@@ -164,6 +164,7 @@ def folds_of(patients: Sequence[str], table: Path | None) -> dict[str, int]:
 
 def probe_files(options: argparse.Namespace) -> Rows:
     """What the command line asks for."""
+    networks = [(path, _timm_name(path)) for path in options.backbone]
     volumes, table = options.volumes, options.data / "train.csv"
     index = read_frame(volumes / layout.INDEX, ["patient_id"])
     folds = folds_of(index["patient_id"].to_list(), options.folds)
@@ -175,10 +176,9 @@ def probe_files(options: argparse.Namespace) -> Rows:
     masked = len({case.patient for case in cases if case.masks is not None})
     log(f"{patients} patients, {masked} with masks, {len({c.fold for c in cases})} folds")
     rows, device = judge_baselines(cases, options.neighbours), pick_device(options.device)
-    starts = dict.fromkeys(_timm_name(path) for path in options.backbone)
     made: list[tuple[str, str, Path | None]] = [
-        *((f"untouched {name}", name, None) for name in starts),
-        *((str(path), _timm_name(path), path) for path in options.backbone),
+        *((f"untouched {name}", name, None) for name in dict.fromkeys(n for _, n in networks)),
+        *((str(path), name, path) for path, name in networks),
     ]
     for title, name, path in made:
         seed_everything(0)

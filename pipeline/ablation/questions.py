@@ -35,7 +35,7 @@ def _out_of_fold(
     scores, whole = np.full(len(truth), np.nan), make_pipeline(StandardScaler(), model)
     for fold in np.unique(folds):
         away = folds == fold
-        if 0 < truth[~away].mean() < 1:
+        if truth[~away].any() and not truth[~away].all():
             answer = whole.fit(features[~away], truth[~away]).predict_proba(features[away])[:, 1]
             scores[away] = np.log(np.maximum(answer, 1e-12) / np.maximum(1 - answer, 1e-12))
     return scores
@@ -82,10 +82,10 @@ def _answers(
 ) -> Iterator[dict[str, Any]]:
     """Rows of AUC: the mean over the folds, and in every hospital over its patients."""
     yield _row(question, probe, ALL, mean_auc(scores, truth, folds), len(np.unique(patients)))
-    for name in np.unique(hospitals) if hospitals.any() else ():
+    for name in sorted({*hospitals.tolist()} - {""}):
         own = hospitals == name
         value = mean_auc(scores[own], truth[own], np.zeros(own.sum()))
-        yield _row(question, probe, str(name), value, len(np.unique(patients[own])))
+        yield _row(question, probe, name, value, len(np.unique(patients[own])))
 
 
 def judge_planes(view: View, cases: Sequence[Case], neighbours: int) -> Iterator[dict[str, Any]]:
@@ -99,7 +99,7 @@ def judge_planes(view: View, cases: Sequence[Case], neighbours: int) -> Iterator
         folds, *groups = (_joined(asked, name) for name in ("fold", "patient", "hospital"))
         scores = linear_scores(features, truth, folds)
         yield from _answers(organ, "planes", scores, truth, folds, *groups)
-        near = KNeighborsClassifier(min(neighbours, len(truth) // 2))
+        near = KNeighborsClassifier(min(neighbours, 1 + len(truth) // 4))
         scores = _out_of_fold(near, features, truth, folds)
         yield from _answers(organ, "neighbours", scores, truth, folds, *groups)
 
@@ -147,7 +147,7 @@ def judge_dense(view: View, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
         return
     dice = dense_probe(view, masked)
     hospitals = {case.patient: case.hospital for case in masked}
-    names = sorted({*hospitals.values(), ""} - {""})
+    names = sorted({*hospitals.values()} - {""})
     for name in (ALL, *names):
         own = np.array([d for p, d in dice.items() if name in (ALL, hospitals[p])])
         for organ, values in zip(ORGANS, own.T, strict=True):
