@@ -53,7 +53,7 @@ class Moments:
         # what is the same in all cells tells nothing, and gets no weight
         scale = np.where(spread > 1e-10 * square, np.sqrt(np.maximum(spread, 0)), np.inf)
         within = (self.products - (means.T * self.count) @ means) / N / np.outer(scale, scale)
-        level = np.trace(within) / len(within)
+        level = np.trace(within) / max(1, np.isfinite(scale).sum())
         within = (1 - SHRINKAGE) * within + (SHRINKAGE * level + 1e-9) * np.eye(len(within))
         standard = (means - middle) / scale
         weights = np.linalg.solve(within, standard.T)

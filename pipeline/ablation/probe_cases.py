@@ -82,7 +82,11 @@ def read_cases(
     Raises:
         InputError: not one series has masks that fit, or rows in the table.
     """
-    index = read_frame(volumes / layout.INDEX).sort(*KEYS)
+    if (made := read_manifest(volumes)) is None:
+        what = "the volumes are missing or unfinished"
+        raise InputError(what, str(volumes), f"run {layout.script(layout.VOLUMES)} first")
+    config, index = VolumeConfig(**made["config"]["volume"]), read_frame(volumes / layout.INDEX)
+    index = index.sort(*KEYS)
     files, shown = masks.mask_files(data), _marks(organs or data / ORGAN_TABLE, "organ")
     known = pl.col("series_id").is_in([*files, *(series for _, series in shown)])
     index = index.filter(known & pl.col("patient_id").is_in(list(folds)))
@@ -94,7 +98,7 @@ def read_cases(
     cases = []
     for row in index.iter_rows(named=True):
         key = row["patient_id"], row["series_id"]
-        mask = _mask(*maps[key], row, volumes) if key in maps else None
+        mask = _mask(*maps[key], row, config) if key in maps else None
         if mask is None and key not in shown:
             continue
         volume = np.load(volumes / row["path"], mmap_mode="r")
@@ -136,18 +140,16 @@ def _maps(
 
 
 def _mask(
-    path: Path, slices: pl.DataFrame, row: dict[str, Any], volumes: Path
+    path: Path, slices: pl.DataFrame, row: dict[str, Any], config: VolumeConfig
 ) -> np.ndarray | None:
     """A label map (D, H, W) on the grid of its volume; None, with a warning, where it does not
     fit.
     """
-    made = read_manifest(volumes) or {"config": {"volume": {}}}
     try:
         labels = masks.read_mask(path, slices, ConvertConfig().max_pixels)
     except InputError as fault:
         log(f"warning: {fault}")
         return None
-    config = VolumeConfig(**made["config"]["volume"])
     return labels_of(labels, len(ORGANS), usable(slices), row, config)
 
 

@@ -166,6 +166,9 @@ def probe_files(options: argparse.Namespace) -> Rows:
     """What the command line asks for."""
     networks = [(path, _timm_name(path)) for path in options.backbone]
     volumes, table = options.volumes, options.data / "train.csv"
+    if not (volumes / layout.INDEX).is_file():
+        what = "no volumes here"
+        raise InputError(what, str(volumes), f"run {layout.script(layout.VOLUMES)} first")
     index = read_frame(volumes / layout.INDEX, ["patient_id"])
     folds = folds_of(index["patient_id"].to_list(), options.folds)
     labels = tables.read_labels(options.data) if table.is_file() else None

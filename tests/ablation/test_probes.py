@@ -2,18 +2,23 @@
 what is planted is found and nothing in noise, and the command line.
 """
 
+import nibabel
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from helpers_report import write_manifest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from pipeline.ablation import dense, questions
 from pipeline.ablation.dense import THRESHOLDS, Moments, dense_probe
-from pipeline.ablation.probe_cases import Case, _injured, _marks
+from pipeline.ablation.probe_cases import Case, _injured, _marks, read_cases
 from pipeline.ablation.probe_views import BASELINES, Grey, Maps
 from pipeline.ablation.probes import folds_of, main, markdown
 from pipeline.organs.masks import ORGANS
+from pipeline.run import layout
 from pipeline.run.presets import load_config
+from pipeline.system.errors import InputError
 
 SIZE, PLANES = 32, 3
 EVERY = len(ORGANS) + 1
@@ -87,6 +92,18 @@ def test_the_classifier_is_linear_discriminant_analysis():
     assert own == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_feature_that_never_changes_gets_no_weight():
+    rng = np.random.default_rng(0)
+    labels, features = rng.integers(0, 3, 200), rng.normal(size=(200, 2))
+    features[:, 0] += labels
+    more = np.column_stack([features, np.full(200, 1e4 / 3), np.zeros(200)])
+    weights, bias = Moments.of(features, labels, 3).discriminant()
+    wider, same = Moments.of(more, labels, 3).discriminant()
+    assert (wider[2:] == 0).all()
+    assert wider[:2] == pytest.approx(weights, rel=1e-6)
+    assert same == pytest.approx(bias, rel=1e-6)
+
+
 def slow_dice(probability, truth, organ, threshold):
     """By a loop over the cells."""
     both = predicted = there = 0
@@ -124,7 +141,7 @@ def test_dice_and_thresholds_are_those_of_slow_loops(monkeypatch):
 def test_features_that_are_the_labels_have_dice_1_and_noise_has_that_of_guessing():
     cases = [case(k) for k in range(6)]
     told, noise = dense_probe(Told(cases), cases), dense_probe(Noise(), cases)
-    assert list(told) == [f"p{k}" for k in range(6)]
+    assert sorted(told) == [f"p{k}" for k in range(6)]
     assert np.nanmin(list(told.values())) == 1.0
     share = np.mean([np.mean([one.cells() == k for one in cases]) for k in range(1, EVERY)])
     # all cells called: 2 share / (1 + share)
@@ -224,6 +241,70 @@ def test_maps_are_brought_to_the_cells_and_pooled_inside_the_mask():
     assert cells[..., 0] == pytest.approx(standard.reshape(2, 8, 4, 8, 4).mean((2, 4)), abs=1e-5)
 
 
+def write_data(root, top=0.0):
+    """A data set of two patients of four planes of 16 x 16 mm: of `a` a label map, whose uppermost
+    plane lies at `top` mm, and of `b` a table of organs.
+    """
+    volumes, ids = root / layout.VOLUMES, {"a": "1", "b": "2"}
+    volumes.mkdir(parents=True)
+    rows, slices = [], []
+    for patient, series in ids.items():
+        np.save(volumes / f"{patient}.npy", np.full((4, 16, 16), 7, np.uint8))
+        key = {"patient_id": patient, "series_id": series}
+        row = {"path": f"{patient}.npy", "depth": 4, "height": 16, "width": 16}
+        box = {"box_y0": 0, "box_y1": 16, "box_x0": 0, "box_x1": 16}
+        mm = {f"spacing_{axis}_mm": 1.0 for axis in "zyx"}
+        rows.append({**key, **row, **box, **mm, "plane_instances": [11, 12, 13, 14]})
+        for k in range(4):
+            place = {"instance_number": 11 + k, "order": k, "z_mm": -2.0 * k, "source": "train"}
+            size = {"rows": 16, "cols": 16, "spacing_y_mm": 1.0, "spacing_x_mm": 1.0}
+            slices.append({**key, **place, **size, "flags": "", "png": "", "crc32": 0})
+    pl.DataFrame(rows).write_parquet(volumes / layout.INDEX)
+    pl.DataFrame(slices).write_parquet(volumes / layout.SLICE_TABLE)
+    config = {"volume": {"depth": 4, "height": 16, "width": 16, "aspect": "stretch"}}
+    write_manifest(root, layout.VOLUMES, {}, config=config)
+    labels = np.zeros((4, 16, 16), np.uint8)  # superior first, y to the back, x to the left
+    labels[1:, 2:9, 3:12], labels[3, 12:, 12:] = 1, 4
+    affine = np.diag([-1.0, -1.0, -2.0, 1.0])
+    affine[2, 3] = top
+    (root / "segmentations").mkdir()
+    image = nibabel.Nifti1Image(labels.transpose(2, 1, 0).copy(), affine)
+    nibabel.save(image, root / "segmentations" / "1.nii.gz")
+    return labels
+
+
+def test_cases_are_read_with_their_masks_and_what_is_known_of_their_planes(tmp_path):
+    labels = write_data(tmp_path)
+    (tmp_path / "phantom_organs.csv").write_text(
+        "patient_id,series_id,instance_number,organ\nb,2,12,left kidney\nb,2,14,liver\n"
+    )
+    (tmp_path / "train_series_meta.csv").write_text(
+        "patient_id,series_id,aortic_hu,hospital\na,1,100,North\nb,2,100,South\n"
+    )
+    first, second = read_cases(tmp_path, tmp_path / layout.VOLUMES, {"a": 0, "b": 1}, 4, 16)
+    assert (first.patient, first.fold, first.hospital) == ("a", 0, "North")
+    expected = np.array([0, 1, 2, 3, 3])[labels]  # both kidneys are one organ
+    assert np.array_equal(first.masks, expected)
+    assert first.shown["liver"].tolist() == [False, True, True, True]
+    assert first.shown["kidney"].tolist() == [False, False, False, True]
+    assert (second.masks, second.hospital) == (None, "South")
+    assert second.shown["kidney"].tolist() == [False, True, False, False]
+    assert set(second.shown) == {"kidney", "liver"}, "of bowel and spleen nobody said a word"
+    assert first.height.tolist() == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_masks_that_do_not_fit_are_named_and_left_out(tmp_path, capfd):
+    write_data(tmp_path, top=500.0)
+    moved = nibabel.load(tmp_path / "segmentations" / "1.nii.gz")
+    shorter = nibabel.Nifti1Image(np.asarray(moved.dataobj)[:, :, :3], moved.affine)
+    nibabel.save(shorter, tmp_path / "segmentations" / "1.nii.gz")
+    with pytest.raises(InputError, match="no series with a volume has masks in segmentations/"):
+        read_cases(tmp_path, tmp_path / layout.VOLUMES, {"a": 0, "b": 1}, 4, 16)
+    shown = capfd.readouterr().err
+    assert "warning: the mask's 3 planes" in shown
+    assert "1.nii.gz" in shown
+
+
 def test_left_and_right_are_one_organ_and_unlabelled_slices_of_the_injured_are_unknown(tmp_path):
     text = "patient_id,series_id,instance_number,organ\n01,2,7,left kidney\n01,2,9,right kidney\n"
     (tmp_path / "organs.csv").write_text(text)
@@ -266,14 +347,19 @@ def test_tables_have_a_line_a_view_and_the_mean_of_the_questions():
     ]
 
 
-def test_wrong_input_is_one_line(smoke, capsys):
-    from pipeline.run import layout
-
-    volumes = ["--volumes", str(smoke / layout.VOLUMES)]
-    assert main(["--data", str(smoke / layout.VOLUMES), *volumes]) == 2
-    assert "no series with a volume has masks in segmentations/" in capsys.readouterr().err
-    assert main(["--data", str(smoke), *volumes, "--backbone", "gone.safetensors"]) == 2
-    assert "gone.safetensors" in capsys.readouterr().err
+def test_wrong_input_is_one_line(tmp_path, capsys):
+    write_data(tmp_path, top=500.0)
+    (tmp_path / "segmentations" / "1.nii.gz").unlink()
+    given = ["--data", str(tmp_path), "--volumes", str(tmp_path / layout.VOLUMES)]
+    for arguments, line in (
+        (given, "no series with a volume has masks in segmentations/"),
+        ([*given, "--backbone", "gone.safetensors"], "gone.safetensors"),
+        ([*given[:3], str(tmp_path)], "no volumes here"),
+    ):
+        assert main(arguments) == 2
+        shown = capsys.readouterr().err
+        assert line in shown
+        assert "Traceback" not in shown
 
 
 def test_a_grid_without_pretraining_is_probed_as_it_starts():
