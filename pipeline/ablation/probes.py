@@ -175,6 +175,9 @@ def probe_files(options: argparse.Namespace) -> Rows:
     cases = read_cases(
         options.data, volumes, folds, options.planes, options.size, labels, options.organs
     )
+    if len({case.fold for case in cases}) < 2:
+        what = "only one fold, and nobody to judge a probe on"
+        raise InputError(what, str(options.folds or options.data), "give masks of more patients")
     patients = len({case.patient for case in cases})
     masked = len({case.patient for case in cases if case.masks is not None})
     log(f"{patients} patients, {masked} with masks, {len({c.fold for c in cases})} folds")

@@ -305,6 +305,12 @@ def test_masks_that_do_not_fit_are_named_and_left_out(tmp_path, capfd):
     assert "1.nii.gz" in shown
 
 
+def test_one_patient_is_too_few(tmp_path, capsys):
+    write_data(tmp_path)
+    assert main(["--data", str(tmp_path), "--volumes", str(tmp_path / layout.VOLUMES)]) == 2
+    assert "only one fold, and nobody to judge a probe on" in capsys.readouterr().err
+
+
 def test_left_and_right_are_one_organ_and_unlabelled_slices_of_the_injured_are_unknown(tmp_path):
     text = "patient_id,series_id,instance_number,organ\n01,2,7,left kidney\n01,2,9,right kidney\n"
     (tmp_path / "organs.csv").write_text(text)

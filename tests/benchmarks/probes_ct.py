@@ -10,7 +10,6 @@ are brought into the layout of `unlabelled/` in OUT, through stages 01 and 02 of
 
 import argparse
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -28,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOTAL = {5: 1, 1: 2, 3: 3, 2: 4, 18: 5, 19: 5, 20: 5}
 
 
-def link_dicom(folder: Path, data: Path) -> list[int]:
-    """Link a series into `unlabelled/`, named by its instance numbers; returns these, superior
+def copy_dicom(folder: Path, data: Path) -> list[int]:
+    """Copy a series into `unlabelled/`, named by its instance numbers; returns these, superior
     first.
     """
     target = data / "unlabelled" / folder.name / folder.name
@@ -38,7 +37,7 @@ def link_dicom(folder: Path, data: Path) -> list[int]:
     for path in folder.glob("*.dcm"):
         header = pydicom.dcmread(path, stop_before_pixels=True)
         found.append((-float(header.ImagePositionPatient[2]), int(header.InstanceNumber)))
-        os.symlink(path.resolve(), target / f"{header.InstanceNumber}.dcm")
+        shutil.copy(path, target / f"{header.InstanceNumber}.dcm")
     return [number for _, number in sorted(found)]
 
 
@@ -55,7 +54,7 @@ def write_masks(path: Path, target: Path) -> None:
 def make_data(folder: Path, labels: dict[str, str], data: Path) -> None:
     """The data set with its masks and its table of organs."""
     instances = {
-        path.name: link_dicom(path, data)
+        path.name: copy_dicom(path, data)
         for path in sorted(folder.iterdir())
         if path.is_dir() and any(path.glob("*.dcm"))
     }
