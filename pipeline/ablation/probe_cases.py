@@ -51,7 +51,10 @@ class Case:
         assert self.masks is not None
         size = [side // STRIDE for side in self.images.shape[:0:-1]]
         shares = [
-            [cv2.resize(np.float32(plane == k), size, interpolation=cv2.INTER_AREA) for k in LABELS]
+            [
+                cv2.resize((plane == k).astype(np.float32), size, interpolation=cv2.INTER_AREA)
+                for k in LABELS
+            ]
             for plane in self.masks
         ]
         return np.argmax(shares, axis=1)
@@ -194,8 +197,10 @@ def _shown(
 def _injured(
     labels: dict[str, Any] | None, instances: np.ndarray, marks: dict[str, list[int]]
 ) -> dict[str, np.ndarray]:
-    found = {}
-    for target in TARGETS if labels is not None else ():
+    found: dict[str, np.ndarray] = {}
+    if labels is None:
+        return found
+    for target in TARGETS:
         injured, name = not labels[target.columns[0]], SLICE_TARGETS.get(target.name)
         if name is None or not injured:
             found[target.name] = np.full(len(instances), injured)

@@ -4,7 +4,7 @@ Every view describes planes as a whole, each cell of the grid on which masks are
 inside of a mask.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -73,7 +73,10 @@ class Grey:
     def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
         size = [side // STRIDE for side in images.shape[:0:-1]]
         small = np.stack(
-            [cv2.resize(np.float32(one), size, interpolation=cv2.INTER_AREA) for one in images]
+            [
+                cv2.resize(one.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+                for one in images
+            ]
         )
         before, after = (self.side - 1) // 2, self.side // 2
         padded = np.pad(small, ((0, 0), (before, after), (before, after)))
@@ -97,8 +100,9 @@ class Maps:
         batch = standardise(torch.from_numpy(images)[:, None].to(self.device))
         batch = batch.contiguous(memory_format=torch.channels_last)
         found = [self.backbone(batch).float()]
-        if self.scales and hasattr(self.backbone, "forward_intermediates"):
-            inner = self.backbone.forward_intermediates(batch, intermediates_only=True)
+        inner_maps: Any = getattr(self.backbone, "forward_intermediates", None)
+        if self.scales and inner_maps is not None:
+            inner = inner_maps(batch, intermediates_only=True)
             found = [*{one.shape[2:]: one.float() for one in inner}.values(), *found]
         return found
 
