@@ -15,12 +15,19 @@ class InjuryLoss(nn.Module):
     weights).
 
     A target's terms are divided by batch size times the mean sample weight of the training set: a
-    constant, so that the sum over micro-batches equals the loss of the large batch.
+    constant, so that the sum over micro-batches equals the loss of the large batch. With
+    `train.slice_weight` a positive slice weighs as many times as negatives are more, at most that;
+    `positives` (2,) is their share in the training set, and the mean weight of a slice stays 1.
     """
 
-    def __init__(self, config: TrainConfig, labels: np.ndarray) -> None:
+    slice_positive: Tensor | None
+    slice_scale: Tensor
+
+    def __init__(
+        self, config: TrainConfig, labels: np.ndarray, positives: np.ndarray | None = None
+    ) -> None:
         super().__init__()
-        self.targets, self.columns, self.slice_weight = (
+        self.targets, self.columns, self.slice_loss = (
             chosen_targets(config),
             group_slices(),
             config.slice_loss,
@@ -34,6 +41,12 @@ class InjuryLoss(nn.Module):
             self.register_buffer(
                 f"scale_{target.name}", (share * weights).sum().clamp_min(1e-6), persistent=False
             )
+        share = np.zeros(2) if positives is None else np.maximum(positives, 1e-9)
+        weight = np.clip((1 - share) / np.maximum(share, 1e-9), 1, config.slice_weight)
+        rare = torch.tensor(weight, dtype=torch.float32) if config.slice_weight > 1 else None
+        self.register_buffer("slice_positive", rare, persistent=False)
+        mean = torch.tensor(share * weight + 1 - share, dtype=torch.float32)
+        self.register_buffer("slice_scale", mean, persistent=False)
 
     def forward(
         self,
@@ -58,9 +71,10 @@ class InjuryLoss(nn.Module):
         if slice_logits is not None:
             # (B, 2)
             entropy = F.binary_cross_entropy_with_logits(
-                slice_logits.float(), planes, reduction="none"
+                slice_logits.float(), planes, reduction="none", pos_weight=self.slice_positive
             ).mean(1)
-            terms["slices"] = self.slice_weight * (entropy * known).sum() / batch
+            entropy = entropy * known / self.slice_scale
+            terms["slices"] = self.slice_loss * entropy.sum() / batch
         return terms
 
 

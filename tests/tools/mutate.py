@@ -303,7 +303,7 @@ GUARDS = (
         "learning/test_gpu_paths.py::test_recurrent",
     ),
     (
-        "pipeline/classifier/train.py",
+        "pipeline/classifier/batches.py",
         "        for _ in range(self._held_out_due):  # of an epoch whose score nobody asked for\n"
         "            next(stream)\n",
         "",
