@@ -380,15 +380,20 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
         load_ensemble(stage, None)
 
 
-def test_other_flips_predict_the_held_out_series_anew_and_train_nothing(smoke, tmp_path):
+@pytest.mark.parametrize(
+    ("override", "views"), [("predict.flips=[zy]", ["zy"]), ("predict.phases=3", ["phases=3"])]
+)
+def test_other_views_predict_the_held_out_series_anew_and_train_nothing(
+    smoke, tmp_path, override, views
+):
     """The calibration is fitted to what the test set gets."""
     run = copy(smoke, tmp_path / "run", layout.SLICES, layout.SUBMISSION, layout.REPORT)
     folder = run / layout.CLASSIFIERS
     before = {name: (folder / f"fold0/{name}").read_bytes() for name in (MODEL, OOF)}
-    config = load_config("smoke", ["predict.flips=[zy]"])
+    config = load_config("smoke", [override])
     train_folds(config, out=run, jobs=1, device="cpu")
     assert (folder / f"fold0/{MODEL}").read_bytes() == before[MODEL]
-    assert read_manifest(folder)["inputs"]["flips"] == ["zy"]
+    assert read_manifest(folder)["inputs"]["flips"] == views
     epochs = [json.loads(line) for line in (folder / f"fold0/{LOG}").read_text().splitlines()]
     assert len(epochs) == config.train.epochs
     flipped, plain = pl.read_parquet(folder / f"fold0/{OOF}"), pl.read_parquet(before[OOF])

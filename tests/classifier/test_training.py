@@ -43,7 +43,7 @@ RECIPE = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six training and three held-out series of noise, every class there."""
+    """Six training and three held-out series of noise, every class there, some slices labelled."""
     folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
     series = []
     for k in range(9):
@@ -54,7 +54,12 @@ def data(tmp_path_factory):
         )
         series.append(
             Series(
-                str(k), f"s{k}", path, labels, np.zeros((12, 2), np.float32), np.ones(2, np.float32)
+                str(k),
+                f"s{k}",
+                path,
+                labels,
+                np.eye(12, 2, -3 * k, np.float32),
+                np.ones(2, np.float32),
             )
         )
     return FoldData(0, series[:6], series[6:])
