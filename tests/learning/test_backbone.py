@@ -231,9 +231,9 @@ def test_a_stem_divided_among_channels_gives_the_same_of_equal_planes(tmp_path, 
     three = create_backbone(name, size=64, channels=3)
     stem = three.pretrained_cfg["first_conv"] + ".weight"
     count = len(one.state_dict())
-    assert load_backbone(three, path) == (
-        f"{count} of {count} tensors matched, {stem} divided among 3 channels"
-    )
+    report = load_backbone(three, path)
+    assert report.startswith(f"{count} of {count} tensors matched")
+    assert report.endswith(f", {stem} divided among 3 channels")
     begun = create_backbone(name, "imagenet", str(path), 64, channels=3)
     grey = torch.randn(2, 1, 64, 64)
     for backbone in (three, begun):
