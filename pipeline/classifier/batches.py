@@ -86,7 +86,7 @@ class FoldBatches:
         """Keys of the batches of all held-out series: twice as large as those of the training, for
         they need no gradients.
         """
-        keys = [(HELD_OUT, k) for k in range(len(self.data.held_out))]
+        keys: list[Key] = [(HELD_OUT, k) for k in range(len(self.data.held_out))]
         size = max(1, 2 * self.options.batch // phases)
         return [keys[i : i + size] for i in range(0, len(keys), size)]
 

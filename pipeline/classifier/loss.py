@@ -41,12 +41,13 @@ class InjuryLoss(nn.Module):
             self.register_buffer(
                 f"scale_{target.name}", (share * weights).sum().clamp_min(1e-6), persistent=False
             )
-        share = np.zeros(2) if positives is None else np.maximum(positives, 1e-9)
-        weight = np.clip((1 - share) / np.maximum(share, 1e-9), 1, config.slice_weight)
-        rare = torch.tensor(weight, dtype=torch.float32) if config.slice_weight > 1 else None
-        self.register_buffer("slice_positive", rare, persistent=False)
-        mean = torch.tensor(share * weight + 1 - share, dtype=torch.float32)
-        self.register_buffer("slice_scale", mean, persistent=False)
+        positive, scale = None, torch.ones(2)
+        if config.slice_weight > 1 and positives is not None:
+            rare = torch.as_tensor(positives, dtype=torch.float32).clamp_min(1e-9)
+            positive = (1 / rare - 1).clamp(1, config.slice_weight)
+            scale = rare * positive + 1 - rare
+        self.register_buffer("slice_positive", positive, persistent=False)
+        self.register_buffer("slice_scale", scale, persistent=False)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -252,7 +252,7 @@ class FoldTrainer:
             with autocast(self.device, self.options.amp):
                 outputs = self.model(volumes)
             terms = mixed_terms(self.loss, outputs, batch, share, full)
-            self.update.backward(sum(terms.values()))
+            self.update.backward(cast(Tensor, sum(terms.values())))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         figures = self.update.apply(step, list(sums), torch.stack(list(sums.values())), ids)
