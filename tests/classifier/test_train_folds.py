@@ -337,6 +337,18 @@ def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
 
 
 @pytest.mark.parametrize(
+    ("override", "there"),
+    [("train.positive_slices=0.5", True), ("train.positive_slices=0", False)],
+)
+def test_slice_labels_are_read_where_positive_slices_are_to_be_shown(out, override, there):
+    config = load_config("smoke", ["train.slice_loss=0", override])
+    stage = Stage(layout.CLASSIFIERS, config, Options(out=out))
+    with stage.reading:
+        found = gather_fold(stage.part("fold0"), 0)
+    assert any(one.planes.any() for one in found.train) == there
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("", "patient '[0-9]+' is in no fold, .*folds.csv, .* run stage 03 again"),

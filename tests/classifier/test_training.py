@@ -412,7 +412,12 @@ def test_frozen_backbone_stays_as_it_was(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "at"),
-    [((), 2), (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4), ((), "held-out")],
+    [
+        ((), 2),
+        (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4),
+        (RECIPE, 1),
+        ((), "held-out"),
+    ],
 )
 def test_a_stop_within_an_epoch_loses_nothing(data, tmp_path, monkeypatch, overrides, at):
     """SIGTERM in a step or in the validation: the checkpoint holds the place in the epoch, and the
