@@ -11,6 +11,8 @@ from ..run.config import AugmentConfig
 
 OWN = 2  # tells the draws made here from those of albumentations and of the flip in z
 GREY_POINTS, GAMMA = 25, (0.5, 2.5)  # as the published configuration has them
+BLUR, NOISE = (0.5, 1.5), (0.01, 0.04)  # sigma in pixels; standard deviation, of all greys
+SMOOTH, MOVED = 1 / 12, 0.015  # elastic: reach and root mean square of a shift, of a side
 BOXES, SMALLEST_BOX, LARGEST_BOX = (8, 16), (4, 8, 8), (8, 16, 16)  # (z, y, x)
 
 
@@ -36,14 +38,14 @@ def drop_boxes(slices: np.ndarray, rng: np.random.Generator) -> None:
 
 class VolumeAugment:
     """Callable (slices (S, H, W) uint8, their labels (S, 2)) -> both, augmented; the draw is a pure
-    function of `seed`.
+    function of `seed`. `size` is that of a slice.
 
     Geometry in plane and intensity are albumentations'; the z-flip reverses the slices and with
     them their labels. Laterality is kept unless `flip_x` is set: a mirrored patient has the liver
     on the left.
     """
 
-    def __init__(self, config: AugmentConfig) -> None:
+    def __init__(self, config: AugmentConfig, size: int = 192) -> None:
         # its import looks for a newer release on the network
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
         import albumentations as A
@@ -62,6 +64,19 @@ class VolumeAugment:
                 brightness_limit=config.brightness, contrast_limit=config.contrast, p=chance
             ),
         ]
+        if config.elastic:
+            sigma = size * SMOOTH
+            # uniform noise, smoothed: its root mean square is 1 / (sigma sqrt(12 pi))
+            alpha = size * MOVED * sigma * (12 * np.pi) ** 0.5
+            steps.append(
+                A.ElasticTransform(
+                    alpha, sigma, noise_distribution="uniform", same_dxdy=False, p=config.elastic
+                )
+            )
+        if config.blur:
+            steps.append(A.GaussianBlur(0, BLUR, p=config.blur))
+        if config.noise:
+            steps.append(A.GaussNoise(NOISE, p=config.noise))
         if config.cutout:
             steps.append(
                 A.CoarseDropout(
@@ -84,7 +99,7 @@ class VolumeAugment:
         belongs to `seed`.
         """
         self._compose.set_random_seed(seed)
-        moved = self._compose(images=slices[..., None])["images"][..., 0]
+        moved = self._compose(images=slices[..., None])["images"].reshape(slices.shape)
         config, rng = self.config, np.random.default_rng((seed, OWN))
         turned, curved, dropped = rng.random(3) < (
             config.quarter_turn,

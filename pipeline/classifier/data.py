@@ -18,12 +18,20 @@ from ..run import layout
 from ..run.config import TrainConfig
 from ..run.room import loaders, train_batch_bytes
 from ..system.frames import read_frame
-from ..volumes.sampling import bins, slice_positions, take_slices
+from ..volumes.sampling import (
+    bins,
+    even_slices,
+    moved_to,
+    slice_positions,
+    take_slices,
+    with_neighbours,
+)
 from .augment import VolumeAugment
 
 SLICE_NAMES = {name: column for column, name in enumerate(SLICE_TARGETS.values())}
 HELD_OUT = -1  # in place of an epoch
-PLACE = 1  # tells the draw of the crop's place from the others of a sample's seed
+# tell the draws of the crop's place and of positive slices from the others of a sample's seed
+PLACE, SHOWN = 1, 3
 
 
 def plane_labels(
@@ -46,6 +54,15 @@ def bin_labels(labels: np.ndarray, count: int) -> np.ndarray:
     bin.
     """
     return np.maximum.reduceat(labels, bins(len(labels), count)[0])
+
+
+def positive_share(series: Sequence["Series"], count: int) -> np.ndarray:
+    """Share (2,) of positives among the `count` slices sampled of each series whose labels are
+    known.
+    """
+    planes = np.stack([bin_labels(one.planes, count).mean(0) for one in series])
+    known = np.stack([one.known for one in series])
+    return (planes * known).sum(0) / np.maximum(known.sum(0), 1)
 
 
 @dataclass(frozen=True)
@@ -100,34 +117,38 @@ def _series(row: dict[str, Any], folder: Path, marks: list[tuple[int, int]]) -> 
 
 
 class SeriesDataset(Dataset):
-    """Map-style data set: (epoch, index) -> arrays: `slices` (S, h, w) uint8, `labels` (13,),
-    `planes` (S, 2), `known` (2,), `item`.
+    """Map-style data set: (epoch, index, ...) -> arrays: `slices` (S * channels, h, w) uint8, the
+    channels of a slice one after another, `labels` (13,), `planes` (S, 2), `known` (2,), `item`.
 
-    With an `augment` the sample is a pure function of (seed, epoch, index), so a resumed run draws
+    With an `augment` the sample is a pure function of the seed and its key, so a resumed run draws
     what it would have drawn, in any number of workers, and one set of workers serves all epochs.
+    Without, several `phases` give `slices` (phases, S * channels, h, w).
     """
 
     def __init__(
-        self, series: Sequence[Series], config: TrainConfig, seed: int = 0, augment: bool = False
+        self,
+        series: Sequence[Series],
+        config: TrainConfig,
+        seed: int = 0,
+        augment: bool = False,
+        phases: int = 1,
     ) -> None:
-        self.series, self.config, self.seed = list(series), config, seed
-        self._augment = VolumeAugment(config.augment) if augment else None
+        self.series, self.config, self.seed, self.phases = list(series), config, seed, phases
+        self._augment = VolumeAugment(config.augment, config.image_size) if augment else None
 
     def __len__(self) -> int:
         return len(self.series)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        index = key[1]
         series, config = self.series[index], self.config
-        seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
-        jitter = np.random.default_rng(seed) if self._augment and config.augment.z_jitter else None
-        place = np.random.default_rng((seed, PLACE)) if self._augment else None
         volume = np.load(series.path, mmap_mode="r")
-        positions = slice_positions(len(volume), config.slices, jitter)
-        slices = take_slices(volume, positions, config, place)
         planes = bin_labels(series.planes, config.slices)
         if self._augment:
-            slices, planes = self._augment(slices, planes, seed)
+            seed = int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0])
+            slices, planes = self._augment(self._drawn(volume, series, seed), planes, seed)
+        else:
+            slices = even_slices(volume, config, self.phases)
         return {
             "slices": slices,
             "labels": series.labels,
@@ -136,23 +157,37 @@ class SeriesDataset(Dataset):
             "item": np.int64(index),
         }
 
+    def _drawn(self, volume: np.ndarray, series: Series, seed: int) -> np.ndarray:
+        """Slices (S * channels, h, w) for training, before augmentation."""
+        config, depth = self.config, len(volume)
+        jitter = np.random.default_rng(seed) if config.augment.z_jitter else None
+        positions = slice_positions(depth, config.slices, jitter)
+        draw, positive = np.random.default_rng((seed, SHOWN)), np.flatnonzero(series.planes.any(1))
+        missed = len(positive) and not np.isin(positions, positive).any()
+        if missed and draw.random() < config.positive_slices:
+            positions = moved_to(positions, int(draw.choice(positive)), depth)
+        place = np.random.default_rng((seed, PLACE))
+        return take_slices(
+            volume, with_neighbours(positions, depth, config.channels), config, place
+        )
+
 
 class FoldSeries(Dataset):
-    """Training series by (epoch, index) and held-out ones by (HELD_OUT, index), so that one set of
-    workers reads both.
+    """Training series by (epoch, index, ...) and held-out ones by (HELD_OUT, index), so that one
+    set of workers reads both.
     """
 
     def __init__(self, training: SeriesDataset, held_out: SeriesDataset) -> None:
         self.training, self.held_out, self.config = training, held_out, training.config
+        self.phases = held_out.phases
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        return self.held_out[0, index] if epoch == HELD_OUT else self.training[key]
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        return self.held_out[0, key[1]] if key[0] == HELD_OUT else self.training[key]
 
 
 def series_batches(
     dataset: SeriesDataset | FoldSeries,
-    plan: list[list[tuple[int, int]]],
+    plan: list[list[tuple[int, ...]]],
     device: torch.device,
     waiting: Callable[[], object] = lambda: None,
     sharing: int = 1,
@@ -161,6 +196,7 @@ def series_batches(
     once; `waiting` is called while one is waited for.
     """
     gpu, config = device.type == "cuda", dataset.config
-    most = loaders(config.workers, train_batch_bytes(config), "train.workers", gpu, sharing)
+    need = train_batch_bytes(config, dataset.phases)
+    most = loaders(config.workers, need, "train.workers", gpu, sharing)
     loader = make_loader(dataset, min(most, len(plan)), gpu, batch_sampler=plan)
     return batches_of(loader, waiting)

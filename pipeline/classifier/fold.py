@@ -48,7 +48,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
             f"choose one of {sorted(set(folds.values()))}",
         )
     slice_labels = None
-    if part.config.train.slice_loss:
+    if part.config.train.slice_loss or part.config.train.positive_slices:
         require_slice_labels(part.data)
         slice_labels = read_slice_labels(part.data)
     series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels)

@@ -15,12 +15,19 @@ class InjuryLoss(nn.Module):
     weights).
 
     A target's terms are divided by batch size times the mean sample weight of the training set: a
-    constant, so that the sum over micro-batches equals the loss of the large batch.
+    constant, so that the sum over micro-batches equals the loss of the large batch. With
+    `train.slice_weight` a positive slice weighs as many times as negatives are more, at most that;
+    `positives` (2,) is their share in the training set, and the mean weight of a slice stays 1.
     """
 
-    def __init__(self, config: TrainConfig, labels: np.ndarray) -> None:
+    slice_positive: Tensor | None
+    slice_scale: Tensor
+
+    def __init__(
+        self, config: TrainConfig, labels: np.ndarray, positives: np.ndarray | None = None
+    ) -> None:
         super().__init__()
-        self.targets, self.columns, self.slice_weight = (
+        self.targets, self.columns, self.slice_loss = (
             chosen_targets(config),
             group_slices(),
             config.slice_loss,
@@ -34,6 +41,13 @@ class InjuryLoss(nn.Module):
             self.register_buffer(
                 f"scale_{target.name}", (share * weights).sum().clamp_min(1e-6), persistent=False
             )
+        positive, scale = None, torch.ones(2)
+        if config.slice_weight > 1 and positives is not None:
+            rare = torch.as_tensor(positives, dtype=torch.float32).clamp_min(1e-9)
+            positive = (1 / rare - 1).clamp(1, config.slice_weight)
+            scale = rare * positive + 1 - rare
+        self.register_buffer("slice_positive", positive, persistent=False)
+        self.register_buffer("slice_scale", scale, persistent=False)
 
     def forward(
         self,
@@ -58,9 +72,10 @@ class InjuryLoss(nn.Module):
         if slice_logits is not None:
             # (B, 2)
             entropy = F.binary_cross_entropy_with_logits(
-                slice_logits.float(), planes, reduction="none"
+                slice_logits.float(), planes, reduction="none", pos_weight=self.slice_positive
             ).mean(1)
-            terms["slices"] = self.slice_weight * (entropy * known).sum() / batch
+            entropy = entropy * known / self.slice_scale
+            terms["slices"] = self.slice_loss * entropy.sum() / batch
         return terms
 
 

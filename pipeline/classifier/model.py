@@ -23,16 +23,23 @@ def chosen_targets(config: TrainConfig) -> list[Target]:
     return [target for target in TARGETS if target.name in config.targets]
 
 
-class CnnLstm(nn.Module):
-    """Volumes (B, S, H, W) float -> logits (B, 1 or 3) per target and slice logits (B, S, 2).
+def chosen_columns(config: TrainConfig) -> list[int]:
+    """Those of the 13 columns that belong to `chosen_targets`."""
+    columns = group_slices()
+    return [k for t in chosen_targets(config) for k in range(13)[columns[t.name]]]
 
-    `backbone` maps (N, 1, H, W) to (N, C, h, w); `channels` is its C.
+
+class CnnLstm(nn.Module):
+    """Volumes (B, S * planes, H, W) float -> logits (B, 1 or 3) per target and slice logits
+    (B, S, 2); `planes` is `train.channels`, the channels of a slice lie one after another.
+
+    `backbone` maps (N, planes, H, W) to (N, C, h, w); `channels` is its C.
     """
 
     def __init__(self, backbone: nn.Module, channels: int, config: TrainConfig) -> None:
         super().__init__()
         self.backbone, self.map_pool, self.shortcut = backbone, config.map_pool, config.shortcut
-        self.map_dropout = nn.Dropout(config.backbone_dropout)
+        self.planes, self.map_dropout = config.channels, nn.Dropout(config.backbone_dropout)
         own = channels if config.map_pool == "mean" else 2 * channels
         self.norm = nn.LayerNorm(own)
         self.sequence = sequence_model(own, config)
@@ -64,13 +71,16 @@ class CnnLstm(nn.Module):
 
     def forward(self, volumes: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Logits per target, and per slice where the model has a slice head."""
-        B, S, H, W = volumes.shape
-        slices = volumes.reshape(B * S, 1, H, W).contiguous(memory_format=torch.channels_last)
+        B, _, H, W = volumes.shape
+        slices = volumes.reshape(-1, self.planes, H, W)  # (B S, planes, H, W)
+        slices = slices.contiguous(memory_format=torch.channels_last)
         whole = self.training or torch.is_grad_enabled() or slices.is_cuda
         parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
         maps = (self.map_dropout(self.backbone(part)) for part in parts)
         features = torch.cat([pool_maps(part, self.map_pool) for part in maps])
-        features = self.norm(features).reshape(B, S, -1)  # (B, S, 2C), of the mean alone (B, S, C)
+        features = self.norm(features).unflatten(
+            0, (B, -1)
+        )  # (B, S, 2C), of the mean alone (B, S, C)
         states = self.sequence(features)
         if self.shortcut:  # (B, S, E): what a slice shows reaches the heads directly too
             states = torch.cat([states, features], 2)

@@ -26,7 +26,7 @@ from ..run.config import (
     resolved,
 )
 from ..system.errors import InputError
-from ..volumes.sampling import slice_positions, take_slices
+from ..volumes.sampling import even_slices
 from .model import CnnLstm, probabilities
 
 
@@ -52,8 +52,9 @@ def describe(config: Config) -> dict[str, str]:
 def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
     """The classifier of a config, its backbone from `scratch` or `imagenet`."""
     model, options = config.model, config.train
-    backbone = create_backbone(model.backbone, init, model.weights, options.image_size)
-    channels = feature_shape(backbone, options.image_size)[0]
+    size, planes = options.image_size, options.channels
+    backbone = create_backbone(model.backbone, init, model.weights, size, planes)
+    channels = feature_shape(backbone, size, planes)[0]
     return CnnLstm(backbone, channels, options)
 
 
@@ -96,8 +97,9 @@ def logits_of(
     each: Callable[..., Iterable[Any]] = map,
 ) -> list[dict[str, Tensor]]:
     """For each model the logits per target (B, 1 or 3) float64 on the CPU for slices (B, S, H, W)
-    uint8, averaged over the identity and each flip of `flips`, a name of axes such as `zy`. `each`
-    maps over the models; the device is waited for once, with the answers of all.
+    uint8, or (B, phases, S, H, W), averaged over phases and, in each, over the identity and each
+    flip of `flips`, a name of axes such as `zy`. `each` maps over the models; the device is waited
+    for once, with the answers of all.
 
     What overflows in mixed precision, as a model trained in bfloat16 may on a GPU that has float16
     only, is computed again in float32.
@@ -114,7 +116,9 @@ def _mean_of_views(
     model: CnnLstm, slices: Tensor, amp: bool, flips: Sequence[str]
 ) -> dict[str, Tensor]:
     axes = {"x": 3, "y": 2, "z": 1}
-    views = [slices, *(slices.flip([axes[axis] for axis in flip]) for flip in flips)]
+    phases = slices.unbind(1) if slices.ndim == 5 else [slices]
+    turns: list[list[int]] = [[], *([axes[axis] for axis in flip] for flip in flips)]
+    views = (one.flip(turn) if turn else one for one in phases for turn in turns)
     with autocast(slices.device, amp):
         return mean_logits([model(standardise(view))[0] for view in views])
 
@@ -133,21 +137,26 @@ def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[s
     return probabilities(logits_of([model], slices, amp, flips)[0])
 
 
-def as_batch(volume: np.ndarray, options: TrainConfig, device: torch.device) -> Tensor:
-    """The slices (1, S, H, W) uint8 that a classifier trained with `options` looks at in a volume
-    (D, H, W) uint8.
+def as_batch(
+    volume: np.ndarray, options: TrainConfig, device: torch.device, phases: int = 1
+) -> Tensor:
+    """`even_slices` that a classifier trained with `options` looks at in a volume (D, H, W) uint8,
+    as a batch of one.
     """
-    slices = take_slices(volume, slice_positions(len(volume), options.slices), options)
-    batch = torch.from_numpy(slices)[None]
+    batch = torch.from_numpy(even_slices(volume, options, phases))[None]
     # from pinned memory the copy waits for nothing
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
 
 def predict_volume(
-    model: CnnLstm, volume: np.ndarray, options: TrainConfig, flips: Sequence[str] = ()
+    model: CnnLstm,
+    volume: np.ndarray,
+    options: TrainConfig,
+    flips: Sequence[str] = (),
+    phases: int = 1,
 ) -> dict[str, float]:
     """Uncalibrated probabilities of one volume (D, H, W) uint8, as stage 02 stores it, by the 13
     columns of a submission.
     """
-    batch = as_batch(volume, options, next(model.parameters()).device)
+    batch = as_batch(volume, options, next(model.parameters()).device, phases)
     return dict(zip(COLUMNS, predict(model, batch, options.amp, flips)[0].tolist(), strict=True))

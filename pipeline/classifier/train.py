@@ -1,13 +1,12 @@
 """Stage 05's loop: one CNN-LSTM a fold, resumable, with out-of-fold predictions at series level."""
 
 import contextlib
-import itertools
 import json
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -33,17 +32,20 @@ from ..learning.optimise import (
     warmup_cosine,
 )
 from ..run import layout
-from ..run.config import Config, decisive
+from ..run.config import Config, PredictConfig, decisive
 from ..run.stage import Stage
 from ..system.console import log, progress
 from ..system.files import atomic_path
 from ..system.machine import pick_device, seed_everything, world_size
-from ..system.processes import parent_stage
-from .data import HELD_OUT, FoldSeries, SeriesDataset, series_batches
+from .batches import FoldBatches
+from .data import positive_share
 from .fold import FoldData, gather_fold
 from .loss import InjuryLoss
+from .mix import mix_volumes, mixed_terms
 from .model import CnnLstm, parameter_groups
 from .predict import build_model, describe, predict
+
+PLAIN = PredictConfig()  # one view
 
 
 class FoldTrainer:
@@ -72,12 +74,18 @@ class FoldTrainer:
         )
         if pretrained is not None:
             log(f"fold {data.fold}: {load_backbone(self.model.backbone, pretrained)}")
-        labels = np.stack([series.labels for series in data.train])
+        self.batches = FoldBatches(config, data, device, self._leave_if_asked)
+        self.dataset = self.batches.training
+        # as often as they are drawn
+        labels = np.stack([series.labels for series in data.train]) * np.float32(
+            self.batches.weights[:, None]
+        )
         self.model.start_at_prior(labels)
         placed(self.model, device)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.average = Average(self.averaged, self.model) if self.averaged else None
-        self.loss = InjuryLoss(self.options, labels).to(device)
+        positives = positive_share(data.train, self.options.slices)
+        self.loss = InjuryLoss(self.options, labels, positives).to(device)
         groups = parameter_groups(self.model, self.options)
         self.update = Update(
             self.model.parameters(),
@@ -87,14 +95,6 @@ class FoldTrainer:
         )
         if self.options.compile:  # what follows is small, and a graph ends at recurrent cells
             self.model.backbone.compile()
-        self.dataset = SeriesDataset(
-            data.train, self.options, config.seed + data.fold, augment=True
-        )
-        self.held_out = SeriesDataset(data.held_out, self.options)
-        self._stream: Generator[dict[str, Tensor], None, None] | None = None
-        # held-out batches that stand in the stream after the training batches of this epoch
-        self._held_out_due = 0
-        self._closing = contextlib.ExitStack()
         self.history: list[dict[str, Any]] = []
         self.best: float = float("inf")
         self.epoch = 0
@@ -134,11 +134,12 @@ class FoldTrainer:
         with (
             self.stop,
             loading(),
-            contextlib.ExitStack() as self._closing,
+            contextlib.closing(self.batches),
             open_log(self.folder, self.history, "epoch") as write,
         ):
             while self.epoch < self.options.epochs and not self._out_of_patience():
-                row = self.train_epoch() | (self.validate() if self._validates(self.epoch) else {})
+                row = self.train_epoch()
+                row |= self.validate() if self.batches.validates(self.epoch) else {}
                 self.epoch += 1
                 self.history.append(row)
                 self.save()
@@ -149,7 +150,6 @@ class FoldTrainer:
                     f" {row['loss']:.4f},{score}"
                     f" {row['slices_per_s']:.0f} slices/s, waiting {100 * row['waiting']:.1f} %"
                 )
-        self._stream = None
         if self.options.patience:
             self._load_best()
             log(
@@ -173,7 +173,8 @@ class FoldTrainer:
                 "terms": {},
             }
         tally = self.tally
-        batches, steps = self.batches(), range(tally["steps"], self.steps_per_epoch)
+        batches = self.batches.of_epoch(self.epoch, tally["steps"])
+        steps = range(tally["steps"], self.steps_per_epoch)
         for step in progress(
             steps, len(steps), f"fold {self.data.fold} epoch {self.epoch + 1}", "step"
         ):
@@ -186,9 +187,7 @@ class FoldTrainer:
             self.unread = figures
             if not reads_late(self.device):
                 self._read()
-            tally["slices"] += sum(
-                batch["slices"].shape[0] * batch["slices"].shape[1] for batch in micro
-            )
+            tally["slices"] += sum(len(batch["labels"]) for batch in micro) * self.options.slices
             tally["seconds"] += time.perf_counter() - asked
             tally["steps"] += 1
             self._leave_if_asked()
@@ -226,85 +225,6 @@ class FoldTrainer:
             )
             self.stop.leave()
 
-    def batches(self) -> Iterator[list[dict[str, Tensor]]]:
-        """Lists of up to `accumulate` micro-batches of the next epoch."""
-        done = self.tally["steps"] * self.options.accumulate
-        stream = self._opened()
-        for _ in range(self._held_out_due):  # of an epoch whose score nobody asked for
-            next(stream)
-        self._held_out_due = len(self._held_out_plan(self.epoch))
-        left = -(-len(self.dataset) // self.options.batch) - done
-        while left > 0:
-            yield list(itertools.islice(stream, min(self.options.accumulate, left)))
-            left -= self.options.accumulate
-
-    def _opened(self) -> Generator[dict[str, Tensor], None, None]:
-        """The one stream of a sitting, from where the epoch under way has come to: each epoch's
-        training batches and then, where it has a score, held-out ones. Its workers start once and
-        work ahead.
-        """
-        if self._stream is None:
-            plan = [
-                batch
-                for epoch in range(self.epoch, self.options.epochs)
-                for batch in (*self._plan(epoch), *self._held_out_plan(epoch))
-            ]
-            steps = self.tally["steps"] if self.tally.get("epoch") == self.epoch else 0
-            done = min(steps * self.options.accumulate, len(self._plan(self.epoch)))
-            both = FoldSeries(self.dataset, self.held_out)
-            self._stream = series_batches(
-                both, plan[done:], self.device, self._leave_if_asked, self._sharing()
-            )
-            self._closing.callback(self._stream.close)  # ends its processes
-        return self._stream
-
-    def _validates(self, epoch: int) -> bool:
-        """Whether a score of the held-out patients follows an epoch (from 0)."""
-        return (epoch + 1) % self.options.eval_every == 0 or epoch + 1 == self.options.epochs
-
-    def _held_out_plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Keys of the batches whose score follows an epoch, none where none does: twice as large,
-        for they need no gradients.
-        """
-        if not self._validates(epoch):
-            return []
-        keys, size = [(HELD_OUT, k) for k in range(len(self.held_out))], 2 * self.options.batch
-        return [keys[i : i + size] for i in range(0, len(keys), size)]
-
-    def _held_out_batches(self) -> Iterator[dict[str, Tensor]]:
-        """All held-out series, out of the stream where it has come to them."""
-        of_this_epoch = self.tally.get("epoch") == self.epoch
-        through = of_this_epoch and self.tally["steps"] == self.steps_per_epoch
-        plan = self._held_out_plan(self.epoch)
-        if plan and through and (self._stream is None or self._held_out_due):
-            self._held_out_due = 0
-            return itertools.islice(self._opened(), len(plan))
-        return self._held_out_alone()
-
-    def _held_out_alone(self) -> Generator[dict[str, Tensor], None, None]:
-        """All held-out series, loaded by themselves."""
-        both = FoldSeries(self.dataset, self.held_out)
-        plan = self._held_out_plan(self.options.epochs - 1)
-        return series_batches(both, plan, self.device, self._leave_if_asked, self._sharing())
-
-    def _sharing(self) -> int:
-        """Processes that may train on this machine at once and share what there is of it."""
-        return self.config.folds.count if parent_stage() else world_size()
-
-    def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Keys of an epoch's micro-batches, in an order that is a pure function of (seed, fold,
-        epoch).
-        """
-        order = (
-            np.random.default_rng((self.config.seed, self.data.fold, epoch))
-            .permutation(len(self.dataset))
-            .tolist()
-        )
-        size = self.options.batch
-        return [
-            [(epoch, index) for index in order[i : i + size]] for i in range(0, len(order), size)
-        ]
-
     def learning_rate(self, step: int) -> float:
         """Warm-up and cosine to `lr_final`, a pure function of the step."""
         options = self.options
@@ -321,16 +241,18 @@ class FoldTrainer:
         full = sum(len(batch["labels"]) for batch in micro)
         ids = [self.data.train[i].series_id for batch in micro for i in batch["item"].tolist()]
         sums: dict[str, Tensor] = {}
-        for batch in micro:
+        for number, batch in enumerate(micro):
             batch = {
                 name: value.to(self.device, non_blocking=True)
                 for name, value in batch.items()
                 if name != "item"
             }
+            draw = np.random.default_rng((self.config.seed, self.data.fold, step, number))
+            volumes, share = mix_volumes(standardise(batch["slices"]), self.options, draw)
             with autocast(self.device, self.options.amp):
-                outputs = self.model(standardise(batch["slices"]))
-            terms = self.loss(outputs, batch["labels"], batch["planes"], batch["known"], full)
-            self.update.backward(sum(terms.values()))
+                outputs = self.model(volumes)
+            terms = mixed_terms(self.loss, outputs, batch, share, full)
+            self.update.backward(cast(Tensor, sum(terms.values())))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         figures = self.update.apply(step, list(sums), torch.stack(list(sums.values())), ids)
@@ -340,14 +262,17 @@ class FoldTrainer:
 
     def validate(self) -> dict[str, float]:
         """Official score of the held-out patients after this epoch."""
-        oof = self.predict_held_out((), self._held_out_batches())
+        through = self.tally.get("epoch") == self.epoch and (
+            self.tally["steps"] == self.steps_per_epoch
+        )
+        oof = self.predict_held_out(PLAIN, self.batches.held_out(self.epoch, through))
         table = metric.aggregate(oof, self.config.score.aggregate)
         truth = {series.patient_id: series.labels for series in self.data.held_out}
         labels = np.stack([truth[patient] for patient in table["patient_id"]])
         return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
 
     def predict_held_out(
-        self, flips: Sequence[str] = (), batches: Iterator[dict[str, Tensor]] | None = None
+        self, views: PredictConfig = PLAIN, batches: Iterator[dict[str, Tensor]] | None = None
     ) -> pl.DataFrame:
         """OOF rows: `patient_id, series_id, fold` and the 13 columns; `batches` (none: loaded anew)
         are those of all held-out series.
@@ -355,9 +280,9 @@ class FoldTrainer:
         series = self.data.held_out
         model = self.final_model.eval()
         values = []
-        for batch in batches or self._held_out_alone():
+        for batch in batches or self.batches.held_out_alone(views.phases):
             slices = batch["slices"].to(self.device, non_blocking=True)
-            values.append(predict(model, slices, self.options.amp, flips))
+            values.append(predict(model, slices, self.options.amp, views.flips))
             self._leave_if_asked()
         table = torch.cat(values).numpy()
         if wrong := [
@@ -470,7 +395,7 @@ def train_fold(
     save_weights(folder / layout.MODEL, trainer.final_model, describe(config))
     with atomic_path(folder / layout.OOF) as temporary, loading():
         # the views of the test set: calibration is fitted to what the test set gets
-        trainer.predict_held_out(config.predict.flips).write_parquet(temporary)
+        trainer.predict_held_out(config.predict).write_parquet(temporary)
     kept = trainer.kept
     return {
         "fold": data.fold,

@@ -9,7 +9,10 @@ VIEWS = "flips"  # name of the input in the manifest
 
 
 def views(config: "Config") -> dict[str, Any]:
-    """The test set's flips as an input of the out-of-fold predictions, to which the calibration is
-    fitted. With others a finished training is kept and its series are predicted anew.
+    """The test set's flips and phases as an input of the out-of-fold predictions, to which the
+    calibration is fitted. With others a finished training is kept and its series are predicted
+    anew.
     """
-    return {VIEWS: list(config.predict.flips)} if config.predict.flips else {}
+    options = config.predict
+    found = [*options.flips, *([f"phases={options.phases}"] if options.phases > 1 else [])]
+    return {VIEWS: found} if found else {}

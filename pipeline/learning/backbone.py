@@ -1,5 +1,5 @@
-"""The 2D backbone that pretraining and classifier share: any timm model, one grey channel in,
-spatial map out.
+"""The 2D backbone that pretraining and classifier share: any timm model, one grey channel in
+(or neighbouring planes as channels), spatial map out.
 """
 
 import difflib
@@ -49,13 +49,17 @@ def standardise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def create_backbone(
-    name: str, init: str = "scratch", weights: str | None = None, size: int = 64
+    name: str,
+    init: str = "scratch",
+    weights: str | None = None,
+    size: int = 64,
+    channels: int = 1,
 ) -> nn.Module:
-    """A timm model (N, 1, h, w) -> (N, C, h', w') for images of `size` x `size`, without head and
-    pooling; its state dict is timm's own.
+    """A timm model (N, channels, h, w) -> (N, C, h', w') for images of `size` x `size`, without
+    head and pooling; its state dict is timm's own.
 
     `init="imagenet"` takes the weights from the file `weights`, or from timm's hub; RGB stems are
-    summed to one channel (timm's rule).
+    kept for three channels, summed for one, repeated and scaled for more (timm's rule).
 
     Raises:
         InputError: unknown model name, or ImageNet weights that are out of reach or do not match;
@@ -70,7 +74,7 @@ def create_backbone(
             f"model.backbone={name}",
             f"did you mean {near}? see timm.list_models()",
         )
-    backbone = _build(name, size, init == "imagenet" and weights is None)
+    backbone = _build(name, size, channels, init == "imagenet" and weights is None)
     if init == "imagenet" and weights is not None:
         match(backbone, adapted(backbone, _imagenet_state(backbone, weights)), weights)
     backbone.register_forward_hook(_to_map)
@@ -119,7 +123,7 @@ def _headless(name: str, **options: Any) -> nn.Module:
     """
     import timm
 
-    options |= {"in_chans": 1, "num_classes": 0}
+    options |= {"num_classes": 0}
     try:
         return timm.create_model(name, global_pool="", **options)
     except AssertionError:  # CoaT
@@ -129,36 +133,36 @@ def _headless(name: str, **options: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def _takes(backbone: nn.Module, size: int) -> bool:
+def _takes(backbone: nn.Module, size: int, channels: int = 1) -> bool:
     """Whether the model gives a map of all pixels of a `size` x `size` image."""
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
     if size % (patch[0] if isinstance(patch, tuple) else patch):  # the rest would not be looked at
         return False
     try:
-        _to_map(backbone, (), backbone.eval()(torch.zeros(1, 1, size, size)))
+        _to_map(backbone, (), backbone.eval()(torch.zeros(1, channels, size, size)))
     except MISFITS:
         return False
     return True
 
 
-def _made(name: str, **extra: Any) -> nn.Module | None:
+def _made(name: str, in_chans: int = 1, **extra: Any) -> nn.Module | None:
     try:
-        return _headless(name, **extra)
+        return _headless(name, in_chans=in_chans, **extra)
     except MISFITS:
         return None
 
 
-def _build(name: str, size: int, pretrained: bool) -> nn.Module:
+def _build(name: str, size: int, channels: int, pretrained: bool) -> nn.Module:
     for extra in (*EXTRAS, {"img_size": size}):
-        backbone = _made(name, **extra)
-        if backbone is not None and _takes(backbone, size):
+        backbone = _made(name, channels, **extra)
+        if backbone is not None and _takes(backbone, size, channels):
             break
     else:
         raise WrongSize(name, size, _fitting_sizes(name, size))
     if not pretrained:
         return backbone.train()
     try:
-        return _headless(name, pretrained=True, **extra).train()
+        return _headless(name, pretrained=True, in_chans=channels, **extra).train()
     except Exception as fault:  # the hub client raises many kinds; the cause stays chained
         raise _out_of_reach(name, fault) from fault
 
@@ -180,14 +184,25 @@ def _fitting_sizes(name: str, size: int) -> list[int]:
     return [one for one in sizes if any(_takes(model, one) for model in models(one))]
 
 
+def _stems(backbone: nn.Module) -> list[str]:
+    """Names of the weights that the image meets first."""
+    known = cast(dict[str, Any], backbone.pretrained_cfg).get("first_conv") or ()
+    return [f"{stem}.weight" for stem in ((known,) if isinstance(known, str) else known)]
+
+
 def adapted(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state` as the backbone keeps it (timm's rules): the relative positions of attention windows,
     which MaxViT and CoAtNet have for one image size, interpolated to its own, and a linear layer as
-    a 1 x 1 convolution.
+    a 1 x 1 convolution. A stem of one channel is divided equally among several: equal channels give
+    what the one gave.
     """
     from timm.layers import resize_rel_pos_bias_table
 
     own, found = backbone.state_dict(), dict(state)
+    for stem in _stems(backbone):
+        if stem in own and stem in state and state[stem].ndim == 4 and state[stem].shape[1] == 1:
+            channels = own[stem].shape[1]
+            found[stem] = state[stem].repeat(1, channels, 1, 1) / channels
     for name, tensor in state.items():
         shape = own[name].shape if name in own else tensor.shape
         if name.endswith(TABLE) and shape != tensor.shape:
@@ -199,18 +214,16 @@ def adapted(backbone: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str,
 
 
 def _imagenet_state(backbone: nn.Module, path: str) -> dict[str, torch.Tensor]:
-    """A timm ImageNet file as the headless one-channel state dict of `backbone`."""
+    """A timm ImageNet file as the headless state dict of `backbone`, with its channels."""
     from timm.models import adapt_input_conv
 
-    state, _ = read_weights(path)
-    known = cast(dict[str, Any], backbone.pretrained_cfg)
-    heads, stems = known.get("classifier") or (), known.get("first_conv") or ()
+    own, (state, _) = backbone.state_dict(), read_weights(path)
+    heads = cast(dict[str, Any], backbone.pretrained_cfg).get("classifier") or ()
     for head in (heads,) if isinstance(heads, str) else heads:
         state.pop(f"{head}.weight", None), state.pop(f"{head}.bias", None)
-    for stem in (stems,) if isinstance(stems, str) else stems:
-        weight = state.get(f"{stem}.weight")
-        if weight is not None and weight.shape[1] == 3:
-            state[f"{stem}.weight"] = adapt_input_conv(1, weight)
+    for stem in _stems(backbone):
+        if stem in own and stem in state and state[stem].shape[1] == 3:
+            state[stem] = adapt_input_conv(own[stem].shape[1], state[stem])
     return state
 
 
@@ -237,16 +250,16 @@ def _to_map(backbone: nn.Module, inputs: tuple, features: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def feature_shape(backbone: nn.Module, size: int) -> tuple[int, int, int]:
-    """(C, h', w') for images of `size` x `size`, by a dry forward pass; the model's state is left
-    as it was.
+def feature_shape(backbone: nn.Module, size: int, channels: int = 1) -> tuple[int, int, int]:
+    """(C, h', w') for images of `channels` x `size` x `size`, by a dry forward pass; the model's
+    state is left as it was.
 
     Raises:
         InputError: images of this size are too small for the model, or no multiple of its patches.
     """
     training, device = backbone.training, next(backbone.parameters()).device
     try:
-        shape = backbone.eval()(torch.zeros(1, 1, size, size, device=device)).shape
+        shape = backbone.eval()(torch.zeros(1, channels, size, size, device=device)).shape
     except (RuntimeError, AssertionError) as fault:
         what = (
             f"this backbone takes no images of {size} x {size} pixels"
@@ -275,13 +288,16 @@ def settle(backbone: nn.Module, batches: Iterable[torch.Tensor], device: torch.d
 
 
 def load_backbone(backbone: nn.Module, path: Path | str) -> str:
-    """Strict transfer from a file of `save_backbone`: returns how many tensors matched, and how
-    many were interpolated to the image size; InputError naming those that did not match.
+    """Strict transfer from a file of `save_backbone`: returns how many tensors matched, how many
+    were interpolated to the image size, and whether the stem was divided among channels; InputError
+    naming those that did not match.
     """
     state, _ = read_weights(path)
     fitting = adapted(backbone, state)
-    resized = sum(fitting[name] is not state[name] for name in state)
+    resized = sum(name.endswith(TABLE) and fitting[name] is not state[name] for name in state)
     note = f", {resized} of them interpolated to the image size" if resized else ""
+    if divided := [name for name in state if fitting[name].shape[1:2] > state[name].shape[1:2]]:
+        note += f", {divided[0]} divided among {fitting[divided[0]].shape[1]} channels"
     return match(backbone, fitting, str(path)) + note
 
 

@@ -339,6 +339,27 @@ class AugmentConfig(Section):
         description="probability of several small dropped boxes",
         json_schema_extra=ADDED,
     )
+    blur: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of a Gaussian blur",
+        json_schema_extra=ADDED,
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of Gaussian noise",
+        json_schema_extra=ADDED,
+    )
+    elastic: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of a smooth elastic deformation",
+        json_schema_extra=ADDED,
+    )
     z_jitter: bool = True
 
 
@@ -368,6 +389,12 @@ class TrainConfig(Section):
             "side in stored pixels of a square taken out before resizing, at a random place while"
             " training and in the middle otherwise (none: the whole plane)"
         ),
+        json_schema_extra=ADDED,
+    )
+    channels: int = Field(
+        1,
+        ge=1,
+        description="stored planes of a slice's picture, odd: its own and its neighbours in z",
         json_schema_extra=ADDED,
     )
     map_pool: Literal["both", "mean"] = Field(
@@ -411,6 +438,44 @@ class TrainConfig(Section):
     slice_loss: float = Field(
         0.0, ge=0, description="weight of the slice-level loss (needs image_level_labels.csv)"
     )
+    slice_weight: float = Field(
+        1.0,
+        ge=1,
+        description="most that a positive slice weighs: as often as negatives are more, 1: off",
+        json_schema_extra=ADDED,
+    )
+    positive_slices: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "probability that a training sample of a series with positive slices is moved to show"
+            " one (needs image_level_labels.csv)"
+        ),
+        json_schema_extra=ADDED,
+    )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description="alpha of Beta(alpha, alpha), the shares of two volumes that are added, 0: off",
+        json_schema_extra=ADDED,
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        description="the same for volumes that have a box of another one, 0: off",
+        json_schema_extra=ADDED,
+    )
+    rarity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "series are drawn with replacement, by the share of patients with their rarest class to"
+            " the power of minus this, 0: each once an epoch"
+        ),
+        json_schema_extra=ADDED,
+    )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, 0: off")
     eval_every: int = Field(
         1,
@@ -433,6 +498,16 @@ class TrainConfig(Section):
             raise ValueError(f"targets must be distinct names out of {', '.join(TARGET_NAMES)}")
         if self.lr_final > self.lr:
             raise ValueError(f"lr_final={self.lr_final} is more than lr={self.lr}")
+        if self.channels % 2 == 0:
+            raise ValueError(
+                f"channels={self.channels} is even: a slice has as many neighbours above as below"
+            )
+        if self.slice_weight > 1 and not self.slice_loss:
+            raise ValueError(
+                f"slice_weight={self.slice_weight} weights a loss that is off: set slice_loss"
+            )
+        if (self.mixup or self.cutmix) and self.batch == 1:
+            raise ValueError("mixup and cutmix mix the volumes of a batch: batch=1 has one")
         return self
 
 
@@ -451,6 +526,12 @@ class PredictConfig(Section):
     time_budget_h: float | None = Field(None, gt=0)
     flips: tuple[Annotated[str, Field(pattern="^(x?y?z?|z?y?x?)$", min_length=1)], ...] = Field(
         (), description="views beside the plain one, each flipped in its axes, such as [y, zy]"
+    )
+    phases: int = Field(
+        1,
+        ge=1,
+        description="views with the slices between: 2 of train.slices=48 are all of 96 planes",
+        json_schema_extra=ADDED,
     )
     flush_every: int = Field(16, ge=1, description="patients between two writes of submission.csv")
 
@@ -556,6 +637,11 @@ class Config(Section):
         if self.train.slices > self.volume.depth:
             raise ValueError(
                 f"train.slices={self.train.slices} is more than volume.depth={self.volume.depth}"
+            )
+        if self.predict.phases > (most := -(-self.volume.depth // self.train.slices)):
+            raise ValueError(
+                f"predict.phases={self.predict.phases} is more than {most}, with which"
+                f" train.slices={self.train.slices} are all of volume.depth={self.volume.depth}"
             )
         return self
 

@@ -24,9 +24,15 @@ def voco_batch_bytes(options: VocoConfig, processes: int = 1) -> int:
     return volumes * crops * (options.slices * side**2 + 4)
 
 
-def train_batch_bytes(options: TrainConfig) -> int:
-    """The largest batch of a fold: held-out series come two batches at a time."""
-    return 2 * options.batch * options.slices * (options.image_size**2 + 8)
+def train_batch_bytes(options: TrainConfig, phases: int = 1) -> int:
+    """The largest batch of a fold: held-out series come two batches at a time, or one in all its
+    phases.
+    """
+    return (
+        max(2 * options.batch, phases)
+        * options.slices
+        * (options.channels * options.image_size**2 + 8)
+    )
 
 
 def loaders(asked: int | None, batch_bytes: int, key: str, gpu: bool, sharing: int = 1) -> int:

@@ -46,9 +46,11 @@ class Ensemble:
     # of each series, the standard deviation over models of the log-odds of an injury (targets,)
     spreads: list[np.ndarray] = field(default_factory=list)
 
-    def series(self, volume: np.ndarray, flips: Sequence[str]) -> np.ndarray:
-        """Probabilities (13,) of one volume, of the mean logits over the fold models and flips."""
-        batch = as_batch(volume, self.options, self.device)
+    def series(self, volume: np.ndarray, flips: Sequence[str], phases: int = 1) -> np.ndarray:
+        """Probabilities (13,) of one volume, of the mean logits over the fold models, phases and
+        flips.
+        """
+        batch = as_batch(volume, self.options, self.device, phases)
         answers = logits_of(self.models, batch, self.options.amp, flips, self.threads.map)
         if len(answers) > 1:
             odds = torch.cat([injury_log_odds(answer) for answer in answers])
@@ -122,9 +124,9 @@ class Filling:
         tasks: Sequence[SeriesTask],
         writer: SubmissionWriter,
         ensemble: Ensemble,
-        flips: Sequence[str],
+        views: PredictConfig,
     ) -> None:
-        self.writer, self.ensemble, self.flips = writer, ensemble, flips
+        self.writer, self.ensemble, self.views = writer, ensemble, views
         self.missing = Counter(task.patient_id for task in tasks)
         self.found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         self.problems: list[tuple[str, str, str]] = []
@@ -167,7 +169,9 @@ class Filling:
         if item.volume is None:
             return None, item.problem
         try:
-            values, problem = self.ensemble.series(item.volume, self.flips), "not finite"
+            views = self.views
+            values = self.ensemble.series(item.volume, views.flips, views.phases)
+            problem = "not finite"
         except InputError:
             raise
         except Exception as fault:  # a full GPU too: the other series count, the report names it
@@ -213,7 +217,7 @@ def fill_submission(
     """
     options, ready = config.predict, time.monotonic()
     listed = [task for task in tasks if task.patient_id in writer.rows]
-    filling, over = Filling(listed, writer, ensemble, options.flips), "stopped early"
+    filling, over = Filling(listed, writer, ensemble, options), "stopped early"
     filling.note_tables(tasks, config.data.limit)
     try:
         _predict_until(

@@ -1,6 +1,6 @@
 """Stage 07: predictions of the test patients."""
 
-from ..classifier.views import VIEWS
+from ..classifier.views import VIEWS, views
 from ..run import layout
 from ..run.manifest import finished, read_manifest
 from ..run.stage import Stage, stage_function
@@ -56,11 +56,11 @@ def predict_test(stage: Stage) -> None:
     from .inference import fill_submission, load_ensemble
 
     fitted = finished(stage.upstream(layout.CLASSIFIERS))["inputs"].get(VIEWS, [])
-    if fitted != list(stage.config.predict.flips):
+    if fitted != (own := views(stage.config).get(VIEWS, [])):
         log(
-            f"warning: the calibration was fitted to predictions with predict.flips={fitted}, not"
-            f" {list(stage.config.predict.flips)}: run stages 05 and 06 with these (nothing is"
-            " trained anew)"
+            f"warning: the calibration was fitted to predictions of the views {fitted}, not {own}"
+            " (predict.flips, predict.phases): run stages 05 and 06 with these (nothing is trained"
+            " anew)"
         )
     ensemble = load_ensemble(stage, calibration)
     counts = fill_submission(

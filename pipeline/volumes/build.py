@@ -204,7 +204,10 @@ def build_volume(
         body = plane[y0:y1, x0:x1] * outline[y0:y1, x0:x1]
         array[k] = np.clip(np.rint(_stored(body, inner, config)), 0, 255)
     in_plane = ((y1 - y0) * spacing_mm[0] / inner[0], (x1 - x0) * spacing_mm[1] / inner[1])
-    return Volume(array, box, (plane_mm, *in_plane), tuple(int(i) for i in weights.argmax(0)))
+    # the slice at a plane's centre, the upper one of two: of several that lie whole in it `argmax`
+    # would take any, and a label at its other end would lie nearer to the next plane
+    sources = np.ceil(np.arange(len(weights)) @ weights - 0.5 - 1e-6)
+    return Volume(array, box, (plane_mm, *in_plane), tuple(sources.astype(int).tolist()))
 
 
 def _accumulate(

@@ -23,9 +23,11 @@ def bins(depth: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return edges[:-1], edges[1:] - 1
 
 
-def slice_positions(depth: int, count: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """`count` ascending plane numbers spread evenly over `depth`: the middle of each bin, or a
-    random plane in it.
+def slice_positions(
+    depth: int, count: int, rng: np.random.Generator | None = None, phase: float = 0.5
+) -> np.ndarray:
+    """`count` ascending plane numbers spread evenly over `depth`: at `phase` of each bin, the
+    middle if not told, or a random plane in it.
 
     Not `evenly` alone, whose planes may lie one bin off where bins differ in size: each plane
     carries the labels of its own bin.
@@ -33,7 +35,22 @@ def slice_positions(depth: int, count: int, rng: np.random.Generator | None = No
     first, last = bins(depth, count)
     if rng is not None:
         return rng.integers(first, last, endpoint=True)
-    return np.clip(evenly(depth, count), first, last)
+    return np.clip(evenly(depth, count, phase), first, last)
+
+
+def moved_to(positions: np.ndarray, plane: int, depth: int) -> np.ndarray:
+    """`positions` (S,) moved together, each within its own bin, so that `plane` is one of them."""
+    first, last = bins(depth, len(positions))
+    step = plane - positions[plane * len(positions) // depth]
+    return np.clip(positions + step, first, last)
+
+
+def with_neighbours(positions: np.ndarray, depth: int, channels: int) -> np.ndarray:
+    """(S,) plane numbers to (S * channels,): each between its neighbours in z, the adjacent stored
+    planes, whatever lies between two samples; beyond the ends of `depth` planes the last one again.
+    """
+    around = np.arange(channels) - channels // 2
+    return np.clip(positions[:, None] + around, 0, depth - 1).ravel()
 
 
 def take_slices(
@@ -54,6 +71,20 @@ def take_slices(
     else:
         planes = volume[positions, top : height - top, left : width - left]
     return resize_planes(planes, config.image_size)
+
+
+def even_slices(volume: np.ndarray, config: TrainConfig, phases: int = 1) -> np.ndarray:
+    """Slices (S * channels, size, size) uint8 that a classifier looks at in a volume (D, H, W) when
+    it predicts, the channels of a slice one after another; of several phases, which lie between
+    each other, (phases, S * channels, size, size).
+    """
+    depth, views = len(volume), []
+    for k in range(phases):
+        positions = slice_positions(depth, config.slices, phase=(k + 0.5) / phases)
+        views.append(
+            take_slices(volume, with_neighbours(positions, depth, config.channels), config)
+        )
+    return np.stack(views) if phases > 1 else views[0]
 
 
 def resample_planes(volume: np.ndarray, depth: int, chosen: np.ndarray) -> np.ndarray:

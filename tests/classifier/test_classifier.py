@@ -9,12 +9,20 @@ import pytest
 import torch
 
 from pipeline.classifier.augment import VolumeAugment
-from pipeline.classifier.data import Series, SeriesDataset, bin_labels, plane_labels
+from pipeline.classifier.data import (
+    Series,
+    SeriesDataset,
+    bin_labels,
+    plane_labels,
+    positive_share,
+)
 from pipeline.classifier.loss import InjuryLoss
+from pipeline.classifier.mix import cut_box, mix_volumes, mixed_terms
 from pipeline.classifier.model import CnnLstm, probabilities
 from pipeline.competition.targets import TARGETS, group_slices
 from pipeline.learning.backbone import create_backbone, feature_shape
-from pipeline.run.config import AugmentConfig, TrainConfig
+from pipeline.run.config import AugmentConfig, TrainConfig, VolumeConfig
+from pipeline.volumes.build import build_volume, plane_weights
 from pipeline.volumes.sampling import slice_positions, take_slices
 
 NO_LABELS = np.zeros((0, 2), np.float32)
@@ -243,6 +251,183 @@ def test_plane_labels_equal_a_slow_loop(slices):
         assert np.array_equal(found, slow_plane_labels(instances, labelled, 16))
 
 
+@pytest.mark.parametrize("slices", [3, 8, 16, 17, 40, 45, 48, 100])
+def test_the_planes_that_stand_for_a_labelled_slice_are_marked(slices):
+    """Thin and thick stacks as stage 02 resamples them to 16 planes: a plane stands for the slices
+    whose middles lie in it, in a stack of fewer slices for the slice that most of it is made of.
+    Where a slice lies as near to the next plane, that is marked too, and no other.
+    """
+    images = [np.full((32, 32), 100, np.uint8)] * slices
+    z_mm, config = -0.8 * np.arange(slices), VolumeConfig(depth=16, height=16, width=16)
+    volume = build_volume(images, slices * [(32, 32)], z_mm, (1.0, 1.0), config)
+    instances = [7 + source for source in volume.plane_sources]
+    weights = plane_weights(z_mm, 16)
+    for k in range(slices):
+        marked = set(np.flatnonzero(plane_labels(instances, [(7 + k, 1)], 16)[:, 1]).tolist())
+        middle = (k + 0.5) * 16 / slices  # in planes
+        if slices >= 16:
+            own, reach = {math.ceil(middle - 1e-9) - 1, math.floor(middle + 1e-9)}, 16 / slices
+            assert marked & own, "the plane that it lies in"
+            assert all(abs(plane + 0.5 - middle) <= 0.5 + reach + 1e-9 for plane in marked)
+        else:
+            clear = {p for p in range(16) if weights[k, p] > 0.5 + 1e-6}
+            touched = {p for p in range(16) if weights[k, p] >= 0.5 - 1e-6}
+            assert clear <= marked <= touched
+
+
+def test_rare_positive_slices_weigh_as_often_as_negatives_are_more():
+    rng = np.random.default_rng(5)
+    labels, config = one_hot(rng, 6), TINY.model_copy(update={"slice_weight": 5.0})
+    planes = (rng.random((6, 4, 2)) < 0.3).astype(np.float32)
+    known, logits = np.array([[1, 0]] * 2 + [[1, 1]] * 4, np.float32), rng.normal(size=(6, 4, 2))
+    shares = np.array([0.3, 0.01])
+    weight = [0.7 / 0.3, 5.0]  # the second, 99, is bounded
+    total = 0.0
+    for b, s, column in np.ndindex(6, 4, 2):
+        p = 1 / (1 + math.exp(-logits[b, s, column]))
+        y, w, share = planes[b, s, column], weight[column], shares[column]
+        entropy = -w * math.log(p) if y else -math.log(1 - p)
+        total += known[b, column] * entropy / (share * w + 1 - share)
+    outputs = ({t.name: torch.zeros(6, 1 if t.binary else 3) for t in TARGETS},) + (
+        torch.tensor(logits, dtype=torch.float32),
+    )
+    given = [torch.from_numpy(array) for array in (labels, planes, known)]
+    terms = InjuryLoss(config, labels, shares)(outputs, *given, 6)
+    assert float(terms["slices"]) == pytest.approx(0.5 * total / (4 * 6), rel=1e-5)
+    plain = InjuryLoss(TINY, labels)(outputs, *given, 6)["slices"]
+    off = config.model_copy(update={"slice_weight": 1.0})
+    assert torch.equal(InjuryLoss(off, labels, shares)(outputs, *given, 6)["slices"], plain)
+
+
+def series_of(folder, planes, known=(1, 1)):
+    """A series whose plane k is of grey 5 k."""
+    depth = len(planes)
+    path = folder / f"{depth}.npy"
+    np.save(
+        path, np.arange(depth, dtype=np.uint8)[:, None, None] * 5 * np.ones((1, 32, 32), np.uint8)
+    )
+    return Series(
+        "1", "1", path, one_hot(np.random.default_rng(0), 1)[0], planes, np.float32(known)
+    )
+
+
+def test_the_share_of_positive_slices_counts_known_series_alone(tmp_path):
+    planes = np.zeros((8, 2), np.float32)
+    planes[1, 0] = planes[2:6, 1] = 1  # of four slices: one, two
+    series = [series_of(tmp_path, planes), series_of(tmp_path, 0 * planes, (1, 0))]
+    assert positive_share(series, 4).tolist() == [1 / 8, 1 / 2]
+    assert positive_share(series[1:], 4).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("jitter", [False, True])
+def test_positive_slices_are_shown_as_often_as_asked_for(tmp_path, jitter):
+    """One positive plane of 32, between the four that are looked at: each share of the samples that
+    would miss it shows it, in a place of its own bin.
+    """
+    planes = np.zeros((32, 2), np.float32)
+    planes[14, 0] = 1
+    series, seen = series_of(tmp_path, planes), {}
+    quiet = AugmentConfig(probability=0, z_jitter=jitter)
+    for share in (0.0, 0.5, 1.0):
+        config = TINY.model_copy(update={"augment": quiet, "positive_slices": share})
+        dataset = SeriesDataset([series], config, augment=True)
+        samples = [dataset[epoch, 0] for epoch in range(200)]
+        greys = np.stack([one["slices"][:, 4, 4] for one in samples]) // 5
+        assert (greys // 8 == np.arange(4)).all(), "each within its bin"
+        assert all(one["planes"][:, 0].tolist() == [0, 1, 0, 0] for one in samples)
+        seen[share] = (greys == 14).any(1).mean()
+    by_chance = 1 / 8 if jitter else 0
+    assert seen[0.0] == pytest.approx(by_chance, abs=0.06)
+    assert seen[0.5] == pytest.approx((1 + by_chance) / 2, abs=0.1)
+    assert seen[1.0] == 1
+
+
+def test_mixed_volumes_and_their_loss_equal_float64_loops():
+    """Mixup and cutmix: pixels, and each truth with its own sample weight by its share."""
+    rng, B = np.random.default_rng(6), 5
+    labels, train = one_hot(rng, B), one_hot(rng, 40)
+    planes = rng.integers(0, 2, (B, 4, 2)).astype(np.float32)
+    known = rng.integers(0, 2, (B, 2)).astype(np.float32)
+    batch = {
+        name: torch.from_numpy(array)
+        for name, array in (("labels", labels), ("planes", planes), ("known", known))
+    }
+    volumes = torch.from_numpy(rng.normal(size=(B, 6, 12, 10)).astype(np.float32))
+    logits = {t.name: torch.randn(B, 1 if t.binary else 3) for t in TARGETS}
+    outputs, loss = (logits, torch.randn(B, 4, 2)), InjuryLoss(TINY, train)
+    one = {b: loss(*row(outputs, batch, b), B) for b in range(B)}
+    seen = set()
+    for seed in range(40):
+        config = TINY.model_copy(update={"mixup": 0.8, "cutmix": 1.0})
+        mixed, share = mix_volumes(volumes.clone(), config, np.random.default_rng(seed))
+        assert 0 <= share <= 1
+        terms = mixed_terms(loss, outputs, batch, share, B)
+        own, other = mixed == volumes, mixed == volumes.roll(-1, 0)
+        cut = bool((own | other).all())
+        seen.add(cut)
+        if cut:
+            assert float(own.double().mean()) == pytest.approx(share)
+            inside = other[0, 0]
+            assert all(torch.equal(plane, inside) for plane in other.flatten(0, 1)), "one box"
+            y, x = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+            assert inside.sum() == len(y) * len(x)
+        for b in range(B):
+            following = (b + 1) % B
+            if not cut:
+                expected = share * volumes[b].double() + (1 - share) * volumes[following].double()
+                assert torch.allclose(mixed[b].double(), expected, atol=1e-5)
+        for name, term in terms.items():
+            total = 0.0
+            for b in range(B):
+                crossed = {key: value.roll(-1, 0) for key, value in batch.items()}
+                total += share * float(one[b][name])
+                total += (1 - share) * float(loss(*row(outputs, crossed, b), B)[name])
+            assert float(term) == pytest.approx(total, rel=1e-4, abs=1e-6)
+    assert seen == {True, False}
+    still, share = mix_volumes(volumes, TINY, rng)
+    assert still is volumes
+    assert share == 1
+
+
+def row(outputs, batch, b):
+    """What the loss is given of volume b alone."""
+    logits = {name: value[b : b + 1] for name, value in outputs[0].items()}
+    truths = [batch[name][b : b + 1] for name in ("labels", "planes", "known")]
+    return (logits, outputs[1][b : b + 1]), *truths
+
+
+def test_a_soft_liver_has_the_loss_of_both_grades():
+    """By hand: healthy (weight 1) and high (weight 4) at shares 0.3 and 0.7."""
+    labels = np.zeros((2, 13), np.float32)
+    labels[:, [0, 2, 4, 10]] = 1
+    labels[0, 7] = labels[1, 9] = 1
+    config = TINY.model_copy(update={"targets": ("liver",), "slice_loss": 0.0})
+    loss, logits = InjuryLoss(config, labels), torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.2, 0.3]])
+    batch = {"labels": torch.from_numpy(labels), "planes": torch.zeros(2, 4, 2)}
+    terms = mixed_terms(
+        loss, ({"liver": logits}, None), batch | {"known": torch.ones(2, 2)}, 0.3, 2
+    )
+    minus = [[math.log(sum(map(math.exp, z))) - value for value in z] for z in logits.tolist()]
+    first = 0.3 * 1 * minus[0][0] + 0.7 * 4 * minus[0][2]
+    second = 0.3 * 4 * minus[1][2] + 0.7 * 1 * minus[1][0]
+    assert float(terms["liver"]) == pytest.approx((first + second) / (2 * 2.5), rel=1e-5)
+
+
+def test_a_cut_box_lies_anywhere_and_has_its_share():
+    rng, covered = np.random.default_rng(0), np.zeros((20, 30))
+    for _ in range(400):
+        rows, columns = cut_box(20, 30, 0.25, rng)
+        assert 0 <= rows.start < rows.stop <= 20
+        assert 0 <= columns.start < columns.stop <= 30
+        assert rows.stop - rows.start <= 10
+        assert columns.stop - columns.start <= 15
+        covered[rows, columns] += 1
+    assert (covered > 0).all()
+    assert cut_box(20, 30, 1.0, np.random.default_rng(1))[0].stop > 0
+    rows, columns = cut_box(20, 30, 0.0, rng)
+    assert (rows.stop - rows.start) * (columns.stop - columns.start) == 0
+
+
 def test_take_slices_crops_and_resizes():
     volume = np.zeros((6, 40, 40), np.uint8)
     volume[:, 4:36, 4:36] = 200
@@ -305,6 +490,38 @@ def test_flip_in_z_turns_the_slice_labels_with_the_slices(tmp_path):
     assert places == {0, 3}
 
 
+def test_neighbours_turn_with_their_slice(tmp_path):
+    """Plane k is of grey 20 k: a flip in z turns the order of slices and of their channels."""
+    np.save(
+        tmp_path / "volume.npy",
+        np.arange(8, dtype=np.uint8)[:, None, None] * 20 + np.zeros((8, 32, 32), np.uint8),
+    )
+    series = Series(
+        "1",
+        "1",
+        tmp_path / "volume.npy",
+        one_hot(np.random.default_rng(0), 1)[0],
+        np.eye(8, 2, dtype=np.float32),
+        np.ones(2, np.float32),
+    )
+    quiet = AugmentConfig(probability=0, flip_z=True, z_jitter=False)
+    config = TINY.model_copy(update={"channels": 3, "augment": quiet})
+    plain = [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 7]
+    dataset, seen = SeriesDataset([series], config, augment=True), set()
+    for epoch in range(20):
+        sample = dataset[epoch, 0]
+        greys = (sample["slices"][:, 9, 9] // 20).tolist()
+        flipped = greys != plain
+        assert greys == (plain[::-1] if flipped else plain)
+        assert sample["planes"].tolist() == (
+            [[0, 0], [0, 0], [0, 0], [1, 1]] if flipped else [[1, 1], [0, 0], [0, 0], [0, 0]]
+        )
+        seen.add(flipped)
+    assert seen == {True, False}
+    held_out = SeriesDataset([series], config)[0, 0]["slices"]
+    assert (held_out[:, 9, 9] // 20).tolist() == plain
+
+
 def test_laterality_is_kept_by_default():
     image = np.zeros((32, 32), np.uint8)
     image[8:24, 2:14] = 200  # the liver, at image left
@@ -344,6 +561,52 @@ def test_a_grey_curve_rises_and_keeps_both_ends():
     assert np.array_equal(still(grey_curve=0.0)(ramp, NO_LABELS, 1)[0], ramp)
 
 
+def textured(size=96):
+    """Two equal slices (2, size, size) of stripes."""
+    stripes = (
+        128 + 100 * np.sin(np.arange(size) / 3)[None, :] * np.sin(np.arange(size) / 5)[:, None]
+    )
+    return np.tile(np.rint(stripes).astype(np.uint8), (2, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["blur", "noise", "elastic"])
+def test_blur_noise_and_elastic_are_one_draw_for_all_slices_as_often_as_asked_for(kind):
+    stack, changed = textured(), 0
+    augment = VolumeAugment(AugmentConfig(probability=0.0, **{kind: 0.5}), 96)
+    for seed in range(60):
+        moved = augment(stack, NO_LABELS, seed)[0]
+        assert moved.shape == stack.shape
+        assert moved.dtype == np.uint8
+        assert np.array_equal(moved[0], moved[1]), "one draw"
+        assert np.array_equal(moved, augment(stack, NO_LABELS, seed)[0]), "by its seed"
+        changed += not np.array_equal(moved, stack)
+    assert 18 < changed < 42
+
+
+def test_blur_noise_and_elastic_are_as_strong_as_they_say():
+    stack = textured().astype(float)
+    always = {
+        kind: VolumeAugment(AugmentConfig(probability=0.0, **{kind: 1.0}), 96)
+        for kind in ("blur", "noise", "elastic")
+    }
+    flat = np.full((1, 96, 96), 128, np.uint8)
+    for seed in range(10):
+        blurred = always["blur"](stack.astype(np.uint8), NO_LABELS, seed)[0]
+        assert np.abs(np.diff(blurred.astype(float))).mean() < np.abs(np.diff(stack)).mean()
+        noise = always["noise"](flat, NO_LABELS, seed)[0] - 128.0
+        assert 0.009 * 255 < noise.std() < 0.042 * 255
+        assert abs(noise.mean()) < 1
+        assert np.array_equal(always["blur"](flat, NO_LABELS, seed)[0], flat)
+    ramp = np.tile(np.arange(96, dtype=np.uint8) * 2, (1, 96, 1))
+    shifts = [
+        always["elastic"](ramp, NO_LABELS, seed)[0][0, 20:76, 20:76] / 2.0 - np.arange(20, 76)
+        for seed in range(20)
+    ]
+    rms = np.sqrt(np.mean(np.square(shifts)))
+    assert rms == pytest.approx(0.015 * 96, rel=0.4)
+    assert max(np.abs(np.diff(shift, axis=0)).max() for shift in shifts) < 1.5, "smooth"
+
+
 def test_dropped_boxes_are_small_and_few():
     white = np.full((48, 192, 192), 255, np.uint8)
     for seed in range(5):
@@ -367,6 +630,23 @@ def test_the_mean_of_a_map_alone_and_no_shortcut():
     torch.nn.init.normal_(model.heads["liver"].weight)
     expected = model.heads["liver"](model.sequence(features).amax(1))
     assert torch.allclose(model(volumes)[0]["liver"], expected, atol=1e-5)
+
+
+def test_neighbours_are_the_channels_of_their_slice():
+    """Slice by slice through the backbone by hand; a volume that does not change along z is seen as
+    one channel saw it.
+    """
+    config = TINY.model_copy(update={"channels": 3})
+    backbone = create_backbone("mobilenetv3_small_050", channels=3)
+    model = CnnLstm(backbone, feature_shape(backbone, 32, 3)[0], config).eval()
+    volumes, seen = torch.randn(2, 12, 32, 32), []
+    model.norm.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    _, slices = model(volumes)
+    assert slices.shape == (2, 4, 2)
+    for row, (b, s) in enumerate((b, s) for b in range(2) for s in range(4)):
+        maps = backbone(volumes[b, 3 * s : 3 * s + 3][None])
+        by_hand = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)[0]
+        assert torch.allclose(seen[0][row], by_hand, atol=1e-4)
 
 
 def test_dropout_of_the_backbone_acts_on_its_map_while_training():

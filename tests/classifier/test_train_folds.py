@@ -337,6 +337,18 @@ def test_training_and_held_out_patients_are_apart_and_together_everyone(out):
 
 
 @pytest.mark.parametrize(
+    ("override", "there"),
+    [("train.positive_slices=0.5", True), ("train.positive_slices=0", False)],
+)
+def test_slice_labels_are_read_where_positive_slices_are_to_be_shown(out, override, there):
+    config = load_config("smoke", ["train.slice_loss=0", override])
+    stage = Stage(layout.CLASSIFIERS, config, Options(out=out))
+    with stage.reading:
+        found = gather_fold(stage.part("fold0"), 0)
+    assert any(one.planes.any() for one in found.train) == there
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("", "patient '[0-9]+' is in no fold, .*folds.csv, .* run stage 03 again"),
@@ -380,15 +392,20 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
         load_ensemble(stage, None)
 
 
-def test_other_flips_predict_the_held_out_series_anew_and_train_nothing(smoke, tmp_path):
+@pytest.mark.parametrize(
+    ("override", "views"), [("predict.flips=[zy]", ["zy"]), ("predict.phases=3", ["phases=3"])]
+)
+def test_other_views_predict_the_held_out_series_anew_and_train_nothing(
+    smoke, tmp_path, override, views
+):
     """The calibration is fitted to what the test set gets."""
     run = copy(smoke, tmp_path / "run", layout.SLICES, layout.SUBMISSION, layout.REPORT)
     folder = run / layout.CLASSIFIERS
     before = {name: (folder / f"fold0/{name}").read_bytes() for name in (MODEL, OOF)}
-    config = load_config("smoke", ["predict.flips=[zy]"])
+    config = load_config("smoke", [override])
     train_folds(config, out=run, jobs=1, device="cpu")
     assert (folder / f"fold0/{MODEL}").read_bytes() == before[MODEL]
-    assert read_manifest(folder)["inputs"]["flips"] == ["zy"]
+    assert read_manifest(folder)["inputs"]["flips"] == views
     epochs = [json.loads(line) for line in (folder / f"fold0/{LOG}").read_text().splitlines()]
     assert len(epochs) == config.train.epochs
     flipped, plain = pl.read_parquet(folder / f"fold0/{OOF}"), pl.read_parquet(before[OOF])

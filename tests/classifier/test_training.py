@@ -12,10 +12,11 @@ import polars as pl
 import pytest
 import torch
 
+from pipeline.classifier import batches
 from pipeline.classifier import train as training
 from pipeline.classifier.data import HELD_OUT, Series, labelled_series
 from pipeline.classifier.fold import FoldData
-from pipeline.classifier.predict import load_classifier
+from pipeline.classifier.predict import load_classifier, predict_volume
 from pipeline.classifier.train import FoldTrainer, train_fold
 from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.learning.optimise import NonFiniteLoss
@@ -24,11 +25,25 @@ from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError, TrainingStopped
 
 CPU = torch.device("cpu")
+# everything that the winners' recipe adds
+RECIPE = (
+    "train.channels=3",
+    "train.batch=2",
+    "train.accumulate=2",
+    "train.slice_loss=1",
+    "train.slice_weight=8",
+    "train.positive_slices=0.5",
+    "train.mixup=0.4",
+    "train.cutmix=1.0",
+    "train.rarity=0.5",
+    "train.augment={blur: 0.5, noise: 0.5, elastic: 0.5, flip_z: true}",
+    "predict.phases=3",
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six training and three held-out series of noise, every class there."""
+    """Six training and three held-out series of noise, every class there, some slices labelled."""
     folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
     series = []
     for k in range(9):
@@ -39,7 +54,12 @@ def data(tmp_path_factory):
         )
         series.append(
             Series(
-                str(k), f"s{k}", path, labels, np.zeros((12, 2), np.float32), np.ones(2, np.float32)
+                str(k),
+                f"s{k}",
+                path,
+                labels,
+                np.eye(12, 2, -3 * k, np.float32),
+                np.ones(2, np.float32),
             )
         )
     return FoldData(0, series[:6], series[6:])
@@ -61,6 +81,7 @@ def trainer(data, folder, *overrides):
     ("overrides", "other"),
     [
         ((), ()),
+        (RECIPE, ("train.workers=1",)),
         (("train.ema=0.5", "train.accumulate=2", "train.batch=2"), ("train.workers=1",)),
     ],
 )
@@ -133,9 +154,9 @@ def test_accumulated_steps_equal_those_of_the_big_batch(data, tmp_path):
 
 @pytest.mark.slow
 def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
-    made, original = [], training.series_batches
+    made, original = [], batches.series_batches
     monkeypatch.setattr(
-        training, "series_batches", lambda *given: made.append(given[1]) or original(*given)
+        batches, "series_batches", lambda *given: made.append(given[1]) or original(*given)
     )
     # other tests' pools may be up
     run, before = (
@@ -156,11 +177,63 @@ def test_one_set_of_workers_serves_all_epochs(data, tmp_path, monkeypatch):
 
 def test_epochs_draw_anew_and_in_their_own_order(data, tmp_path):
     run = trainer(data, tmp_path / "fold")
-    plans = [[key for batch in run._plan(epoch) for key in batch] for epoch in range(2)]
+    plans = [[key for batch in run.batches.plan(epoch) for key in batch] for epoch in range(2)]
     assert [sorted(index for _, index in plan) for plan in plans] == [list(range(6))] * 2
     assert [index for _, index in plans[0]] != [index for _, index in plans[1]]
     assert not np.array_equal(run.dataset[0, 0]["slices"], run.dataset[1, 0]["slices"])
     assert np.array_equal(run.dataset[1, 0]["slices"], run.dataset[1, 0]["slices"])
+
+
+def test_rare_classes_are_drawn_more_often(data, tmp_path):
+    """Weights by hand, frequencies of many epochs, repetitions that are augmented anew."""
+    liver = np.zeros(13, np.float32)
+    series = []
+    for patient, (grade, count) in enumerate(((0, 1), (0, 2), (0, 1), (2, 2))):
+        labels = liver.copy()
+        labels[[0, 2, 4, 7 + grade, 10]] = 1  # healthy but for the liver
+        series += [replace(data.train[0], patient_id=str(patient), labels=labels)] * count
+    options = config("train.rarity=0.5").train
+    weights = batches.rarity_weights(series, options)
+    by_hand = np.array([(3 / 4) ** -0.5] * 4 + [(1 / 4) ** -0.5] * 2)
+    assert weights == pytest.approx(by_hand / by_hand.mean())
+    assert (batches.rarity_weights(series, config().train) == 1).all()
+    others = options.model_copy(update={"targets": ("bowel",)})
+    assert (batches.rarity_weights(series, others) == 1).all(), "grades of what is not trained"
+    run = trainer(replace(data, train=series), tmp_path / "fold", "train.rarity=0.5")
+    keys = [key for epoch in range(2000) for batch in run.batches.plan(epoch) for key in batch]
+    drawn = np.bincount([key[1] for key in keys]) / 2000
+    assert len(keys) == 6 * 2000
+    assert drawn == pytest.approx(weights, abs=0.05)
+    assert run.batches.plan(3) == run.batches.plan(3)
+    assert len(set(keys)) == len(keys)
+    again = next(key for key in keys if len(key) == 3)
+    assert not np.array_equal(run.dataset[again]["slices"], run.dataset[again[:2]]["slices"])
+
+
+def test_drawn_often_counts_in_prior_and_scale(data, tmp_path):
+    """The heads start at the classes' shares as they are drawn."""
+    run = trainer(data, tmp_path / "fold", "train.rarity=1")
+    labels = np.stack([one.labels for one in data.train])
+    shares = (labels * run.batches.weights[:, None]).mean(0)
+    liver = slice(7, 10)
+    expected = np.log(shares[liver] * [1, 2, 4])
+    found = run.model.heads["liver"].bias.detach().numpy()
+    assert found == pytest.approx(expected - expected.mean(), abs=1e-4)
+    assert float(run.loss.scale_liver) == pytest.approx((shares[liver] * [1, 2, 4]).sum(), rel=1e-5)
+
+
+def test_phases_predict_the_held_out_series_as_the_test_series(data, tmp_path):
+    run = trainer(
+        data, tmp_path / "fold", "predict.phases=3", "predict.flips=[z]", "train.amp=false"
+    )
+    for head in run.model.heads.values():
+        torch.nn.init.normal_(head.weight)
+    rows = run.predict_held_out(run.config.predict).select(COLUMNS).to_numpy()
+    for row, one in zip(rows, data.held_out, strict=True):
+        alone = predict_volume(run.model, np.load(one.path), run.options, ("z",), 3)
+        assert row == pytest.approx(list(alone.values()), abs=1e-5)
+    plain = run.predict_held_out().select(COLUMNS).to_numpy()
+    assert not np.allclose(rows, plain, atol=1e-4)
 
 
 def test_checkpoint_of_another_config_is_not_taken_up(data, tmp_path):
@@ -339,7 +412,12 @@ def test_frozen_backbone_stays_as_it_was(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "at"),
-    [((), 2), (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4), ((), "held-out")],
+    [
+        ((), 2),
+        (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4),
+        (RECIPE, 1),
+        ((), "held-out"),
+    ],
 )
 def test_a_stop_within_an_epoch_loses_nothing(data, tmp_path, monkeypatch, overrides, at):
     """SIGTERM in a step or in the validation: the checkpoint holds the place in the epoch, and the

@@ -223,6 +223,47 @@ def test_training_starts_from_a_file_of_our_own(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", [TINY, "mobilenetv3_small_050", "test_vit"])
+def test_a_stem_divided_among_channels_gives_the_same_of_equal_planes(tmp_path, name):
+    """What one channel gave: planes that do not change along z are what was pretrained on."""
+    one, path = create_backbone(name, size=64).eval(), tmp_path / "backbone.safetensors"
+    save_backbone(one, path, {})
+    three = create_backbone(name, size=64, channels=3)
+    stem = three.pretrained_cfg["first_conv"] + ".weight"
+    count = len(one.state_dict())
+    report = load_backbone(three, path)
+    assert report.startswith(f"{count} of {count} tensors matched")
+    assert report.endswith(f", {stem} divided among 3 channels")
+    begun = create_backbone(name, "imagenet", str(path), 64, channels=3)
+    grey = torch.randn(2, 1, 64, 64)
+    for backbone in (three, begun):
+        assert feature_shape(backbone, 64, 3) == feature_shape(one, 64)
+        assert torch.allclose(
+            backbone.eval()(grey.repeat(1, 3, 1, 1)), one(grey), rtol=1e-4, atol=1e-5
+        )
+    moved = torch.cat([grey, grey.flip(2), grey], 1)
+    assert not torch.allclose(three(moved), one(grey), atol=1e-3), "each channel counts"
+    with pytest.raises(InputError, match="of another shape"):
+        load_backbone(create_backbone(name, size=64), _saved(three, tmp_path))
+
+
+def _saved(backbone, folder):
+    save_backbone(backbone, folder / "three.safetensors", {})
+    return folder / "three.safetensors"
+
+
+def test_three_channels_keep_the_weights_of_imagenets_rgb(tmp_path):
+    full = timm.create_model(TINY)
+    save_file(full.state_dict(), tmp_path / "full.safetensors")
+    backbone = create_backbone(TINY, "imagenet", str(tmp_path / "full.safetensors"), channels=3)
+    own = backbone.state_dict()
+    assert all(torch.equal(own[name], full.state_dict()[name]) for name in own)
+    five = create_backbone(TINY, "imagenet", str(tmp_path / "full.safetensors"), channels=5)
+    stem = full.pretrained_cfg["first_conv"] + ".weight"
+    repeated = full.state_dict()[stem][:, [0, 1, 2, 0, 1]] * 3 / 5
+    assert torch.allclose(five.state_dict()[stem], repeated)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not tensors at all"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_unreadable_weights_are_input_errors(tmp_path, content, suffix):

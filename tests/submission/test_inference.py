@@ -56,7 +56,7 @@ class Known(Ensemble):
     exception.
     """
 
-    def series(self, volume, flips):
+    def series(self, volume, flips, phases):
         if isinstance(volume, BaseException):
             raise volume
         return volume
@@ -762,7 +762,7 @@ def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, mon
     assert all(value > 0 for value in counts["fold_spread"].values())
     assert stage_07(smoke, tmp_path / "flipped", monkeypatch, "predict.flips=[zy]") == 0
     assert (
-        "warning: the calibration was fitted to predictions with predict.flips=[], not ['zy']"
+        "warning: the calibration was fitted to predictions of the views [], not ['zy']"
         in capfd.readouterr().err
     )
 
@@ -793,6 +793,22 @@ def test_a_series_waits_for_its_device_once(monkeypatch):
     for measure in (0.5, -1.0, 2.0):
         for view in (grey, grey[:, :, ::-1], grey[:, ::-1], grey[::-1, ::-1, ::-1]):
             logits += measure * view[0, 0, :7] / 12
+    where = group_slices()
+    assert found[where["bowel"]][1] == pytest.approx(1 / (1 + math.exp(-logits[0])), rel=1e-5)
+    for name, part in (("kidney", logits[1:4]), ("liver", logits[4:])):
+        grades = np.exp(part) / np.exp(part).sum()
+        assert found[where[name]] == pytest.approx(grades.tolist(), rel=1e-5)
+
+
+def test_phases_are_averaged_in_logits_as_flips_are():
+    """Two of two slices in four planes, each phase plain and turned in z."""
+    ensemble = ensemble_of(Pixels(0.5), Pixels(-1.0))
+    volume = np.random.default_rng(0).integers(0, 256, (4, 16, 16), np.uint8)
+    found = ensemble.series(volume, ("z",), 2)
+    grey, logits = (volume / 255 - GREY_MEAN) / GREY_STD, np.zeros(7)
+    for measure in (0.5, -1.0):
+        for first in (0, 2, 1, 3):  # plane that a view begins with: phases (0, 2) and (1, 3)
+            logits += measure * grey[first, 0, :7] / 8
     where = group_slices()
     assert found[where["bowel"]][1] == pytest.approx(1 / (1 + math.exp(-logits[0])), rel=1e-5)
     for name, part in (("kidney", logits[1:4]), ("liver", logits[4:])):

@@ -21,6 +21,7 @@ STOPS, DISK, STATE, HOSTILE, TABLES = (
     f"faults/test_{name}.py::test_"
     for name in ("stops", "disk", "state", "hostile", "wrong_tables")
 )
+VALUES = "run/test_command.py::test_values_that_contradict_each_other_are_refused"
 LOOP = "voco/test_pretrain.py::test_"
 DIALECTS = "slices/test_dialects.py::test_"
 HEADER, READER = (f"pipeline/slices/{name}.py" for name in ("dicom_header", "dicom"))
@@ -315,7 +316,7 @@ GUARDS = (
         "learning/test_gpu_paths.py::test_recurrent",
     ),
     (
-        "pipeline/classifier/train.py",
+        "pipeline/classifier/batches.py",
         "        for _ in range(self._held_out_due):  # of an epoch whose score nobody asked for\n"
         "            next(stream)\n",
         "",
@@ -724,6 +725,30 @@ GUARDS = (
         STATE + "verify_names",
     ),
     ("pipeline/run/config.py", 'extra="forbid"', 'extra="ignore"', TABLES + "a_mistyped"),
+    (
+        "pipeline/run/config.py",
+        "if self.channels % 2 == 0:",
+        "if False:",
+        VALUES + "[train.channels",
+    ),
+    (
+        "pipeline/run/config.py",
+        "if self.slice_weight > 1 and not self.slice_loss:",
+        "if False:",
+        VALUES + "[train={slice_loss",
+    ),
+    (
+        "pipeline/run/config.py",
+        "if (self.mixup or self.cutmix) and self.batch == 1:",
+        "if False:",
+        VALUES + "[train={batch",
+    ),
+    (
+        "pipeline/run/config.py",
+        "if self.predict.phases > (most := -(-self.volume.depth // self.train.slices)):",
+        "if False and (most := 0):",
+        VALUES + "[predict.phases",
+    ),
     (
         "pipeline/competition/strict_table.py",
         """"has path parts": cell.str.contains(r"[/\\\\]|\\.\\.|^\\."),""",

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from pipeline.run.config import TrainConfig
-from pipeline.volumes.sampling import bins, evenly, resample_planes, slice_positions, take_slices
+from pipeline.volumes.sampling import (
+    bins,
+    even_slices,
+    evenly,
+    moved_to,
+    resample_planes,
+    slice_positions,
+    take_slices,
+    with_neighbours,
+)
 
 
 def exact_positions(depth, count):
@@ -92,3 +101,45 @@ def test_planes_are_resampled_by_area(stored, depth):
     found = resample_planes(volume, depth, chosen)
     assert found.dtype == np.uint8
     assert np.abs(found - expected[chosen]).max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_slice_lies_between_the_adjacent_stored_planes(channels):
+    """Whatever the distance of the samples; beyond the ends the last plane stands again."""
+    volume = np.arange(8, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 16), np.uint8)
+    config = TrainConfig(slices=4, image_size=16, channels=channels)
+    reach = channels // 2
+    expected = [
+        min(max(plane + step, 0), 7) for plane in (1, 3, 5, 7) for step in range(-reach, reach + 1)
+    ]
+    assert with_neighbours(np.array([1, 3, 5, 7]), 8, channels).tolist() == expected
+    assert even_slices(volume, config)[:, 3, 5].tolist() == expected
+
+
+@pytest.mark.parametrize(("depth", "count", "phases"), [(96, 48, 2), (12, 4, 3), (7, 7, 1)])
+def test_interleaved_phases_look_at_every_plane_once(depth, count, phases):
+    """Plane k of a volume is of grey k: the p-th phase has every `phases`-th plane."""
+    volume = np.arange(depth, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 16), np.uint8)
+    config = TrainConfig(slices=count, image_size=16)
+    seen = even_slices(volume, config, phases)[..., 0, 0].reshape(phases, count)
+    assert seen.T.tolist() == [list(range(k, k + phases)) for k in range(0, depth, phases)]
+
+
+def test_phases_stay_in_their_bins_where_these_are_not_whole_planes_wide():
+    for depth, count in ((64, 40), (7, 4), (97, 48)):
+        first, last = bins(depth, count)
+        for phase in (0.25, 0.75):
+            planes = slice_positions(depth, count, phase=phase)
+            assert ((first <= planes) & (planes <= last)).all()
+
+
+@pytest.mark.parametrize(("depth", "count"), [(32, 12), (96, 48), (9, 2), (5, 5)])
+def test_positions_are_moved_together_to_a_plane_within_their_bins(depth, count):
+    first, last = bins(depth, count)
+    even = slice_positions(depth, count)
+    for plane in range(depth):
+        moved = moved_to(even, plane, depth)
+        assert plane in moved
+        step = plane - even[plane * count // depth]
+        expected = [min(max(k + step, a), b) for k, a, b in zip(even, first, last, strict=True)]
+        assert moved.tolist() == expected
