@@ -30,6 +30,6 @@ run() { # name, command
     child=
 }
 run preflight "$PYTHON" -m pipeline.preflight "$@"
-for stage in "$root"/stages/0[0-8]_*.py; do
+for stage in "$root"/stages/0[0-9]_*.py; do
     run "$(basename "$stage")" "$PYTHON" "$stage" "$@"
 done

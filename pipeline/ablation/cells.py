@@ -1,4 +1,4 @@
-"""Stage 09's cells: each variant of a declared grid with each seed, trained on the shared volumes
+"""Stage 10's cells: each variant of a declared grid with each seed, trained on the shared volumes
 and folds; pretraining is shared too.
 
 A cell leaves its out-of-fold predictions and its log, not its weights. Everything is resumable: a

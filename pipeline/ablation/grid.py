@@ -24,7 +24,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder below `09_ablation`."""
+        """Its folder below `10_ablation`."""
         return f"{self.variant}/seed{self.seed}"
 
     @property

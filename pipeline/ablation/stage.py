@@ -1,4 +1,4 @@
-"""Stage 09: the ablation."""
+"""Stage 10: the ablation."""
 
 from ..run import layout
 from ..run.manifest import digest, finished

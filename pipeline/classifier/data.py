@@ -1,4 +1,4 @@
-"""Samples of stage 05: slices spread over a stored volume, with the labels of its patient and of
+"""Samples of stage 06: slices spread over a stored volume, with the labels of its patient and of
 its slices.
 """
 

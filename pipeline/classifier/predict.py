@@ -59,7 +59,7 @@ def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
 
 
 def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[CnnLstm, Trained]:
-    """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to
+    """Rebuild the model of a `model.safetensors` of stage 06 from its own metadata, ready to
     predict, with its config.
 
     Raises:
@@ -70,7 +70,7 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[Cnn
         config = Trained(**{name: json.loads(metadata[name]) for name in Trained.model_fields})
     except (KeyError, ValueError) as fault:
         raise InputError(
-            "not a classifier of stage 05", str(path), f"run {layout.script(layout.CLASSIFIERS)}"
+            "not a classifier of stage 06", str(path), f"run {layout.script(layout.CLASSIFIERS)}"
         ) from fault
     model = build_model(config)
     load_weights(model, path)

@@ -1,4 +1,4 @@
-"""Folds side by side: stage 05 once more for each of them, in processes that end with the stage.
+"""Folds side by side: stage 06 once more for each of them, in processes that end with the stage.
 
 On a CPU a small model gains next to nothing from a second thread, and loses much when anything else
 wants the core; two models that train side by side, one thread each, lose nothing.
@@ -95,7 +95,7 @@ def cores_of(fold: int, folds: int, jobs: int) -> int:
 
 
 def run_side_by_side(parts: Mapping[str, Sequence[str]], at_once: int) -> None:
-    """Run stage 05 with the arguments of each part, `at_once` processes at a time.
+    """Run stage 06 with the arguments of each part, `at_once` processes at a time.
 
     A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the
     others.

@@ -1,4 +1,4 @@
-"""Stage 05: one classifier a fold."""
+"""Stage 06: one classifier a fold."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stage 05's loop: one CNN-LSTM a fold, resumable, with out-of-fold predictions at series level."""
+"""Stage 06's loop: one CNN-LSTM a fold, resumable, with out-of-fold predictions at series level."""
 
 import contextlib
 import json

@@ -79,7 +79,7 @@ class Calibration:
 
     @classmethod
     def of_run(cls, folder: Path, trained: str) -> "Calibration":
-        """What stage 06 left in `folder` for the models that `Stage.inputs` knows as `trained`;
+        """What stage 07 left in `folder` for the models that `Stage.inputs` knows as `trained`;
         InputError where it is of others.
         """
         path = folder / layout.CALIBRATION

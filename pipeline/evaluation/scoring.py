@@ -1,4 +1,4 @@
-"""Stage 06: out-of-fold predictions to scores one can trust. Whatever a patient is scored with was
+"""Stage 07: out-of-fold predictions to scores one can trust. Whatever a patient is scored with was
 fitted without that patient.
 
 Three score tables: `raw` (blended and aggregated, not calibrated), `nested` (calibrated; the
@@ -36,7 +36,7 @@ SERIES = [KEY, "series_id"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What stage 06 writes: series-level OOF, one row a patient for the report, the score tables,
+    """What stage 07 writes: series-level OOF, one row a patient for the report, the score tables,
     the parameters.
     """
 
@@ -202,7 +202,7 @@ def score_predictions(
     config: Config,
     baselines: Mapping[str, pl.DataFrame] = {},  # noqa: B006 (read only)
 ) -> Outcome:
-    """Everything that stage 06 reports, from aligned series tables, labels and `patient_id,
+    """Everything that stage 07 reports, from aligned series tables, labels and `patient_id,
     fold`; each table of `baselines` is calibrated and scored as the models' blend is.
     """
     # the matrices are small: threads of the linear algebra would only wait for each other

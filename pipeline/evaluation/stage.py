@@ -1,4 +1,4 @@
-"""Stage 06: scores of out-of-fold predictions."""
+"""Stage 07: scores of out-of-fold predictions."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The report's sections on stage 09: tables, forest plots and probes as plain values."""
+"""The report's sections on stage 10: tables, forest plots and probes as plain values."""
 
 import json
 from typing import Any

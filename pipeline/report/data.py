@@ -79,7 +79,7 @@ def plane_pictures(run: Run, row: dict[str, Any], planes: list[int]) -> list[dic
 
 
 def test_predictions(run: Run) -> dict[str, Any]:
-    """Counts of stage 07, and its fallbacks by reason."""
+    """Counts of stage 08, and its fallbacks by reason."""
     fallbacks = _table(run.out / layout.SUBMISSION / layout.FALLBACKS)
     return {
         "counts": run.manifests[layout.SUBMISSION]["counts"],

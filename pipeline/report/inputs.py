@@ -53,7 +53,7 @@ class Run:
         return (layout.SLICES, made["counts"]) if made else None
 
     def scores(self) -> dict[str, Any]:
-        """The score tables of stage 06."""
+        """The score tables of stage 07."""
         path = self.out / layout.SCORES / layout.SCORE_TABLE
         return json.loads(path.read_text(encoding="utf-8"))
 

@@ -1,4 +1,4 @@
-"""Stage 08: the report."""
+"""Stage 09: the report."""
 
 from ..run import layout
 from ..run.manifest import digest
@@ -9,7 +9,7 @@ from ..system.files import write_text
 
 MANIFESTS = (
     f"{layout.PHANTOM}/{layout.MANIFEST}",
-    f"0*/{layout.MANIFEST}",
+    f"[01]*/{layout.MANIFEST}",
     f"{layout.CLASSIFIERS}/fold*/{layout.MANIFEST}",
 )
 

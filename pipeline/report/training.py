@@ -110,7 +110,7 @@ def _by_chance(options: dict[str, Any]) -> dict[str, float]:
 
 
 def training(run: Run) -> dict[str, Any]:
-    """Curves of stage 05: of every fold, and of every target as the mean over folds."""
+    """Curves of stage 06: of every fold, and of every target as the mean over folds."""
     prefix = f"{layout.CLASSIFIERS}/fold"
     logs = {name: run.log(name) for name in run.manifests if name.startswith(prefix)}
     loss, held = (

@@ -122,7 +122,7 @@ class FoldConfig(Section):
 
 
 class ModelConfig(Section):
-    """The 2D backbone that stages 04, 05 and 07 share: any timm model."""
+    """The 2D backbone that stages 04, 06 and 08 share: any timm model."""
 
     backbone: str = "efficientnet_b0"
     weights: str | None = Field(
@@ -364,7 +364,7 @@ class AugmentConfig(Section):
 
 
 class TrainConfig(Section):
-    """Stage 05: one CNN-LSTM a fold."""
+    """Stage 06: one CNN-LSTM a fold."""
 
     targets: tuple[str, ...] = TARGET_NAMES
     init: Init = "voco2d"
@@ -512,7 +512,7 @@ class TrainConfig(Section):
 
 
 class ScoreConfig(Section):
-    """Stage 06, and the aggregation that stage 07 shares."""
+    """Stage 07, and the aggregation that stage 08 shares."""
 
     aggregate: Literal["mean", "max"] = "mean"
     bootstrap: int = Field(2000, ge=0)
@@ -521,7 +521,7 @@ class ScoreConfig(Section):
 
 
 class PredictConfig(Section):
-    """Stage 07."""
+    """Stage 08."""
 
     time_budget_h: float | None = Field(None, gt=0)
     flips: tuple[Annotated[str, Field(pattern="^(x?y?z?|z?y?x?)$", min_length=1)], ...] = Field(
@@ -537,7 +537,7 @@ class PredictConfig(Section):
 
 
 class AblationConfig(Section):
-    """Stage 09: `variants` are names with the keys of `model`, `pretrain` and `train` that they
+    """Stage 10: `variants` are names with the keys of `model`, `pretrain` and `train` that they
     change.
 
     The first of each of `pairs` is compared with the second, every variant that is first in none of

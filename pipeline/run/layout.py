@@ -8,11 +8,11 @@ SLICES = "01_slices"
 VOLUMES = "02_volumes"
 FOLDS = "03_folds"
 VOCO = "04_voco2d"
-CLASSIFIERS = "05_folds"
-SCORES = "06_oof"
-SUBMISSION = "07_submission"
-REPORT = "08_report"
-ABLATION = "09_ablation"
+CLASSIFIERS = "06_folds"
+SCORES = "07_oof"
+SUBMISSION = "08_submission"
+REPORT = "09_report"
+ABLATION = "10_ablation"
 
 # folder of a stage: its script, in the order of the stages
 MAKERS = {
@@ -21,11 +21,11 @@ MAKERS = {
     VOLUMES: "02_build_volumes",
     FOLDS: "03_make_folds",
     VOCO: "04_pretrain_voco2d",
-    CLASSIFIERS: "05_train_folds",
-    SCORES: "06_score_oof",
-    SUBMISSION: "07_predict_test",
-    REPORT: "08_report",
-    ABLATION: "09_ablate",
+    CLASSIFIERS: "06_train_folds",
+    SCORES: "07_score_oof",
+    SUBMISSION: "08_predict_test",
+    REPORT: "09_report",
+    ABLATION: "10_ablate",
 }
 
 MANIFEST = "manifest.json"  # of every stage folder, written last
@@ -67,6 +67,6 @@ def fold_folder(fold: int) -> str:
 
 
 def script(folder: str) -> str:
-    """The script that makes a stage folder, or a folder in it: `05_folds/fold0` -> its path."""
+    """The script that makes a stage folder, or a folder in it: `06_folds/fold0` -> its path."""
     stage = folder if folder in MAKERS else folder.split("/")[0]
     return f"stages/{MAKERS[stage]}.py"

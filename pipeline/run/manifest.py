@@ -120,7 +120,7 @@ def git_commit() -> str | None:
 
 
 def trained_files(trained: Path, name: str) -> list[Path]:
-    """File `name` of every fold of the finished stage 05 in `trained`: what its manifest lists,
+    """File `name` of every fold of the finished stage 06 in `trained`: what its manifest lists,
     whatever else lies there.
     """
     listed = (read_manifest(trained) or {"outputs": {}})["outputs"]

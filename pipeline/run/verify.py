@@ -25,9 +25,9 @@ from .presets import load_config
 SLICES_AT_ONCE = 4096  # slices whose answers are waited for at a time
 PATTERNS = (
     "data/*/manifest.json",
-    "0*/manifest.json",
-    "0*/*/manifest.json",
-    "0*/*/*/manifest.json",
+    "[01]*/manifest.json",
+    "[01]*/*/manifest.json",
+    "[01]*/*/*/manifest.json",
 )
 
 

@@ -1,4 +1,4 @@
-"""Stage 07: test series from DICOM to probabilities in memory, decoded ahead in processes, under a
+"""Stage 08: test series from DICOM to probabilities in memory, decoded ahead in processes, under a
 time budget.
 """
 
@@ -77,7 +77,7 @@ class Ensemble:
 
 
 def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
-    """All fold models of stage 05, trained alike and on volumes like those of this config.
+    """All fold models of stage 06, trained alike and on volumes like those of this config.
 
     On a CPU models run side by side in threads of their own: threads within a model would wait for
     each other wherever the decoding processes hold one of them up.

@@ -1,4 +1,4 @@
-"""Stage 07: predictions of the test patients."""
+"""Stage 08: predictions of the test patients."""
 
 from ..classifier.views import VIEWS, views
 from ..run import layout
@@ -59,7 +59,7 @@ def predict_test(stage: Stage) -> None:
     if fitted != (own := views(stage.config).get(VIEWS, [])):
         log(
             f"warning: the calibration was fitted to predictions of the views {fitted}, not {own}"
-            " (predict.flips, predict.phases): run stages 05 and 06 with these (nothing is trained"
+            " (predict.flips, predict.phases): run stages 06 and 07 with these (nothing is trained"
             " anew)"
         )
     ensemble = load_ensemble(stage, calibration)

@@ -1,4 +1,4 @@
-"""How long the baselines of stage 06 take at the size of the competition's training set, with drawn
+"""How long the baselines of stage 07 take at the size of the competition's training set, with drawn
 volumes and features: `python tests/benchmarks/baselines.py [--jobs 2]`.
 
 Thumbnails are smooth noise, labels have prevalences near the competition's.

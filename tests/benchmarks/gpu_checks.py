@@ -482,7 +482,7 @@ def predictions(plan: Plan, model: CnnLstm, config: Config) -> Iterator[Row]:
         series = torch.from_numpy(np.stack([ensemble.series(one, FLIPS) for one in volumes]))
     name = "mixed" if optimise.amp_dtype(plan.device) else "float32"
     value = (series - reference).abs().max().item()
-    yield check(f"{name}: probabilities of stage 07", value, 0.1, note)
+    yield check(f"{name}: probabilities of stage 08", value, 0.1, note)
 
 
 def differing(state: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> int:

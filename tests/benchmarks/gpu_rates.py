@@ -365,7 +365,7 @@ def epochs(trainer: FoldTrainer, seconds: float) -> list[dict[str, Any]]:
 
 
 def prediction(plan: Plan) -> Iterator[Row]:
-    """Stage 07's models on a volume against their backbones alone."""
+    """Stage 08's models on a volume against their backbones alone."""
     config = plan.paper()
     options = config.train
     models = [placed(build_model(config), plan.device).eval() for _ in range(config.folds.count)]
@@ -381,11 +381,11 @@ def prediction(plan: Plan) -> Iterator[Row]:
     with ThreadPoolExecutor(1) as threads:
         unused = cast(Calibration, None)
         ensemble = Ensemble(models, options, unused, plan.device, threads)
-        works = {"stage 07": partial(ensemble.series, volume, ()), "backbones alone": alone}
+        works = {"stage 08": partial(ensemble.series, volume, ()), "backbones alone": alone}
         for benchmark in (False, True):
             with cudnn(benchmark=benchmark):
                 found = alternate(works, plan.device, 2 * plan.rounds, 2, plan.until)
-            rate = len(models) * options.slices / medians(found)["stage 07"]
+            rate = len(models) * options.slices / medians(found)["stage 08"]
             name = f"prediction, cuDNN benchmark {'on' if benchmark else 'off'}"
             row = ratio(f"{name}: rate, of that of the backbones alone", found, *works)
             yield Row(row.name, row.value, note=f"{rate:.4g} slices/s; {row.note}")

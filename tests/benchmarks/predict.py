@@ -1,4 +1,4 @@
-"""What stage 07 needs, as a user calls it: `python tests/benchmarks/predict.py speed|memory`.
+"""What stage 08 needs, as a user calls it: `python tests/benchmarks/predict.py speed|memory`.
 
 speed   patients an hour at the competition's sizes: one or two RLE series of 300 slices of 512 x
 512 a patient, drawn and written by
@@ -65,9 +65,9 @@ def write_data(data: Path, scan: Scan, patients: int) -> None:
 
 
 def write_models(out: Path, config: Config) -> None:
-    """What stages 05 and 06 leave: untrained fold models and a calibration that changes nothing."""
+    """What stages 06 and 07 leave: untrained fold models and a calibration that changes nothing."""
     options = Options(out=out, jobs=1, device="cpu", force=True)
-    folds, scores = (Stage(name, config, options) for name in ("05_folds", "06_oof"))
+    folds, scores = (Stage(name, config, options) for name in ("06_folds", "07_oof"))
     names = [f"fold{k}/model.safetensors" for k in range(config.folds.count)]
     folds.current({}, [])
     for k, name in enumerate(names):
@@ -78,15 +78,15 @@ def write_models(out: Path, config: Config) -> None:
     )
     write_json(scores.folder / "calibration.json", even.to_json())
     folds.finish({}, names)
-    scores.current(scores.inputs("05_folds"), [])
+    scores.current(scores.inputs("06_folds"), [])
     scores.finish({}, ["calibration.json"])
 
 
 def predict(data: Path, out: Path, config: str, *overrides: str) -> tuple[dict[str, float], int]:
-    """Run stage 07; returns its counts and the peak memory (bytes) of its processes."""
+    """Run stage 08; returns its counts and the peak memory (bytes) of its processes."""
     command = [
         sys.executable,
-        ROOT / "stages" / "07_predict_test.py",
+        ROOT / "stages" / "08_predict_test.py",
         "--config",
         config,
         "--data",
@@ -107,7 +107,7 @@ def predict(data: Path, out: Path, config: str, *overrides: str) -> tuple[dict[s
         time.sleep(0.1)
     if child.returncode:
         raise SystemExit(child.stderr.read())
-    return json.loads((out / "07_submission" / "manifest.json").read_text())["counts"], peak
+    return json.loads((out / "08_submission" / "manifest.json").read_text())["counts"], peak
 
 
 def proportional_memory(process: psutil.Process) -> int:

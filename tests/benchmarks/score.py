@@ -1,9 +1,9 @@
-"""How long stage 06 takes for OOF files that someone else made, as a user calls it: `python
+"""How long stage 07 takes for OOF files that someone else made, as a user calls it: `python
 tests/benchmarks/score.py`.
 
 Makes `--models` tables of 4,711 series of 3,147 patients (the sizes of the competition's training
 set, prevalences near its own, every model overconfident), then blends, calibrates nested,
-bootstraps and draws by `stages/06_score_oof.py --oof ...`.
+bootstraps and draws by `stages/07_score_oof.py --oof ...`.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
         paths = write_tables(folder, options.models)
         command = [
             sys.executable,
-            ROOT / "stages" / "06_score_oof.py",
+            ROOT / "stages" / "07_score_oof.py",
             "--config",
             "paper",
             "--data",

@@ -1,4 +1,4 @@
-"""Stage 05 over ranks, runs and configs: every fold trained once, whoever ends last writes the
+"""Stage 06 over ranks, runs and configs: every fold trained once, whoever ends last writes the
 manifest, and it lists what is there.
 """
 
@@ -35,12 +35,12 @@ from pipeline.run.stage import Options, Stage
 from pipeline.submission.inference import load_ensemble
 from pipeline.system.errors import InputError
 
-SCRIPT, CPU = ROOT / "stages" / "05_train_folds.py", torch.device("cpu")
+SCRIPT, CPU = ROOT / "stages" / "06_train_folds.py", torch.device("cpu")
 
 
 @pytest.fixture
 def out(smoke, tmp_path) -> Path:
-    """What stage 05 reads of the smoke run."""
+    """What stage 06 reads of the smoke run."""
     return copy(
         smoke,
         tmp_path / "run",
@@ -53,11 +53,11 @@ def out(smoke, tmp_path) -> Path:
 
 
 @pytest.fixture
-def stage_05(out, monkeypatch):
-    """Calls stage 05 as one rank, in this process and with a training that only writes files, other
+def stage_06(out, monkeypatch):
+    """Calls stage 06 as one rank, in this process and with a training that only writes files, other
     ones each time.
 
-    `stage_05.trained` lists the folds that were trained, `stage_05.meanwhile` is called within
+    `stage_06.trained` lists the folds that were trained, `stage_06.meanwhile` is called within
     every training.
     """
 
@@ -92,64 +92,64 @@ def assert_whole(out: Path, folds: int = 2) -> None:
 
 
 @pytest.mark.parametrize("ranks", [(0, 1), (1, 0)])
-def test_the_rank_that_ends_last_writes_the_manifest(out, stage_05, ranks):
+def test_the_rank_that_ends_last_writes_the_manifest(out, stage_06, ranks):
     for rank in ranks:
         assert read_manifest(out / layout.CLASSIFIERS) is None
-        assert stage_05(rank=rank, world=2) == 0
-    assert stage_05.trained == list(ranks)
+        assert stage_06(rank=rank, world=2) == 0
+    assert stage_06.trained == list(ranks)
     assert_whole(out)
-    again = [stage_05("--force", rank=rank, world=2) for rank in ranks]
+    again = [stage_06("--force", rank=rank, world=2) for rank in ranks]
     assert again == [0, 0]
-    assert stage_05.trained == [*ranks, *ranks]
+    assert stage_06.trained == [*ranks, *ranks]
     assert_whole(out)
 
 
-def test_no_manifest_vouches_for_a_fold_that_another_rank_is_changing(out, stage_05):
-    assert stage_05() == 0
+def test_no_manifest_vouches_for_a_fold_that_another_rank_is_changing(out, stage_06):
+    assert stage_06() == 0
 
     def other_rank() -> None:
-        stage_05.meanwhile = lambda: None
-        assert stage_05("--force", rank=1 - stage_05.trained[-1], world=2) == 0
+        stage_06.meanwhile = lambda: None
+        assert stage_06("--force", rank=1 - stage_06.trained[-1], world=2) == 0
         assert read_manifest(out / layout.CLASSIFIERS) is None
 
     for rank in (0, 1):
-        stage_05.meanwhile = other_rank
-        assert stage_05("--force", rank=rank, world=2) == 0
+        stage_06.meanwhile = other_rank
+        assert stage_06("--force", rank=rank, world=2) == 0
         assert_whole(out)
 
 
-def test_forced_training_that_is_stopped_leaves_no_old_fold(out, stage_05):
+def test_forced_training_that_is_stopped_leaves_no_old_fold(out, stage_06):
     """Else the same command without --force, which the line says to run, would vouch for new folds
     and old ones together.
     """
-    stage_05()
+    stage_06()
 
     def stop() -> None:
         raise KeyboardInterrupt
 
     (out / layout.CLASSIFIERS / "fold1" / "last.ckpt").touch()
-    stage_05.meanwhile = stop
-    assert stage_05("--force") == 130
+    stage_06.meanwhile = stop
+    assert stage_06("--force") == 130
     assert not list((out / layout.CLASSIFIERS).rglob("manifest.json"))
     assert not list((out / layout.CLASSIFIERS).rglob("last.ckpt"))
-    stage_05.meanwhile, stage_05.trained[:] = lambda: None, []
-    assert stage_05() == 0
-    assert stage_05.trained == [0, 1]
+    stage_06.meanwhile, stage_06.trained[:] = lambda: None, []
+    assert stage_06() == 0
+    assert stage_06.trained == [0, 1]
     assert_whole(out)
 
 
-def test_with_patience_the_aggregation_that_chooses_the_epoch_counts(out, stage_05):
-    stage_05()
-    stage_05("score.aggregate=max")
-    assert stage_05.trained == [0, 1], "it changes no model"
-    stage_05("train.patience=2")
-    stage_05("train.patience=2", "score.aggregate=max")
-    assert stage_05.trained == 3 * [0, 1]
+def test_with_patience_the_aggregation_that_chooses_the_epoch_counts(out, stage_06):
+    stage_06()
+    stage_06("score.aggregate=max")
+    assert stage_06.trained == [0, 1], "it changes no model"
+    stage_06("train.patience=2")
+    stage_06("train.patience=2", "score.aggregate=max")
+    assert stage_06.trained == 3 * [0, 1]
 
 
-def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_05, monkeypatch):
+def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_06, monkeypatch):
     monkeypatch.setattr("pipeline.classifier.fold.read_manifest", lambda folder: None)
-    assert stage_05() == 0
+    assert stage_06() == 0
     assert not (out / layout.CLASSIFIERS / "manifest.json").exists()
 
 
@@ -201,7 +201,7 @@ def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
     """The smoke run trained them side by side; one thread for each is what `--jobs 1` gives."""
     for fold in "10":
         done = run_stage(
-            "05", "--config", "smoke", "--out", str(out), "--jobs", "1", "--fold", fold
+            "06", "--config", "smoke", "--out", str(out), "--jobs", "1", "--fold", fold
         )
         assert done.returncode == 0, done.stderr
     assert products(out / layout.CLASSIFIERS) == products(smoke / layout.CLASSIFIERS)
@@ -227,7 +227,7 @@ def processes_of(run, folds: str) -> list[psutil.Process]:
 
 
 def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(smoke, out):
-    run = start("05", out, "train.epochs=200")
+    run = start("06", out, "train.epochs=200")
     killed, other = processes_of(run, "01")
     wait_for(out / layout.CLASSIFIERS / "fold1" / "log.jsonl", run)
     killed.kill()
@@ -239,14 +239,14 @@ def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(
     assert not other.is_running()
     assert (out / layout.CLASSIFIERS / "fold1" / "last.ckpt").exists()
     assert not (out / layout.CLASSIFIERS / "manifest.json").exists()
-    assert run_stage("05", "--config", "smoke", "--out", str(out), "--jobs", "2").returncode == 0
+    assert run_stage("06", "--config", "smoke", "--out", str(out), "--jobs", "2").returncode == 0
     assert products(out / layout.CLASSIFIERS) == products(smoke / layout.CLASSIFIERS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_folds_end_with_their_stage(out, number):
     """With a checkpoint where there is time for one."""
-    run = start("05", out, "train.epochs=2000", "train.workers=1")
+    run = start("06", out, "train.epochs=2000", "train.workers=1")
     processes_of(run, "01")
     for fold in "01":
         wait_for(out / layout.CLASSIFIERS / f"fold{fold}" / "log.jsonl", run)
@@ -264,7 +264,7 @@ def test_folds_end_with_their_stage(out, number):
         assert text.count("checkpoint written") == 2
 
 
-def test_fewer_folds_leave_none_of_the_others_behind(out, stage_05):
+def test_fewer_folds_leave_none_of_the_others_behind(out, stage_06):
     for count in (3, 2):
         assert (
             run_stage(
@@ -272,43 +272,43 @@ def test_fewer_folds_leave_none_of_the_others_behind(out, stage_05):
             ).returncode
             == 0
         )
-        assert stage_05(f"folds.count={count}") == 0
+        assert stage_06(f"folds.count={count}") == 0
         assert_whole(out, count)
     assert not (out / layout.CLASSIFIERS / "fold2").exists()
 
 
-def test_what_changes_no_result_trains_nothing_again(out, stage_05):
-    assert stage_05() == 0
-    assert stage_05("train.workers=1") == 0
+def test_what_changes_no_result_trains_nothing_again(out, stage_06):
+    assert stage_06() == 0
+    assert stage_06("train.workers=1") == 0
     (out / layout.CLASSIFIERS / "fold1" / "manifest.json").unlink()
-    assert stage_05("train.workers=1", "train.compile=true") == 0
-    assert stage_05.trained == [0, 1, 1]
+    assert stage_06("train.workers=1", "train.compile=true") == 0
+    assert stage_06.trained == [0, 1, 1]
     assert_whole(out)
 
 
-def test_a_fold_that_is_not_there_is_refused_and_changes_nothing(out, stage_05, capfd):
-    assert stage_05() == 0
-    assert stage_05("--fold", "2") == 2
+def test_a_fold_that_is_not_there_is_refused_and_changes_nothing(out, stage_06, capfd):
+    assert stage_06() == 0
+    assert stage_06("--fold", "2") == 2
     assert "error: there is no fold 2, --fold 2, choose one of [0, 1]" in capfd.readouterr().err
     assert_whole(out)
 
 
-def test_a_fold_that_lost_a_file_is_not_vouched_for(out, stage_05):
-    assert stage_05() == 0
+def test_a_fold_that_lost_a_file_is_not_vouched_for(out, stage_06):
+    assert stage_06() == 0
     (out / layout.CLASSIFIERS / "fold1" / MODEL).unlink()
-    assert stage_05("--fold", "0") == 0
+    assert stage_06("--fold", "0") == 0
     assert read_manifest(out / layout.CLASSIFIERS) is None
-    assert stage_05() == 0
-    assert stage_05.trained == [0, 1, 1]
+    assert stage_06() == 0
+    assert stage_06.trained == [0, 1, 1]
     assert_whole(out)
 
 
-def test_a_fold_that_is_made_again_is_listed_anew(out, stage_05):
+def test_a_fold_that_is_made_again_is_listed_anew(out, stage_06):
     """Its log is no file that later stages depend on, so the manifest of all still looked whole."""
-    assert stage_05() == 0
+    assert stage_06() == 0
     (out / layout.CLASSIFIERS / "fold1" / LOG).write_text("")
-    assert stage_05() == 0
-    assert stage_05.trained == [0, 1, 1]
+    assert stage_06() == 0
+    assert stage_06.trained == [0, 1, 1]
     assert_whole(out)
 
 

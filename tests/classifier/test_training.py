@@ -1,4 +1,4 @@
-"""Stage 05's loop: resuming equals not stopping, early stopping, averaged weights, non-finite
+"""Stage 06's loop: resuming equals not stopping, early stopping, averaged weights, non-finite
 losses, weights that do not fit.
 """
 

@@ -1,4 +1,4 @@
-"""Calibration and blending: exact gradients, honest nesting, the order of the steps; stage 06 as a
+"""Calibration and blending: exact gradients, honest nesting, the order of the steps; stage 07 as a
 user runs it.
 """
 
@@ -407,7 +407,7 @@ def test_own_folds_of_the_oof_are_used_where_they_agree():
 def run_stage(folder: Path, *more: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
-        str(ROOT / "stages" / "06_score_oof.py"),
+        str(ROOT / "stages" / "07_score_oof.py"),
         "--config",
         "smoke",
         "--data",

@@ -27,10 +27,10 @@ REMEDY = "make room or choose another --out, then run again"
         ("02", 20000),
         ("03", 100),
         ("04", 3000),
-        ("05", 3000),
-        ("06", 12_000),
-        ("07", 300),
-        ("08", 3000),
+        ("06", 3000),
+        ("07", 12_000),
+        ("08", 300),
+        ("09", 3000),
     ],
 )
 def test_a_failing_write_is_one_line(smoke, tmp_path, stage, size):

@@ -129,7 +129,7 @@ def test_hostile_files_cost_themselves_only(tmp_path):
     )
     assert reasons[f"{base}/5.dcm"].startswith("colour")
     assert read_manifest(out / layout.SLICES)["peak_mb"] < ROOM_MB, "a bomb must not go off"
-    code, text = run("08", out, "--data", str(data))
+    code, text = run("09", out, "--data", str(data))
     assert code == 0, text
     page = (out / layout.REPORT / "index.html").read_text()
     assert HTML not in page
@@ -188,16 +188,16 @@ def spoil(path: Path, how: str) -> str:
 @pytest.mark.parametrize(
     ("stage", "file", "how"),
     [
-        ("05", "04_voco2d/backbone.safetensors", "not finite"),
-        ("07", "05_folds/fold0/model.safetensors", "of another shape"),
+        ("06", "04_voco2d/backbone.safetensors", "not finite"),
+        ("08", "06_folds/fold0/model.safetensors", "of another shape"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(smoke, tmp_path, stage, file, how):
     out = copy(smoke, tmp_path / "run")
     path = out / file
     name = spoil(path, how)
-    manifest = path.parent / "manifest.json" if stage == "05" else path.parents[1] / "manifest.json"
-    entry = path.name if stage == "05" else "fold0/model.safetensors"
+    manifest = path.parent / "manifest.json" if stage == "06" else path.parents[1] / "manifest.json"
+    entry = path.name if stage == "06" else "fold0/model.safetensors"
     text = manifest.read_text()
     bytes_before = read_manifest(manifest.parent)["outputs"][entry]["bytes"]
     manifest.write_text(text.replace(f'"bytes": {bytes_before}', f'"bytes": {path.stat().st_size}'))

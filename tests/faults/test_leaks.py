@@ -13,9 +13,9 @@ SCRIPT = """
 import json, os, runpy, sys
 out, calls = sys.argv[1], int(sys.argv[2])
 plan = 7 * [("03_make_folds", ["--force"])] + [
-    ("08_report", ["--force"]),
+    ("09_report", ["--force"]),
     ("02_build_volumes", ["--force", "--jobs", "1"]),
-    ("06_score_oof", ["--force", "score.bootstrap=5", "score.calibrate=false"]),
+    ("07_score_oof", ["--force", "score.bootstrap=5", "score.calibrate=false"]),
 ]
 train = ("04_pretrain_voco2d", ["--force", "pretrain.steps=1"])
 seen = []

@@ -60,8 +60,8 @@ def rewrite(path: Path, **changes: object) -> None:
     [
         ("02", "01_slices/index.parquet", "01_convert_dicom"),
         ("04", "02_volumes/*.npy", "02_build_volumes"),
-        ("05", "04_voco2d/backbone.safetensors", "04_pretrain_voco2d"),
-        ("07", "06_oof/calibration.json", "06_score_oof"),
+        ("06", "04_voco2d/backbone.safetensors", "04_pretrain_voco2d"),
+        ("08", "07_oof/calibration.json", "07_score_oof"),
     ],
 )
 def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
@@ -121,7 +121,7 @@ def test_a_manifest_that_is_not_ours_counts_as_none(smoke, tmp_path, changes, ca
 def test_a_stage_with_a_manifest_of_another_version_runs_again(out):
     path = out / layout.FOLDS / "manifest.json"
     rewrite(path, schema=0)
-    code, text = run("06", out)
+    code, text = run("07", out)
     refused(code, text, "03_folds is missing or unfinished", "run stages/03_make_folds.py first")
     assert str(path) in text
     code, text = run("03", out)
@@ -141,7 +141,7 @@ def test_a_killed_redo_leaves_nothing_that_looks_finished(smoke, out, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
     assert temporaries(out), "the kill was inside a write"
-    refused(*run("06", out), "03_folds is missing or unfinished")
+    refused(*run("07", out), "03_folds is missing or unfinished")
     assert run("03", out)[0] == 0
     assert products(out) == products(smoke)
 
@@ -196,16 +196,16 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
 
 def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_path):
     """While a stage is made nobody else makes it, and while it is read nobody changes it."""
-    process = start("06", out, "--force", fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
+    process = start("07", out, "--force", fault=f"pause:{tmp_path / 'mark'}:scores.json.tmp-")
     wait_for(tmp_path / "mark", process)
-    for stage, held in (("06", layout.SCORES), ("03", layout.FOLDS)):
+    for stage, held in (("07", layout.SCORES), ("03", layout.FOLDS)):
         refused(
             *run(stage, out, "--force"),
             f"another run holds {held}",
             f"process {process.pid} on ",
             "choose another --out",
         )
-    assert run("08", out, "--force")[0] == 0, "what nobody holds goes on"
+    assert run("09", out, "--force")[0] == 0, "what nobody holds goes on"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
     assert run("03", out, "--force")[0] == 0, "a killed run holds nothing"
@@ -267,9 +267,9 @@ def test_training_that_went_wrong_is_one_line(tmp_path, monkeypatch, capfd):
         check_finite(12, {"liver": float("nan"), "kidney": 0.5}, ["10004/21057"])
 
     monkeypatch.setattr(
-        "sys.argv", ["05_train_folds.py", "--config", "smoke", "--out", str(tmp_path)]
+        "sys.argv", ["06_train_folds.py", "--config", "smoke", "--out", str(tmp_path)]
     )
-    assert main("05_train_folds.py", stage_function(layout.CLASSIFIERS)(run_stage), "") == 1
+    assert main("06_train_folds.py", stage_function(layout.CLASSIFIERS)(run_stage), "") == 1
     (line,) = plain_lines(capfd.readouterr().err)
     assert line.startswith(
         "error: non-finite loss at step 12: liver nan, kidney 0.5; batch 10004/21057; the last"
@@ -333,7 +333,7 @@ def test_verify_sees_altered_slices_and_chains(out, capsys):
     assert code == 1
     assert f"{path}: other pixels" in text
     rewrite(out / layout.FOLDS / "manifest.json", outputs={})
-    assert f"{out / '06_oof'}: made from another 03_folds" in verified(out, capsys)[1]
+    assert f"{out / '07_oof'}: made from another 03_folds" in verified(out, capsys)[1]
 
 
 def test_verify_looks_at_slices_whatever_else_differs(out, capsys):

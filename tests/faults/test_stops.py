@@ -44,10 +44,10 @@ FORCED = LINE.replace("again", "again without --force")  # which would begin ane
         ("02", ".npy.tmp-", SIGTERM, ("--force",)),
         ("03", "folds.csv.tmp-", SIGINT, ("--force",)),
         ("04", "log.jsonl.tmp-", SIGINT, ("--force", "pretrain.checkpoint_every=1000")),
-        ("05", "log.jsonl.tmp-", SIGTERM, ("--force",)),
-        ("06", "scores.json.tmp-", SIGTERM, ("--force",)),
-        ("07", ".dcm", SIGINT, ("--force",)),
-        ("08", "index.html.tmp-", SIGTERM, ("--force",)),
+        ("06", "log.jsonl.tmp-", SIGTERM, ("--force",)),
+        ("07", "scores.json.tmp-", SIGTERM, ("--force",)),
+        ("08", ".dcm", SIGINT, ("--force",)),
+        ("09", "index.html.tmp-", SIGTERM, ("--force",)),
     ],
 )
 def test_a_stop_is_one_line(smoke, tmp_path, stage, part, number, arguments):

@@ -162,7 +162,7 @@ def test_a_shm_too_small_for_the_loaders_gets_fewer_of_them(smoke, tmp_path):
 
 
 @small_shm
-@pytest.mark.parametrize("stage", ["04", "05"])
+@pytest.mark.parametrize("stage", ["04", "06"])
 def test_a_shm_that_is_full_later_is_one_line(smoke, tmp_path, stage):
     """The product believes that there is room, as when another process fills it meanwhile."""
     out = copy(smoke, tmp_path / "run")

@@ -244,9 +244,9 @@ def test_a_stage_that_has_not_run_leaves_one_line(copy, folder):
 
 TABLES = (
     "01_slices/quarantine.csv",
-    "06_oof/scores.json",
-    "07_submission/fallbacks.csv",
-    "09_ablation/probes.csv",
+    "07_oof/scores.json",
+    "08_submission/fallbacks.csv",
+    "10_ablation/probes.csv",
 )
 
 
@@ -263,7 +263,7 @@ def test_a_stage_whose_table_is_gone_is_left_out_with_a_warning(copy, file, capf
 
 
 def test_logs_removed_after_scoring_cost_the_curves_only(copy):
-    for path in copy.glob("05_folds/fold*/log.jsonl"):
+    for path in copy.glob("06_folds/fold*/log.jsonl"):
         path.unlink()
     assert "nested" in Page(page_of(copy)).sections["scores"]
 
@@ -577,11 +577,11 @@ def test_large_planes_are_shrunk_with_their_aspect():
 @pytest.mark.slow
 def test_stage_writes_skips_and_notices_a_changed_stage(copy):
     arguments = ("--config", "smoke", "--out", str(copy))
-    first = run_stage("08", *arguments)
+    first = run_stage("09", *arguments)
     assert first.returncode == 0, first.stderr
     page = (copy / layout.REPORT / "index.html").read_text()
     assert f"--out {copy}" in page
-    again = run_stage("08", *arguments)
+    again = run_stage("09", *arguments)
     assert "up to date" in again.stderr
     write_manifest(
         copy,
@@ -591,14 +591,14 @@ def test_stage_writes_skips_and_notices_a_changed_stage(copy):
             "predicted": 8,
         },
     )
-    third = run_stage("08", *arguments)
+    third = run_stage("09", *arguments)
     assert "up to date" not in third.stderr
     assert "8 of 9 test patients" in (copy / layout.REPORT / "index.html").read_text()
 
 
 @pytest.mark.slow
 def test_nothing_to_report_is_one_line(tmp_path):
-    done = run_stage("08", "--config", "smoke", "--out", str(tmp_path))
+    done = run_stage("09", "--config", "smoke", "--out", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith("error: nothing to report")
     assert "Traceback" not in done.stderr

@@ -24,7 +24,7 @@ ORDER = (
     "evaluation",
     "submission",
     "ablation",
-    "report",  # stages 04 to 09
+    "report",  # stages 04 to 10
     "metric",  # the command line of the score
     "preflight",  # what run_all.sh asks first
 )

@@ -1,4 +1,4 @@
-"""Stage 07: always a valid file, every fallback reported, the same result whatever dies on the
+"""Stage 08: always a valid file, every fallback reported, the same result whatever dies on the
 way.
 """
 
@@ -291,16 +291,16 @@ def test_test_images_that_are_gone_leave_a_finished_submission(smoke, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(smoke / "data" / "phantom", data, ignore=lambda *_: ["train_images"])
     flags = ("--config", "smoke", "--data", str(data), "--out", str(out), "--models", str(smoke))
-    assert run_stage("07", *flags).returncode == 0
+    assert run_stage("08", *flags).returncode == 0
     files = {path: path.read_bytes() for path in (out / layout.SUBMISSION).iterdir()}
     (data / "test_images").rename(data / "away")
     (data / "test_images").mkdir()
-    done = run_stage("07", *flags)
+    done = run_stage("08", *flags)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: images of 0 test patients are there, the last run predicted 4, ")
     assert {path: path.read_bytes() for path in (out / layout.SUBMISSION).iterdir()} == files
-    done = run_stage("07", *flags, "--force")
+    done = run_stage("08", *flags, "--force")
     assert done.returncode == 0
     assert "the submission is the prior alone" in done.stderr
 
@@ -443,10 +443,10 @@ def test_what_overflows_in_mixed_precision_is_computed_in_float32(monkeypatch):
 
 
 def start(smoke: Path, out: Path) -> subprocess.Popen:
-    """Stage 07 on the smoke run's data and models, into another folder."""
+    """Stage 08 on the smoke run's data and models, into another folder."""
     command = [
         sys.executable,
-        str(ROOT / "stages" / "07_predict_test.py"),
+        str(ROOT / "stages" / "08_predict_test.py"),
         "--config",
         "smoke",
         "--models",
@@ -535,7 +535,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
     data = str(smoke / "data" / "phantom")
     shutil.copy(oof, tmp_path / "other.csv")
     blended = run_stage(
-        "06",
+        "07",
         "--config",
         "smoke",
         "--data",
@@ -548,7 +548,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
     )
     assert blended.returncode == 0, blended.stderr
     done = run_stage(
-        "07",
+        "08",
         "--config",
         "smoke",
         "--data",
@@ -565,7 +565,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
         done.stderr,
     )
     foreign = run_stage(
-        "06",
+        "07",
         "--config",
         "smoke",
         "--data",
@@ -577,7 +577,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
     )
     assert foreign.returncode == 0, foreign.stderr
     done = run_stage(
-        "07",
+        "08",
         "--config",
         "smoke",
         "--data",
@@ -600,7 +600,7 @@ def test_a_calibration_from_before_the_models_were_trained_again_is_refused(smok
     trained = read_manifest(smoke / layout.SCORES)["inputs"][layout.CLASSIFIERS]
     assert Calibration.of_run(smoke / layout.SCORES, trained).models == ("folds",)
     with pytest.raises(
-        InputError, match="other predictions than those of the models that 05_folds holds now"
+        InputError, match="other predictions than those of the models that 06_folds holds now"
     ):
         Calibration.of_run(smoke / layout.SCORES, trained[::-1])
 
@@ -666,9 +666,9 @@ def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smok
         assert np.abs(wrong - expected).max() > 1e-3
 
 
-def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
-    """Stage 07 in this process, on the smoke run's data and models."""
-    script = ROOT / "stages" / "07_predict_test.py"
+def stage_08(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
+    """Stage 08 in this process, on the smoke run's data and models."""
+    script = ROOT / "stages" / "08_predict_test.py"
     monkeypatch.setattr(
         "sys.argv",
         [
@@ -693,13 +693,13 @@ def stage_07(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *overrides
 def test_the_prior_is_there_before_any_test_file_is_looked_at(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.slices.sources.look_at", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        stage_07(smoke, tmp_path, monkeypatch)
+        stage_08(smoke, tmp_path, monkeypatch)
     path = tmp_path / layout.SUBMISSION / "submission.csv"
     given = read_sample_submission(smoke / "data" / "phantom")
     assert check_submission(path, given).select(COLUMNS).n_unique() == 1
     path.write_text("of an earlier run")
     with pytest.raises(ZeroDivisionError):
-        stage_07(smoke, tmp_path, monkeypatch)
+        stage_08(smoke, tmp_path, monkeypatch)
     assert path.read_text() == "of an earlier run", "better than the prior"
 
 
@@ -732,7 +732,7 @@ def test_models_of_other_slices_or_volumes_are_refused(smoke, tmp_path, override
     models know.
     """
     done = run_stage(
-        "07",
+        "08",
         "--config",
         "smoke",
         "--data",
@@ -750,17 +750,17 @@ def test_models_of_other_slices_or_volumes_are_refused(smoke, tmp_path, override
 
 def test_broken_calibration_is_one_line(tmp_path):
     (tmp_path / "calibration.json").write_text("{")
-    with pytest.raises(InputError, match="not a calibration .*stages/06_score_oof.py"):
+    with pytest.raises(InputError, match="not a calibration .*stages/07_score_oof.py"):
         Calibration.of_run(tmp_path, "")
 
 
 def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, monkeypatch, capfd):
-    assert stage_07(smoke, tmp_path / "plain", monkeypatch) == 0
+    assert stage_08(smoke, tmp_path / "plain", monkeypatch) == 0
     assert "warning: the calibration" not in capfd.readouterr().err
     counts = read_manifest(tmp_path / "plain" / layout.SUBMISSION)["counts"]
     assert set(counts["fold_spread"]) == set(TARGET_NAMES)
     assert all(value > 0 for value in counts["fold_spread"].values())
-    assert stage_07(smoke, tmp_path / "flipped", monkeypatch, "predict.flips=[zy]") == 0
+    assert stage_08(smoke, tmp_path / "flipped", monkeypatch, "predict.flips=[zy]") == 0
     assert (
         "warning: the calibration was fitted to predictions of the views [], not ['zy']"
         in capfd.readouterr().err

@@ -25,10 +25,10 @@ FOLDERS = {
     "02": layout.VOLUMES,
     "03": layout.FOLDS,
     "04": layout.VOCO,
-    "05": layout.CLASSIFIERS,
-    "06": layout.SCORES,
-    "07": layout.SUBMISSION,
-    "08": layout.REPORT,
+    "06": layout.CLASSIFIERS,
+    "07": layout.SCORES,
+    "08": layout.SUBMISSION,
+    "09": layout.REPORT,
 }
 
 

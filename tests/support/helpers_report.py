@@ -103,7 +103,7 @@ def write_run(out: Path) -> pl.DataFrame:
 
 
 def write_ablation(out: Path, truth: np.ndarray) -> None:
-    """Stage 09: three variants of two seeds, the first two alike, the third better by far; probes
+    """Stage 10: three variants of two seeds, the first two alike, the third better by far; probes
     of a start and one backbone.
     """
     signal = {"scratch": 0.5, "voco2d": 0.5, "liver_only": 4.0}
@@ -217,7 +217,7 @@ def write_volumes(out: Path, labels: pl.DataFrame, series: pl.DataFrame) -> None
 
 
 def write_training(out: Path, config: Config) -> None:
-    """Stages 04 and 05: logs and pictures."""
+    """Stages 04 and 06: logs and pictures."""
     import cv2
 
     write_manifest(
@@ -272,7 +272,7 @@ def write_training(out: Path, config: Config) -> None:
         ]
         write_manifest(
             out,
-            f"05_folds/fold{fold}",
+            f"06_folds/fold{fold}",
             {"fold": fold},
             config={"model": resolved(config.model), "train": resolved(config.train)},
         )

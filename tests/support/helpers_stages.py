@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = sorted((ROOT / "stages").glob("0*.py"))
+STAGES = sorted((ROOT / "stages").glob("[01]*.py"))
 
 
 def content(path: Path) -> bytes:

@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from helpers_faults import PATIENCE_S, copy, none_alive, run, start, temporaries  # noqa: E402
 
 SUBMISSION, STAGES = (
-    Path("07_submission", "submission.csv"),
-    ("00", "01", "02", "03", "04", "05", "06", "07", "08"),
+    Path("08_submission", "submission.csv"),
+    ("00", "01", "02", "03", "04", "06", "07", "08", "09"),
 )
 AGAIN = 0.5  # probability that a rerun is killed too
 START_S = 1.0  # of each stage script, outside the seconds of its manifest

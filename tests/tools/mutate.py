@@ -57,7 +57,7 @@ GUARDS = (
         ARTIFACTS,
         "if broken := list(filter(needed, broken_outputs(folder, manifest))):",
         "if broken := []:",
-        STATE + "an_artifact[07-06",
+        STATE + "an_artifact[08-07",
     ),
     (
         "pipeline/run/manifest.py",
@@ -90,7 +90,7 @@ GUARDS = (
         COMMAND,
         "= (signal.SIGINT, signal.SIGTERM), 2.0",
         "= (signal.SIGINT,), 2.0",
-        STOPS + "a_stop[06",
+        STOPS + "a_stop[07",
     ),
     (COMMAND, "if code in (130, 143):", "if False:", STOPS + "a_stop[03"),
     (
@@ -679,13 +679,13 @@ GUARDS = (
         "pipeline/learning/weights.py",
         '"not finite": not_finite(',
         '"not finite": [] and not_finite(',
-        HOSTILE + "weights_that[05",
+        HOSTILE + "weights_that[06",
     ),
     (
         "pipeline/learning/weights.py",
         "if state[name].shape != own[name].shape]",
         "if False]",
-        HOSTILE + "weights_that[07",
+        HOSTILE + "weights_that[08",
     ),
     (
         "pipeline/volumes/store.py",

@@ -116,7 +116,7 @@ def test_pretraining_never_reads_labels(smoke):
 
 
 def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
-    """The in-memory path of stage 07 and stages 01 and 02 give the same volume."""
+    """The in-memory path of stage 08 and stages 01 and 02 give the same volume."""
     from pipeline.run.presets import load_config
     from pipeline.slices.sources import SeriesTask
     from pipeline.submission.decode_ahead import decode_series
@@ -156,9 +156,9 @@ def test_help_says_what_is_read_and_written(script):
         ("02", "01_convert"),
         ("03", "00_make"),
         ("04", "02_build"),
-        ("05", "00_make"),
         ("06", "00_make"),
         ("07", "00_make"),
+        ("08", "00_make"),
     ],
 )
 def test_missing_input_is_one_line_that_names_the_stage(stage, maker, tmp_path):
@@ -187,9 +187,9 @@ def test_paper_preset_asks_for_data(tmp_path):
 def test_changed_key_redoes_what_depends_on_it_and_nothing_else(smoke, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(smoke, out)
-    same = run_stage("06", *SMOKE, str(out))
+    same = run_stage("07", *SMOKE, str(out))
     assert "up to date" in same.stderr, "a moved output folder is as good as new"
-    redone = run_stage("06", *SMOKE, str(out), "score.bootstrap=20")
+    redone = run_stage("07", *SMOKE, str(out), "score.bootstrap=20")
     assert redone.returncode == 0, redone.stderr
     assert "up to date" not in redone.stderr
     assert "up to date" in run_stage("03", *SMOKE, str(out), "score.bootstrap=20").stderr
@@ -201,7 +201,7 @@ def test_truncated_artifact_is_made_again(smoke, tmp_path):
     target = out / layout.SCORES / "calibration.json"
     whole = target.read_bytes()
     target.write_bytes(whole[:20])
-    done = run_stage("06", *SMOKE, str(out))
+    done = run_stage("07", *SMOKE, str(out))
     assert done.returncode == 0, done.stderr
     assert target.read_bytes() == whole
 
@@ -213,7 +213,7 @@ def test_real_data_skips_the_phantom_and_missing_test_tables_skip_the_submission
     skipped = run_stage("00", *SMOKE, str(tmp_path / "out"), "--data", str(data))
     assert skipped.returncode == 0
     assert not (tmp_path / "out" / "data").exists()
-    none = run_stage("07", *SMOKE, str(tmp_path / "out"), "--data", str(data))
+    none = run_stage("08", *SMOKE, str(tmp_path / "out"), "--data", str(data))
     assert none.returncode == 0
     assert "skipped" in none.stderr
 
@@ -221,7 +221,7 @@ def test_real_data_skips_the_phantom_and_missing_test_tables_skip_the_submission
 def test_time_budget_gives_a_valid_file_with_the_prior(smoke, tmp_path):
     out = tmp_path / "late"
     done = run_stage(
-        "07",
+        "08",
         "--config",
         "smoke",
         "--models",
@@ -263,7 +263,7 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
             if patient == empty:
                 folder.mkdir()
     done = run_stage(
-        "07",
+        "08",
         "--config",
         "smoke",
         "--models",

@@ -1,10 +1,10 @@
-"""Stage 05: train one CNN-LSTM per fold; with `--fold K` that one only. On a CPU folds train side
+"""Stage 06: train one CNN-LSTM per fold; with `--fold K` that one only. On a CPU folds train side
 by side, one process each, on `--jobs` cores together; on GPUs one after the other, or spread
 over the ranks of torchrun.
 
 Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, <out>/04_voco2d/backbone.safetensors
         (train.init=voco2d), train.csv and, where present, image_level_labels.csv of the data folder
-Writes  <out>/05_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.parquet (series
+Writes  <out>/06_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.parquet (series
         level), manifest.json
 """
 

@@ -1,10 +1,10 @@
-"""Stage 06: blend, aggregate, calibrate and score out-of-fold predictions; prints the score table
+"""Stage 07: blend, aggregate, calibrate and score out-of-fold predictions; prints the score table
 against its floors: constant predictions, and regressions on grey counts and thumbnails of volumes.
 
-Reads   <out>/05_folds/fold<K>/oof.parquet, <out>/03_folds/folds.csv,
+Reads   <out>/06_folds/fold<K>/oof.parquet, <out>/03_folds/folds.csv,
         <out>/02_volumes/ and train.csv; with --oof A.csv [B.csv ...] (patient_id,
         series_id, 13 columns) those files and train.csv, no earlier stage
-Writes  <out>/06_oof/: oof_predictions.csv (blended, uncalibrated, series level), scores.json,
+Writes  <out>/07_oof/: oof_predictions.csv (blended, uncalibrated, series level), scores.json,
         calibration.json, patients.parquet (labels, raw and nested predictions),
         precision_recall.png, reliability.png, confusion.png
 """

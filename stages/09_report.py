@@ -1,9 +1,9 @@
-"""Stage 08: one self-contained page about the run, for people: what ran, what it made of the data,
+"""Stage 09: one self-contained page about the run, for people: what ran, what it made of the data,
 scores, errors, cost.
 
 Reads   the manifests, logs, tables and pictures of all finished stages below <out>,
         image_level_labels.csv of the data folder
-Writes  <out>/08_report/index.html, manifest.json
+Writes  <out>/09_report/index.html, manifest.json
 """
 
 from pipeline.report.stage import write_report

@@ -1,10 +1,10 @@
-"""Stage 07: predict the test patients straight from DICOM and write the submission; skipped where
+"""Stage 08: predict the test patients straight from DICOM and write the submission; skipped where
 there are no test tables.
 
 Reads   test_series_meta.csv, sample_submission.csv and test_images/ of the data folder,
-        05_folds/fold<K>/model.safetensors and 06_oof/calibration.json below `--models` (default:
+        06_folds/fold<K>/model.safetensors and 07_oof/calibration.json below `--models` (default:
         <out>)
-Writes  <out>/07_submission/submission.csv, fallbacks.csv (who got the prior, and why),
+Writes  <out>/08_submission/submission.csv, fallbacks.csv (who got the prior, and why),
         manifest.json
 """
 
@@ -18,7 +18,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     """The flag that only this stage has."""
     flags.add_argument(
         "--models",
-        help="folder that holds 05_folds and 06_oof, may be read-only (default: the output folder)",
+        help="folder that holds 06_folds and 07_oof, may be read-only (default: the output folder)",
     )
 
 

@@ -3,11 +3,11 @@ run's volumes and folds.
 
 Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, train.csv and, where present,
         image_level_labels.csv of the data folder
-Writes  <out>/09_ablation/<variant>/seed<K>/ (oof.parquet, log.jsonl), pretrained/<key>/
+Writes  <out>/10_ablation/<variant>/seed<K>/ (oof.parquet, log.jsonl), pretrained/<key>/
         (backbone.safetensors, log.jsonl), table.json, table.csv, table.md (figures, paired
         differences, intervals), cells.csv, probes.csv
 A stopped run goes on where it stopped; finished cells are skipped. Several devices: torchrun
---nproc-per-node N stages/09_ablate.py ... Run stages/08_report.py again to have the tables in the
+--nproc-per-node N stages/10_ablate.py ... Run stages/09_report.py again to have the tables in the
 report. ./run_all.sh does not run this stage.
 """
 
