@@ -8,6 +8,7 @@ SLICES = "01_slices"
 VOLUMES = "02_volumes"
 FOLDS = "03_folds"
 VOCO = "04_voco2d"
+ORGANS = "05_organs"
 CLASSIFIERS = "06_folds"
 SCORES = "07_oof"
 SUBMISSION = "08_submission"
@@ -21,12 +22,21 @@ MAKERS = {
     VOLUMES: "02_build_volumes",
     FOLDS: "03_make_folds",
     VOCO: "04_pretrain_voco2d",
+    ORGANS: "05_segment_organs",
     CLASSIFIERS: "06_train_folds",
     SCORES: "07_score_oof",
     SUBMISSION: "08_predict_test",
     REPORT: "09_report",
     ABLATION: "10_ablate",
 }
+
+# the names that these had before stage 05 was that of the organs, a number lower: runs of that time
+# bear them, and fingerprints keep them, so that what was finished then stays up to date
+FORMER = {
+    name: f"{int(name[:2]) - 1:02d}{name[2:]}"
+    for name in (CLASSIFIERS, SCORES, SUBMISSION, REPORT, ABLATION)
+}
+CURRENT = {before: name for name, before in FORMER.items()}
 
 MANIFEST = "manifest.json"  # of every stage folder, written last
 INDEX = "index.parquet"  # of slices, and of volumes
@@ -38,6 +48,10 @@ BACKBONE = "backbone.safetensors"
 MODEL = "model.safetensors"  # of one fold
 LAST, BEST = "last.ckpt", "best.ckpt"
 LOG = "log.jsonl"
+MASKS = "masks"  # below `ORGANS`: expert masks on the grids of their volumes
+ORGAN_TABLE = "organs.parquet"  # boxes and visible shares, one row a series and organ
+DICE = "dice.csv"  # out of fold, one row a masked series and organ
+OUTLINES = "outlines.png"
 OOF = "oof.parquet"  # out-of-fold predictions of one fold, one row a series
 OOF_TABLE = "oof_predictions.csv"  # blended, uncalibrated, one row a series
 SCORE_TABLE = "scores.json"
@@ -64,6 +78,21 @@ def volume_file(patient_id: str, series_id: str) -> str:
 def fold_folder(fold: int) -> str:
     """Name of one fold's folder within `CLASSIFIERS`."""
     return f"fold{fold}"
+
+
+def former(folder: str) -> str:
+    """The name that a stage folder, or a path in it, had before, else its own."""
+    return _renamed(folder, FORMER)
+
+
+def current(folder: str) -> str:
+    """The name of a stage folder, or of a path in it, that may be a former one."""
+    return _renamed(folder, CURRENT)
+
+
+def _renamed(folder: str, names: dict[str, str]) -> str:
+    stage, slash, rest = folder.partition("/")
+    return names.get(stage, stage) + slash + rest
 
 
 def script(folder: str) -> str:

@@ -64,7 +64,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(fingerprint, str) or not isinstance(outputs, dict):
         log(f"{path} is damaged: the stage runs again")
         return None
+    if isinstance(inputs := manifest.get("inputs"), dict):  # an older version's, by former names
+        manifest["inputs"] = {layout.current(name): value for name, value in inputs.items()}
     return manifest
+
+
+def stage_folder(run: Path, name: str) -> Path:
+    """The folder of a stage in a run's folder, by its former name where an older version made
+    it.
+    """
+    before = run / layout.former(name)
+    return before if before.is_dir() and not (run / name).exists() else run / name
 
 
 def finished(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,16 @@ from ..system.files import disk_errors, remove_temporaries, write_json
 from ..system.machine import cpu_count, device_used, peak_mb, world_size
 from . import layout
 from .locks import holders, try_lock
-from .manifest import ROOT, SCHEMA, broken_outputs, digest, git_commit, read_manifest, versions
+from .manifest import (
+    ROOT,
+    SCHEMA,
+    broken_outputs,
+    digest,
+    git_commit,
+    read_manifest,
+    stage_folder,
+    versions,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 T = TypeVar("T")
+ADOPT_S = 10.0  # how long another process may be at renaming folders of an older version
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class Stage:
             `needed` files is not whole.
         """
         models = None if name.startswith("data/") else self.options.models
-        folder = Path(models or self.out) / name
+        folder = stage_folder(Path(models or self.out), name)
         if (name, needed("/")) in self._checked:
             return folder
         if folder.is_relative_to(self.out):
@@ -211,7 +221,8 @@ class Stage:
         from .config import decisive
 
         config = {name: decisive(getattr(self.config, name)) for name in sections}
-        return digest({"schema": SCHEMA, "stage": self.name, "config": config, "inputs": inputs})
+        stage, inputs = layout.former(self.name), {layout.former(k): v for k, v in inputs.items()}
+        return digest({"schema": SCHEMA, "stage": stage, "config": config, "inputs": inputs})
 
     def fingerprint_without(self, name: str) -> str:
         """`fingerprint` as if there were no input of that name."""
@@ -310,6 +321,22 @@ class Stage:
             else contextlib.nullcontext()
         )
 
+    def adopt_former(self) -> None:
+        """Give folders of this run that bear former names their present ones, and say so; where
+        nothing can be written they are read by the former ones.
+        """
+        moved = []
+        for name, before in layout.FORMER.items():
+            old, new = self.out / before, self.out / name
+            if not old.is_dir() or new.exists() or not os.access(self.out, os.W_OK):
+                continue
+            with self._held(self._lock_file(before), fcntl.LOCK_EX, ADOPT_S):
+                if old.is_dir() and not new.exists():  # another process may have been faster
+                    old.rename(new)
+                    moved.append(f"{before} is now {name}")
+        if moved:
+            log(f"{self.out} is of an older version: {', '.join(moved)}")
+
     def _lock_file(self, name: str) -> Path:
         return self.out / f".lock-{name.replace('/', '-')}"
 
@@ -371,6 +398,7 @@ class StageFunction:
         checked = config if isinstance(config, Config) else load_config(config)
         options = Options(out, data, jobs, device, force, models, command)
         stage = Stage(self.folder, checked, options)
+        stage.adopt_former()
         lock = stage.lock() if self.exclusive else contextlib.nullcontext()
         with disk_errors(stage.folder), stage.reading, lock:
             self.run(stage, **own)

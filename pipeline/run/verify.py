@@ -112,7 +112,11 @@ def differences(out: Path) -> Iterator[str]:
         if not manifest
     )
     yield from _chain(
-        out, {str(path.relative_to(out)): manifest for path, manifest in manifests.items()}
+        out,
+        {
+            layout.current(str(path.relative_to(out))): manifest
+            for path, manifest in manifests.items()
+        },
     )
     files = [
         (folder / name, entry)
