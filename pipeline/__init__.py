@@ -16,6 +16,7 @@ _HOME = {
     "build_volumes": "volumes.stage",
     "make_folds": "folds",
     "pretrain_voco2d": "voco.stage",
+    "segment_organs": "organs.stage",
     "train_folds": "classifier.stage",
     "score_oof": "evaluation.stage",
     "predict_test": "submission.stage",

@@ -32,7 +32,8 @@ def check(stage: Stage) -> None:
         require_slice_labels(stage.data)
     disk = _images(stage) if stage.real_data else 0
     memory = max(room.convert_memory(stage.jobs), room.volume_memory(config.volume, stage.jobs))
-    if "imagenet" in (config.pretrain.init, config.train.init):
+    organs = config.organs.init if config.organs.enabled else ""
+    if "imagenet" in (config.pretrain.init, organs, config.train.init):
         from .learning.backbone import check_weights
 
         check_weights(config.model.backbone, config.model.weights)

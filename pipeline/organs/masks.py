@@ -111,7 +111,8 @@ def read_mask(path: Path, slices: pl.DataFrame, max_pixels: int) -> list[np.ndar
 
 
 def _extent(z_mm: np.ndarray) -> str:
-    return f"({np.min(z_mm):.1f} to {np.max(z_mm):.1f} mm)"
+    known = z_mm[np.isfinite(z_mm)]
+    return f"({known.min():.1f} to {known.max():.1f} mm)" if len(known) else "(no positions)"
 
 
 def store_mask(

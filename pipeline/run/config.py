@@ -305,6 +305,36 @@ class VocoConfig(Section):
         return self
 
 
+class OrganConfig(Section):
+    """Stage 05: one small U-Net a fold, trained on the masks in `segmentations/`."""
+
+    enabled: bool = Field(
+        True, description="off: the stage is skipped, as where there are no masks"
+    )
+    init: Init = "voco2d"
+    steps: int = Field(4000, ge=1)
+    batch: int = Field(32, ge=1, description="planes a step")
+    image_size: int = Field(256, ge=32, description="side of the planes that the network sees")
+    width: int = Field(
+        16, ge=4, description="channels of the decoder's finest map; coarser ones double it"
+    )
+    lr: float = Field(1e-3, gt=0)
+    backbone_lr: float = Field(1.0, gt=0, description="backbone learning rate as a factor of lr")
+    weight_decay: float = Field(1e-2, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1, description="share of all steps")
+    clip: float = Field(1.0, gt=0, description="gradient norm")
+    rotate_deg: float = Field(10.0, ge=0, le=180)
+    scale: float = Field(0.1, ge=0, lt=1)
+    shift: float = Field(0.05, ge=0, lt=1)
+    contrast: float = Field(0.1, ge=0, le=1, description="and brightness")
+    amp: bool = True
+    log_every: int = Field(20, ge=1, json_schema_extra=HOW)
+    checkpoint_every: int = Field(200, ge=1, json_schema_extra=HOW)
+    workers: int | None = Field(
+        None, ge=0, description="as pretrain.workers", json_schema_extra=HOW
+    )
+
+
 class AugmentConfig(Section):
     """One draw for all slices of a volume. Flips in x are off: they move the liver to the left."""
 
@@ -621,6 +651,7 @@ class Config(Section):
     folds: FoldConfig = FoldConfig()
     model: ModelConfig = ModelConfig()
     pretrain: VocoConfig = VocoConfig()
+    organs: OrganConfig = OrganConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
     predict: PredictConfig = PredictConfig()

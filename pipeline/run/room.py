@@ -6,10 +6,10 @@ from pathlib import Path
 from ..system.console import log
 from ..system.errors import InputError
 from ..system.machine import Room
-from .config import TrainConfig, VocoConfig, VolumeConfig
+from .config import OrganConfig, TrainConfig, VocoConfig, VolumeConfig
 
 AHEAD = 4  # batches that each process that loads works ahead
-LOADER_KEYS = "pretrain.workers, train.workers"
+LOADER_KEYS = "pretrain.workers, organs.workers, train.workers"
 MOST_LOADERS = 8
 LOADER_MB = 500  # memory of its own of a process that loads
 SPARE = 0.9  # share of what is free that is planned with
@@ -33,6 +33,11 @@ def train_batch_bytes(options: TrainConfig, phases: int = 1) -> int:
         * options.slices
         * (options.channels * options.image_size**2 + 8)
     )
+
+
+def organ_batch_bytes(options: OrganConfig) -> int:
+    """A batch of stage 05: three planes as channels, and labels."""
+    return options.batch * 4 * options.image_size**2
 
 
 def loaders(asked: int | None, batch_bytes: int, key: str, gpu: bool, sharing: int = 1) -> int:

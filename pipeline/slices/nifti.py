@@ -170,7 +170,8 @@ def read_labels(path: Path, max_pixels: int, labels: int) -> tuple[np.ndarray, n
         raise loaded
     stored, slope, intercept, affine = loaded
     values = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
-    found = np.ascontiguousarray(values.transpose(2, 1, 0).astype(np.uint8))
+    with np.errstate(invalid="ignore"):  # NaN is no label either
+        found = np.ascontiguousarray(values.transpose(2, 1, 0).astype(np.uint8))
     if (found != values.transpose(2, 1, 0)).any() or found.max() > labels:
         raise Unreadable(f"NIfTI: values other than the labels 0 to {labels}")
     normal = np.cross(affine[:3, 0], affine[:3, 1])

@@ -25,6 +25,7 @@ FOLDERS = {
     "02": layout.VOLUMES,
     "03": layout.FOLDS,
     "04": layout.VOCO,
+    "05": layout.ORGANS,
     "06": layout.CLASSIFIERS,
     "07": layout.SCORES,
     "08": layout.SUBMISSION,

@@ -779,6 +779,54 @@ GUARDS = (
         "                wrong & False,\n                KEY,",
         TABLES + "the_stage[train_series",
     ),
+    (
+        "pipeline/organs/masks.py",
+        "if labels.shape[1:] != size:",
+        "if False:",
+        "organs/test_masks.py::test_masks_that_do_not_fit",
+    ),
+    (
+        "pipeline/organs/masks.py",
+        "if planes is None:",
+        "if False:",
+        "organs/test_masks.py::test_masks_that_do_not_fit",
+    ),
+    (
+        "pipeline/organs/masks.py",
+        "if series in found:",
+        "if False:",
+        "organs/test_masks.py::test_two_files",
+    ),
+    (
+        "pipeline/slices/nifti.py",
+        " or found.max() > labels",
+        "",
+        "organs/test_masks.py::test_files_that_are_no_masks",
+    ),
+    (
+        "pipeline/organs/train.py",
+        'if state["identity"] != self._identity():',
+        "if False:",
+        "organs/test_training.py::test_a_checkpoint_of_another_config",
+    ),
+    (
+        "pipeline/organs/work.py",
+        "one.patient_id not in held_out",
+        "True",
+        "organs/test_stage.py::test_the_held_out",
+    ),
+    (
+        ARTIFACTS,
+        "layout.former(self.name)",
+        "self.name",
+        "run/test_former.py::test_fingerprints",
+    ),
+    (
+        "pipeline/run/manifest.py",
+        " if before.is_dir() and not (run / name).exists() else run / name",
+        " if False else run / name",
+        "run/test_former.py::test_models_of",
+    ),
 )
 
 

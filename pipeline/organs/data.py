@@ -1,0 +1,92 @@
+"""Samples of stage 05: single planes of masked volumes between their neighbours."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..learning.loaders import batches_of, make_loader
+from ..run.config import OrganConfig
+from ..run.room import loaders, organ_batch_bytes
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A volume and its mask on the same grid, two files (D, H, W) uint8."""
+
+    patient_id: str
+    series_id: str
+    volume: Path
+    mask: Path
+
+
+def with_neighbours(volume: np.ndarray, planes: np.ndarray) -> np.ndarray:
+    """Planes (n,) of a volume (D, H, W), each with the one above and the one below as channels:
+    (n, H, W, 3); the first and the last plane are their own neighbours.
+    """
+    around = np.clip(planes[:, None] + [-1, 0, 1], 0, len(volume) - 1)
+    return np.ascontiguousarray(np.moveaxis(volume[around], 1, -1))
+
+
+def resized(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) or (H, W, C) to `size` x `size`: by area where that is smaller."""
+    if image.shape[:2] == (size, size):
+        return image
+    how = cv2.INTER_AREA if size <= min(image.shape[:2]) else cv2.INTER_LINEAR
+    return cv2.resize(image, (size, size), interpolation=how)
+
+
+def moved(config: OrganConfig, rng: np.random.Generator, size: int) -> np.ndarray:
+    """A drawn turn, scale and shift of a `size` x `size` picture as an affine (2, 3)."""
+    angle, factor = rng.uniform(-1, 1) * config.rotate_deg, 1 + rng.uniform(-1, 1) * config.scale
+    matrix = cv2.getRotationMatrix2D(((size - 1) / 2, (size - 1) / 2), angle, factor)
+    shift = rng.uniform(-1, 1, (2, 1)) * config.shift * size
+    return matrix + np.hstack([np.zeros((2, 2)), shift])
+
+
+class PlaneDataset(Dataset):
+    """(step, k) -> `image` (3, h, w) uint8, `label` (h, w) uint8, `item`: series and plane are
+    drawn, each sample a pure function of (seed, step, k), so that a resumed run draws what it would
+    have drawn.
+    """
+
+    def __init__(self, series: Sequence[Masked], config: OrganConfig, seed: int) -> None:
+        self.series, self.config, self.seed = list(series), config, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | np.int64]:
+        rng = np.random.default_rng((self.seed, *key))
+        item = int(rng.integers(len(self.series)))
+        one, size = self.series[item], self.config.image_size
+        volume = np.load(one.volume, mmap_mode="r")
+        plane = int(rng.integers(len(volume)))
+        image = resized(with_neighbours(volume, np.array([plane]))[0], size)
+        label = np.load(one.mask, mmap_mode="r")[plane]
+        label = cv2.resize(label, (size, size), interpolation=cv2.INTER_NEAREST)
+        matrix = moved(self.config, rng, size)
+        image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
+        label = cv2.warpAffine(label, matrix, (size, size), flags=cv2.INTER_NEAREST)
+        gain, bias = rng.uniform(-1, 1, 2) * self.config.contrast
+        image = cv2.addWeighted(image, 1 + gain, image, 0, 128 * (bias - gain))
+        return {
+            "image": np.ascontiguousarray(image.transpose(2, 0, 1)),
+            "label": label,
+            "item": np.int64(item),
+        }
+
+
+def plane_batches(
+    dataset: PlaneDataset,
+    steps: range,
+    device: torch.device,
+    waiting: Callable[[], object] = lambda: None,
+) -> Generator[dict[str, torch.Tensor], None, None]:
+    """One batch for each of `steps`; `waiting` is called while one is waited for."""
+    config, gpu = dataset.config, device.type == "cuda"
+    plan = [[(step, k) for k in range(config.batch)] for step in steps]
+    most = loaders(config.workers, organ_batch_bytes(config), "organs.workers", gpu)
+    loader = make_loader(dataset, min(most, len(plan)), gpu, batch_sampler=plan)
+    return batches_of(loader, waiting)

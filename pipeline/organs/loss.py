@@ -1,0 +1,42 @@
+"""What the segmenter is trained with and what it is judged by: soft Dice with cross-entropy, and
+Dice of label maps.
+"""
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional
+
+SMOOTH = 1.0  # pixels: an organ that a batch lacks and the network does not see costs nothing
+
+
+def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - mean Dice over the organs (background apart), each over the whole batch.
+
+    Args:
+        logits: (N, 1 + C, h, w), background first.
+        labels: (N, h, w) with values 0 to C.
+    """
+    shares = logits.softmax(1)[:, 1:]
+    truth = functional.one_hot(labels.long(), logits.shape[1])[..., 1:].movedim(-1, 1)
+    both = (shares * truth).sum((0, 2, 3))
+    sizes = shares.sum((0, 2, 3)) + truth.sum((0, 2, 3))
+    return 1 - ((2 * both + SMOOTH) / (sizes + SMOOTH)).mean()
+
+
+def organ_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The terms `dice` and `entropy` (scalars), summed with equal weights."""
+    entropy = functional.cross_entropy(logits, labels.long())
+    return {"dice": soft_dice(logits, labels), "entropy": entropy}
+
+
+def dice_scores(found: np.ndarray, truth: np.ndarray, organs: int) -> list[float | None]:
+    """Dice of each organ 1 to `organs` in two label maps of one shape; None where neither has
+    it.
+    """
+    pairs = np.bincount(
+        (truth.astype(np.int64) * (organs + 1) + found).ravel(), minlength=(organs + 1) ** 2
+    ).reshape(organs + 1, organs + 1)
+    sizes = pairs.sum(0) + pairs.sum(1)
+    return [
+        2 * int(pairs[k, k]) / int(sizes[k]) if sizes[k] else None for k in range(1, organs + 1)
+    ]

@@ -1,0 +1,202 @@
+"""What stage 05 does: masks onto volumes, a segmenter a fold, organs of all series, Dice out of
+fold.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from ..folds import read_folds
+from ..run import layout
+from ..run.stage import Stage
+from ..system.console import log, progress, say
+from ..system.contained import Failure
+from ..system.errors import InputError
+from ..system.files import atomic_path
+from ..system.frames import read_frame
+from ..system.machine import pick_device
+from ..system.pool import spread
+from ..volumes.store import SLICE_COLUMNS
+from .data import Masked
+from .figures import draw_strip
+from .find import label_volume, organ_boxes, rows_of, without_islands
+from .loss import dice_scores
+from .masks import ORGANS, slice_table, store_mask, with_masks
+from .model import load_segmenter
+from .stage import SECTIONS, mask_inputs
+from .train import OrganFold, train_organs
+
+ROW_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
+    "patient_id": pl.String,
+    "series_id": pl.String,
+    "fold": pl.Int64,
+    "organ": pl.String,
+    **dict.fromkeys(("z0", "z1", "y0", "y1", "x0", "x1"), pl.Float64),
+    "voxels": pl.Int64,
+    "ml": pl.Float64,
+    "visible": pl.List(pl.Float64),
+}
+DICE_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
+    "patient_id": pl.String,
+    "series_id": pl.String,
+    "fold": pl.Int64,
+    "organ": pl.String,
+    "dice": pl.Float64,
+}
+
+
+def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> None:
+    """Everything, from the masks to the manifest; what a stopped run has finished is not done
+    again.
+    """
+    if stage.options.jobs:
+        torch.set_num_threads(stage.jobs)
+    index = _labelled(stage)
+    folds = sorted(index["fold"].unique())
+    with_mask = set(index.filter(pl.col("series_id").is_in(list(files)))["fold"])
+    if alone := [fold for fold in folds if not with_mask - {fold}]:
+        log(f"{stage.name}: skipped, fold {alone[0]} would have no mask to be trained on")
+        return
+    masked = lay_masks(stage, files, index)
+    device = pick_device(stage.device_name)
+    for fold in folds:
+        train_fold(stage, fold, masked, index, inputs, device)
+    rows: list[dict[str, Any]] = []
+    dice: list[dict[str, Any]] = []
+    for row, organs, scores in progress(
+        _found(stage, index, masked, device), len(index), stage.name, "series"
+    ):
+        ids = {name: row[name] for name in ("patient_id", "series_id", "fold")}
+        spacing = [row[f"spacing_{axis}_mm"] for axis in "zyx"]
+        rows += [ids | one for one in rows_of(organs, spacing)]
+        dice += [ids | {"organ": n, "dice": s} for n, s in zip(ORGANS, scores, strict=False)]
+    table = pl.DataFrame(dice, schema=DICE_SCHEMA)
+    with atomic_path(stage.folder / layout.ORGAN_TABLE) as path:
+        pl.DataFrame(rows, schema=ROW_SCHEMA).write_parquet(path)
+    with atomic_path(stage.folder / layout.DICE) as path:
+        table.write_csv(path)
+    summary = mean_dice(table)
+    say("Dice, out of fold: " + ", ".join(f"{name} {summary[name]:.3f}" for name in summary))
+    counts = {"series": len(index), "masked": len(masked), "dice": summary}
+    models = [f"{layout.fold_folder(fold)}/{layout.MODEL}" for fold in folds]
+    stage.finish(counts, [layout.ORGAN_TABLE, layout.DICE, layout.OUTLINES, *models])
+
+
+def _labelled(stage: Stage) -> pl.DataFrame:
+    """Rows of the volume index of the labelled series with their patients' `fold`."""
+    folds = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE)
+    index = read_frame(stage.upstream(layout.VOLUMES) / layout.INDEX)
+    index = index.filter(pl.col("source") == "train")
+    return index.join(folds, on="patient_id", how="inner", maintain_order="left")
+
+
+def lay_masks(stage: Stage, files: dict[str, Path], index: pl.DataFrame) -> dict[str, Masked]:
+    """Bring the masks onto their volumes' grids, unless that is done; by series id, in the order
+    of the index.
+
+    Raises:
+        InputError: a mask does not fit its series.
+    """
+    part, volumes = stage.part(layout.MASKS), stage.upstream(layout.VOLUMES)
+    chosen = index.filter(pl.col("series_id").is_in(list(files)))
+    found = {
+        row["series_id"]: Masked(
+            row["patient_id"],
+            row["series_id"],
+            volumes / row["path"],
+            part.folder / row["path"],
+        )
+        for row in chosen.iter_rows(named=True)
+    }
+    with part.lock():
+        if not part.current(mask_inputs(stage, files), ["volume"]):
+            part.finish({"masks": len(found)}, _lay(part, files, chosen, volumes))
+    if lost := len(files) - len(found):
+        log(f"warning: {lost} masks are of series without a volume, and are not used")
+    return found
+
+
+def _lay(part: Stage, files: dict[str, Path], chosen: pl.DataFrame, volumes: Path) -> list[str]:
+    table = slice_table(volumes, part.out / layout.SLICES)
+    slices = read_frame(table, SLICE_COLUMNS).filter(
+        pl.col("series_id").is_in(chosen["series_id"].to_list())
+    )
+    items, config = with_masks(files, chosen, slices), part.config
+    part.folder.mkdir(parents=True, exist_ok=True)
+    work = partial(
+        store_mask,
+        target=part.folder,
+        config=config.volume,
+        max_pixels=config.convert.max_pixels,
+    )
+    names = []
+    answers = spread(work, items, part.jobs)
+    for k, answer in progress(answers, len(items), "masks", "masks"):
+        if isinstance(answer, Failure):
+            raise InputError(answer.reason, str(items[k][0]), "give --jobs 1, or remove the file")
+        names.append(answer)
+    for path in part.folder.glob("*.npy"):
+        if path.name not in names:  # of a mask that is gone
+            path.unlink()
+    return sorted(names)
+
+
+def train_fold(
+    stage: Stage,
+    fold: int,
+    masked: dict[str, Masked],
+    index: pl.DataFrame,
+    inputs: dict[str, Any],
+    device: torch.device,
+) -> None:
+    """Train the segmenter of one fold, unless that is done."""
+    held_out = set(index.filter(fold=fold)["patient_id"])
+    train = [one for one in masked.values() if one.patient_id not in held_out]
+    part = stage.part(layout.fold_folder(fold))
+    with part.lock():
+        if part.current(inputs, SECTIONS):
+            return
+        if stage.options.force:
+            (part.folder / layout.LAST).unlink(missing_ok=True)
+        init = stage.config.organs.init
+        pretrained = stage.upstream(layout.VOCO) / layout.BACKBONE if init == "voco2d" else None
+        data = OrganFold(fold, train, part.fingerprint)
+        train_organs(stage.config, data, part.folder, device, pretrained)
+        part.finish({"fold": fold, "train_series": len(train)}, [layout.MODEL, layout.LOG])
+
+
+def _found(
+    stage: Stage, index: pl.DataFrame, masked: dict[str, Masked], device: torch.device
+) -> Iterator[tuple[dict[str, Any], Sequence[Any], list[float | None]]]:
+    """Every labelled series, fold by fold: its row of the index, its organs, and the Dice of each
+    where it has a mask.
+    """
+    volumes, options = stage.upstream(layout.VOLUMES), stage.config.organs
+    shown = next(iter(masked))  # of which a picture is drawn
+    for (fold,), part in index.partition_by("fold", as_dict=True, maintain_order=True).items():
+        path = stage.folder / layout.fold_folder(int(fold)) / layout.MODEL
+        model, _ = load_segmenter(path, device)
+        for row in part.iter_rows(named=True):
+            volume = np.load(volumes / row["path"], mmap_mode="r")
+            labels = without_islands(label_volume([model], volume, options, device))
+            scores: list[float | None] = []
+            if one := masked.get(row["series_id"]):
+                truth = np.load(one.mask)
+                scores = dice_scores(labels, truth, len(ORGANS))
+                if row["series_id"] == shown:
+                    draw_strip(volume, labels, truth, stage.folder / layout.OUTLINES)
+            yield row, organ_boxes(labels), scores
+
+
+def mean_dice(table: pl.DataFrame) -> dict[str, float]:
+    """Mean Dice of each organ over patients, of each the mean over series; `table` has the columns
+    of `dice.csv`.
+    """
+    patients = table.group_by("patient_id", "organ").agg(pl.col("dice").mean())
+    means = dict(patients.group_by("organ").agg(pl.col("dice").mean()).iter_rows())
+    return {name: round(means[name], 4) for name in ORGANS if means.get(name) is not None}
