@@ -1,7 +1,6 @@
 """What a run made of its data: conversion, a montage of volumes, the predicted test patients."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,11 @@ import polars as pl
 from ..run import layout
 from ..volumes.sampling import evenly
 from .charts import jpeg_uri
-from .inputs import Run
+from .inputs import Run, read_csv
 
 SERIES = {"train": 4, "unlabelled": 2}  # of the montage by source
 PLANES = 6  # of a series
 REASONS = 6  # paths a quarantine reason, reasons of fallbacks
-
-
-def _table(path: Path) -> pl.DataFrame:
-    """A table of ours, cells as text; read here, since polars takes some paths for patterns."""
-    return pl.read_csv(path.read_bytes(), infer_schema=False)
 
 
 def conversion(run: Run) -> dict[str, Any] | None:
@@ -30,7 +24,7 @@ def conversion(run: Run) -> dict[str, Any] | None:
     if found is None:
         return None
     folder, counts = found
-    lost = _table(run.out / folder / layout.QUARANTINE)
+    lost = read_csv(run.out / folder / layout.QUARANTINE)
     kind = pl.col("reason").str.split(":").list.first().alias("kind")
     files = pl.struct("path", "reason").head(REASONS).alias("files")
     reasons = lost.group_by(kind, maintain_order=True).agg(pl.len(), files)
@@ -80,7 +74,7 @@ def plane_pictures(run: Run, row: dict[str, Any], planes: list[int]) -> list[dic
 
 def test_predictions(run: Run) -> dict[str, Any]:
     """Counts of stage 08, and its fallbacks by reason."""
-    fallbacks = _table(run.out / layout.SUBMISSION / layout.FALLBACKS)
+    fallbacks = read_csv(run.out / layout.SUBMISSION / layout.FALLBACKS)
     return {
         "counts": run.manifests[layout.SUBMISSION]["counts"],
         "reasons": Counter(fallbacks["reason"].to_list()).most_common(REASONS),

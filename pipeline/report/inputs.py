@@ -15,6 +15,11 @@ from ..system.console import log
 from ..system.frames import read_frame
 
 
+def read_csv(path: Path) -> pl.DataFrame:
+    """A table of ours, cells as text; read here, since polars takes some paths for patterns."""
+    return pl.read_csv(path.read_bytes(), infer_schema=False)
+
+
 @dataclass(frozen=True)
 class Run:
     """An output folder, the config, `--data` (None: the run's own phantom), the flags to repeat the

@@ -20,6 +20,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], Any], str]] = {
     "conversion": (data.conversion, ""),
     "montage": (data.montage, layout.VOLUMES),
     "pretraining": (training.pretraining, layout.VOCO),
+    "organs": (training.organs, layout.ORGANS),
     "training": (training.training, f"{layout.CLASSIFIERS}/fold"),
     "scores": (scores.scores, layout.SCORES),
     "worst": (scores.worst, layout.SCORES),

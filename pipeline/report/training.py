@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from ..competition.targets import TARGET_NAMES
 from ..evaluation.curves import Line
 from ..run import layout
 from ..voco.crops import base_boxes, hits, overlap_labels, random_boxes
 from .charts import Chart, chart, colour, curve, data_uri
-from .inputs import Run
+from .inputs import Run, read_csv
 
 
 def pretraining(run: Run) -> dict[str, Any]:
@@ -107,6 +108,27 @@ def _by_chance(options: dict[str, Any]) -> dict[str, float]:
     whole = np.concatenate([overlap, np.zeros((len(boxes), overlap.shape[1] * (Z - 1)))], 1)
     found = [hits(np.full(len(boxes), k), whole, Z) for k in range(whole.shape[1])]
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def organs(run: Run) -> dict[str, Any]:
+    """Dice of stage 05 by organ, out of fold, and a picture of what was found."""
+    folder = run.out / layout.ORGANS
+    table = read_csv(folder / layout.DICE)
+    dice = pl.col("dice").cast(pl.Float64, strict=False)
+    patients = table.group_by("patient_id", "organ").agg(dice.mean()).drop_nulls("dice")
+    rows = [
+        {
+            "organ": organ,
+            "patients": len(values),
+            "mean": float(values.mean()),
+            "low": float(np.quantile(values, 0.1)),
+            "high": float(np.quantile(values, 0.9)),
+        }
+        for organ in table["organ"].unique(maintain_order=True)
+        if len(values := patients.filter(pl.col("organ") == organ)["dice"].to_numpy())
+    ]
+    picture = data_uri((folder / layout.OUTLINES).read_bytes(), "png")
+    return {"counts": run.manifests[layout.ORGANS]["counts"], "rows": rows, "picture": picture}
 
 
 def training(run: Run) -> dict[str, Any]:
