@@ -28,7 +28,9 @@ INITS, RESAMPLES = ("voco2d", "scratch"), 2000
 
 def masked_series(out: Path) -> list[tuple[int, Masked]]:
     """(fold, series) of every mask that stage 05 has laid on its volume."""
-    folds = pl.read_csv(out / layout.FOLDS / layout.FOLD_TABLE, schema_overrides={"patient_id": pl.String})
+    folds = pl.read_csv(
+        out / layout.FOLDS / layout.FOLD_TABLE, schema_overrides={"patient_id": pl.String}
+    )
     index = pl.read_parquet(out / layout.VOLUMES / layout.INDEX).join(folds, on="patient_id")
     masks = out / layout.ORGANS / layout.MASKS
     return [

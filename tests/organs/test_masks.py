@@ -54,10 +54,9 @@ def turned(labels: np.ndarray, right: int, back: int, up: int, top=TOP, step=STE
 @pytest.fixture
 def labels() -> np.ndarray:
     """Blocks of the five labels, of odd sizes, none alike in any direction."""
-    rng = np.random.default_rng(5)
     found = np.zeros((N, ROWS, COLS), np.uint8)
-    for label in range(1, 6):
-        z, y, x = rng.integers(0, [N - 4, ROWS - 9, COLS - 9])
+    places = ((0, 3, 2), (1, 11, 12), (4, 2, 14), (5, 10, 1), (2, 5, 8))
+    for label, (z, y, x) in enumerate(places, start=1):
         found[z : z + 4, y : y + 5 + label, x : x + 8] = label
     return found
 
@@ -163,13 +162,17 @@ def test_masks_that_do_not_fit_their_series_are_refused(tmp_path, labels):
     line = "the mask's 7 planes (122.0 to 140.0 mm) are not where the 9 slices of its series are"
     refused(written(tmp_path, short), f"{line} (116.0 to 140.0 mm)")
     coarse = turned(labels[::2], -1, -1, 1, step=2 * STEP)
-    refused(written(tmp_path, coarse), "the mask's 5 planes (116.0 to 140.0 mm) are not where")
+    refused(
+        written(tmp_path / "coarse", coarse),
+        "the mask's 5 planes (116.0 to 140.0 mm) are not where",
+    )
     wide = turned(np.pad(labels, ((0, 0), (0, 0), (0, 3))), -1, -1, 1)
     line = "the mask's planes have 20 x 27 pixels, the slices of its series 20 x 24"
-    refused(written(tmp_path, wide), line)
+    refused(written(tmp_path / "wide", wide), line)
     nowhere = slice_rows(instances=range(1, N)).with_columns(z_mm=pl.lit(None, pl.Float64))
     line = "are not where the 8 slices of its series are (no positions)"
-    refused(written(tmp_path, turned(labels, -1, -1, 1)), line, nowhere)
+    whole = turned(labels, -1, -1, 1)
+    refused(written(tmp_path / "whole", whole), line, nowhere)
 
 
 def test_files_that_are_no_masks_are_refused(tmp_path, labels):

@@ -46,7 +46,9 @@ def test_every_series_has_its_organs_by_the_model_that_has_not_seen_the_patient(
     assert set(organs["series_id"]) == set(index["series_id"])
     assert organs.height == len(ORGANS) * index.height
     folds = dict(
-        pl.read_csv(smoke / layout.FOLDS / layout.FOLD_TABLE, schema_overrides={"patient_id": pl.String})
+        pl.read_csv(
+            smoke / layout.FOLDS / layout.FOLD_TABLE, schema_overrides={"patient_id": pl.String}
+        )
         .select("patient_id", "fold")
         .iter_rows()
     )
