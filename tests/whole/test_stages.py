@@ -49,7 +49,7 @@ def test_second_run_skips_everything_touches_nothing_and_imports_nothing_heavy(s
     }
     again = run_all(smoke)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("up to date") == 9 + 2, "nine stages and two folds"
+    assert again.stderr.count("up to date") == 10 + 2, "ten stages and two folds"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     imported = {
         line.rpartition("|")[2].strip()
