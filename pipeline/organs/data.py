@@ -12,6 +12,9 @@ from torch.utils.data import Dataset
 from ..learning.loaders import batches_of, make_loader
 from ..run.config import OrganConfig
 from ..run.room import loaders, organ_batch_bytes
+from .masks import ORGANS
+
+SHOWING = 0.5  # share of the samples whose plane shows an organ that is drawn first
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,18 @@ def moved(config: OrganConfig, rng: np.random.Generator, size: int) -> np.ndarra
     return matrix + np.hstack([np.zeros((2, 2)), shift])
 
 
+def drawn_plane(mask: np.ndarray, rng: np.random.Generator) -> int:
+    """A plane of a label map (D, H, W): every other time any, else one that shows an organ, which
+    is drawn first, so that small organs are seen as often as large ones.
+    """
+    depth = len(mask)
+    if rng.random() < SHOWING:
+        shown = np.flatnonzero((mask == rng.integers(len(ORGANS)) + 1).any((1, 2)))
+        if len(shown):
+            return int(rng.choice(shown))
+    return int(rng.integers(depth))
+
+
 class PlaneDataset(Dataset):
     """(step, k) -> `image` (3, h, w) uint8, `label` (h, w) uint8, `item`: series and plane are
     drawn, each sample a pure function of (seed, step, k), so that a resumed run draws what it would
@@ -61,11 +76,10 @@ class PlaneDataset(Dataset):
         rng = np.random.default_rng((self.seed, *key))
         item = int(rng.integers(len(self.series)))
         one, size = self.series[item], self.config.image_size
-        volume = np.load(one.volume, mmap_mode="r")
-        plane = int(rng.integers(len(volume)))
+        volume, mask = np.load(one.volume, mmap_mode="r"), np.load(one.mask, mmap_mode="r")
+        plane = drawn_plane(mask, rng)
         image = resized(with_neighbours(volume, np.array([plane]))[0], size)
-        label = np.load(one.mask, mmap_mode="r")[plane]
-        label = cv2.resize(label, (size, size), interpolation=cv2.INTER_NEAREST)
+        label = cv2.resize(mask[plane], (size, size), interpolation=cv2.INTER_NEAREST)
         matrix = moved(self.config, rng, size)
         image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
         label = cv2.warpAffine(label, matrix, (size, size), flags=cv2.INTER_NEAREST)

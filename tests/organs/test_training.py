@@ -12,7 +12,7 @@ import torch
 from pipeline.learning.backbone import create_backbone, load_backbone, save_backbone, standardise
 from pipeline.learning.checkpoint import load_checkpoint
 from pipeline.learning.log import read_log
-from pipeline.organs.data import Masked, PlaneDataset
+from pipeline.organs.data import Masked, PlaneDataset, drawn_plane
 from pipeline.organs.find import OrganFinder, label_volume, organ_boxes, without_islands
 from pipeline.organs.loss import dice_scores
 from pipeline.organs.model import (
@@ -107,6 +107,19 @@ def test_samples_are_functions_of_their_keys_and_labels_move_with_images(masked)
     bright = np.concatenate([s["image"][1][s["label"] == 1] for s in first])
     dark = np.concatenate([s["image"][1][s["label"] == 0] for s in first])
     assert np.median(bright) > 160 > 100 > np.median(dark)
+
+
+def test_planes_of_small_organs_are_drawn_more_often():
+    """An organ of four in two planes of twenty: half of the draws are of any plane, a quarter of
+    the others of these two, and the rest of any again, as the other organs are nowhere.
+    """
+    mask = np.zeros((20, 4, 4), np.uint8)
+    mask[5:7, 1, 1] = 3
+    rng = np.random.default_rng(0)
+    found = np.array([drawn_plane(mask, rng) for _ in range(4000)])
+    expected = 0.5 * 0.1 + 0.5 * (0.25 + 0.75 * 0.1)
+    assert np.isin(found, [5, 6]).mean() == pytest.approx(expected, abs=0.02)
+    assert set(found) == set(range(20))
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(masked, tmp_path):
