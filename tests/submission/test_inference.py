@@ -201,6 +201,25 @@ def test_what_fails_in_the_model_is_that_series_alone(tmp_path, monkeypatch, vol
     ]
 
 
+def test_a_series_that_fails_in_one_of_the_runs_fails_and_that_run_is_named():
+    """Probabilities of the others alone are none that the calibration knows."""
+    fails, third = RuntimeError("no kernel"), np.concatenate([[0.2, 0.8], HALF[2:]])
+    weights = np.tile([[0.25, 0.75]], (5, 1))
+    calibration = Calibration(("x", "y"), "mean", weights, np.ones(5), np.zeros(13), PRIOR)
+    blend = Blend({name: Known((), None, name, None, None) for name in "ab"}, calibration)
+    assert blend.ways == ["a", "b"]
+    found, problem = blend.series({"a": HALF, "b": third}, (), 1)
+    assert problem == ""
+    assert np.array_equal(found, [HALF, third])
+    patient = blend.patient("7", {"3": found, "4": found[::-1]})
+    assert patient[:2] == pytest.approx([0.35, 0.65]), "mean of 0.275 and 0.425"
+    for volumes, line in (
+        ({"a": HALF, "b": fails}, "the model of b failed: RuntimeError"),
+        ({"a": HALF * np.nan, "b": HALF}, "the model of a failed: not finite"),
+    ):
+        assert blend.series(volumes, (), 1)[1] == line
+
+
 def test_a_model_that_fails_on_everything_is_said_so(tmp_path, monkeypatch, capfd):
     predicted(
         monkeypatch, tmp_path, [decoded(*ids, RuntimeError("no kernel"), "") for ids in LISTED]
