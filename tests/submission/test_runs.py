@@ -215,3 +215,6 @@ def test_names_of_runs_are_distinct(tmp_path):
     assert {run.models[0] for run in found.values()} == set(folders)
     again = Stage(layout.SCORES, CONFIG, Options(out=tmp_path, models=folders[::-1]))
     assert list(runs_of(again)) == list(found)
+    twice = Stage(layout.SCORES, CONFIG, Options(out=tmp_path, models=[*folders, folders[0]]))
+    with pytest.raises(InputError, match="two runs have the same models"):
+        runs_of(twice)
