@@ -196,6 +196,17 @@ def test_runs_of_other_series_are_refused(runs, how, tmp_path):
         score_oof(out=tmp_path / "out", models=[runs[0], other], **how)
 
 
+def test_a_spent_budget_leaves_the_prior_of_the_blend(runs, blended, how, tmp_path):
+    shutil.copytree(blended / layout.SCORES, tmp_path / layout.SCORES)
+    late = {**how, "config": load_config("smoke", ["predict.time_budget_h=0.000001"])}
+    predict_test(out=tmp_path, models=runs, **late)
+    prior = json.loads((tmp_path / layout.SCORES / layout.CALIBRATION).read_text())["prior"]
+    rows = submitted(tmp_path, how["data"]).select(COLUMNS).to_numpy()
+    np.testing.assert_allclose(rows, [[prior[column] for column in COLUMNS]] * 4, atol=1e-12)
+    counts = read_manifest(tmp_path / layout.SUBMISSION)["counts"]
+    assert (counts["predicted"], counts["late"]) == (0, 4)
+
+
 def made_up(folder: Path, content: str) -> Path:
     """A run of which there is the manifest of its folds."""
     (folder / layout.CLASSIFIERS).mkdir(parents=True)
