@@ -31,6 +31,7 @@ from ..competition.metric import (
 from ..competition.targets import ANY_INJURY_WEIGHTS, COLUMNS, TARGET_NAMES, TARGETS, group_slices
 from ..run import layout
 from ..run.manifest import read_manifest
+from ..run.runs import MODELS
 from ..system.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ class Calibration:
         return with_values(patients, self.apply(patients.select(COLUMNS).to_numpy()))
 
     @classmethod
-    def of_run(cls, folder: Path, trained: str) -> "Calibration":
-        """What stage 07 left in `folder` for the models that `Stage.inputs` knows as `trained`;
-        InputError where it is of others.
+    def of_runs(cls, folder: Path, trained: Sequence[str], maker: str) -> "Calibration":
+        """What stage 07 left in `folder` for the runs whose models `Stage.inputs` knows as
+        `trained`, in this order; InputError, to run `maker`, where it is of others.
         """
         path = folder / layout.CALIBRATION
         try:
@@ -91,23 +92,14 @@ class Calibration:
                 str(path),
                 f"run {layout.script(layout.SCORES)} again",
             ) from fault
-        if len(found.models) > 1:
+        made = (read_manifest(folder) or {"inputs": {}})["inputs"]
+        if sorted(made.get(MODELS) or [made.get(layout.CLASSIFIERS)]) != list(trained):
             what = (
-                f"the calibration blends {len(found.models)} models ({', '.join(found.models)}),"
-                " which one run's models cannot reproduce"
+                f"the calibration is of other predictions ({', '.join(found.models)}) than those of"
+                f" the models that {layout.CLASSIFIERS} {'holds' if len(trained) == 1 else 'hold'}"
+                " now"
             )
-            raise InputError(
-                what,
-                str(path),
-                f"run {layout.script(layout.SCORES)} --force without --oof,"
-                " and blend submissions instead",
-            )
-        if (read_manifest(folder) or {"inputs": {}})["inputs"].get(layout.CLASSIFIERS) != trained:
-            what = (
-                "the calibration is of other predictions than those of the models that"
-                f" {layout.CLASSIFIERS} holds now"
-            )
-            raise InputError(what, str(path), f"run {layout.script(layout.SCORES)} without --oof")
+            raise InputError(what, str(path), f"run {maker}, without --oof")
         return found
 
     def to_json(self) -> dict[str, Any]:

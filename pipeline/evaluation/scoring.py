@@ -7,7 +7,7 @@ what many report, shown for comparison). The blend weights of `raw` and of `oof_
 the nested ones, so that table is out-of-fold in every respect.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,30 +53,30 @@ def read_oof(paths: list[Path], labels: pl.DataFrame) -> dict[str, pl.DataFrame]
         InputError: a fault of a table, a patient of `labels` missing or another one present, a
         series missing or too much.
     """
-    found: dict[str, pl.DataFrame] = {}
+    found: dict[str, Table] = {}
     for path in paths:
-        frame = _read(path)
-        require_patients(labels, Table(str(path), frame))
-        first = next(iter(found.values()), frame)
-        missing = first.join(frame, on=SERIES, how="anti", maintain_order="left")
+        table = Table(str(path), _read(path))
+        require_patients(labels, table)
+        found[path.stem if path.stem not in found else str(path)] = table
+    return aligned(found)
+
+
+def aligned(tables: Mapping[str, Table]) -> dict[str, pl.DataFrame]:
+    """The models' series tables, all with the rows of the first in its order; InputError where a
+    series is missing or too much.
+    """
+    first, found = next(iter(tables.values())), {}
+    rows = first.frame.select(SERIES)
+    for name, table in tables.items():
+        missing = rows.join(table.frame, on=SERIES, how="anti", maintain_order="left")
         if missing.height:
             what = f"series {missing['series_id'][0]!r} of patient {missing[KEY][0]!r} is missing"
-            raise InputError(
-                what, f"{path}, which {paths[0]} has", "blend predictions of the same series"
-            )
-        known = pl.struct(SERIES).is_in(first.select(pl.struct(SERIES)).to_series().implode())
-        Table(str(path), frame).refuse(
-            (
-                ~known,
-                "series_id",
-                f"series {{value}} is not in {paths[0].name}",
-                "blend the same series",
-            )
-        )
-        name = path.stem if path.stem not in found else str(path)
-        found[name] = (
-            first.select(SERIES).join(frame, on=SERIES, how="left", maintain_order="left").drop(ROW)
-        )
+            where = f"{table.name}, which {first.name} has"
+            raise InputError(what, where, "blend predictions of the same series")
+        known = pl.struct(SERIES).is_in(rows.select(pl.struct(SERIES)).to_series().implode())
+        what = f"series {{value}} is not in {first.name}"
+        table.refuse((~known, "series_id", what, "blend the same series"))
+        found[name] = rows.join(table.frame, on=SERIES, how="left", maintain_order="left").drop(ROW)
     return found
 
 
@@ -86,10 +86,8 @@ def _read(path: Path) -> pl.DataFrame:
 
 def read_trained(
     folds: Path, trained: Path, volumes: Path, labels: pl.DataFrame
-) -> tuple[dict[str, pl.DataFrame], pl.DataFrame]:
-    """The run's own OOF tables under the name `folds`, and `patient_id, fold`. Patients without a
-    volume may be missing.
-    """
+) -> tuple[Table, pl.DataFrame]:
+    """A run's own OOF table, and `patient_id, fold`. Patients without a volume may be missing."""
     frame = pl.concat([_read(path) for path in trained_files(trained, layout.OOF)])
     table = Table(f"{trained}/fold*/oof.parquet", frame)
     strict_table.check_unique(table, *SERIES)
@@ -105,17 +103,22 @@ def read_trained(
             f" {moved['fold_drawn'][0]} as folds.csv says"
         )
         raise InputError(what, table.name, f"run {layout.script(layout.CLASSIFIERS)} again")
-    return {"folds": frame.drop(ROW)}, drawn
+    return table, drawn
 
 
 def nested_folds(
-    series: dict[str, pl.DataFrame], labels: pl.DataFrame, config: Config
+    series: dict[str, pl.DataFrame],
+    labels: pl.DataFrame,
+    config: Config,
+    drawn: Sequence[pl.DataFrame] = (),
 ) -> pl.DataFrame:
-    """`patient_id, fold`: the OOF tables' own folds where all have the same, else new ones,
-    stratified and seeded.
+    """`patient_id, fold`: the models' own folds where all have the same, else new ones, stratified
+    and seeded. The own ones are those of the OOF tables, or `drawn`, which have patients without a
+    series too.
     """
-    if all("fold" in frame.columns for frame in series.values()):
-        own = [frame.select(KEY, "fold").unique().sort(KEY, "fold") for frame in series.values()]
+    known = drawn or list(series.values())
+    if all("fold" in frame.columns for frame in known):
+        own = [frame.select(KEY, "fold").unique().sort(KEY, "fold") for frame in known]
         if (
             all(one.equals(own[0]) for one in own)
             and own[0][KEY].is_unique().all()
@@ -123,7 +126,7 @@ def nested_folds(
         ):
             return own[0]
     log(
-        "the OOF tables do not share one fold column: nested folds are drawn"
+        "the models do not share their folds: nested ones are drawn"
         f" (score.nested_folds={config.score.nested_folds})"
     )
     return stratified_folds(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..run import layout
 from ..run.manifest import digest
+from ..run.runs import MODELS, names_of, runs_of
 from ..run.stage import Stage, stage_function
 from ..system.console import log, say
 from ..system.errors import InputError
@@ -15,9 +16,15 @@ TABLES = [layout.OOF_TABLE, layout.SCORE_TABLE, layout.CALIBRATION, "patients.pa
 PICTURES = ["precision_recall.png", "reliability.png", "confusion.png"]
 
 
-def gather(stage: Stage, oof: Sequence[Path]) -> dict[str, object]:
+def gather(stage: Stage, oof: Sequence[Path], runs: dict[str, Stage]) -> dict[str, object]:
     """Fingerprint of what is scored."""
     labels = stage.data / "train.csv"
+    if runs:
+        own = {
+            key: {"name": name, **run.inputs(layout.VOLUMES, layout.FOLDS)}
+            for name, (key, run) in zip(names_of(runs.values()), runs.items(), strict=True)
+        }
+        return {**stage.inputs(files=[labels]), **stage.limit, MODELS: own}
     if not oof:
         made = stage.inputs(layout.VOLUMES, layout.FOLDS, layout.CLASSIFIERS, files=[labels])
         return made | stage.limit
@@ -26,7 +33,7 @@ def gather(stage: Stage, oof: Sequence[Path]) -> dict[str, object]:
             raise InputError(
                 f"no such OOF table: '{path}'",
                 "--oof",
-                "give CSV or parquet files; key=value goes before --oof",
+                "give CSV or parquet files",
             )
     return {
         **stage.inputs(files=[labels]),
@@ -37,13 +44,16 @@ def gather(stage: Stage, oof: Sequence[Path]) -> dict[str, object]:
 
 @stage_function(layout.SCORES)
 def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
-    """Score the run's predictions, or the tables `oof` of one or more models, unless these very
-    ones are scored; the table is printed either way.
+    """Score the run's predictions, those of the runs `models` blended, or the tables `oof` of one
+    or more models, unless these very ones are scored; the table is printed either way.
     """
     given = [Path(path) for path in oof or ()]
+    if given and stage.models:
+        raise InputError("tables or runs, not both", "--oof and --models", "leave one of them out")
     if not given and stage.skips_unlabelled():
         return
-    if stage.current(gather(stage, given), ["seed", "score"]):
+    runs = runs_of(stage) if stage.models else {}
+    if stage.current(gather(stage, given, runs), ["seed", "score"]):
         from .scoring import summary
 
         say(summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))))
@@ -58,14 +68,22 @@ def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
         floors = {}
         log("baselines are left out: tables given by --oof come without volumes")
     else:
-        series, folds = scoring.read_trained(
-            stage.upstream(layout.FOLDS),
-            stage.upstream(layout.CLASSIFIERS),
-            stage.upstream(layout.VOLUMES),
-            labels,
-        )
+        named = dict(zip(names_of(runs.values()), runs.values(), strict=True)) or {"folds": stage}
+        found = {
+            name: scoring.read_trained(
+                run.upstream(layout.FOLDS),
+                run.upstream(layout.CLASSIFIERS),
+                run.upstream(layout.VOLUMES),
+                labels,
+            )
+            for name, run in named.items()
+        }
+        series = scoring.aligned({name: table for name, (table, _) in found.items()})
+        drawn = [folds for _, folds in found.values()]
+        folds = scoring.nested_folds(series, labels, stage.config, drawn)
+        volumes = next(iter(named.values())).upstream(layout.VOLUMES)
         own = next(iter(series.values()))
-        floors = baselines.predict(stage.upstream(layout.VOLUMES), own, labels, folds, stage.jobs)
+        floors = baselines.predict(volumes, own, labels, folds, stage.jobs)
     outcome = scoring.score_predictions(series, labels, folds, stage.config, floors)
     with atomic_path(stage.folder / TABLES[0]) as path:
         outcome.series.write_csv(path)

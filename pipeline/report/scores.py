@@ -1,5 +1,6 @@
 """How well a run predicts: score tables, charts of the scores, the patients it is most wrong on."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,17 @@ def scores(run: Run) -> dict[str, Any]:
         "calibrated": calibrated,
         "confusion": confusion(labels, nested),
         "saved": reduction(labels, nested, options["score"]["bootstrap"], options["seed"]),
+        "blend": _blend(run),
     }
+
+
+def _blend(run: Run) -> list[tuple[str, list[float]]]:
+    """Name and blend weights (by target, in their order) of each model; nothing of one alone."""
+    path = run.out / layout.SCORES / layout.CALIBRATION
+    fitted = json.loads(path.read_text(encoding="utf-8"))
+    weights = zip(*(fitted["weights"][target.name] for target in TARGETS), strict=True)
+    found = [(name, list(row)) for name, row in zip(fitted["models"], weights, strict=True)]
+    return found if len(found) > 1 else []
 
 
 def score_charts(

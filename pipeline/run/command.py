@@ -5,6 +5,7 @@ of a traceback, clean stops.
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,6 +20,7 @@ from ..system.processes import end_with, parent_stage
 from .stage import StageFunction
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
+OVERRIDE = re.compile(r"[\w.]+=")  # no path has it, if not `./name=`
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -52,6 +54,17 @@ def add_scheduler(flags: argparse.ArgumentParser) -> None:
     )
 
 
+def add_models(flags: argparse.ArgumentParser) -> None:
+    """The flag of the stages that score, or submit, what several runs predict."""
+    flags.add_argument(
+        "--models",
+        nargs="+",
+        metavar="RUN",
+        help="folders of the runs that predict, to blend where several; may be read-only"
+        " (default: the output folder)",
+    )
+
+
 def add_fold(flags: argparse.ArgumentParser) -> None:
     """The flag of the stage that trains folds."""
     flags.add_argument("--fold", type=int, help="train this fold only")
@@ -76,6 +89,7 @@ def main(
     if extend:
         extend(flags)
     options = flags.parse_intermixed_args()
+    _part_overrides(options)
     show_log()
     with _stops() as received:
         try:
@@ -99,6 +113,14 @@ def main(
                 return _say(f"error: {fault}", 2 if isinstance(fault, InputError) else 1)
             raise
     return 0
+
+
+def _part_overrides(options: argparse.Namespace) -> None:
+    """Give `key=value` that follows a flag of several values to the overrides."""
+    for name, values in vars(options).items():
+        if isinstance(values, list) and values is not options.overrides:
+            options.overrides += [one for one in values if OVERRIDE.match(one)]
+            setattr(options, name, [one for one in values if not OVERRIDE.match(one)])
 
 
 def _run_stage(stage: StageFunction, options: argparse.Namespace) -> None:

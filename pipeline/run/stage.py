@@ -3,10 +3,11 @@
 import contextlib
 import fcntl
 import os
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,7 +46,7 @@ class Options:
     jobs: int = 0  # processes, or threads where one process computes; 0: all cores
     device: str = "auto"  # auto, cpu or cuda
     force: bool = False  # run even where up to date
-    models: Path | str | None = None  # the run whose models and calibration predict (default: out)
+    models: Path | str | Sequence[Path | str] | None = None  # the runs that predict (default: out)
     command: str = ""  # flags of the command line that repeats the run, for the report
 
 
@@ -67,6 +68,9 @@ class Stage:
 
     def __init__(self, name: str, config: "Config", options: Options = Options()) -> None:  # noqa: B008
         self.name, self.config, self.options = name, config, options
+        models = options.models or ()
+        # folders of the runs whose predictions are scored, or submitted
+        self.models = [Path(models)] if isinstance(models, str | Path) else [*map(Path, models)]
         self.out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
         self.folder = self.out / name
         _in_utf8(self.out, "--out")
@@ -179,6 +183,19 @@ class Stage:
         """
         return items[self.rank :: world_size()]
 
+    def reading_run(self, folder: Path) -> "Stage":
+        """This stage as it reads the run in `folder`, until this one ends."""
+        run = Stage(self.name, self.config, replace(self.options, models=folder))
+        run.reading = self.reading
+        return run
+
+    def maker(self, name: str) -> str:
+        """The script that makes the folder of an earlier stage, with the runs that it has to blend
+        where this one reads several.
+        """
+        several = ["--models", *map(str, self.models), "--out", str(self.out)]
+        return shlex.join([layout.script(name), *(several if len(self.models) > 1 else [])])
+
     def upstream(self, name: str, needed: Callable[[str], bool] = lambda file: True) -> Path:
         """Folder of an earlier stage, held until this one ends.
 
@@ -186,13 +203,13 @@ class Stage:
             InputError: naming the script that makes it, when it is not finished or one of its
             `needed` files is not whole.
         """
-        models = None if name.startswith("data/") else self.options.models
-        folder = stage_folder(Path(models or self.out), name)
+        elsewhere = self.models[0] if len(self.models) == 1 and name[:5] != "data/" else self.out
+        folder = stage_folder(elsewhere, name)
         if (name, needed("/")) in self._checked:
             return folder
         if folder.is_relative_to(self.out):
             self.reading.enter_context(self._held(self._lock_file(name), fcntl.LOCK_SH))
-        manifest, maker = read_manifest(folder), layout.script(name)
+        manifest, maker = read_manifest(folder), self.maker(name)
         if manifest is None:
             raise InputError(f"{name} is missing or unfinished", str(folder), f"run {maker} first")
         if broken := list(filter(needed, broken_outputs(folder, manifest))):
@@ -378,7 +395,7 @@ class StageFunction:
         jobs: int = 0,
         device: str = "auto",
         force: bool = False,
-        models: Path | str | None = None,
+        models: Path | str | Sequence[Path | str] | None = None,
         command: str = "",
         **own: Any,
     ) -> Path:

@@ -1,4 +1,4 @@
-"""Test series from DICOM to volumes in memory, decoded by worker processes ahead of the model.
+"""Test series from DICOM to volumes in memory, decoded by worker processes ahead of the models.
 
 No DataLoader, because a submission must not end with what it waits for: a killed worker ends a
 DataLoader, here its series are done again or named; its timeout is one for all waits, here a wait
@@ -22,7 +22,7 @@ import polars as pl
 # here, not when two threads may import it at once
 from joblib.externals.loky import get_reusable_executor
 
-from ..run.config import Config, ConvertConfig, VolumeConfig
+from ..run.config import ConvertConfig, VolumeConfig
 from ..slices.convert import SliceImage, decode_series_files
 from ..slices.sources import SeriesTask, list_files
 from ..system.contained import Failure
@@ -33,11 +33,13 @@ AHEAD = 4  # series a process that are under way or waiting for the model: what 
 
 
 class Decoded(NamedTuple):
-    """A test series as a volume (D, H, W) uint8, or None and the reason."""
+    """A test series as a volume (D, H, W) uint8 for each way of making them, or none and the
+    reason.
+    """
 
     patient_id: str
     series_id: str
-    volume: np.ndarray | None
+    volumes: dict[VolumeConfig, np.ndarray]
     problem: str
 
 
@@ -60,31 +62,36 @@ def slice_table(slices: Sequence[SliceImage]) -> pl.DataFrame:
 
 
 def decode_series(
-    task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig
+    task: SeriesTask, data: Path, convert: ConvertConfig, ways: Sequence[VolumeConfig]
 ) -> Decoded:
-    """Read one series from DICOM and build its volume: the very functions of stages 01 and 02. What
-    fails is this series' alone.
+    """Read one series from DICOM and build its volumes, one for each of `ways`: the very functions
+    of stages 01 and 02. What fails is this series' alone.
     """
     try:
-        return _decode(task, data, convert, volume)
+        return _decode(task, data, convert, ways)
     except Exception as fault:  # the submission must not end with it, and the report names it
         return Decoded(
             task.patient_id,
             task.series_id,
-            None,
+            {},
             " ".join(f"{type(fault).__name__}: {fault}".split()),
         )
 
 
-def _decode(task: SeriesTask, data: Path, convert: ConvertConfig, volume: VolumeConfig) -> Decoded:
+def _decode(
+    task: SeriesTask, data: Path, convert: ConvertConfig, ways: Sequence[VolumeConfig]
+) -> Decoded:
     cv2.setNumThreads(1)
     slices, quarantined = decode_series_files(list_files(task.path, data), convert)
     table = usable(slice_table(slices)) if slices else None
     if table is None or table.is_empty():
         reason = quarantined[0][1] if quarantined else "no usable slice"
-        return Decoded(task.patient_id, task.series_id, None, reason)
-    images = (slices[row].image for row in table["row"])
-    return Decoded(task.patient_id, task.series_id, volume_of(images, table, volume).array, "")
+        return Decoded(task.patient_id, task.series_id, {}, reason)
+    volumes = {
+        way: volume_of((slices[row].image for row in table["row"]), table, way).array
+        for way in ways
+    }
+    return Decoded(task.patient_id, task.series_id, volumes, "")
 
 
 class Ahead:
@@ -94,8 +101,15 @@ class Ahead:
     queue that it fills can be waited for until a deadline. Both hold `AHEAD` series a process.
     """
 
-    def __init__(self, tasks: Sequence[SeriesTask], data: Path, config: Config, jobs: int) -> None:
-        self._work = partial(decode_series, data=data, convert=config.convert, volume=config.volume)
+    def __init__(
+        self,
+        tasks: Sequence[SeriesTask],
+        data: Path,
+        convert: ConvertConfig,
+        ways: Sequence[VolumeConfig],
+        jobs: int,
+    ) -> None:
+        self._work = partial(decode_series, data=data, convert=convert, ways=ways)
         # two, so that a child never forks from this process with its model threads
         self._tasks, self._jobs = tasks, max(2, jobs)
         self._size = AHEAD * self._jobs
@@ -110,7 +124,7 @@ class Ahead:
                 for k, answer in spread(self._work, part, self._jobs):
                     if isinstance(answer, Failure):
                         ids = part[k].patient_id, part[k].series_id
-                        answer = Decoded(*ids, None, answer.reason)
+                        answer = Decoded(*ids, {}, answer.reason)
                     self._put(answer)
                     if self._stop.is_set():
                         return

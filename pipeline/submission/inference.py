@@ -1,10 +1,10 @@
-"""Stage 08: test series from DICOM to probabilities in memory, decoded ahead in processes, under a
-time budget.
+"""Stage 08: test series from DICOM to the probabilities of one or several runs in memory, decoded
+ahead in processes, under a time budget.
 """
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
 from ..run import layout
-from ..run.config import Config, PredictConfig, TrainConfig, decisive, resolved
+from ..run.config import Config, PredictConfig, TrainConfig, VolumeConfig, decisive
 from ..run.manifest import trained_files
+from ..run.runs import names_of
 from ..run.stage import Stage
 from ..slices.sources import SeriesTask
 from ..system.console import log
@@ -34,13 +35,13 @@ from .writer import SubmissionWriter
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The fold models with the options they were trained with, the calibration of their out-of-fold
-    predictions, threads to run them.
+    """The fold models of one run, the options and volumes they were trained with, threads to run
+    them.
     """
 
     models: Sequence[CnnLstm]
     options: TrainConfig
-    calibration: Calibration
+    volume: VolumeConfig
     device: torch.device
     threads: Executor
     # of each series, the standard deviation over models of the log-odds of an injury (targets,)
@@ -66,52 +67,102 @@ class Ensemble:
         names = [target.name for target in chosen_targets(self.options)]
         return dict(zip(names, np.mean(self.spreads, axis=0).round(3).tolist(), strict=True))
 
-    def patient(self, patient_id: str, series: dict[str, np.ndarray]) -> np.ndarray:
-        """Calibrated probabilities (13,) of a patient from those of each series id, summed in the
-        order of ids whatever came first.
+
+@dataclass(frozen=True)
+class Blend:
+    """The ensembles of one or several runs by name, and the calibration of their out-of-fold
+    predictions, which knows the runs in this order.
+    """
+
+    runs: Mapping[str, Ensemble]
+    calibration: Calibration
+
+    @property
+    def ways(self) -> list[VolumeConfig]:
+        """The distinct ways in which the runs' volumes are made."""
+        return list(dict.fromkeys(run.volume for run in self.runs.values()))
+
+    def series(
+        self, volumes: Mapping[VolumeConfig, np.ndarray], flips: Sequence[str], phases: int
+    ) -> tuple[np.ndarray, str]:
+        """Probabilities (runs, 13) of a series, and what went wrong in the first run that gives
+        none.
+        """
+        found = np.full((len(self.runs), len(COLUMNS)), np.nan)
+        for k, (name, run) in enumerate(self.runs.items()):
+            problem = "not finite"
+            try:
+                found[k] = run.series(volumes[run.volume], flips, phases)
+            except InputError:
+                raise
+            except Exception as fault:  # a full GPU too: other series count, the report names it
+                problem = type(fault).__name__
+            if not np.isfinite(found[k]).all():
+                whose = "the model" if len(self.runs) == 1 else f"the model of {name}"
+                return found, f"{whose} failed: {problem}"
+        return found, ""
+
+    def patient(self, patient_id: str, series: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Calibrated probabilities (13,) of a patient from those (runs, 13) of each series id,
+        summed in the order of ids whatever came first.
         """
         names = sorted(series)
         ids = pl.DataFrame({"patient_id": [patient_id] * len(names), "series_id": names})
-        table = ids.hstack(value_frame(np.stack([series[name] for name in names])))
-        return self.calibration.predict([table]).select(COLUMNS).to_numpy()[0]
+        values = np.stack([series[name] for name in names], axis=1)
+        tables = [ids.hstack(value_frame(run)) for run in values]
+        return self.calibration.predict(tables).select(COLUMNS).to_numpy()[0]
+
+    def fold_spread(self) -> dict[str, float]:
+        """How far the fold models of a run differ, by target, in the mean over the runs."""
+        found = defaultdict(list)
+        for run in self.runs.values():
+            for name, value in run.fold_spread().items():
+                found[name].append(value)
+        return {name: round(float(np.mean(values)), 3) for name, values in found.items()}
 
 
-def load_ensemble(stage: Stage, calibration: Calibration) -> Ensemble:
-    """All fold models of stage 06, trained alike and on volumes like those of this config.
+def load_blend(runs: Sequence[Stage], calibration: Calibration) -> Blend:
+    """The models of all runs, which `calibration` knows in this order.
 
     On a CPU models run side by side in threads of their own: threads within a model would wait for
     each other wherever the decoding processes hold one of them up.
+
+    Raises:
+        InputError: models of a run that were trained otherwise than its others, or on slices
+        turned otherwise than this config turns them.
     """
-    device = pick_device(stage.device_name)
-    paths = trained_files(stage.upstream(layout.CLASSIFIERS), layout.MODEL)
+    device, jobs = pick_device(runs[0].device_name), runs[0].jobs
+    paths = [trained_files(run.upstream(layout.CLASSIFIERS), layout.MODEL) for run in runs]
+    threads = min(jobs, max(map(len, paths))) if device.type == "cpu" else 1
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, jobs // threads))
+    pool, turned = ThreadPoolExecutor(threads), runs[0].config.convert.flip_hfs
+    ensembles = [load_ensemble(one, turned, device, pool) for one in paths]
+    return Blend(dict(zip(names_of(runs), ensembles, strict=True)), calibration)
+
+
+def load_ensemble(
+    paths: Sequence[Path], turned: bool, device: torch.device, pool: Executor
+) -> Ensemble:
+    """The fold models of one run, trained alike, on slices of `convert.flip_hfs` as `turned`."""
     models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
+    first = configs[0]
     for path, config in zip(paths, configs, strict=True):
-        if decisive(config.train) != decisive(configs[0].train):
+        alike = decisive(config.train) == decisive(first.train) and config.volume == first.volume
+        if not alike:
             raise InputError(
                 "the fold models were trained with different options",
                 f"{paths[0]} and {path}",
                 "train all folds alike",
             )
-        if config.volume != stage.config.volume:
-            keys = " ".join(
-                f"volume.{key}={value}" for key, value in resolved(config.volume).items()
-            )
-            raise InputError(
-                "the models were trained on volumes made otherwise",
-                f"volume.* of the config and of {path}",
-                f"give {keys}",
-            )
-        if config.convert.flip_hfs != stage.config.convert.flip_hfs:
+        if config.convert.flip_hfs != turned:
             flip = str(config.convert.flip_hfs).lower()
             raise InputError(
                 "the models were trained on slices turned otherwise",
                 f"convert.flip_hfs of the config and of {path}",
-                f"give convert.flip_hfs={flip}",
+                f"give convert.flip_hfs={flip}, and runs that all have it",
             )
-    threads = min(stage.jobs, len(models)) if device.type == "cpu" else 1
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, stage.jobs // threads))
-    return Ensemble(models, configs[0].train, calibration, device, ThreadPoolExecutor(threads))
+    return Ensemble(models, first.train, first.volume, device, pool)
 
 
 class Filling:
@@ -123,10 +174,10 @@ class Filling:
         self,
         tasks: Sequence[SeriesTask],
         writer: SubmissionWriter,
-        ensemble: Ensemble,
+        blend: Blend,
         views: PredictConfig,
     ) -> None:
-        self.writer, self.ensemble, self.views = writer, ensemble, views
+        self.writer, self.blend, self.views = writer, blend, views
         self.missing = Counter(task.patient_id for task in tasks)
         self.found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         self.problems: list[tuple[str, str, str]] = []
@@ -163,28 +214,21 @@ class Filling:
         return True
 
     def _answer(self, item: Decoded) -> tuple[np.ndarray | None, str]:
-        """Probabilities (13,) of a series, or None and the reason; what fails in the model is this
-        series' alone.
+        """Probabilities (runs, 13) of a series, or None and the reason; what fails in a model is
+        this series' alone.
         """
-        if item.volume is None:
+        if not item.volumes:
             return None, item.problem
-        try:
-            views = self.views
-            values = self.ensemble.series(item.volume, views.flips, views.phases)
-            problem = "not finite"
-        except InputError:
-            raise
-        except Exception as fault:  # a full GPU too: the other series count, the report names it
-            values, problem = np.full(len(COLUMNS), np.nan), type(fault).__name__
-        if np.isfinite(values).all():
-            self.answered += 1
-            return values, ""
-        self.failed += 1
-        return None, f"the model failed: {problem}"
+        values, problem = self.blend.series(item.volumes, self.views.flips, self.views.phases)
+        if problem:
+            self.failed += 1
+            return None, problem
+        self.answered += 1
+        return values, ""
 
     def _fill_in(self, patient: str) -> bool:
         series = self.found.pop(patient, {})
-        return bool(series) and self.writer.update(patient, self.ensemble.patient(patient, series))
+        return bool(series) and self.writer.update(patient, self.blend.patient(patient, series))
 
     def close(self, over: str) -> None:
         """Fill in patients of whom some series were reached, and report them and those who keep the
@@ -203,7 +247,7 @@ def fill_submission(
     tasks: Sequence[SeriesTask],
     data: Path,
     writer: SubmissionWriter,
-    ensemble: Ensemble,
+    blend: Blend,
     config: Config,
     path: Path,
     jobs: int,
@@ -217,12 +261,12 @@ def fill_submission(
     """
     options, ready = config.predict, time.monotonic()
     listed = [task for task in tasks if task.patient_id in writer.rows]
-    filling, over = Filling(listed, writer, ensemble, options), "stopped early"
+    filling, over = Filling(listed, writer, blend, options), "stopped early"
     filling.note_tables(tasks, config.data.limit)
     try:
         _predict_until(
             filling,
-            Ahead(listed, data, config, jobs),
+            Ahead(listed, data, config.convert, blend.ways, jobs),
             _deadline(options, started),
             path,
             options.flush_every,
@@ -236,7 +280,7 @@ def fill_submission(
         )
         write_text(path.with_name(layout.FALLBACKS), table.write_csv())
     _log_problems(filling, len(listed))
-    if spread := ensemble.fold_spread():
+    if spread := blend.fold_spread():
         values = ", ".join(f"{name} {value:.2f}" for name, value in spread.items())
         log(f"fold models differ in the log-odds of an injury by (standard deviation): {values}")
     seconds = max(1e-3, time.monotonic() - ready)

@@ -3,6 +3,7 @@
 from ..classifier.views import VIEWS, views
 from ..run import layout
 from ..run.manifest import finished, read_manifest
+from ..run.runs import MODELS, runs_of
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 
@@ -30,16 +31,16 @@ def predict_test(stage: Stage) -> None:
         listed = listed.filter(listed["patient_id"].is_in(patients))
         log(f"data.limit: {len(patients)} test patients are predicted, others keep the prior")
     tasks = test_tasks(data, listed)
-    inputs = stage.inputs(
-        layout.CLASSIFIERS,
-        layout.SCORES,
-        files=[data / "sample_submission.csv", data / "test_series_meta.csv"],
-    )
+    runs = runs_of(stage)
+    models = {MODELS: list(runs)} if len(runs) > 1 else stage.inputs(layout.CLASSIFIERS)
+    files = [data / "sample_submission.csv", data / "test_series_meta.csv"]
+    inputs = models | stage.inputs(layout.SCORES, files=files)
     from ..evaluation.calibration import Calibration
     from .writer import SubmissionWriter, check_submission, is_settled
 
     sample, path = read_sample_submission(data), stage.folder / layout.SUBMISSION_TABLE
-    calibration = Calibration.of_run(stage.upstream(layout.SCORES), inputs[layout.CLASSIFIERS])
+    scores, maker = stage.upstream(layout.SCORES), stage.maker(layout.SCORES)
+    calibration = Calibration.of_runs(scores, list(runs), maker)
     writer = SubmissionWriter(sample, calibration.prior)
     if not path.exists():
         # everyone has the prior before anything can go wrong, the listing of all test files
@@ -53,18 +54,20 @@ def predict_test(stage: Stage) -> None:
     if stage.current(inputs | {"series": series}, SECTIONS, is_settled(stage.folder)):
         return
     writer.write(path)
-    from .inference import fill_submission, load_ensemble
+    from .inference import fill_submission, load_blend
 
-    fitted = finished(stage.upstream(layout.CLASSIFIERS))["inputs"].get(VIEWS, [])
-    if fitted != (own := views(stage.config).get(VIEWS, [])):
-        log(
-            f"warning: the calibration was fitted to predictions of the views {fitted}, not {own}"
-            " (predict.flips, predict.phases): run stages 06 and 07 with these (nothing is trained"
-            " anew)"
-        )
-    ensemble = load_ensemble(stage, calibration)
+    own = views(stage.config).get(VIEWS, [])
+    for run in runs.values():
+        fitted = finished(run.upstream(layout.CLASSIFIERS))["inputs"].get(VIEWS, [])
+        if fitted != own:
+            log(
+                f"warning: the calibration was fitted to predictions of the views {fitted}, not"
+                f" {own} (predict.flips, predict.phases): run stages 06 and 07 with these (nothing"
+                " is trained anew)"
+            )
+    blend = load_blend(list(runs.values()), calibration)
     counts = fill_submission(
-        tasks, data, writer, ensemble, stage.config, path, stage.jobs, stage.started
+        tasks, data, writer, blend, stage.config, path, stage.jobs, stage.started
     )
     check_submission(path, sample)
     stage.finish(counts, outputs=[layout.SUBMISSION_TABLE, layout.FALLBACKS])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -29,7 +29,6 @@ from torch.utils.data import default_collate
 from pipeline.classifier.model import CnnLstm
 from pipeline.classifier.predict import as_batch, describe, load_classifier, predict
 from pipeline.classifier.train import FoldTrainer
-from pipeline.evaluation.calibration import Calibration
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone, load_backbone, save_backbone
 from pipeline.learning.checkpoint import load_checkpoint, save_weights
@@ -476,9 +475,7 @@ def predictions(plan: Plan, model: CnnLstm, config: Config) -> Iterator[Row]:
         )
     yield check("float32: probabilities", (found - reference).abs().max().item(), 1e-3, note)
     with ThreadPoolExecutor(1) as threads:
-        ensemble = Ensemble(
-            [there, there], config.train, cast(Calibration, None), plan.device, threads
-        )
+        ensemble = Ensemble([there, there], config.train, config.volume, plan.device, threads)
         series = torch.from_numpy(np.stack([ensemble.series(one, FLIPS) for one in volumes]))
     name = "mixed" if optimise.amp_dtype(plan.device) else "float32"
     value = (series - reference).abs().max().item()

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from voco_step import batch_of, make
 
 from pipeline.classifier.predict import build_model
 from pipeline.classifier.train import FoldTrainer
-from pipeline.evaluation.calibration import Calibration
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone, placed, standardise
 from pipeline.learning.checkpoint import save_checkpoint
@@ -379,8 +378,7 @@ def prediction(plan: Plan) -> Iterator[Row]:
                 model.backbone(batch)
 
     with ThreadPoolExecutor(1) as threads:
-        unused = cast(Calibration, None)
-        ensemble = Ensemble(models, options, unused, plan.device, threads)
+        ensemble = Ensemble(models, options, config.volume, plan.device, threads)
         works = {"stage 08": partial(ensemble.series, volume, ()), "backbones alone": alone}
         for benchmark in (False, True):
             with cudnn(benchmark=benchmark):

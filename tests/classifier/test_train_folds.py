@@ -32,7 +32,7 @@ from pipeline.run.layout import LOG, MODEL, OOF
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Options, Stage
-from pipeline.submission.inference import load_ensemble
+from pipeline.submission.inference import load_blend
 from pipeline.system.errors import InputError
 
 SCRIPT, CPU = ROOT / "stages" / "06_train_folds.py", torch.device("cpu")
@@ -383,13 +383,14 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
     model, config = load_classifier(path := tmp_path / layout.CLASSIFIERS / "fold1" / MODEL, CPU)
     fed = config.model_copy(update={"train": config.train.model_copy(update={"workers": 7})})
     save_weights(path, model, describe(fed))
-    stage = stage_of(tmp_path, layout.SUBMISSION, device="cpu")
+    stage = stage_of(tmp_path, layout.SUBMISSION, device="cpu").reading_run(tmp_path)
     with stage.reading:
-        assert len(load_ensemble(stage, None).models) == 2
-    other = config.model_copy(update={"train": config.train.model_copy(update={"crop": 0.1})})
-    save_weights(path, model, describe(other))
-    with stage.reading, pytest.raises(InputError, match="trained with different options"):
-        load_ensemble(stage, None)
+        assert len(load_blend([stage], None).runs[tmp_path.name].models) == 2
+    for section, key, value in (("train", "crop", 0.1), ("volume", "depth", 99)):
+        part = getattr(config, section).model_copy(update={key: value})
+        save_weights(path, model, describe(config.model_copy(update={section: part})))
+        with stage.reading, pytest.raises(InputError, match="trained with different options"):
+            load_blend([stage], None)
 
 
 @pytest.mark.parametrize(

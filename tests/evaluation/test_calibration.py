@@ -373,7 +373,7 @@ def write_oof(
         ),
         (
             lambda f: pl.concat([f, f[:1].with_columns(series_id=pl.lit("9"))]),
-            "series '9' is not in m0.csv, .*m1.csv row 82",
+            "series '9' is not in .*m0.csv, .*m1.csv row 82",
         ),
         (lambda f: pl.concat([f, f[:1]]), "is there twice, .*m1.csv row 82"),
     ],
@@ -470,9 +470,15 @@ def test_stage_06_blends_files_of_others(tmp_path):
     again = run_stage(tmp_path, "score.nested_folds=3", "--oof", *map(str, paths))
     assert "up to date" in again.stderr
     assert again.stdout == done.stdout
-    missing = run_stage(tmp_path, "--oof", str(paths[0]), "score.bootstrap=3")
+    last = run_stage(tmp_path, "--oof", *map(str, paths), "score.nested_folds=3")
+    assert last.returncode == 0
+    assert "up to date" in last.stderr
+    missing = run_stage(tmp_path, "--oof", str(tmp_path / "a=3"))
     assert missing.returncode == 2
-    assert "no such OOF table: 'score.bootstrap=3'" in missing.stderr
+    assert f"no such OOF table: '{tmp_path}/a=3'" in missing.stderr
+    both = run_stage(tmp_path, "--oof", str(paths[0]), "--models", str(tmp_path))
+    assert both.returncode == 2
+    assert "error: tables or runs, not both, --oof and --models, leave one" in both.stderr
 
 
 def test_scoring_twice_gives_the_same_bytes(tmp_path):

@@ -21,7 +21,7 @@ from helpers_scores import naive_score, one_hot, predicted
 from helpers_stages import run_stage
 
 from pipeline.competition.metric import WEIGHTS
-from pipeline.competition.targets import TARGET_NAMES
+from pipeline.competition.targets import TARGET_NAMES, TARGETS
 from pipeline.evaluation.curves import Line
 from pipeline.report.ablation import forest
 from pipeline.report.charts import (
@@ -367,6 +367,22 @@ def test_baselines_stand_beside_the_scores_with_their_intervals(out, html):
         assert f"{name} {found['value']:.4f} ({found['low']:.4f} to {found['high']:.4f})" in text
         for value in scores["floors"][name].values():
             assert f"{value:.4f}" in text
+
+
+def test_a_blend_is_shown_by_model_and_target(copy, html):
+    assert "Blend" not in Page(html).sections["scores"]
+    path = copy / layout.SCORES / layout.CALIBRATION
+    fitted = json.loads(path.read_text())
+    fitted["models"] = ["run-a", EVIL]
+    fitted["weights"] = {
+        target.name: [0.1 * k, 1 - 0.1 * k] for k, target in enumerate(TARGETS, start=1)
+    }
+    path.write_text(json.dumps(fitted))
+    found = page_of(copy)
+    assert EVIL not in found
+    text = " ".join(Page(found).sections["scores"].split())
+    assert "run-a0.1000.2000.3000.4000.500" in text.replace(" ", "")
+    assert "0.9000.8000.7000.6000.500Shareofeachmodel" in text.replace(" ", "")
 
 
 def test_scores_of_a_run_before_the_baselines_make_a_page(copy):

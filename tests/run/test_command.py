@@ -11,7 +11,7 @@ from helpers_stages import ROOT
 from pydantic import BaseModel, Field
 
 from pipeline.run import layout
-from pipeline.run.command import parser
+from pipeline.run.command import add_models, main, parser
 from pipeline.run.config import (
     ADDED,
     HOW,
@@ -89,6 +89,17 @@ def test_a_key_that_finished_runs_do_not_know_is_marked_as_added():
             continue
         fresh = set(type(section).model_fields) - set(known[name])
         assert fresh <= marked(type(section), ADDED, HOW), (name, field)
+
+
+@pytest.mark.parametrize("last", [[], ["--jobs", "1"]])
+def test_overrides_may_follow_a_flag_of_several_values(monkeypatch, last):
+    given = ["08", "seed=4", "--config", "smoke", "--models", "a", "./b=c", "/d=e", "train.lr=0.5"]
+    monkeypatch.setattr("sys.argv", given + last)
+    found = {}
+    code = main("08", lambda config, **own: found.update(own, config=config), "", add_models)
+    assert code == 0
+    assert found["models"] == ["a", "./b=c", "/d=e"]
+    assert (found["config"].seed, found["config"].train.lr) == (4, 0.5)
 
 
 @pytest.mark.parametrize("jobs", ["-1", "0"])

@@ -2,11 +2,11 @@
 be changed.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 from helpers_faults import copy, run
+from helpers_former import OLD, make_old
 from helpers_stages import run_stage
 
 from pipeline.run import layout
@@ -15,33 +15,6 @@ from pipeline.run.manifest import SCHEMA, digest, read_manifest
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Options, Stage
 from pipeline.run.verify import differences
-
-OLD = {
-    "06_folds": "05_folds",
-    "07_oof": "06_oof",
-    "08_submission": "07_submission",
-    "09_report": "08_report",
-    "10_ablation": "09_ablation",
-}
-
-
-def make_old(folder: Path) -> Path:
-    """Give a finished run the names, in folders and manifests, of before."""
-    for path in folder.rglob(layout.MANIFEST):
-        manifest = json.loads(path.read_text())
-        text = {name: renamed(name) for name in manifest["inputs"]}
-        manifest["inputs"] = {text[name]: value for name, value in manifest["inputs"].items()}
-        manifest["stage"] = renamed(manifest["stage"])
-        path.write_text(json.dumps(manifest))
-    for new, old in OLD.items():
-        if (folder / new).is_dir():
-            (folder / new).rename(folder / old)
-    return folder
-
-
-def renamed(name: str) -> str:
-    stage, slash, rest = name.partition("/")
-    return OLD.get(stage, stage) + slash + rest
 
 
 def test_the_names_of_before_are_known():

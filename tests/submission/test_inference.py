@@ -30,15 +30,14 @@ from pipeline.competition.targets import COLUMNS, TARGET_NAMES, group_slices
 from pipeline.evaluation.calibration import Calibration
 from pipeline.learning.backbone import GREY_MEAN, GREY_STD
 from pipeline.run import layout
-from pipeline.run.command import main
+from pipeline.run.command import add_models, main
 from pipeline.run.config import TrainConfig
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import load_config
 from pipeline.slices.sources import SeriesTask
 from pipeline.slices.sources import test_tasks as tasks_of
 from pipeline.submission import decode_ahead, inference
-from pipeline.submission.decode_ahead import Decoded
-from pipeline.submission.inference import Ensemble, fill_submission
+from pipeline.submission.inference import Blend, Ensemble, fill_submission
 from pipeline.submission.stage import predict_test
 from pipeline.submission.writer import SubmissionWriter, check_submission, is_settled
 from pipeline.system.errors import InputError
@@ -51,6 +50,12 @@ LISTED = (("50046", "1"), ("50046", "2"), ("7", "3"), ("63706", "4"))
 TASKS = [SeriesTask(patient, series, "test", "nowhere") for patient, series in LISTED]
 
 
+def decoded(patient, series, volume, problem):
+    """A decoded series, for ensembles of `known`."""
+    volumes = {} if volume is None else {None: volume}
+    return decode_ahead.Decoded(patient, series, volumes, problem)
+
+
 class Known(Ensemble):
     """An ensemble whose answer for a series is the volume itself, raised where it is an
     exception.
@@ -60,6 +65,11 @@ class Known(Ensemble):
         if isinstance(volume, BaseException):
             raise volume
         return volume
+
+
+def known(names=("run",), calibration=SAME):
+    """Runs that answer so."""
+    return Blend({name: Known((), None, None, None, None) for name in names}, calibration)
 
 
 def predicted(monkeypatch, folder, items, budget=None):
@@ -76,9 +86,7 @@ def predicted(monkeypatch, folder, items, budget=None):
     monkeypatch.setattr(inference, "Ahead", lambda *given: SimpleNamespace(until=until))
     config = load_config("smoke", [] if budget is None else [f"predict.time_budget_h={budget}"])
     writer, path = SubmissionWriter(sample(), PRIOR), folder / "submission.csv"
-    counts = fill_submission(
-        TASKS, folder, writer, Known((), None, SAME, None, None), config, path, 1, time.monotonic()
-    )
+    counts = fill_submission(TASKS, folder, writer, known(), config, path, 1, time.monotonic())
     rows, fallbacks = written(folder)
     assert counts["fallbacks"] == len(fallbacks)
     assert counts["late"] == sum("time budget spent" in reason for _, _, reason in fallbacks)
@@ -108,10 +116,10 @@ def test_a_series_that_cannot_be_read_falls_back_to_the_others_then_to_the_prior
     tmp_path, monkeypatch
 ):
     items = [
-        Decoded("50046", "1", None, "no usable slice"),
-        Decoded("7", "3", None, "no DICOM files"),
-        Decoded("50046", "2", FIRST, ""),
-        Decoded("63706", "4", FIRST, ""),
+        decoded("50046", "1", None, "no usable slice"),
+        decoded("7", "3", None, "no DICOM files"),
+        decoded("50046", "2", FIRST, ""),
+        decoded("63706", "4", FIRST, ""),
     ]
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
     assert rows["50046"] == pytest.approx(HALF)
@@ -128,7 +136,7 @@ def test_a_model_that_answers_nonsense_leaves_the_prior_and_is_reported(tmp_path
     broken = FIRST.copy()
     broken[4] = np.nan
     items = [
-        Decoded(patient, series, broken if patient == "7" else FIRST, "")
+        decoded(patient, series, broken if patient == "7" else FIRST, "")
         for patient, series in (("50046", "1"), ("7", "3"), ("50046", "2"), ("63706", "4"))
     ]
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
@@ -141,7 +149,7 @@ def test_a_model_that_answers_nonsense_leaves_the_prior_and_is_reported(tmp_path
 
 def test_the_budget_ends_between_two_series_of_a_patient(tmp_path, monkeypatch):
     rows, fallbacks = predicted(
-        monkeypatch, tmp_path, [Decoded("50046", "1", FIRST, ""), None], budget=1
+        monkeypatch, tmp_path, [decoded("50046", "1", FIRST, ""), None], budget=1
     )
     assert rows["50046"][:2] == pytest.approx([0.5, 0.5])
     assert rows["7"] == pytest.approx(PRIOR)
@@ -157,7 +165,7 @@ def test_the_budget_ends_after_a_series_that_cannot_be_read(tmp_path, monkeypatc
     reported for it.
     """
     _, fallbacks = predicted(
-        monkeypatch, tmp_path, [Decoded("50046", "1", None, "no usable slice"), None], budget=1
+        monkeypatch, tmp_path, [decoded("50046", "1", None, "no usable slice"), None], budget=1
     )
     assert fallbacks == [
         ("50046", "1", "no usable slice"),
@@ -177,10 +185,10 @@ def test_the_budget_ends_after_a_series_that_cannot_be_read(tmp_path, monkeypatc
 )
 def test_what_fails_in_the_model_is_that_series_alone(tmp_path, monkeypatch, volume, reason):
     items = [
-        Decoded("50046", "1", volume, ""),
-        Decoded("50046", "2", FIRST, ""),
-        Decoded("7", "3", volume, ""),
-        Decoded("63706", "4", FIRST, ""),
+        decoded("50046", "1", volume, ""),
+        decoded("50046", "2", FIRST, ""),
+        decoded("7", "3", volume, ""),
+        decoded("63706", "4", FIRST, ""),
     ]
     rows, fallbacks = predicted(monkeypatch, tmp_path, items)
     assert rows["50046"] == pytest.approx(HALF)
@@ -193,9 +201,28 @@ def test_what_fails_in_the_model_is_that_series_alone(tmp_path, monkeypatch, vol
     ]
 
 
+def test_a_series_that_fails_in_one_of_the_runs_fails_and_that_run_is_named():
+    """Probabilities of the others alone are none that the calibration knows."""
+    fails, third = RuntimeError("no kernel"), np.concatenate([[0.2, 0.8], HALF[2:]])
+    weights = np.tile([[0.25, 0.75]], (5, 1))
+    calibration = Calibration(("x", "y"), "mean", weights, np.ones(5), np.zeros(13), PRIOR)
+    blend = Blend({name: Known((), None, name, None, None) for name in "ab"}, calibration)
+    assert blend.ways == ["a", "b"]
+    found, problem = blend.series({"a": HALF, "b": third}, (), 1)
+    assert problem == ""
+    assert np.array_equal(found, [HALF, third])
+    patient = blend.patient("7", {"3": found, "4": found[::-1]})
+    assert patient[:2] == pytest.approx([0.35, 0.65]), "mean of 0.275 and 0.425"
+    for volumes, line in (
+        ({"a": HALF, "b": fails}, "the model of b failed: RuntimeError"),
+        ({"a": HALF * np.nan, "b": HALF}, "the model of a failed: not finite"),
+    ):
+        assert blend.series(volumes, (), 1)[1] == line
+
+
 def test_a_model_that_fails_on_everything_is_said_so(tmp_path, monkeypatch, capfd):
     predicted(
-        monkeypatch, tmp_path, [Decoded(*ids, RuntimeError("no kernel"), "") for ids in LISTED]
+        monkeypatch, tmp_path, [decoded(*ids, RuntimeError("no kernel"), "") for ids in LISTED]
     )
     assert (
         "warning: the model failed on every one of the 4 series it was given"
@@ -208,9 +235,9 @@ def test_a_model_that_fails_on_everything_is_said_so(tmp_path, monkeypatch, capf
 )
 def test_whatever_ends_the_run_what_there_is_is_written(tmp_path, monkeypatch, fault):
     items = [
-        Decoded("63706", "4", FIRST, ""),
-        Decoded("50046", "1", FIRST, ""),
-        Decoded("7", "3", fault, ""),
+        decoded("63706", "4", FIRST, ""),
+        decoded("50046", "1", FIRST, ""),
+        decoded("7", "3", fault, ""),
     ]
     with pytest.raises(type(fault)):
         predicted(monkeypatch, tmp_path, items)
@@ -239,7 +266,7 @@ def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(
         tasks,
         tmp_path,
         writer,
-        Known((), None, SAME, None, None),
+        known(),
         load_config("smoke"),
         path,
         1,
@@ -254,7 +281,7 @@ def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(
 def test_the_end_does_not_wait_for_series_under_way(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(decode_ahead, "decode_series", lambda task, **options: time.sleep(300))
     begun = time.monotonic()
-    assert not list(decode_ahead.Ahead(TASKS, tmp_path, load_config("smoke"), 2).until(begun + 4))
+    assert not list(decode_ahead.Ahead(TASKS, tmp_path, None, [], 2).until(begun + 4))
     assert time.monotonic() - begun < 200
     assert "done again" not in capfd.readouterr().err
 
@@ -268,7 +295,7 @@ def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
         [],
         tmp_path,
         writer,
-        Known((), None, SAME, None, None),
+        known(),
         load_config("smoke"),
         tmp_path / "s.csv",
         1,
@@ -280,9 +307,9 @@ def test_patients_without_a_series_row_have_the_prior(tmp_path, monkeypatch):
 
 def test_a_submission_that_is_the_prior_alone_says_so(tmp_path, monkeypatch, capfd):
     line = "warning: none of the 4 test series could be predicted: the submission is the prior alon"
-    predicted(monkeypatch, tmp_path, [Decoded("7", "3", None, "no DICOM files"), None])
+    predicted(monkeypatch, tmp_path, [decoded("7", "3", None, "no DICOM files"), None])
     assert capfd.readouterr().err.count(line) == 1
-    predicted(monkeypatch, tmp_path, [Decoded("7", "3", FIRST, ""), None])
+    predicted(monkeypatch, tmp_path, [decoded("7", "3", FIRST, ""), None])
     assert line not in capfd.readouterr().err
 
 
@@ -309,9 +336,9 @@ def test_any_fault_of_a_series_is_that_series_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_ahead, "decode_series_files", lambda *given: 1 / 0)
     config = load_config("smoke")
     found = decode_ahead.decode_series(
-        SeriesTask("7", "3", "test", str(tmp_path)), tmp_path, config.convert, config.volume
+        SeriesTask("7", "3", "test", str(tmp_path)), tmp_path, config.convert, [config.volume]
     )
-    assert found == Decoded("7", "3", None, "ZeroDivisionError: division by zero")
+    assert found == decoded("7", "3", None, "ZeroDivisionError: division by zero")
 
 
 def mean_in_logits(tables):
@@ -340,7 +367,7 @@ class Says(torch.nn.Module):
 
 def ensemble_of(*models):
     options = TrainConfig(slices=2, image_size=16, targets=tuple(models[0].logits))
-    return Ensemble(models, options, SAME, torch.device("cpu"), ThreadPoolExecutor(1))
+    return Ensemble(models, options, None, torch.device("cpu"), ThreadPoolExecutor(1))
 
 
 def test_fold_models_are_averaged_in_logits():
@@ -560,8 +587,9 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: the calibration blends 2 models \(oof_predictions, other\), .*calibration.json,"
-        r" run .*\n",
+        r"error: the calibration is of other predictions \(oof_predictions, other\) than those of"
+        r" the models that 06_folds holds now, .*calibration.json, run .*07_score_oof.py, without"
+        r" --oof\n",
         done.stderr,
     )
     foreign = run_stage(
@@ -598,11 +626,11 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
 
 def test_a_calibration_from_before_the_models_were_trained_again_is_refused(smoke):
     trained = read_manifest(smoke / layout.SCORES)["inputs"][layout.CLASSIFIERS]
-    assert Calibration.of_run(smoke / layout.SCORES, trained).models == ("folds",)
-    with pytest.raises(
-        InputError, match="other predictions than those of the models that 06_folds holds now"
-    ):
-        Calibration.of_run(smoke / layout.SCORES, trained[::-1])
+    scores, line = smoke / layout.SCORES, r"other predictions \(folds\) than those of the models"
+    assert Calibration.of_runs(scores, [trained], "07").models == ("folds",)
+    for others in ([trained[::-1]], [trained, trained[::-1]], []):
+        with pytest.raises(InputError, match=line):
+            Calibration.of_runs(scores, others, "07")
 
 
 def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smoke):
@@ -620,9 +648,9 @@ def test_the_submission_is_the_mean_of_all_models_aggregated_and_calibrated(smok
         load_classifier(path, torch.device("cpu"))
         for path in sorted((smoke / layout.CLASSIFIERS).glob("fold*/model.safetensors"))
     ]
-    tasks = tasks_of(data, read_series(data, "test"))
+    tasks, ways = tasks_of(data, read_series(data, "test")), [config.volume]
     volumes = [
-        decode_ahead.decode_series(task, data, config.convert, config.volume).volume
+        decode_ahead.decode_series(task, data, config.convert, ways).volumes[ways[0]]
         for task in tasks
     ]
 
@@ -686,7 +714,6 @@ def stage_08(smoke: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *overrides
             *overrides,
         ],
     )
-    add_models = lambda flags: flags.add_argument("--models")  # noqa: E731
     return main(str(script), predict_test, "", add_models)
 
 
@@ -716,42 +743,24 @@ def test_a_model_that_failed_is_tried_again_and_a_spent_budget_is_told(tmp_path,
     assert "the time budget left 3 patients" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("override", "what", "remedy"),
-    [
-        ("volume.aspect=letterbox", "trained on volumes made otherwise", "volume.aspect=stretch"),
-        (
-            "convert.flip_hfs=true",
-            "trained on slices turned otherwise",
-            "give convert.flip_hfs=false",
-        ),
-    ],
-)
-def test_models_of_other_slices_or_volumes_are_refused(smoke, tmp_path, override, what, remedy):
-    """Turned otherwise, a feet-first series would be predicted as the mirror image of what the
-    models know.
-    """
-    done = run_stage(
-        "08",
-        "--config",
-        "smoke",
-        "--data",
-        str(smoke / "data" / "phantom"),
-        "--out",
-        str(tmp_path),
-        "--models",
-        str(smoke),
-        override,
-    )
-    assert done.returncode == 2
-    assert what in done.stderr
-    assert remedy in done.stderr
+def test_models_of_slices_turned_otherwise_are_refused(smoke, tmp_path, monkeypatch, capfd):
+    """A feet-first series would be predicted as the mirror image of what the models know."""
+    assert stage_08(smoke, tmp_path, monkeypatch, "convert.flip_hfs=true") == 2
+    line = capfd.readouterr().err
+    assert "trained on slices turned otherwise" in line
+    assert "give convert.flip_hfs=false" in line
+
+
+def test_volumes_are_those_that_the_models_know(smoke, tmp_path, monkeypatch):
+    """Whatever the config says of volumes that this run may have."""
+    assert stage_08(smoke, tmp_path, monkeypatch, "volume.depth=20") == 0
+    assert_as_if_nothing_had_happened(smoke, tmp_path)
 
 
 def test_broken_calibration_is_one_line(tmp_path):
     (tmp_path / "calibration.json").write_text("{")
     with pytest.raises(InputError, match="not a calibration .*stages/07_score_oof.py"):
-        Calibration.of_run(tmp_path, "")
+        Calibration.of_runs(tmp_path, [], "")
 
 
 def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, monkeypatch, capfd):

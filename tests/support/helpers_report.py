@@ -84,6 +84,7 @@ def write_run(out: Path) -> pl.DataFrame:
         config={"seed": config.seed, "score": resolved(config.score)},
     )
     write_json(out / layout.SCORES / "scores.json", outcome.scores)
+    write_json(out / layout.SCORES / layout.CALIBRATION, outcome.parameters)
     outcome.patients.write_parquet(out / layout.SCORES / "patients.parquet")
     counts = {
         "patients": 9,

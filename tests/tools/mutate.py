@@ -827,6 +827,30 @@ GUARDS = (
         " if False else run / name",
         "run/test_former.py::test_models_of",
     ),
+    (
+        "pipeline/evaluation/calibration.py",
+        "if sorted(made.get(MODELS) or [made.get(layout.CLASSIFIERS)]) != list(trained):",
+        "if False:",
+        "submission/test_inference.py::test_a_calibration_from",
+    ),
+    (
+        "pipeline/run/runs.py",
+        "if key in found:",
+        "if False:",
+        "submission/test_runs.py::test_names_of_runs",
+    ),
+    (
+        "pipeline/run/runs.py",
+        "dict(sorted(found.items()))",
+        "found",
+        "submission/test_runs.py::test_names_of_runs",
+    ),
+    (
+        "pipeline/submission/inference.py",
+        " and config.volume == first.volume",
+        "",
+        "classifier/test_train_folds.py::test_the_ensemble",
+    ),
 )
 
 

@@ -134,8 +134,10 @@ def test_test_predictions_are_those_of_the_stages_on_disk(smoke, tmp_path):
         "test",
         str(data / "train_images" / row["patient_id"] / row["series_id"]),
     )
-    decoded = decode_series(task, data, config.convert, config.volume)
-    assert np.array_equal(decoded.volume, np.load(smoke / layout.VOLUMES / row["path"]))
+    decoded = decode_series(task, data, config.convert, [config.volume])
+    assert np.array_equal(
+        decoded.volumes[config.volume], np.load(smoke / layout.VOLUMES / row["path"])
+    )
 
 
 @pytest.mark.slow
