@@ -29,15 +29,17 @@ from pipeline.submission.writer import check_submission
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
-KEYS = ("organs.steps=80", "train.regions=organs", "train.visible_loss=0.5", "train.slices=3")
+KEYS = ("train.regions=organs", "train.visible_loss=0.5", "train.slices=3")
 
 
 @pytest.fixture(scope="module")
 def out(smoke, tmp_path_factory):
-    """A run of the smoke preset whose targets look at their organs."""
-    later = (layout.ORGANS, layout.CLASSIFIERS, layout.SCORES, layout.SUBMISSION)
+    """A run of the smoke preset whose targets look at their organs; its segmenters have seen too
+    little to find all of them.
+    """
+    later = (layout.CLASSIFIERS, layout.SCORES, layout.SUBMISSION)
     folder = copy(smoke, tmp_path_factory.mktemp("regions") / "run", *later)
-    for stage in ("05", "06", "07", "08"):
+    for stage in ("06", "07", "08"):
         code, text = run(stage, folder, *KEYS)
         assert code == 0, text
     return folder
@@ -55,7 +57,7 @@ def volume_of(out, task):
 
 def test_the_test_sets_path_gives_the_out_of_fold_predictions(out):
     """The classifier and the segmenter of one fold, on its held-out series read from DICOM."""
-    config, seen = load_config("smoke", list(KEYS)).train, set()
+    config, seen, differ = load_config("smoke", list(KEYS)).train, set(), 0
     stored = read_organs(out / layout.ORGANS / layout.ORGAN_TABLE)
     for fold in (0, 1):
         path, segmenter = (models_of(out, one)[fold] for one in (layout.CLASSIFIERS, layout.ORGANS))
@@ -75,8 +77,9 @@ def test_the_test_sets_path_gives_the_out_of_fold_predictions(out):
             assert windows == region_windows(finder(volume), volume.shape, config)
             seen |= {str(window) for window in windows}
             whole = predict_volume(model, volume, trained.train)
-            assert found != pytest.approx(list(whole.values()), abs=1e-4)
-    assert len(seen) > 8, "regions of each series' own"
+            differ += not np.allclose(found, list(whole.values()), atol=1e-6)
+    assert len(seen) > 4, "regions of each series' own"
+    assert differ > 1
 
 
 def test_the_submission_looks_at_the_organs_that_all_segmenters_find(out):
