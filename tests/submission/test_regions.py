@@ -70,7 +70,8 @@ def test_the_test_sets_path_gives_the_out_of_fold_predictions(out):
         rows = pl.read_parquet(out / layout.CLASSIFIERS / f"fold{fold}" / layout.OOF)
         for row in rows.head(4).iter_rows(named=True):
             ids = row["patient_id"], row["series_id"]
-            volume = volume_of(out, SeriesTask(*ids, "train", "/".join(("train_images", *ids))))
+            images = out / "data" / "phantom" / "train_images" / "/".join(ids)
+            volume = volume_of(out, SeriesTask(*ids, "train", str(images)))
             found = ensemble.series(volume, (), 1)
             assert found == pytest.approx([row[name] for name in COLUMNS], abs=1e-5)
             windows = region_windows(stored[ids[1]], volume.shape, config)
