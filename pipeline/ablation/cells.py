@@ -39,9 +39,11 @@ def backbone_is_current(part: Stage) -> bool:
 
 def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
     """Whether a cell is up to date; its pretraining must be."""
+    organs = [layout.ORGANS] if cell.config.train.needs_organs else []
     inputs = part.inputs(
         layout.VOLUMES,
         layout.FOLDS,
+        *organs,
         files=[part.data / "train.csv", part.data / "image_level_labels.csv"],
     )
     backbone = (

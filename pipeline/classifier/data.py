@@ -2,9 +2,11 @@
 its slices.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,21 +14,26 @@ import polars as pl
 import torch
 from torch.utils.data import Dataset
 
-from ..competition.targets import COLUMNS, SLICE_TARGETS
+from ..competition.targets import ABDOMEN, COLUMNS, SLICE_TARGETS
 from ..learning.loaders import batches_of, make_loader
+from ..organs.find import Organ
 from ..run import layout
 from ..run.config import TrainConfig
 from ..run.room import loaders, train_batch_bytes
 from ..system.frames import read_frame
 from ..volumes.sampling import (
+    Window,
     bins,
     even_slices,
     moved_to,
+    plane_range,
     slice_positions,
     take_slices,
     with_neighbours,
 )
 from .augment import VolumeAugment
+from .model import visible_targets
+from .regions import region_windows, visible_shares
 
 SLICE_NAMES = {name: column for column, name in enumerate(SLICE_TARGETS.values())}
 HELD_OUT = -1  # in place of an epoch
@@ -56,11 +63,17 @@ def bin_labels(labels: np.ndarray, count: int) -> np.ndarray:
     return np.maximum.reduceat(labels, bins(len(labels), count)[0])
 
 
-def positive_share(series: Sequence["Series"], count: int) -> np.ndarray:
-    """Share (2,) of positives among the `count` slices sampled of each series whose labels are
-    known.
+def positive_share(series: Sequence["Series"], config: TrainConfig) -> np.ndarray:
+    """Share (2,) of positives among the slices sampled of each series whose labels are known, with
+    regions among those of the abdomen.
     """
-    planes = np.stack([bin_labels(one.planes, count).mean(0) for one in series])
+    shares, place = [], config.region_number(ABDOMEN)
+    for one in series:
+        depth = len(one.planes)
+        # along z a window depends on nothing else of the shape
+        first, end = plane_range(region_windows(one.organs, (depth, 1, 1), config)[place], depth)
+        shares.append(bin_labels(one.planes[first:end], config.slices).mean(0))
+    planes = np.stack(shares)
     known = np.stack([one.known for one in series])
     return (planes * known).sum(0) / np.maximum(known.sum(0), 1)
 
@@ -68,7 +81,7 @@ def positive_share(series: Sequence["Series"], count: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Series:
     """One volume of the index with its targets: `labels` (13,) one-hot, `planes` (D, 2), `known`
-    (2,) where slice labels can be trusted.
+    (2,) where slice labels can be trusted, `organs` as stage 05 found them, where they are needed.
     """
 
     patient_id: str
@@ -77,13 +90,17 @@ class Series:
     labels: np.ndarray
     planes: np.ndarray
     known: np.ndarray
+    organs: tuple[Organ, ...] = ()
 
 
 def labelled_series(
-    folder: Path, labels: pl.DataFrame, slice_labels: pl.DataFrame | None
+    folder: Path,
+    labels: pl.DataFrame,
+    slice_labels: pl.DataFrame | None,
+    organs: Mapping[str, tuple[Organ, ...]] = MappingProxyType({}),
 ) -> list[Series]:
     """The competition's volumes of `folder`'s index, joined with patient labels and, where there
-    are any, slice labels.
+    are any, slice labels and `organs` by series id.
 
     A series of an injured patient without any slice label of that injury says nothing about its
     slices: not `known`.
@@ -98,12 +115,19 @@ def labelled_series(
                 (row["instance_number"], SLICE_NAMES[row["injury_name"]])
             )
     return [
-        _series(row, folder, marks.get((row["patient_id"], row["series_id"]), []))
+        _series(
+            row,
+            folder,
+            marks.get((row["patient_id"], row["series_id"]), []),
+            organs.get(row["series_id"], ()),
+        )
         for row in index.iter_rows(named=True)
     ]
 
 
-def _series(row: dict[str, Any], folder: Path, marks: list[tuple[int, int]]) -> Series:
+def _series(
+    row: dict[str, Any], folder: Path, marks: list[tuple[int, int]], organs: tuple[Organ, ...]
+) -> Series:
     planes = plane_labels(row["plane_instances"], marks, row["depth"])
     healthy = np.array([row[f"{name}_healthy"] for name in SLICE_TARGETS], np.float32)
     return Series(
@@ -113,16 +137,20 @@ def _series(row: dict[str, Any], folder: Path, marks: list[tuple[int, int]]) -> 
         np.array([row[column] for column in COLUMNS], np.float32),
         planes,
         np.maximum(healthy, planes.max(0)),
+        organs,
     )
 
 
 class SeriesDataset(Dataset):
-    """Map-style data set: (epoch, index, ...) -> arrays: `slices` (S * channels, h, w) uint8, the
-    channels of a slice one after another, `labels` (13,), `planes` (S, 2), `known` (2,), `item`.
+    """Map-style data set: (epoch, index, ...) -> arrays: `slices` (R * S * channels, h, w) uint8,
+    regions one after another, and the channels of a slice, `labels` (13,), `planes` (S, 2), with
+    regions those of the abdomen, `known` (2,), `visible` (targets, S) of `visible_targets`, each in
+    its region, `item`.
 
     With an `augment` the sample is a pure function of the seed and its key, so a resumed run draws
     what it would have drawn, in any number of workers, and one set of workers serves all epochs.
-    Without, several `phases` give `slices` (phases, S * channels, h, w).
+    All regions of it are augmented alike. Without, several `phases` give `slices` (phases,
+    R * S * channels, h, w).
     """
 
     def __init__(
@@ -143,33 +171,64 @@ class SeriesDataset(Dataset):
         index = key[1]
         series, config = self.series[index], self.config
         volume = np.load(series.path, mmap_mode="r")
-        planes = bin_labels(series.planes, config.slices)
-        if self._augment:
+        windows = region_windows(series.organs, volume.shape, config)
+        if augment := self._augment:
             seed = int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0])
-            slices, planes = self._augment(self._drawn(volume, series, seed), planes, seed)
+            drawn = [augment(*self._drawn(volume, series, one, seed), seed) for one in windows]
+            slices, truths = np.concatenate([one for one, _ in drawn]), [one for _, one in drawn]
         else:
-            slices = even_slices(volume, config, self.phases)
+            slices = even_slices(volume, config, self.phases, windows)
+            middles = [self._positions(series, one) for one in windows]
+            truths = list(map(partial(self._truths, series), windows, middles))
+        own = [truths[config.region_number(one.region)] for one in visible_targets(config)]
+        visible = [truth[:, len(SLICE_TARGETS) + k] for k, truth in enumerate(own)]
         return {
             "slices": slices,
             "labels": series.labels,
-            "planes": planes,
+            "planes": truths[config.region_number(ABDOMEN)][:, : len(SLICE_TARGETS)],
             "known": series.known,
+            "visible": np.array(visible, np.float32).reshape(-1, config.slices),
             "item": np.int64(index),
         }
 
-    def _drawn(self, volume: np.ndarray, series: Series, seed: int) -> np.ndarray:
-        """Slices (S * channels, h, w) for training, before augmentation."""
-        config, depth = self.config, len(volume)
-        jitter = np.random.default_rng(seed) if config.augment.z_jitter else None
-        positions = slice_positions(depth, config.slices, jitter)
-        draw, positive = np.random.default_rng((seed, SHOWN)), np.flatnonzero(series.planes.any(1))
+    def _positions(
+        self, series: Series, window: Window | None, seed: int | None = None
+    ) -> np.ndarray:
+        """Planes (S,) of a window, or of the whole volume: with a `seed` those for training, else
+        the middles of their bins.
+        """
+        config = self.config
+        first, end = plane_range(window, len(series.planes))
+        drawn = seed is not None and config.augment.z_jitter
+        jitter = np.random.default_rng(seed) if drawn else None
+        positions = slice_positions(end - first, config.slices, jitter)
+        if seed is None:
+            return first + positions
+        draw = np.random.default_rng((seed, SHOWN))
+        positive = np.flatnonzero(series.planes[first:end].any(1))
         missed = len(positive) and not np.isin(positions, positive).any()
         if missed and draw.random() < config.positive_slices:
-            positions = moved_to(positions, int(draw.choice(positive)), depth)
+            positions = moved_to(positions, int(draw.choice(positive)), end - first)
+        return first + positions
+
+    def _truths(self, series: Series, window: Window | None, positions: np.ndarray) -> np.ndarray:
+        """Of each of the planes at `positions` (S,) the slice labels of its bin and the share of
+        each of `visible_targets`' organs: (S, 2 + targets).
+        """
+        first, end = plane_range(window, depth := len(series.planes))
+        marks = bin_labels(series.planes[first:end], self.config.slices)
+        shares = visible_shares(series.organs, depth, self.config)[:, positions]
+        return np.concatenate([marks, shares.T], 1)
+
+    def _drawn(
+        self, volume: np.ndarray, series: Series, window: Window | None, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Slices (S * channels, h, w) for training, before augmentation, and their `_truths`."""
+        config, positions = self.config, self._positions(series, window, seed)
+        around = with_neighbours(positions, len(volume), config.channels)
         place = np.random.default_rng((seed, PLACE))
-        return take_slices(
-            volume, with_neighbours(positions, depth, config.channels), config, place
-        )
+        slices = take_slices(volume, around, config, place, window)
+        return slices, self._truths(series, window, positions)
 
 
 class FoldSeries(Dataset):

@@ -11,6 +11,7 @@ import numpy as np
 from ..competition.subset import label_subset
 from ..competition.tables import read_slice_labels, require_slice_labels
 from ..folds import read_folds
+from ..organs.find import read_organs
 from ..run import layout
 from ..run.config import Config
 from ..run.manifest import read_manifest
@@ -51,7 +52,10 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
     if part.config.train.slice_loss or part.config.train.positive_slices:
         require_slice_labels(part.data)
         slice_labels = read_slice_labels(part.data)
-    series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels)
+    organs = {}
+    if part.config.train.needs_organs:
+        organs = read_organs(part.upstream(layout.ORGANS) / layout.ORGAN_TABLE)
+    series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels, organs)
     held_out = [one for one in series if folds[one.patient_id] == fold]
     train = [one for one in series if folds[one.patient_id] != fold]
     for side, name in ((held_out, "held-out"), (train, "training")):

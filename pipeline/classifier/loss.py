@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..competition.targets import group_slices
+from ..competition.targets import SLICE_TARGETS, Target, group_slices
 from ..run.config import TrainConfig
-from .model import chosen_targets
+from .model import chosen_targets, visible_targets
 
 
 class InjuryLoss(nn.Module):
@@ -32,6 +32,7 @@ class InjuryLoss(nn.Module):
             group_slices(),
             config.slice_loss,
         )
+        self.organs, self.visible_loss = visible_targets(config), config.visible_loss
         for target in self.targets:
             weights = torch.tensor(target.weights)
             self.register_buffer(f"weights_{target.name}", weights, persistent=False)
@@ -56,9 +57,10 @@ class InjuryLoss(nn.Module):
         planes: Tensor,
         known: Tensor,
         batch: int,
+        visible: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Terms per target name, and `slices`; `labels` (B, 13), `planes` (B, S, 2), `known` (B,
-        2), `batch` the full batch's size.
+        """Terms per target name, `slices` and `visible`; `labels` (B, 13), `planes` (B, S, 2),
+        `known` (B, 2), `batch` the full batch's size, `visible` (B, organs, S).
         """
         logits, slice_logits = outputs
         terms = {}
@@ -69,14 +71,42 @@ class InjuryLoss(nn.Module):
             terms[target.name] = terms[target.name] / (
                 batch * getattr(self, f"scale_{target.name}")
             )
-        if slice_logits is not None:
+        if slice_logits is None:
+            return terms
+        marks, *organs = slice_logits.float().split(self._widths, -1)
+        if self.slice_loss:
             # (B, 2)
             entropy = F.binary_cross_entropy_with_logits(
-                slice_logits.float(), planes, reduction="none", pos_weight=self.slice_positive
+                marks, planes, reduction="none", pos_weight=self.slice_positive
             ).mean(1)
             entropy = entropy * known / self.slice_scale
             terms["slices"] = self.slice_loss * entropy.sum() / batch
+        if visible is not None and organs:
+            found = zip(self.organs, organs, visible.unbind(1), strict=True)
+            total = torch.stack([self._visible_sum(*one, labels) for one in found]).sum()
+            terms["visible"] = self.visible_loss * total / batch
         return terms
+
+    @property
+    def _widths(self) -> list[int]:
+        """Columns of the slice logits: of the slice labels, then of each organ's classes."""
+        marks = len(SLICE_TARGETS) if self.slice_loss else 0
+        return [marks, *(len(target.classes) for target in self.organs)]
+
+    def _visible_sum(
+        self, target: Target, logits: Tensor, visible: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Sum over a batch of a target's mean cross entropy of slices (B, S, classes) against the
+        patient's class by the organ's share `visible` (B, S) in the slice, else healthy; weighted
+        and divided like the patient's. An injured patient whose organ was not found is left out.
+        """
+        truth = labels[:, self.columns[target.name]]
+        shares = visible[..., None] * truth[:, None]
+        shares = torch.cat([shares[..., :1] + 1 - visible[..., None], shares[..., 1:]], -1)
+        weighted = shares * getattr(self, f"weights_{target.name}")
+        entropy = -(weighted * logits.log_softmax(-1)).sum(-1).mean(1)  # (B,)
+        known = (visible.amax(1) > 0) | (truth[:, 0] > 0)
+        return (entropy * known).sum() / getattr(self, f"scale_{target.name}")
 
 
 def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:

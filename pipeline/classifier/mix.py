@@ -8,7 +8,7 @@ from torch import Tensor
 from ..run.config import TrainConfig
 from .loss import InjuryLoss
 
-TRUTHS = ("labels", "planes", "known")
+TRUTHS = ("labels", "planes", "known", "visible")
 
 
 def cut_box(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -55,9 +55,10 @@ def mixed_terms(
     """Loss terms of volumes of which `share` is their own: that share of the loss against their own
     truths and the rest against the next one's, each with its own sample weight.
     """
-    truths = [batch[name] for name in TRUTHS]
-    terms = loss(outputs, *truths, full)
+    truths = {name: batch[name] for name in TRUTHS if name in batch}
+    terms = loss(outputs, **truths, batch=full)
     if share == 1:
         return terms
-    others = loss(outputs, *(truth.roll(-1, 0) for truth in truths), full)
+    following = {name: truth.roll(-1, 0) for name, truth in truths.items()}
+    others = loss(outputs, **following, batch=full)
     return {name: share * terms[name] + (1 - share) * others[name] for name in terms}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..competition.targets import TARGETS, Target, group_slices
+from ..competition.targets import ABDOMEN, SLICE_TARGETS, TARGETS, Target, group_slices
 from ..learning.backbone import pool_maps
 from ..run.config import TrainConfig
 from .sequence import PoolZ, sequence_model
@@ -23,6 +23,20 @@ def chosen_targets(config: TrainConfig) -> list[Target]:
     return [target for target in TARGETS if target.name in config.targets]
 
 
+def visible_targets(config: TrainConfig) -> list[Target]:
+    """Those of them that `train.visible_loss` is of."""
+    return [t for t in chosen_targets(config) if t.organ] if config.visible_loss else []
+
+
+def slice_columns(config: TrainConfig) -> list[tuple[int, int]]:
+    """What the logits of a slice are made of: how many columns, of which region. Those of
+    `SLICE_TARGETS` with `train.slice_loss`, the classes of each of `visible_targets`.
+    """
+    marks = [(len(SLICE_TARGETS), config.region_number(ABDOMEN))] if config.slice_loss else []
+    organs = visible_targets(config)
+    return marks + [(len(t.classes), config.region_number(t.region)) for t in organs]
+
+
 def chosen_columns(config: TrainConfig) -> list[int]:
     """Those of the 13 columns that belong to `chosen_targets`."""
     columns = group_slices()
@@ -30,8 +44,10 @@ def chosen_columns(config: TrainConfig) -> list[int]:
 
 
 class CnnLstm(nn.Module):
-    """Volumes (B, S * planes, H, W) float -> logits (B, 1 or 3) per target and slice logits
-    (B, S, 2); `planes` is `train.channels`, the channels of a slice lie one after another.
+    """Volumes (B, R * S * planes, H, W) float -> logits (B, 1 or 3) per target and slice logits
+    (B, S, columns of `slice_columns`); `planes` is `train.channels`, the channels of a slice lie
+    one after another, and so do the slices of the R regions. A target's head reads the sequence of
+    its region.
 
     `backbone` maps (N, planes, H, W) to (N, C, h, w); `channels` is its C.
     """
@@ -41,6 +57,7 @@ class CnnLstm(nn.Module):
         self.backbone, self.map_pool, self.shortcut = backbone, config.map_pool, config.shortcut
         self.planes, self.map_dropout = config.channels, nn.Dropout(config.backbone_dropout)
         own = channels if config.map_pool == "mean" else 2 * channels
+        self.regions, self.slice_columns = len(config.region_names), slice_columns(config)
         self.norm = nn.LayerNorm(own)
         self.sequence = sequence_model(own, config)
         width = self.sequence.width + (own if config.shortcut else 0)
@@ -52,7 +69,9 @@ class CnnLstm(nn.Module):
                 for t in chosen_targets(config)
             }
         )
-        self.slice_head = nn.Linear(width, 2) if config.slice_loss else None
+        self.own_region = {t.name: config.region_number(t.region) for t in chosen_targets(config)}
+        columns = sum(width for width, _ in self.slice_columns)
+        self.slice_head = nn.Linear(width, columns) if columns else None
         for head in filter(None, (*self.heads.values(), self.slice_head)):
             nn.init.zeros_(head.get_parameter("weight"))
 
@@ -78,17 +97,27 @@ class CnnLstm(nn.Module):
         parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
         maps = (self.map_dropout(self.backbone(part)) for part in parts)
         features = torch.cat([pool_maps(part, self.map_pool) for part in maps])
-        features = self.norm(features).unflatten(
-            0, (B, -1)
-        )  # (B, S, 2C), of the mean alone (B, S, C)
+        # (B R, S, 2C), of the mean alone (B R, S, C)
+        features = self.norm(features).unflatten(0, (B * self.regions, -1))
         states = self.sequence(features)
-        if self.shortcut:  # (B, S, E): what a slice shows reaches the heads directly too
+        if self.shortcut:  # (B R, S, E): what a slice shows reaches the heads directly too
             states = torch.cat([states, features], 2)
-        pooled = self.dropout(self.pool(states))  # (B, E)
+        pooled = self.dropout(self.pool(states)).unflatten(0, (B, -1))  # (B, R, E)
         # a logit of 4 in bfloat16 is 1 percent of a probability off
         with torch.autocast(volumes.device.type, enabled=False):
-            logits = {name: head(pooled.float()) for name, head in self.heads.items()}
-            return logits, self.slice_head(states.float()) if self.slice_head is not None else None
+            logits = {
+                name: head(pooled[:, self.own_region[name]].float())
+                for name, head in self.heads.items()
+            }
+            return logits, self._of_slices(states.unflatten(0, (B, -1)).float())
+
+    def _of_slices(self, states: Tensor) -> Tensor | None:
+        """Slice logits (B, S, columns) of states (B, R, S, E), each column of its region."""
+        if self.slice_head is None:
+            return None
+        parts = self.slice_head(states).split([width for width, _ in self.slice_columns], -1)
+        regions = (region for _, region in self.slice_columns)
+        return torch.cat([part[:, k] for part, k in zip(parts, regions, strict=True)], -1)
 
 
 def probabilities(logits: dict[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from ..competition.targets import COLUMNS
 from ..learning.backbone import create_backbone, feature_shape, placed, standardise
 from ..learning.checkpoint import load_weights, read_metadata
 from ..learning.optimise import autocast
+from ..organs.find import Organ
 from ..run import layout
 from ..run.config import (
     Config,
@@ -28,6 +29,7 @@ from ..run.config import (
 from ..system.errors import InputError
 from ..volumes.sampling import even_slices
 from .model import CnnLstm, probabilities
+from .regions import region_windows
 
 
 class Trained(Section):
@@ -97,9 +99,9 @@ def logits_of(
     each: Callable[..., Iterable[Any]] = map,
 ) -> list[dict[str, Tensor]]:
     """For each model the logits per target (B, 1 or 3) float64 on the CPU for slices (B, S, H, W)
-    uint8, or (B, phases, S, H, W), averaged over phases and, in each, over the identity and each
-    flip of `flips`, a name of axes such as `zy`. `each` maps over the models; the device is waited
-    for once, with the answers of all.
+    uint8, or (B, phases, S, H, W), those of regions one after another, averaged over phases and, in
+    each, over the identity and each flip of `flips`, a name of axes such as `zy`. `each` maps over
+    the models; the device is waited for once, with the answers of all.
 
     What overflows in mixed precision, as a model trained in bfloat16 may on a GPU that has float16
     only, is computed again in float32.
@@ -115,10 +117,14 @@ def logits_of(
 def _mean_of_views(
     model: CnnLstm, slices: Tensor, amp: bool, flips: Sequence[str]
 ) -> dict[str, Tensor]:
-    axes = {"x": 3, "y": 2, "z": 1}
+    axes = {"x": 4, "y": 3, "z": 2}  # of a region's slices
     phases = slices.unbind(1) if slices.ndim == 5 else [slices]
     turns: list[list[int]] = [[], *([axes[axis] for axis in flip] for flip in flips)]
-    views = (one.flip(turn) if turn else one for one in phases for turn in turns)
+    views = (
+        one.unflatten(1, (model.regions, -1)).flip(turn).flatten(1, 2) if turn else one
+        for one in phases
+        for turn in turns
+    )
     with autocast(slices.device, amp):
         return mean_logits([model(standardise(view))[0] for view in views])
 
@@ -138,12 +144,17 @@ def predict(model: CnnLstm, slices: Tensor, amp: bool = False, flips: Sequence[s
 
 
 def as_batch(
-    volume: np.ndarray, options: TrainConfig, device: torch.device, phases: int = 1
+    volume: np.ndarray,
+    options: TrainConfig,
+    device: torch.device,
+    phases: int = 1,
+    organs: Sequence[Organ] = (),
 ) -> Tensor:
-    """`even_slices` that a classifier trained with `options` looks at in a volume (D, H, W) uint8,
-    as a batch of one.
+    """`even_slices` that a classifier trained with `options` looks at in a volume (D, H, W) uint8
+    with these `organs`, as a batch of one.
     """
-    batch = torch.from_numpy(even_slices(volume, options, phases))[None]
+    windows = region_windows(organs, (len(volume), *volume.shape[1:]), options)
+    batch = torch.from_numpy(even_slices(volume, options, phases, windows))[None]
     # from pinned memory the copy waits for nothing
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
@@ -154,9 +165,11 @@ def predict_volume(
     options: TrainConfig,
     flips: Sequence[str] = (),
     phases: int = 1,
+    organs: Sequence[Organ] = (),
 ) -> dict[str, float]:
     """Uncalibrated probabilities of one volume (D, H, W) uint8, as stage 02 stores it, by the 13
-    columns of a submission.
+    columns of a submission. A model of `train.regions=organs` looks at the whole volume in place of
+    every region whose organ is not among `organs`, which `pipeline.organs.find.OrganFinder` gives.
     """
-    batch = as_batch(volume, options, next(model.parameters()).device, phases)
+    batch = as_batch(volume, options, next(model.parameters()).device, phases, organs)
     return dict(zip(COLUMNS, predict(model, batch, options.amp, flips)[0].tolist(), strict=True))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run import layout
-from ..run.manifest import read_manifest
+from ..run.manifest import finished, read_manifest
 from ..run.stage import Stage, stage_function
 from ..system.errors import InputError
 from ..system.processes import parent_stage
@@ -14,6 +14,25 @@ from .views import views
 SECTIONS = ("seed", "model", "train")
 # another process may be at another fold, and write the manifest of all at the same time
 PATIENCE_S = 10.0
+
+
+def refuse_old_organs(stage: Stage) -> None:
+    """Check that the organs that are asked for were found in the volumes and by the folds that are
+    there: other folds' segmenters have seen the held-out patients.
+
+    Raises:
+        InputError: one of both was made anew since.
+    """
+    if not stage.config.train.needs_organs:
+        return
+    folder = stage.upstream(layout.ORGANS)
+    known = stage.inputs(layout.VOLUMES, layout.FOLDS)
+    if not known.items() <= finished(folder)["inputs"].items():
+        raise InputError(
+            "its organs are of other volumes or folds than those of this run",
+            str(folder),
+            f"run {layout.script(layout.ORGANS)} again",
+        )
 
 
 @stage_function(layout.CLASSIFIERS, exclusive=False)
@@ -29,6 +48,8 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     upstream = [layout.VOLUMES, layout.FOLDS] + (
         [layout.VOCO] if config.train.init == "voco2d" else []
     )
+    if config.train.needs_organs:
+        upstream.append(layout.ORGANS)
     weights = (
         [Path(config.model.weights)]
         if config.model.weights and config.train.init == "imagenet"
@@ -37,6 +58,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     inputs = stage.inputs(
         *upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv", *weights]
     )
+    refuse_old_organs(stage)
     if config.train.patience:
         inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
     inputs |= views(config)

@@ -84,7 +84,7 @@ class FoldTrainer:
         placed(self.model, device)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.average = Average(self.averaged, self.model) if self.averaged else None
-        positives = positive_share(data.train, self.options.slices)
+        positives = positive_share(data.train, self.options)
         self.loss = InjuryLoss(self.options, labels, positives).to(device)
         groups = parameter_groups(self.model, self.options)
         self.update = Update(
@@ -187,7 +187,7 @@ class FoldTrainer:
             self.unread = figures
             if not reads_late(self.device):
                 self._read()
-            tally["slices"] += sum(len(batch["labels"]) for batch in micro) * self.options.slices
+            tally["slices"] += sum(len(b["labels"]) for b in micro) * self.options.sample_slices
             tally["seconds"] += time.perf_counter() - asked
             tally["steps"] += 1
             self._leave_if_asked()

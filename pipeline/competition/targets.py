@@ -4,21 +4,29 @@ in the project.
 
 from dataclasses import dataclass
 
+ABDOMEN = "abdomen"  # region of the targets that no single organ holds
+
 
 @dataclass(frozen=True)
 class Target:
-    """One column group of the competition: class names in order of severity and the metric's weight
-    of each.
+    """One column group of the competition: class names in order of severity, the metric's weight of
+    each, and the organ, or `ABDOMEN`, that an injury lies in.
     """
 
     name: str
     classes: tuple[str, ...]
     weights: tuple[float, ...]
+    region: str = ABDOMEN
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Column names of the tables, e.g. `liver_low`."""
         return tuple(f"{self.name}_{label}" for label in self.classes)
+
+    @property
+    def organ(self) -> bool:
+        """True where one organ holds the injury."""
+        return self.region != ABDOMEN
 
     @property
     def binary(self) -> bool:
@@ -30,9 +38,9 @@ _BINARY, _ORDINAL = ("healthy", "injury"), ("healthy", "low", "high")
 TARGETS: tuple[Target, ...] = (
     Target("bowel", _BINARY, (1.0, 2.0)),
     Target("extravasation", _BINARY, (1.0, 6.0)),
-    Target("kidney", _ORDINAL, (1.0, 2.0, 4.0)),
-    Target("liver", _ORDINAL, (1.0, 2.0, 4.0)),
-    Target("spleen", _ORDINAL, (1.0, 2.0, 4.0)),
+    Target("kidney", _ORDINAL, (1.0, 2.0, 4.0), "kidney"),
+    Target("liver", _ORDINAL, (1.0, 2.0, 4.0), "liver"),
+    Target("spleen", _ORDINAL, (1.0, 2.0, 4.0), "spleen"),
 )
 TARGET_NAMES: tuple[str, ...] = tuple(target.name for target in TARGETS)
 COLUMNS: tuple[str, ...] = tuple(column for target in TARGETS for column in target.columns)

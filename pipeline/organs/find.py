@@ -14,12 +14,14 @@ from torch.nn import functional
 from ..learning.backbone import standardise
 from ..learning.optimise import autocast
 from ..run.config import OrganConfig
+from ..system.frames import read_frame
 from .data import resized, with_neighbours
 from .masks import ORGANS
 from .model import OrganNet, load_segmenter
 
 PLANES_AT_ONCE = 1 << 20  # pixels (of what the network sees) that bound the memory of a prediction
 PARTS = {"liver": 1, "spleen": 1, "kidney": 2}  # connected parts that are kept at most
+ENDS = ("z0", "z1", "y0", "y1", "x0", "x1")  # of a box, in its order
 LEAST_PART = 0.1  # of the largest part, of those beside it; of the bowel, which has many, too
 
 
@@ -103,17 +105,26 @@ def millilitres(voxels: int, spacing_mm: Sequence[float | None]) -> float | None
 
 def rows_of(organs: Sequence[Organ], spacing_mm: Sequence[float | None]) -> list[dict[str, Any]]:
     """Rows of `organs.parquet`, without the ids, for the organs of one volume."""
-    ends = ("z0", "z1", "y0", "y1", "x0", "x1")
     return [
         {
             "organ": one.name,
-            **dict(zip(ends, one.box, strict=True)),
+            **dict(zip(ENDS, one.box, strict=True)),
             "voxels": one.voxels,
             "ml": millilitres(one.voxels, spacing_mm),
             "visible": one.visible.tolist(),
         }
         for one in organs
     ]
+
+
+def read_organs(path: Path) -> dict[str, tuple[Organ, ...]]:
+    """The organs of each series id of an `organs.parquet`."""
+    found: dict[str, tuple[Organ, ...]] = {}
+    for row in read_frame(path).iter_rows(named=True):
+        box, visible = tuple(row[end] for end in ENDS), np.array(row["visible"])
+        own = Organ(row["organ"], row["voxels"], box, visible)
+        found[row["series_id"]] = (*found.get(row["series_id"], ()), own)
+    return found
 
 
 class OrganFinder:

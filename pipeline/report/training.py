@@ -151,7 +151,7 @@ def training(run: Run) -> dict[str, Any]:
     parts, scored = (
         [
             Line(name, colour(k), curve(table, "epoch", name))
-            for k, name in enumerate((*TARGET_NAMES, "slices"))
+            for k, name in enumerate((*TARGET_NAMES, "slices", "visible"))
         ]
         for table in (terms, epochs)
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
-from ..competition.targets import TARGET_NAMES
+from ..competition.targets import ABDOMEN, TARGET_NAMES, TARGETS
 
 Init = Literal["scratch", "imagenet", "voco2d"]
 # Marks on fields. HOW: says how the work is done and changes no result: it enters no fingerprint.
@@ -404,7 +404,21 @@ class TrainConfig(Section):
         le=1,
         description="share of a fold's training patients that is used, stratified and nested",
     )
-    slices: int = Field(48, ge=1)
+    regions: Literal["whole", "organs"] = Field(
+        "whole",
+        description=(
+            "what a target looks at: the whole volume, or its organ's box of stage 05 (bowel and"
+            " extravasation that of all organs)"
+        ),
+        json_schema_extra=ADDED,
+    )
+    region_margin: float = Field(
+        0.1,
+        ge=0,
+        description="added to a region on each side, as a share of its side",
+        json_schema_extra=ADDED,
+    )
+    slices: int = Field(48, ge=1, description="of each region")
     image_size: int = Field(192, ge=16)
     crop: float = Field(
         0.0,
@@ -484,6 +498,15 @@ class TrainConfig(Section):
         ),
         json_schema_extra=ADDED,
     )
+    visible_loss: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "weight of a slice-level loss of liver, spleen and kidney: the patient's class by the"
+            " organ's visible share (needs stage 05)"
+        ),
+        json_schema_extra=ADDED,
+    )
     mixup: float = Field(
         0.0,
         ge=0,
@@ -532,6 +555,14 @@ class TrainConfig(Section):
             raise ValueError(
                 f"channels={self.channels} is even: a slice has as many neighbours above as below"
             )
+        if self.regions == "organs" and (self.crop or self.crop_size):
+            raise ValueError(
+                "crop and crop_size cut whole planes: with regions=organs leave them at 0 and null"
+            )
+        if self.visible_loss and set(self.targets) <= {t.name for t in TARGETS if not t.organ}:
+            raise ValueError(
+                "visible_loss is of organs: targets has neither liver, spleen nor kidney"
+            )
         if self.slice_weight > 1 and not self.slice_loss:
             raise ValueError(
                 f"slice_weight={self.slice_weight} weights a loss that is off: set slice_loss"
@@ -539,6 +570,31 @@ class TrainConfig(Section):
         if (self.mixup or self.cutmix) and self.batch == 1:
             raise ValueError("mixup and cutmix mix the volumes of a batch: batch=1 has one")
         return self
+
+    @property
+    def needs_organs(self) -> bool:
+        """Whether training reads what stage 05 found."""
+        return self.regions == "organs" or self.visible_loss > 0
+
+    @property
+    def region_names(self) -> tuple[str, ...]:
+        """The regions that a sample shows one after another: `whole` alone, or those of the trained
+        targets, each once, and the abdomen, of which slice labels speak.
+        """
+        if self.regions == "whole":
+            return (self.regions,)
+        names = [target.region for target in TARGETS if target.name in self.targets]
+        return tuple(dict.fromkeys(names + [ABDOMEN] * (self.slice_loss > 0)))
+
+    @property
+    def sample_slices(self) -> int:
+        """Slices that the backbone sees of a series: those of all regions."""
+        return len(self.region_names) * self.slices
+
+    def region_number(self, region: str) -> int:
+        """The place of a region among `region_names`, or the first: the whole volume holds all."""
+        names = self.region_names
+        return names.index(region) if region in names else 0
 
 
 class ScoreConfig(Section):

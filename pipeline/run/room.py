@@ -30,7 +30,7 @@ def train_batch_bytes(options: TrainConfig, phases: int = 1) -> int:
     """
     return (
         max(2 * options.batch, phases)
-        * options.slices
+        * options.sample_slices
         * (options.channels * options.image_size**2 + 8)
     )
 

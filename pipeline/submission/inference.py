@@ -19,9 +19,10 @@ from ..classifier.predict import as_batch, load_classifier, logits_of, mean_logi
 from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
+from ..organs.find import OrganFinder
 from ..run import layout
 from ..run.config import Config, PredictConfig, TrainConfig, VolumeConfig, decisive
-from ..run.manifest import trained_files
+from ..run.manifest import finished, trained_files
 from ..run.runs import names_of
 from ..run.stage import Stage
 from ..slices.sources import SeriesTask
@@ -36,7 +37,7 @@ from .writer import SubmissionWriter
 @dataclass(frozen=True)
 class Ensemble:
     """The fold models of one run, the options and volumes they were trained with, threads to run
-    them.
+    them, and what finds the regions that they look at, where they do.
     """
 
     models: Sequence[CnnLstm]
@@ -44,6 +45,7 @@ class Ensemble:
     volume: VolumeConfig
     device: torch.device
     threads: Executor
+    finder: OrganFinder | None = None
     # of each series, the standard deviation over models of the log-odds of an injury (targets,)
     spreads: list[np.ndarray] = field(default_factory=list)
 
@@ -51,7 +53,8 @@ class Ensemble:
         """Probabilities (13,) of one volume, of the mean logits over the fold models, phases and
         flips.
         """
-        batch = as_batch(volume, self.options, self.device, phases)
+        organs = self.finder(volume) if self.finder else ()
+        batch = as_batch(volume, self.options, self.device, phases, organs)
         answers = logits_of(self.models, batch, self.options.amp, flips, self.threads.map)
         if len(answers) > 1:
             odds = torch.cat([injury_log_odds(answer) for answer in answers])
@@ -128,8 +131,8 @@ def load_blend(runs: Sequence[Stage], calibration: Calibration) -> Blend:
     each other wherever the decoding processes hold one of them up.
 
     Raises:
-        InputError: models of a run that were trained otherwise than its others, or on slices
-        turned otherwise than this config turns them.
+        InputError: models of a run that were trained otherwise than its others, on slices turned
+        otherwise than this config turns them, or on organs of other segmenters than there are.
     """
     device, jobs = pick_device(runs[0].device_name), runs[0].jobs
     paths = [trained_files(run.upstream(layout.CLASSIFIERS), layout.MODEL) for run in runs]
@@ -137,14 +140,35 @@ def load_blend(runs: Sequence[Stage], calibration: Calibration) -> Blend:
     if device.type == "cpu":
         torch.set_num_threads(max(1, jobs // threads))
     pool, turned = ThreadPoolExecutor(threads), runs[0].config.convert.flip_hfs
-    ensembles = [load_ensemble(one, turned, device, pool) for one in paths]
+    ensembles = [
+        load_ensemble(*both, turned, device, pool) for both in zip(runs, paths, strict=True)
+    ]
     return Blend(dict(zip(names_of(runs), ensembles, strict=True)), calibration)
 
 
+def segmenters_of(run: Stage) -> list[Path]:
+    """Stage 05's models of all folds of a run whose classifiers look at regions.
+
+    Raises:
+        InputError: there are none, or others than those whose boxes the classifiers know.
+    """
+    known = finished(run.upstream(layout.CLASSIFIERS))["inputs"]
+    folder = run.upstream(layout.ORGANS)
+    if known[layout.ORGANS] != run.inputs(layout.ORGANS)[layout.ORGANS]:
+        raise InputError(
+            "the models were trained on organs of other segmenters",
+            str(folder),
+            f"run {layout.script(layout.CLASSIFIERS)} again, or bring back the folder",
+        )
+    return trained_files(folder, layout.MODEL)
+
+
 def load_ensemble(
-    paths: Sequence[Path], turned: bool, device: torch.device, pool: Executor
+    run: Stage, paths: Sequence[Path], turned: bool, device: torch.device, pool: Executor
 ) -> Ensemble:
-    """The fold models of one run, trained alike, on slices of `convert.flip_hfs` as `turned`."""
+    """The fold models `paths` of a run, trained alike, on slices of `convert.flip_hfs` as `turned`,
+    and the segmenters that find their regions, where they look at these.
+    """
     models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
     first = configs[0]
     for path, config in zip(paths, configs, strict=True):
@@ -162,7 +186,9 @@ def load_ensemble(
                 f"convert.flip_hfs of the config and of {path}",
                 f"give convert.flip_hfs={flip}, and runs that all have it",
             )
-    return Ensemble(models, first.train, first.volume, device, pool)
+    regions = first.train.regions == "organs"
+    finder = OrganFinder(segmenters_of(run), device) if regions else None
+    return Ensemble(models, first.train, first.volume, device, pool, finder)
 
 
 class Filling:

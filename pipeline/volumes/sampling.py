@@ -2,10 +2,15 @@
 report.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
 from ..run.config import TrainConfig
+
+Window = tuple[slice, slice, slice]  # planes, rows and columns of a part of a volume
+ROUNDING = 1e-6  # voxels: an edge of a box that is no further from a whole voxel is that
 
 
 def evenly(depth: int, count: int, phase: float = 0.5) -> np.ndarray:
@@ -38,6 +43,27 @@ def slice_positions(
     return np.clip(evenly(depth, count, phase), first, last)
 
 
+def box_window(
+    box: Sequence[float], shape: tuple[int, int, int], margin: float, least: int
+) -> Window:
+    """The part of a volume of `shape` (D, H, W) that shows a box (z0, z1, y0, y1, x0, x1) given in
+    shares of its sides, with `margin` times the box's side added at each end.
+
+    It has the form of a whole plane, so that an organ is drawn out no further than there, and at
+    least `least` planes. Where that reaches over a border it is moved inside.
+    """
+    low, high = np.reshape(box, (3, 2)).T
+    half = (high - low) * (0.5 + margin)
+    half[0] = max(half[0], least / (2 * shape[0]))
+    half[1:] = half[1:].max()
+    half = np.minimum(half, 0.5)
+    centre = np.clip((low + high) / 2, half, 1 - half)
+    first = np.floor((centre - half) * shape + ROUNDING).astype(int)
+    end = np.ceil((centre + half) * shape - ROUNDING).astype(int)
+    planes, rows, columns = map(slice, first.tolist(), end.tolist())
+    return planes, rows, columns
+
+
 def moved_to(positions: np.ndarray, plane: int, depth: int) -> np.ndarray:
     """`positions` (S,) moved together, each within its own bin, so that `plane` is one of them."""
     first, last = bins(depth, len(positions))
@@ -58,10 +84,18 @@ def take_slices(
     positions: np.ndarray,
     config: TrainConfig,
     rng: np.random.Generator | None = None,
+    window: Window | None = None,
 ) -> np.ndarray:
     """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, then the
     square of `config.crop_size` at a place that `rng` draws, the middle without, resized by area.
+    Of a `window` its rows and columns, resized linearly where they are fewer than `size`.
     """
+    if window is not None:
+        small = min(part.stop - part.start for part in window[1:]) < config.image_size
+        planes = volume[positions, window[1], window[2]]
+        return resize_planes(
+            planes, config.image_size, cv2.INTER_LINEAR if small else cv2.INTER_AREA
+        )
     _, height, width = volume.shape
     top, left = round(height * config.crop), round(width * config.crop)
     if (side := config.crop_size) is not None:
@@ -73,17 +107,31 @@ def take_slices(
     return resize_planes(planes, config.image_size)
 
 
-def even_slices(volume: np.ndarray, config: TrainConfig, phases: int = 1) -> np.ndarray:
-    """Slices (S * channels, size, size) uint8 that a classifier looks at in a volume (D, H, W) when
-    it predicts, the channels of a slice one after another; of several phases, which lie between
-    each other, (phases, S * channels, size, size).
+def plane_range(window: Window | None, depth: int) -> tuple[int, int]:
+    """First plane of a window and the one after its last, of all `depth` planes without one."""
+    return (window[0].start, window[0].stop) if window else (0, depth)
+
+
+def even_slices(
+    volume: np.ndarray,
+    config: TrainConfig,
+    phases: int = 1,
+    windows: Sequence[Window | None] = (None,),
+) -> np.ndarray:
+    """Slices (R * S * channels, size, size) uint8 that a classifier looks at in a volume (D, H, W)
+    when it predicts: those of each of R `windows` (None: the whole volume) one after another, and
+    the channels of a slice; of several phases, which lie between each other, (phases, R * S *
+    channels, size, size).
     """
     depth, views = len(volume), []
     for k in range(phases):
-        positions = slice_positions(depth, config.slices, phase=(k + 0.5) / phases)
-        views.append(
-            take_slices(volume, with_neighbours(positions, depth, config.channels), config)
-        )
+        parts = []
+        for window in windows:
+            first, end = plane_range(window, depth)
+            positions = slice_positions(end - first, config.slices, phase=(k + 0.5) / phases)
+            around = with_neighbours(first + positions, depth, config.channels)
+            parts.append(take_slices(volume, around, config, window=window))
+        views.append(np.concatenate(parts) if len(parts) > 1 else parts[0])
     return np.stack(views) if phases > 1 else views[0]
 
 
@@ -101,10 +149,8 @@ def resample_planes(volume: np.ndarray, depth: int, chosen: np.ndarray) -> np.nd
     return found
 
 
-def resize_planes(planes: np.ndarray, size: int) -> np.ndarray:
-    """(S, H, W) to (S, size, size) by area interpolation; as it is where it has that size."""
+def resize_planes(planes: np.ndarray, size: int, how: int = cv2.INTER_AREA) -> np.ndarray:
+    """(S, H, W) to (S, size, size), by area if not told; as it is where it has that size."""
     if planes.shape[1:] == (size, size):
         return np.ascontiguousarray(planes)
-    return np.stack(
-        [cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes]
-    )
+    return np.stack([cv2.resize(plane, (size, size), interpolation=how) for plane in planes])

@@ -315,8 +315,8 @@ def test_the_share_of_positive_slices_counts_known_series_alone(tmp_path):
     planes = np.zeros((8, 2), np.float32)
     planes[1, 0] = planes[2:6, 1] = 1  # of four slices: one, two
     series = [series_of(tmp_path, planes), series_of(tmp_path, 0 * planes, (1, 0))]
-    assert positive_share(series, 4).tolist() == [1 / 8, 1 / 2]
-    assert positive_share(series[1:], 4).tolist() == [0, 0]
+    assert positive_share(series, TINY).tolist() == [1 / 8, 1 / 2]
+    assert positive_share(series[1:], TINY).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("jitter", [False, True])

@@ -20,6 +20,7 @@ from pipeline.classifier.predict import load_classifier, predict_volume
 from pipeline.classifier.train import FoldTrainer, train_fold
 from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.learning.optimise import NonFiniteLoss
+from pipeline.organs.find import organ_boxes
 from pipeline.run.layout import MODEL, OOF
 from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError, TrainingStopped
@@ -39,6 +40,15 @@ RECIPE = (
     "train.augment={blur: 0.5, noise: 0.5, elastic: 0.5, flip_z: true}",
     "predict.phases=3",
 )
+REGIONS = ("train.regions=organs", "train.slices=3", "train.visible_loss=1")
+
+
+def found_organs(k):
+    """Boxes for organs, another one missing in each series."""
+    labels = np.zeros((12, 48, 48), np.uint8)
+    for number in range(1, 5):
+        labels[2 * number : 2 * number + 3, 4 * number : 20 + k, 3 * number : 30] = number
+    return tuple(organ_boxes(np.where(labels == k % 4 + 1, 0, labels)))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +70,7 @@ def data(tmp_path_factory):
                 labels,
                 np.eye(12, 2, -3 * k, np.float32),
                 np.ones(2, np.float32),
+                found_organs(k),
             )
         )
     return FoldData(0, series[:6], series[6:])
@@ -82,6 +93,7 @@ def trainer(data, folder, *overrides):
     [
         ((), ()),
         (RECIPE, ("train.workers=1",)),
+        (RECIPE + REGIONS, ("train.workers=1",)),
         (("train.ema=0.5", "train.accumulate=2", "train.batch=2"), ("train.workers=1",)),
     ],
 )
@@ -222,15 +234,15 @@ def test_drawn_often_counts_in_prior_and_scale(data, tmp_path):
     assert float(run.loss.scale_liver) == pytest.approx((shares[liver] * [1, 2, 4]).sum(), rel=1e-5)
 
 
-def test_phases_predict_the_held_out_series_as_the_test_series(data, tmp_path):
-    run = trainer(
-        data, tmp_path / "fold", "predict.phases=3", "predict.flips=[z]", "train.amp=false"
-    )
+@pytest.mark.parametrize("regions", [(), REGIONS])
+def test_phases_predict_the_held_out_series_as_the_test_series(data, tmp_path, regions):
+    keys = "predict.phases=3", "predict.flips=[z]", "train.amp=false", *regions
+    run = trainer(data, tmp_path / "fold", *keys)
     for head in run.model.heads.values():
         torch.nn.init.normal_(head.weight)
     rows = run.predict_held_out(run.config.predict).select(COLUMNS).to_numpy()
     for row, one in zip(rows, data.held_out, strict=True):
-        alone = predict_volume(run.model, np.load(one.path), run.options, ("z",), 3)
+        alone = predict_volume(run.model, np.load(one.path), run.options, ("z",), 3, one.organs)
         assert row == pytest.approx(list(alone.values()), abs=1e-5)
     plain = run.predict_held_out().select(COLUMNS).to_numpy()
     assert not np.allclose(rows, plain, atol=1e-4)
@@ -416,6 +428,7 @@ def test_frozen_backbone_stays_as_it_was(data, tmp_path):
         ((), 2),
         (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4),
         (RECIPE, 1),
+        (RECIPE + REGIONS, 1),
         ((), "held-out"),
     ],
 )

@@ -431,6 +431,8 @@ def test_a_calibration_of_single_models_fits_the_mean_of_logits_better_than_that
 
 def test_flips_are_averaged():
     class Corner(torch.nn.Module):
+        regions = 1
+
         """Answers with the first pixel of the first slice, so that every flip shows another one."""
 
         def forward(self, x):
@@ -779,7 +781,7 @@ def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, mon
 class Pixels(torch.nn.Module):
     """Answers with the first pixels that it sees, in its own measure."""
 
-    logits = ("bowel", "kidney", "liver")
+    logits, regions = ("bowel", "kidney", "liver"), 1
 
     def __init__(self, measure):
         super().__init__()

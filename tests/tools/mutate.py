@@ -256,6 +256,24 @@ GUARDS = (
         "classifier/test_train_folds.py::test_forced",
     ),
     (
+        "pipeline/classifier/stage.py",
+        "    refuse_old_organs(stage)\n",
+        "",
+        "submission/test_regions.py::test_organs_of_another_run_are_refused[06",
+    ),
+    (
+        "pipeline/submission/inference.py",
+        "if known[layout.ORGANS] != run.inputs(layout.ORGANS)[layout.ORGANS]:",
+        "if False:",
+        "submission/test_regions.py::test_organs_of_another_run_are_refused[08",
+    ),
+    (
+        "pipeline/run/config.py",
+        'if self.regions == "organs" and (self.crop or self.crop_size):',
+        "if False:",
+        "classifier/test_regions.py::test_keys_that_contradict",
+    ),
+    (
         "pipeline/classifier/predict.py",
         "if amp and not all(value.isfinite().all() for value in answer.values()):",
         "if False:",

@@ -1,0 +1,41 @@
+"""Which part of a volume a target looks at, and how much of its organ each plane shows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..competition.targets import ABDOMEN
+from ..organs.find import Organ
+from ..run.config import TrainConfig
+from ..volumes.sampling import Window, box_window
+from .model import visible_targets
+
+WHOLE = (0.0, 1.0) * 3  # the box of a whole volume
+
+
+def region_windows(
+    organs: Sequence[Organ], shape: tuple[int, int, int], config: TrainConfig
+) -> list[Window | None]:
+    """The part of a volume of `shape` (D, H, W) for each of `train.region_names`: the box of its
+    organ, for the abdomen that of all organs found, and the whole volume where it was not found;
+    None alone with `train.regions=whole`.
+    """
+    if config.regions == "whole":
+        return [None]
+    boxes = {one.name: one.box for one in organs if one.voxels}
+    if boxes:
+        sides = np.array(list(boxes.values())).reshape(-1, 3, 2)
+        boxes[ABDOMEN] = tuple(np.stack([sides[..., 0].min(0), sides[..., 1].max(0)], 1).ravel())
+    return [
+        box_window(boxes.get(name, WHOLE), shape, config.region_margin, config.slices)
+        for name in config.region_names
+    ]
+
+
+def visible_shares(organs: Sequence[Organ], depth: int, config: TrainConfig) -> np.ndarray:
+    """For each of `visible_targets` how much of its organ each of `depth` planes shows, against the
+    plane that shows most: (targets, D) float32, zeros where it was not found.
+    """
+    found = {one.name: one.visible / one.visible.max() for one in organs if one.voxels}
+    rows = [found.get(target.region, np.zeros(depth)) for target in visible_targets(config)]
+    return np.array(rows, np.float32).reshape(-1, depth)
