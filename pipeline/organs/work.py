@@ -27,7 +27,7 @@ from .figures import draw_strip
 from .find import label_volume, organ_boxes, rows_of, without_islands
 from .loss import dice_scores
 from .masks import ORGANS, slice_table, store_mask, with_masks
-from .model import load_segmenter
+from .model import OrganNet, load_segmenter
 from .stage import SECTIONS, mask_inputs
 from .train import OrganFold, train_organs
 
@@ -174,14 +174,21 @@ def _found(
     stage: Stage, index: pl.DataFrame, masked: dict[str, Masked], device: torch.device
 ) -> Iterator[tuple[dict[str, Any], Sequence[Any], list[float | None]]]:
     """Every labelled series, fold by fold: its row of the index, its organs, and the Dice of each
-    where it has a mask.
+    where it has a mask. On a CPU in threads, a series each: threads within one gain little.
     """
+    import joblib
+
     volumes, options = stage.upstream(layout.VOLUMES), stage.config.organs
     shown = next(iter(masked))  # of which a picture is drawn
+    threads = stage.jobs if device.type == "cpu" else 1
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    pool = joblib.Parallel(threads, require="sharedmem", return_as="generator")
     for (fold,), part in index.partition_by("fold", as_dict=True, maintain_order=True).items():
         path = stage.folder / layout.fold_folder(int(fold)) / layout.MODEL
         model, _ = load_segmenter(path, device)
-        for row in part.iter_rows(named=True):
+
+        def find(row: dict[str, Any], model: OrganNet = model) -> tuple[Any, ...]:
             volume = np.load(volumes / row["path"], mmap_mode="r")
             labels = without_islands(label_volume([model], volume, options, device))
             scores: list[float | None] = []
@@ -190,7 +197,9 @@ def _found(
                 scores = dice_scores(labels, truth, len(ORGANS))
                 if row["series_id"] == shown:
                     draw_strip(volume, labels, truth, stage.folder / layout.OUTLINES)
-            yield row, organ_boxes(labels), scores
+            return row, organ_boxes(labels), scores
+
+        yield from pool(joblib.delayed(find)(row) for row in part.iter_rows(named=True))
 
 
 def mean_dice(table: pl.DataFrame) -> dict[str, float]:
