@@ -12,6 +12,7 @@ import polars as pl
 
 from ..competition.targets import SLICE_TARGETS, TARGETS
 from ..organs import masks
+from ..organs.files import FOLDER, mask_files
 from ..organs.masks import ORGANS
 from ..run import layout
 from ..run.config import ConvertConfig, VolumeConfig
@@ -90,7 +91,7 @@ def read_cases(
         raise InputError(what, str(volumes), f"run {layout.script(layout.VOLUMES)} first")
     config, index = VolumeConfig(**made["config"]["volume"]), read_frame(volumes / layout.INDEX)
     index = index.sort(*KEYS)
-    files, shown = masks.mask_files(data), _marks(organs or data / ORGAN_TABLE, "organ")
+    files, shown = mask_files(data), _marks(organs or data / ORGAN_TABLE, "organ")
     known = pl.col("series_id").is_in([*files, *(series for _, series in shown)])
     index = index.filter(known & pl.col("patient_id").is_in(list(folds)))
     kept = index["patient_id"].unique().sort()[:PATIENTS].to_list()
@@ -119,7 +120,7 @@ def read_cases(
         )
         cases.append(case)
     if not cases:
-        what = f"no series with a volume has masks in {masks.FOLDER}/ that fit"
+        what = f"no series with a volume has masks in {FOLDER}/ that fit"
         raise InputError(what, str(data), "give a data set with organ masks")
     return cases
 

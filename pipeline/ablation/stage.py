@@ -9,7 +9,7 @@ from ..system.console import say
 @stage_function(layout.ABLATION)
 def ablate(stage: Stage) -> None:
     """Train what is missing, then compare, unless these very cells are compared."""
-    from ..organs.masks import mask_files
+    from ..organs.files import mask_files
     from .cells import run_cells
     from .summary import summarise
 

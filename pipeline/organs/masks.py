@@ -20,36 +20,11 @@ from ..system.files import atomic_path
 from ..volumes.build import common_size
 from ..volumes.store import heights, labels_of, usable
 
-FOLDER = "segmentations"
-ENDINGS = (".nii.gz", ".nii")
 ORGANS = ("liver", "spleen", "kidney", "bowel")
 # organ number, from 1, of the file's labels: 1 liver, 2 spleen, 3 and 4 the kidneys, 5 bowel
 ORGAN_OF_LABEL = np.array([0, 1, 2, 3, 3, 4], np.uint8)
 NEAR = 0.25  # of the distance of two slices: how far a plane of the mask may lie from its slice
 WAY_OUT = "give the masks of this very series, or remove the file"
-
-
-def mask_files(data: Path) -> dict[str, Path]:
-    """The mask files of a data folder by series id.
-
-    Raises:
-        InputError: two files for one series.
-    """
-    found: dict[str, Path] = {}
-    folder = data / FOLDER
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        for ending in ENDINGS:
-            if path.name.lower().endswith(ending):
-                series = path.name[: -len(ending)]
-                if series in found:
-                    raise InputError(
-                        f"two masks for series {series}",
-                        f"{found[series]} and {path}",
-                        "remove one of them",
-                    )
-                found[series] = path
-                break
-    return found
 
 
 def matching_planes(

@@ -15,7 +15,7 @@ VERSION = 1  # raised when the same masks would become others on a volume's grid
 
 def known_masks(stage: Stage) -> dict[str, Path]:
     """Mask files of the run's labelled series by series id; warns of others."""
-    from .masks import mask_files
+    from .files import mask_files
 
     files = mask_files(stage.data)
     known = set(stage.series()["series_id"]) if files else set()

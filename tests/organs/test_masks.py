@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.organs.masks import ORGAN_OF_LABEL, ORGANS, mask_files, read_mask, store_mask
+from pipeline.organs.files import mask_files
+from pipeline.organs.masks import ORGAN_OF_LABEL, ORGANS, read_mask, store_mask
 from pipeline.run.config import VolumeConfig
 from pipeline.system.errors import InputError
 from pipeline.volumes.build import resample_labels

@@ -810,7 +810,7 @@ GUARDS = (
         "organs/test_masks.py::test_masks_that_do_not_fit",
     ),
     (
-        "pipeline/organs/masks.py",
+        "pipeline/organs/files.py",
         "if series in found:",
         "if False:",
         "organs/test_masks.py::test_two_files",
