@@ -50,15 +50,9 @@ class Case:
     def cells(self) -> np.ndarray:
         """The masks on the grid (S, h / 4, w / 4): the label that fills most of each cell."""
         assert self.masks is not None
-        size = [side // STRIDE for side in self.images.shape[:0:-1]]
-        shares = [
-            [
-                cv2.resize((plane == k).astype(np.float32), size, interpolation=cv2.INTER_AREA)
-                for k in LABELS
-            ]
-            for plane in self.masks
-        ]
-        return np.argmax(shares, axis=1)
+        size = self.masks.shape[1] // STRIDE
+        shares = [resize_planes((self.masks == k).astype(np.float32), size) for k in LABELS]
+        return np.argmax(shares, axis=0)
 
 
 LABELS = range(len(ORGANS) + 1)
@@ -114,7 +108,7 @@ def read_cases(
             hospitals.get(key[0], ""),
             resize_planes(volume[at], size),
             (at + 0.5) / len(volume),
-            None if mask is None else _nearest(mask[at], size),
+            None if mask is None else resize_planes(mask[at], size, cv2.INTER_NEAREST),
             _shown(mask, at, instances, shown, key),
             _injured(facts.get(key[0]), instances, injuries.get(key, {})),
         )
@@ -123,10 +117,6 @@ def read_cases(
         what = f"no series with a volume has masks in {FOLDER}/ that fit"
         raise InputError(what, str(data), "give a data set with organ masks")
     return cases
-
-
-def _nearest(planes: np.ndarray, size: int) -> np.ndarray:
-    return np.stack([cv2.resize(p, (size, size), interpolation=cv2.INTER_NEAREST) for p in planes])
 
 
 def _maps(

@@ -6,7 +6,6 @@ inside of a mask.
 
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
@@ -71,13 +70,7 @@ class Grey:
         return resize_planes(images, self.side).reshape(len(images), -1).astype(np.float32)
 
     def cells(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
-        size = [side // STRIDE for side in images.shape[:0:-1]]
-        small = np.stack(
-            [
-                cv2.resize(one.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-                for one in images
-            ]
-        )
+        small = resize_planes(images.astype(np.float32), images.shape[1] // STRIDE)
         before, after = (self.side - 1) // 2, self.side // 2
         padded = np.pad(small, ((0, 0), (before, after), (before, after)))
         windows = sliding_window_view(padded, (self.side, self.side), (1, 2))

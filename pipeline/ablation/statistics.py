@@ -208,7 +208,7 @@ def sentence(row: Mapping[str, Any]) -> str:
             f"{names}: score {span}; of one seed each, so nothing is known of the spread between"
             " seeds, and no difference is shown."
         )
-    if found["low"] is not None and found["low"] <= 0 <= found["high"]:
+    if found["low"] <= 0 <= found["high"]:
         means = "the interval holds 0, so these runs show no difference"
     elif outcome.startswith("no"):
         means = "no longer shown after correction for so many comparisons"

@@ -2,8 +2,6 @@
 loss.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -154,27 +152,3 @@ def injury_log_odds(logits: dict[str, Tensor]) -> Tensor:
                 value[:, 0] if target.binary else value[:, 1:].logsumexp(1) - value[:, 0]
             )
     return torch.stack(columns, 1)
-
-
-def parameter_groups(model: CnnLstm, options: TrainConfig) -> list[dict[str, Any]]:
-    """Four groups: backbone (its own learning-rate factor) and the rest, each with and without
-    weight decay (norms, biases).
-    """
-    groups = []
-    backbone = {id(parameter) for parameter in model.backbone.parameters()}
-    model.backbone.requires_grad_(not options.freeze_backbone)
-    for inside, factor in ((True, options.backbone_lr), (False, 1.0)):
-        chosen = [
-            p for p in model.parameters() if (id(p) in backbone) == inside and p.requires_grad
-        ]
-        for decays in (True, False):
-            group = [p for p in chosen if (p.ndim > 1) == decays]
-            if group:
-                groups.append(
-                    {
-                        "params": group,
-                        "factor": factor,
-                        "weight_decay": options.weight_decay if decays else 0.0,
-                    }
-                )
-    return groups

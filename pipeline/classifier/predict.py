@@ -2,7 +2,6 @@
 and inference share.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..competition.targets import COLUMNS
 from ..learning.backbone import create_backbone, feature_shape, placed, standardise
-from ..learning.checkpoint import load_weights, read_metadata
+from ..learning.checkpoint import described, load_weights
 from ..learning.optimise import autocast
 from ..organs.find import Organ
 from ..run import layout
@@ -24,9 +23,7 @@ from ..run.config import (
     Section,
     TrainConfig,
     VolumeConfig,
-    resolved,
 )
-from ..system.errors import InputError
 from ..volumes.sampling import even_slices
 from .model import CnnLstm, probabilities
 from .regions import region_windows
@@ -41,14 +38,6 @@ class Trained(Section):
     train: TrainConfig
     volume: VolumeConfig
     convert: ConvertConfig
-
-
-def describe(config: Config) -> dict[str, str]:
-    """The metadata that `load_classifier` rebuilds a model from."""
-    return {
-        "kind": "classifier",
-        **{name: json.dumps(resolved(getattr(config, name))) for name in Trained.model_fields},
-    }
 
 
 def build_model(config: Config | Trained, init: str = "scratch") -> CnnLstm:
@@ -67,13 +56,8 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[Cnn
     Raises:
         InputError: not a classifier of this project, or tensors that do not fit.
     """
-    metadata = read_metadata(path)
-    try:
-        config = Trained(**{name: json.loads(metadata[name]) for name in Trained.model_fields})
-    except (KeyError, ValueError) as fault:
-        raise InputError(
-            "not a classifier of stage 06", str(path), f"run {layout.script(layout.CLASSIFIERS)}"
-        ) from fault
+    maker = layout.script(layout.CLASSIFIERS)
+    config = described(path, Trained, "classifier of stage 06", maker)
     model = build_model(config)
     load_weights(model, path)
     return placed(model, device).eval(), config

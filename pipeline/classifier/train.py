@@ -16,7 +16,7 @@ from torch import Tensor
 from ..competition import metric
 from ..competition.targets import COLUMNS
 from ..learning.backbone import load_backbone, placed, standardise
-from ..learning.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from ..learning.checkpoint import describe, load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal
 from ..learning.loaders import loading
 from ..learning.log import open_log
@@ -28,6 +28,7 @@ from ..learning.optimise import (
     adamw,
     autocast,
     grad_scaler,
+    parameter_groups,
     reads_late,
     warmup_cosine,
 )
@@ -42,8 +43,8 @@ from .data import positive_share
 from .fold import FoldData, gather_fold
 from .loss import InjuryLoss
 from .mix import mix_volumes, mixed_terms
-from .model import CnnLstm, parameter_groups
-from .predict import build_model, describe, predict
+from .model import CnnLstm
+from .predict import Trained, build_model, predict
 
 PLAIN = PredictConfig()  # one view
 
@@ -86,7 +87,9 @@ class FoldTrainer:
         self.average = Average(self.averaged, self.model) if self.averaged else None
         positives = positive_share(data.train, self.options)
         self.loss = InjuryLoss(self.options, labels, positives).to(device)
-        groups = parameter_groups(self.model, self.options)
+        options = self.options
+        self.model.backbone.requires_grad_(not options.freeze_backbone)
+        groups = parameter_groups(self.model, options.backbone_lr, options.weight_decay)
         self.update = Update(
             self.model.parameters(),
             adamw(groups, self.options.lr, self.options.weight_decay),
@@ -392,7 +395,9 @@ def train_fold(
     folder.mkdir(parents=True, exist_ok=True)
     trainer = FoldTrainer(config, data, folder, device, pretrained)
     trainer.run()
-    save_weights(folder / layout.MODEL, trainer.final_model, describe(config))
+    save_weights(
+        folder / layout.MODEL, trainer.final_model, describe("classifier", config, Trained)
+    )
     with atomic_path(folder / layout.OOF) as temporary, loading():
         # the views of the test set: calibration is fitted to what the test set gets
         trainer.predict_held_out(config.predict).write_parquet(temporary)

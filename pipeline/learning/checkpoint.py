@@ -2,17 +2,21 @@
 noticed.
 """
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ..run.config import Section, resolved
 from ..system.console import log
 from ..system.errors import InputError
 from ..system.files import atomic_path, disk_errors
 from .weights import load_weights, read_metadata, save_weights
 
 __all__ = [
+    "describe",
+    "described",
     "load_checkpoint",
     "load_weights",
     "newest_checkpoint",
@@ -20,6 +24,28 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
 ]
+
+
+Kept = TypeVar("Kept", bound=Section)
+
+
+def describe(kind: str, config: Section, kept: type[Section]) -> dict[str, str]:
+    """Metadata of a weights file: the sections of a config that `kept` has as fields, from which
+    `described` makes them again.
+    """
+    sections = {name: getattr(config, name) for name in kept.model_fields}
+    return {"kind": kind} | {name: json.dumps(resolved(one)) for name, one in sections.items()}
+
+
+def described(path: Path, kept: type[Kept], what: str, maker: str) -> Kept:
+    """The config sections in a file's metadata; InputError where it is not `what` the script
+    `maker` writes.
+    """
+    metadata = read_metadata(path)
+    try:
+        return kept(**{name: json.loads(metadata[name]) for name in kept.model_fields})
+    except (KeyError, ValueError) as fault:
+        raise InputError(f"not a {what}", str(path), f"run {maker}") from fault
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any], keep: int = 1) -> None:

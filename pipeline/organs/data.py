@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 from ..learning.loaders import batches_of, make_loader
 from ..run.config import OrganConfig
 from ..run.room import loaders, organ_batch_bytes
+from ..volumes import sampling
 from .masks import ORGANS
 
+CHANNELS = 3  # a plane between its neighbours
 SHOWING = 0.5  # share of the samples whose plane shows an organ that is drawn first
 
 
@@ -31,7 +33,7 @@ def with_neighbours(volume: np.ndarray, planes: np.ndarray) -> np.ndarray:
     """Planes (n,) of a volume (D, H, W), each with the one above and the one below as channels:
     (n, H, W, 3); the first and the last plane are their own neighbours.
     """
-    around = np.clip(planes[:, None] + [-1, 0, 1], 0, len(volume) - 1)
+    around = sampling.with_neighbours(planes, len(volume), CHANNELS).reshape(-1, CHANNELS)
     return np.ascontiguousarray(np.moveaxis(volume[around], 1, -1))
 
 

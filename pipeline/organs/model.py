@@ -2,7 +2,6 @@
 decoder.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..learning.backbone import create_backbone, load_backbone, placed
-from ..learning.checkpoint import load_weights, read_metadata
+from ..learning.checkpoint import described, load_weights
 from ..run import layout
 from ..run.config import (
     Config,
@@ -20,13 +19,11 @@ from ..run.config import (
     OrganConfig,
     Section,
     VolumeConfig,
-    resolved,
 )
 from ..system.console import log
-from ..system.errors import InputError
+from .data import CHANNELS
 from .masks import ORGANS
 
-CHANNELS = 3  # a plane between its neighbours
 WIDEST = 128  # channels of the decoder
 
 
@@ -134,12 +131,6 @@ def build_segmenter(
     return OrganNet(backbone, options)
 
 
-def describe(config: Config) -> dict[str, str]:
-    """The metadata that `load_segmenter` rebuilds a model from."""
-    sections = {name: getattr(config, name) for name in Segmented.model_fields}
-    return {"kind": "organs"} | {name: json.dumps(resolved(one)) for name, one in sections.items()}
-
-
 def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[OrganNet, Segmented]:
     """Rebuild the model of a `model.safetensors` of stage 05 from its own metadata, ready to
     predict, with its config.
@@ -147,13 +138,8 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[Orga
     Raises:
         InputError: not a segmenter of this project, or tensors that do not fit.
     """
-    metadata = read_metadata(path)
-    try:
-        config = Segmented(**{name: json.loads(metadata[name]) for name in Segmented.model_fields})
-    except (KeyError, ValueError) as fault:
-        raise InputError(
-            "not a segmenter of organs", str(path), f"run {layout.script(layout.ORGANS)}"
-        ) from fault
+    maker = layout.script(layout.ORGANS)
+    config = described(path, Segmented, "segmenter of organs", maker)
     model = build_segmenter(config)
     load_weights(model, path)
     return placed(model, device).eval(), config

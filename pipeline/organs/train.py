@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..learning.backbone import placed, standardise
-from ..learning.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from ..learning.checkpoint import describe, load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal
 from ..learning.loaders import loading
 from ..learning.log import open_log
@@ -24,6 +23,7 @@ from ..learning.optimise import (
     adamw,
     autocast,
     grad_scaler,
+    parameter_groups,
     reads_late,
     warmup_cosine,
 )
@@ -33,25 +33,7 @@ from ..system.console import log, progress
 from ..system.machine import seed_everything
 from .data import Masked, PlaneDataset, plane_batches
 from .loss import organ_terms
-from .model import OrganNet, build_segmenter, describe
-
-
-def parameter_groups(model: OrganNet, factor: float, decay: float) -> list[dict[str, Any]]:
-    """Backbone, its learning rate multiplied by `factor`, and decoder, each with and without
-    weight decay (norms, biases).
-    """
-    inside = {id(one) for one in model.backbone.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for one in model.parameters():
-        groups.setdefault((id(one) in inside, one.ndim > 1), []).append(one)
-    return [
-        {
-            "params": members,
-            "factor": factor if backbone else 1.0,
-            "weight_decay": decay if decays else 0.0,
-        }
-        for (backbone, decays), members in groups.items()
-    ]
+from .model import OrganNet, Segmented, build_segmenter
 
 
 @dataclass(frozen=True)
@@ -124,7 +106,8 @@ class OrganTrainer:
                 self._leave_if_asked()
                 if self.done % self.options.log_every == 0 or self.done == self.options.steps:
                     write(self._row())
-                if self.done % self.options.checkpoint_every == 0:
+                due = self.done % self.options.checkpoint_every == 0
+                if due and self.done < self.options.steps:
                     self.save()
             self.save()
 
@@ -232,5 +215,5 @@ def train_organs(
     folder.mkdir(parents=True, exist_ok=True)
     trainer = OrganTrainer(config, data, folder, device, pretrained)
     trainer.run()
-    save_weights(folder / layout.MODEL, trainer.model, describe(config))
+    save_weights(folder / layout.MODEL, trainer.model, describe("organs", config, Segmented))
     return trainer.model.eval()

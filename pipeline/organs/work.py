@@ -24,7 +24,7 @@ from ..system.pool import spread
 from ..volumes.store import SLICE_COLUMNS
 from .data import Masked
 from .figures import draw_strip
-from .find import label_volume, organ_boxes, rows_of, without_islands
+from .find import ENDS, label_volume, organ_boxes, rows_of, without_islands
 from .loss import dice_scores
 from .masks import ORGANS, slice_table, store_mask, with_masks
 from .model import OrganNet, load_segmenter
@@ -36,7 +36,7 @@ ROW_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "series_id": pl.String,
     "fold": pl.Int64,
     "organ": pl.String,
-    **dict.fromkeys(("z0", "z1", "y0", "y1", "x0", "x1"), pl.Float64),
+    **dict.fromkeys(ENDS, pl.Float64),
     "voxels": pl.Int64,
     "ml": pl.Float64,
     "visible": pl.List(pl.Float64),

@@ -27,11 +27,11 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from pipeline.classifier.model import CnnLstm
-from pipeline.classifier.predict import as_batch, describe, load_classifier, predict
+from pipeline.classifier.predict import Trained, as_batch, load_classifier, predict
 from pipeline.classifier.train import FoldTrainer
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone, load_backbone, save_backbone
-from pipeline.learning.checkpoint import load_checkpoint, save_weights
+from pipeline.learning.checkpoint import describe, load_checkpoint, save_weights
 from pipeline.learning.distributed import World
 from pipeline.learning.fast_layers import speed_up
 from pipeline.learning.log import read_log
@@ -461,7 +461,7 @@ def give_opinions(model: CnnLstm) -> None:
 def predictions(plan: Plan, model: CnnLstm, config: Config) -> Iterator[Row]:
     """Save on the device, load on both, predict with every flip."""
     path, data = plan.folder / layout.MODEL, plan.fold_data(config)
-    save_weights(path, model, describe(config))
+    save_weights(path, model, describe("classifier", config, Trained))
     here, there = load_classifier(path, CPU)[0], load_classifier(path, plan.device)[0]
     found = differing(model.state_dict(), here.state_dict())
     yield check("model.safetensors: tensors that differ after loading on the CPU", found, 0)

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.classifier.predict import build_model, describe
+from pipeline.classifier.predict import Trained, build_model
 from pipeline.competition.targets import COLUMNS, TARGET_NAMES
 from pipeline.evaluation.calibration import Calibration
-from pipeline.learning.checkpoint import save_weights
+from pipeline.learning.checkpoint import describe, save_weights
 from pipeline.phantom.anatomy import Scan, make_scan
 from pipeline.phantom.plan import SeriesPlan
 from pipeline.phantom.scanner import write_series
@@ -72,7 +72,9 @@ def write_models(out: Path, config: Config) -> None:
     folds.current({}, [])
     for k, name in enumerate(names):
         seed_everything(k)
-        save_weights(folds.folder / name, build_model(config), describe(config))
+        save_weights(
+            folds.folder / name, build_model(config), describe("classifier", config, Trained)
+        )
     even = Calibration(
         ("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), np.full(13, 0.5)
     )

@@ -20,12 +20,12 @@ from helpers_faults import copy, end, none_alive, plain_lines, products, start, 
 from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.classifier.fold import gather_fold
-from pipeline.classifier.predict import describe, load_classifier
+from pipeline.classifier.predict import Trained, load_classifier
 from pipeline.classifier.side_by_side import cores_of
 from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
-from pipeline.learning.checkpoint import save_weights
+from pipeline.learning.checkpoint import describe, save_weights
 from pipeline.run import layout
 from pipeline.run.command import add_fold, main
 from pipeline.run.layout import LOG, MODEL, OOF
@@ -382,13 +382,15 @@ def test_the_ensemble_is_what_the_manifest_lists(smoke, tmp_path):
     )
     model, config = load_classifier(path := tmp_path / layout.CLASSIFIERS / "fold1" / MODEL, CPU)
     fed = config.model_copy(update={"train": config.train.model_copy(update={"workers": 7})})
-    save_weights(path, model, describe(fed))
+    save_weights(path, model, describe("classifier", fed, Trained))
     stage = stage_of(tmp_path, layout.SUBMISSION, device="cpu").reading_run(tmp_path)
     with stage.reading:
         assert len(load_blend([stage], None).runs[tmp_path.name].models) == 2
     for section, key, value in (("train", "crop", 0.1), ("volume", "depth", 99)):
         part = getattr(config, section).model_copy(update={key: value})
-        save_weights(path, model, describe(config.model_copy(update={section: part})))
+        save_weights(
+            path, model, describe("classifier", config.model_copy(update={section: part}), Trained)
+        )
         with stage.reading, pytest.raises(InputError, match="trained with different options"):
             load_blend([stage], None)
 
