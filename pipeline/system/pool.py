@@ -80,13 +80,9 @@ def _start_trackers() -> None:
             os.environ["PYTHONWARNINGS"] = before
 
 
-def _call(
-    work: Callable[[Any], Any], k: int, task: Any, parent: int | None, shown: bool
-) -> tuple[int | None, Any]:
+def _call(work: Callable[[Any], Any], k: int, task: Any, shown: bool) -> tuple[int | None, Any]:
     if shown:
         show_log()
-    if parent is not None:
-        end_with(parent)
     try:
         return k, work(task)
     except InputError as fault:  # does not survive pickling
@@ -107,21 +103,22 @@ def _round(
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     _silence_pool()
-    parent = None if scheduler else os.getpid()  # a cluster's workers outlive their clients
 
     def calls() -> Iterator[Any]:
         for k, task in list(tasks.items()):
             begun.add(k)
-            yield joblib.delayed(_call)(work, k, task, parent, log_is_shown())
+            yield joblib.delayed(_call)(work, k, task, log_is_shown())
 
     # by whoever stops early, on purpose
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")
     with contextlib.ExitStack() as stack:
         lost: tuple[type[Exception], ...] = (BrokenProcessPool,)
+        # a process watches its parent from its start on, with or without a task
+        options: dict[str, Any] = {"initializer": end_with, "initargs": (os.getpid(),)}
         if scheduler:
             from distributed import KilledWorker
 
-            lost = (KilledWorker,)
+            lost, options = (KilledWorker,), {}  # a cluster's workers outlive their clients
             stack.enter_context(_cluster(scheduler))
             stack.enter_context(joblib.parallel_config("dask"))
         pool = joblib.Parallel(
@@ -130,6 +127,7 @@ def _round(
             batch_size=1,
             pre_dispatch="3*n_jobs",
             max_nbytes=None,
+            **options,
         )
         try:
             answers = _started(pool, calls())

@@ -344,6 +344,24 @@ def test_workers_end_with_a_run_that_is_killed():
 
 
 @pytest.mark.slow
+def test_workers_that_never_had_a_task_end_with_a_run_that_is_killed():
+    """They wait for one for 300 s, and for ever where the dead run held a lock."""
+    code = (
+        "import os, time\nfrom pipeline.system.pool import spread\ndef work(task):\n"
+        "    time.sleep(task)\n    os.kill(os.getppid(), 9)\ndict(spread(work, [4], jobs=3))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    ) as run:
+        try:
+            run.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise
+    assert run.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
 def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path, capsys):
     tasks = [
         (str(tmp_path / "once") if k == 3 else "always" if k == 5 else "", k) for k in range(8)

@@ -126,9 +126,9 @@ GUARDS = (
     ),
     (
         PARALLEL,
-        "        end_with(parent)\n",
-        "        pass\n",
-        "slices/test_damage.py::test_workers_end",
+        '{"initializer": end_with, "initargs": (os.getpid(),)}',
+        "{}",
+        "slices/test_damage.py::test_workers_that_never",
     ),
     (
         PARALLEL,
