@@ -22,8 +22,10 @@ FULL_SIZE = 256  # pixels of a picture from which on the sizes in mm hold
 # four branching tears take up. They grow with the grade as far as a reader of grey alone, who does
 # not know the organ's size and own grey, stays near the constant (tests/benchmarks/phantom.py).
 AMOUNTS = ((0.0, 0.25), (0.6, 1.0), (1.5, 2.2))
+LIVER = 0.75  # of these: its dark volume is the largest, and shows most among the grey counts
+PLAIN = 0.2  # difficulty from which on injuries have less of it, and more of the healthy a twin
 RARE = 0.03  # share of patients without a spleen, without a kidney, with a low kidney
-TWINS = 0.3  # share of patients without the injury who have its twin
+TWINS = 0.36  # share of patients without the injury who have its twin
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class Injuries:
         self.c, self.labels, self.key = c, labels, (*key, 2)
         rng = self.stream(0)
         self.contrast = 1 - 0.4 * difficulty
+        hidden = 2 * max(0.0, difficulty - PLAIN)
+        self.amount = 1 - min(hidden, 0.6)  # of dark volume in an injury, in shares of `AMOUNTS`
         # of tears and strands; never less than what the network can see
         self.width = max(rng.uniform(2.5, 6.0), width_mm) * (1.05 - 0.35 * difficulty)
         self.kidney = KIDNEYS[int(rng.integers(2))]
-        self.twins = rng.random(3) < TWINS
+        self.twins = rng.random(3) < min(TWINS + hidden, 1)
         self.loops = [
             Site(
                 (side * rng.uniform(0.14, 0.34), rng.uniform(-0.4, -0.12), rng.uniform(0.66, 0.86)),
@@ -110,7 +114,8 @@ class Injuries:
         most, branch = (0.2, 3.6) if name == "liver" else (0.3, 2.6)  # of the organ; mm per mm
         volume = min(most * c.voxel * len(core), 4 * width * (branch * (width + 8)) ** 2)
         least, most = AMOUNTS[grade]
-        volume *= least + (most - least) * rng.random()
+        volume *= (least + (most - least) * rng.random()) * (self.amount if grade else 1)
+        volume *= LIVER if name == "liver" else 1
         if len(core) < 20:
             return
         share = (0.0, 0.45, 0.95)[grade]
