@@ -2,6 +2,7 @@
 energy and memory are read as they are, and that the commands run.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import voco_against
 import voco_data
 import voco_step
 from common import Energy
+from torch import nn
 from voco_2d_3d import CROPS, crops_within, repeated
 
 from pipeline.learning import optimise
@@ -23,6 +25,8 @@ from pipeline.voco.model import Embeddings, voco_terms
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# tiny networks lose by threads what they gain
+ONE_THREAD = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parents[1]), "OMP_NUM_THREADS": "1"}
 TINY = (
     "model.backbone=test_efficientnet",
     *("pretrain.width=16", "pretrain.slices=2", "pretrain.image_size=96"),
@@ -93,6 +97,83 @@ def test_what_is_repeated_counts_neither_its_first_call_nor_that_ones_energy(mon
     assert 0 < seconds < 1
 
 
+class Small(nn.Module):
+    """In place of MONAI's encoders."""
+
+    width = 4
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Conv3d(1, 4, 8, 8), []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return self.layer(x).mean((2, 3, 4))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The 3D methods with a small encoder; those that were made."""
+    made = []
+
+    def make():
+        made.append(Small())
+        return made[-1]
+
+    make.width = Small.width
+    monkeypatch.setattr(voco_2d_3d, "ENCODERS", {"3D small": make})
+    return made
+
+
+@pytest.mark.slow
+def test_a_3d_step_trains_and_its_cost_is_scaled_to_all_crops(small, monkeypatch):
+    took = iter([(1.0, 3.0), (0.5, None)])
+
+    def called(work, device, rounds):
+        work()
+        return next(took)
+
+    monkeypatch.setattr(voco_2d_3d, "repeated", called)
+    cost = voco_2d_3d.measure("3D small", CPU, 1, 5)
+    assert (cost.step, cost.step_j, cost.latency, cost.latency_j) == (4.0, 12.0, 0.5, None)
+    assert cost.memory > 0
+    student, encoder = small
+    assert student.seen == [5]
+    assert encoder.seen == [2] * (voco_2d_3d.TILES // 2)  # every tile of the volume
+    torch.manual_seed(0)
+    step = voco_2d_3d.step_3d("3D small", CPU, 10)
+    before = small[-1].layer.weight.clone()
+    step()
+    assert not torch.equal(small[-1].layer.weight, before)
+    assert voco_2d_3d.fitting("3D small", CPU) in range(5, CROPS + 1, 5)
+
+
+@pytest.mark.parametrize("joules", [None, 7.0])
+def test_the_3d_table_says_what_it_was_measured_from(small, monkeypatch, joules):
+    """All crops but where memory has no room, energy where it can be read."""
+    asked = []
+    costs = {"3D small": (8.0, 4.0, 3.0), "2D": (2.0, 0.5, 1.5)}
+
+    def answer(kind, *flags):
+        asked.append((kind, *flags))
+        if flags == ("--fit",):
+            return 15
+        step, memory, latency = costs[kind]
+        return vars(voco_2d_3d.Cost(step, memory, latency, joules, joules))
+
+    monkeypatch.setattr(voco_2d_3d, "in_process", answer)
+    lines = list(voco_2d_3d.table(CPU, None))
+    assert asked == [("3D small", "--fit"), ("3D small", "--crops", "15"), ("2D", "--crops", "20")]
+    assert lines[0].endswith("3D small from 15 of 20 crops")
+    assert lines[1].startswith("energy left out: ") == (joules is None)
+    energy = " 7.00 | 7.00 |" if joules else ""
+    assert lines[-3] == "| 3D small | 8.00 | 4.00 | 3.00 |" + energy
+    assert lines[-1] == "| 3D small over 2D | 4.0 x | 8.0 x | 2.0 x |" + energy.replace(
+        "7.00", "1.0 x"
+    )
+    assert list(voco_2d_3d.table(CPU, 5))[0].endswith("3D small from 5 of 20 crops")
+
+
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
 def test_the_published_step_computes_in_the_precision_that_it_is_compared_in(monkeypatch, half):
     monkeypatch.setattr(optimise, "amp_dtype", lambda device: half)
@@ -130,7 +211,7 @@ def test_the_published_loss_is_the_one_that_ours_computes():
 @pytest.mark.slow
 def test_the_steps_are_compared_float32_with_float32_and_mixed_with_mixed():
     call = [sys.executable, str(BENCHMARKS / "voco_step.py"), "--rounds", "1", *TINY]
-    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    done = subprocess.run(call, env=ONE_THREAD, capture_output=True, text=True, check=True)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
     steps = {
         tuple(cells[:2]): cells[2:] for cells in lines if cells[:1] in (["published"], ["ours"])
@@ -166,7 +247,7 @@ def test_steps_of_two_checkouts_stand_side_by_side():
         str(BENCHMARKS.parents[1]),
     )
     call = [*command, root, "--steps", "3", "--most", "1000", *TINY]
-    done = subprocess.run(call, capture_output=True, text=True)
+    done = subprocess.run(call, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split("|")[1:-1] for line in done.stdout.splitlines()]
     losses = [cells[1:] for cells in lines if cells and cells[0].strip().isdigit()]
@@ -182,7 +263,7 @@ def test_a_folder_that_is_no_checkout_is_told_of(tmp_path):
 def test_monais_samples_are_the_same_crops_whether_kept_or_not(tmp_path):
     """As many voxels as ours, and as the scan itself has there."""
     pytest.importorskip("monai")
-    config = load_config("paper", [*TINY, "volume.height=128", "volume.width=128"])
+    config = load_config("paper", TINY)
     voco_data.write_volumes(tmp_path, config, 8)
     datasets = voco_data.monai_datasets(tmp_path / "volume.nii.gz", tmp_path / "cache", config)
     made, kept = datasets.values()
