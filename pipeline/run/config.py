@@ -286,7 +286,14 @@ class VocoConfig(Section):
         json_schema_extra=HOW,
     )
     amp: bool = True
-    compile: bool = Field(False, json_schema_extra=HOW)
+    compile: bool | Literal["reduce-overhead"] = Field(
+        False,
+        description=(
+            "torch.compile of the backbones; reduce-overhead: and CUDA graphs of their passes, on a"
+            " GPU"
+        ),
+        json_schema_extra=HOW,
+    )
     activation_checkpointing: bool = Field(False, json_schema_extra=HOW)
 
     @model_validator(mode="after")

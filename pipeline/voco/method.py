@@ -96,6 +96,11 @@ class Method(ABC):
             remedy = "set it to false or choose another model.backbone"
             raise InputError(what, "pretrain.activation_checkpointing=true", remedy) from fault
 
+    def compile(self, backbone: nn.Module) -> None:
+        """Have the passes of a backbone compiled where `pretrain.compile` is on."""
+        if wanted := self.options.compile:
+            backbone.compile(mode=None if wanted is True else wanted)
+
 
 class OneNetwork(Method):
     """A method that trains one network, whose `backbone` is exported."""
@@ -104,8 +109,7 @@ class OneNetwork(Method):
         super().__init__(config, world)
         self.student = sync_batch_norm(self.prepared(self.network()), world).train()
         self.recompute_activations(self.backbone)
-        if self.options.compile:
-            self.backbone.compile()
+        self.compile(self.backbone)
 
     @abstractmethod
     def network(self) -> nn.Module:

@@ -49,9 +49,8 @@ class Voco2D(Method):
         self.student = sync_batch_norm(student, world).train()
         self.average = optimise.Average(self.teacher, self.student)
         self.recompute_activations(self.student.backbone)
-        if options.compile:
-            self.student.backbone.compile()
-            self.teacher.backbone.compile()
+        for network in (self.student, self.teacher):
+            self.compile(network.backbone)
         self.teaching = self._teaching()
 
     def _teaching(self) -> Callable[[torch.Tensor], torch.Tensor]:

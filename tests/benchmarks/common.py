@@ -1,5 +1,5 @@
-"""What benchmarks share: a device that is waited for, alternating repeats, peak memory, drawn
-volumes.
+"""What benchmarks share: a device that is waited for, alternating repeats, peak memory, energy,
+drawn volumes.
 """
 
 import gc
@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,6 +19,7 @@ import torch
 from pipeline.run import layout
 
 GIB = 2**30
+POWERCAP = Path("/sys/class/powercap")
 
 
 def synchronise(device: torch.device) -> None:
@@ -82,6 +84,56 @@ class Peak:
         if self.device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self.device) - self.before) / GIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Energy:
+    """Joules that a GPU's board (NVML) or the CPU's packages (RAPL) have used since this was made,
+    whoever used them. `missing` says why they cannot be read; empty where they can.
+    """
+
+    def __init__(self, device: torch.device, powercap: Path = POWERCAP) -> None:
+        cuda = device.type == "cuda"
+        self._read = partial(_board, device) if cuda else partial(_packages, powercap)
+        self.missing, self._before = "", []
+        try:
+            self._before = self._read()
+        except (ImportError, OSError) as fault:
+            self.missing = str(fault)
+
+    def joules(self) -> float | None:
+        """None where they cannot be read."""
+        if self.missing:
+            return None
+        pairs = zip(self._read(), self._before, strict=True)
+        return sum((now - before) % span for (now, span), (before, _) in pairs)
+
+
+Counters = list[tuple[float, float]]  # joules, and at how many a counter starts again at 0
+
+
+def _packages(powercap: Path) -> Counters:
+    """What every CPU package has used."""
+    found = [
+        tuple(int((zone / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj"))
+        for zone in sorted(powercap.glob("intel-rapl:*"))
+        if (zone / "name").read_text().startswith("package")
+    ]
+    if not found:
+        raise OSError(f"no energy counters of CPU packages in {powercap}")
+    return found
+
+
+def _board(device: torch.device) -> Counters:
+    """What a GPU's board has used."""
+    import pynvml  # the extra bench
+
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return [(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, math.inf)]
+    except pynvml.NVMLError as fault:
+        raise OSError(f"NVML: {fault}") from fault
 
 
 def draw_volumes(folder: Path, count: int, shape: tuple[int, int, int], seed: int = 0) -> Path:

@@ -72,6 +72,7 @@ SECTIONS = (
     Section("memory order", rates.memory_order, 4, 6),
     Section("3D", rates.three_d, 20, 45),
     Section("compilation", rates.compilation, None, 70),
+    Section("graphs", checks.graphs, None, 60),
 )
 UNREACHED = "the run was cut before"
 

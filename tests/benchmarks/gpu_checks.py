@@ -99,6 +99,7 @@ class Bounds(NamedTuple):
     change: float
 
 
+GRAPH_STEPS = 5  # the first warms up, the second is recorded, the others are replayed
 SAME = Bounds(1e-3, 1e-2, 0.999, 1e-2, 0.05)  # float32 by other kernels, two steps
 
 
@@ -360,7 +361,12 @@ def compiling(plan: Plan) -> contextlib.AbstractContextManager[Any]:
     """
     if plan.cuda:
         return contextlib.nullcontext()
-    return mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compile = torch.compile
+
+    def traced(model: Any, mode: str | None = None, **options: Any) -> Any:
+        return compile(model, backend="aot_eager", **options)
+
+    return mock.patch.object(torch, "compile", traced)
 
 
 def compiled(plan: Plan) -> Iterator[Row]:
@@ -389,6 +395,30 @@ def compiled(plan: Plan) -> Iterator[Row]:
         losses = [losses_of(trainer_on(plan, config, plan.device), 2) for config in (on, off)]
         yield check("fold: losses of 2 steps", worst(*losses), 1e-2)
         yield breaks("fold", counters["graph_break"])
+
+
+def graphs(plan: Plan) -> Iterator[Row]:
+    """`pretrain.compile=reduce-overhead` against `true`, on the device, float32: the same kernels,
+    launched together from the third step on.
+    """
+    if why := lacks_compiler(plan):
+        yield missing("graphs", why)
+        return
+    from torch._dynamo.utils import counters
+
+    small = plan.pick((), ("model.backbone=test_efficientnet",), ())
+    plain, wanted = (
+        plan.checked("pretrain.amp=false", *NO_DROPOUT, *small, f"pretrain.compile={value}")
+        for value in ("true", "reduce-overhead")
+    )
+    with exact(), compiling(plan):
+        expected = trace(plan, plain, plan.device, GRAPH_STEPS)
+        torch._dynamo.reset()
+        counters.clear()
+        found = trace(plan, wanted, plan.device, GRAPH_STEPS)
+    yield from agreement("pretraining", found, expected, SAME)
+    row = check("pretraining: passes that are no graph", counters["inductor"]["cudagraph_skips"], 0)
+    yield row if plan.cuda else missing(row.name, "needs a CUDA device")
 
 
 def breaks(name: str, found: Mapping[str, int]) -> Row:

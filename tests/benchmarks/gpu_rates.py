@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Peak, alternate, medians, seconds_of, synchronise
+from common import Energy, Peak, alternate, medians, seconds_of, synchronise
 from gpu_checks import compiling, lacks_compiler
 from gpu_plan import Plan, Row, after, cudnn, missing, ratio, spread, stopping
 from torch import nn
@@ -47,6 +47,7 @@ NEEDS_CUDA = "needs a CUDA device"
 # of a parameter's bytes in a step: both forward passes, backward and its gradient (4), AdamW with
 # amsgrad (parameter and three states read and written, gradient read: 9), the average (3)
 PARAMETER_PASSES, LAYER_PASSES, FORWARDS = 16, 4, 4
+COMPILED = {"not compiled": "false", "compiled": "true", "CUDA graphs": "reduce-overhead"}
 
 
 @dataclass(frozen=True)
@@ -300,20 +301,26 @@ def memory_order(plan: Plan) -> Iterator[Row]:
 
 
 def compilation(plan: Plan) -> Iterator[Row]:
-    """A step with `pretrain.compile` off and on."""
+    """A step with `pretrain.compile` off, on, and with CUDA graphs."""
     if why := lacks_compiler(plan):
         yield missing("compile", why)
         return
     torch._dynamo.reset()
-    works, took = {}, 0.0
+    works, took = {}, {}
     with cudnn(benchmark=True), compiling(plan):
-        for name, override in (("compiled", "true"), ("not compiled", "false")):
+        for name, override in COMPILED.items():
             config = plan.paper(f"pretrain.compile={override}")
             works[name] = partial(make("ours", config, plan.device), batch_of(config))
-            took = took or seconds_of(works[name], plan.device)
-        found = alternate(works, plan.device, plan.rounds, 2, plan.until)
-    yield ratio("not compiled, times compiled", found, *works)
-    yield Row("compile: the first step", took, "s")
+            took[name] = seconds_of(works[name], plan.device)
+        found = alternate(
+            works, plan.device, plan.rounds, 3, plan.until
+        )  # graphs: the third is one
+        launches = {name: launched(plan, work)[0] for name, work in works.items()}
+    for name in list(COMPILED)[1:]:
+        yield ratio(f"not compiled, times {name}", found, name, "not compiled")
+        yield Row(f"{name}: the first step", took[name], "s")
+    for name, count in launches.items():
+        yield profiled(plan, Row(f"{name}: launches of a step", count))
 
 
 def waiting(plan: Plan) -> Iterator[Row]:
@@ -395,21 +402,24 @@ def three_d(plan: Plan) -> Iterator[Row]:
         why = NEEDS_CUDA if not plan.cuda else "needs MONAI (the extra bench)"
         yield missing("3D, times 2D", why)
         return
-    from voco_2d_3d import CROPS, ENCODERS, TILES, measure
+    from voco_2d_3d import ENCODERS, TITLES, measure
 
     with cudnn(benchmark=True):
-        flat = measure("2D", plan.device, plan.rounds, CROPS, TILES)
+        flat = measure("2D", plan.device, plan.rounds)
         for kind in ENCODERS:
             gc.collect()
             torch.cuda.empty_cache()
-            deep = measure(kind, plan.device, plan.pick(1, 3, 7), CROPS, TILES)
-            for name, unit in (
-                ("step", "s a volume"),
-                ("memory", "GiB"),
-                ("latency", "s a volume"),
-            ):
-                note = f"3D {deep[name]:.3g} {unit}, 2D {flat[name]:.3g} {unit}"
-                yield Row(f"{kind}, times 2D: {name}", deep[name] / flat[name], "x", note=note)
+            deep = measure(kind, plan.device, plan.pick(1, 3, 7))
+            for name, title in TITLES.items():
+                own, other, row = (
+                    getattr(flat, name),
+                    getattr(deep, name),
+                    f"{kind}, times 2D: {title}",
+                )
+                if own is None:
+                    yield missing(row, Energy(plan.device).missing)
+                else:
+                    yield Row(row, other / own, "x", note=f"3D {other:.3g}, 2D {own:.3g}")
 
 
 def checkpoints(plan: Plan) -> Iterator[Row]:

@@ -3,9 +3,9 @@ tests/benchmarks/voco_step.py`.
 
 The published step, written plainly: the teacher's forward pass builds a graph and its projector is
 trained by gradient, student and teacher each pass over random and base crops separately, contiguous
-float32 (float16 autocast on a GPU), parameters averaged one by one. Times are medians of
-alternating steps in one process, peak memory is that of a process for each. `pretrain.amp=false`
-compares both in float32.
+memory, parameters averaged one by one. Both in float32, and both mixed: the published step by
+autocast to float16 on a GPU, as published, and to bfloat16 on a CPU; ours as the pipeline does.
+Times are medians of steps in one process, all in turn; peak memory is that of a process for each.
 """
 
 import argparse
@@ -13,13 +13,15 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from common import Peak, alternate, medians
 from torch import nn
 
+from pipeline.learning import optimise
 from pipeline.learning.backbone import standardise
 from pipeline.learning.distributed import World
 from pipeline.run.config import Config
@@ -59,8 +61,9 @@ class PublishedStep:
         parameters = [*self.student.parameters(), *self.teacher[1].parameters()]
         self.optimiser = torch.optim.AdamW(parameters, lr=options.lr, amsgrad=True)
         self.options, self.device = options, device
-        self.half = options.amp and device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
+        half = torch.float16 if device.type == "cuda" else optimise.amp_dtype(device)
+        self.half = half if options.amp else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
 
     def embed(self, net: nn.ModuleList, crops: torch.Tensor) -> torch.Tensor:
         """(B, P, S, h, w) float -> (B, P, E)."""
@@ -74,7 +77,7 @@ class PublishedStep:
             batch["overlap"].to(self.device),
         )
         R = self.options.random_crops
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.half):
+        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
             student = [
                 self.embed(self.student, part)
                 for part in (crops[:, :R].contiguous(), crops[:, R:].contiguous())
@@ -133,6 +136,21 @@ def make(kind: str, config: Config, device: torch.device) -> Callable[[Batch], o
     return lambda batch: voco_step.train_step(run, batch)
 
 
+def by_precision(device: torch.device, overrides: Sequence[str]) -> dict[str, Config]:
+    """What is compared: float32, and last what the pipeline takes unless told, `mixed` where this
+    device computes in half precision.
+    """
+    small = ("pretrain.batch=2",) if device.type == "cpu" else ()
+    always = ("pretrain.init=scratch", "pretrain.workers=0", *small, *overrides)
+    precisions = {"float32": "false", "mixed": "true"}
+    if optimise.amp_dtype(device) is None:
+        del precisions["mixed"]
+    return {
+        name: load_config("paper", (*always, f"pretrain.amp={amp}"))
+        for name, amp in precisions.items()
+    }
+
+
 def batch_of(config: Config) -> Batch:
     """Random crops: time and memory do not depend on what they show."""
     options = config.pretrain
@@ -142,22 +160,36 @@ def batch_of(config: Config) -> Batch:
     return {"crops": crops, "overlap": overlap * (overlap > 0.6), "ids": ["random"] * options.batch}
 
 
-def time_steps(config: Config, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each step, alternating."""
+@dataclass(frozen=True)
+class Variant:
+    """A step in one precision."""
+
+    kind: str
+    precision: str
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """As a flag of this command has it."""
+        return f"{self.kind}-{self.precision}"
+
+
+def time_steps(variants: Sequence[Variant], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each step, all in turn."""
     torch.manual_seed(0)
-    batch = batch_of(config)
-    steps = {kind: make(kind, config, device) for kind in ("published", "ours")}
-    works = {kind: partial(step, batch) for kind, step in steps.items()}
+    works, batch = {}, batch_of(variants[0].config)
+    for one in variants:
+        works[one.name] = partial(make(one.kind, one.config, device), batch)
     return medians(alternate(works, device, rounds, warm_up=2))
 
 
-def peak_memory(kind: str, config: Config, device: torch.device) -> float:
+def peak_memory(variant: Variant, device: torch.device) -> float:
     """Peak of this process after three steps, in GiB: resident memory, or the GPU's allocated
     memory.
     """
     torch.manual_seed(0)
     peak = Peak(device)
-    step, batch = make(kind, config, device), batch_of(config)
+    step, batch = make(variant.kind, variant.config, device), batch_of(variant.config)
     for _ in range(3):
         step(batch)
     return peak.gib()
@@ -179,56 +211,73 @@ def share_of_peak(config: Config, device: torch.device, seconds: float) -> str:
     return f"{rate:.1f} TFLOP/s" + (f", {rate / peak:.1%} of peak" if peak else "")
 
 
+def rows(
+    variants: Sequence[Variant], seconds: dict[str, float], memory: dict[str, float]
+) -> Iterator[str]:
+    """Two Markdown tables: each step, and the ratios of both within a precision and of ours in the
+    precision that it takes to the published step in float32.
+    """
+    yield "| step | precision | s | slices/s | peak memory (GiB) |\n|---|---|---|---|---|"
+    for one in variants:
+        slices = batch_of(one.config)["crops"][..., 0, 0].numel()
+        yield (
+            f"| {one.kind} | {one.precision} | {seconds[one.name]:.3f} |"
+            f" {slices / seconds[one.name]:.0f} | {memory[one.name]:.2f} |"
+        )
+    precisions = list(dict.fromkeys(one.precision for one in variants))
+    pairs = [(name, name) for name in precisions] + [(precisions[0], precisions[-1])]
+    yield "\n| published step | ours | its time, times ours | our memory, share of its |"
+    yield "|---|---|---|---|"
+    for theirs, own in dict.fromkeys(pairs):
+        other, us = f"published-{theirs}", f"ours-{own}"
+        yield (
+            f"| {theirs} | {own} | {seconds[other] / seconds[us]:.2f} x |"
+            f" {memory[us] / memory[other]:.2f} |"
+        )
+
+
+def memory_of_process(name: str, device: torch.device, overrides: Sequence[str]) -> float:
+    """`peak_memory` of a variant, in a process of its own."""
+    call = [sys.executable, __file__, "--device", device.type, *overrides, "--memory", name]
+    done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    """Print one Markdown table."""
+    """Print two Markdown tables."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    flags.add_argument(
-        "--memory",
-        choices=("published", "ours"),
-        help="internal: print the peak memory of one variant",
-    )
+    flags.add_argument("--memory", help="internal: print the peak memory of one variant")
     flags.add_argument(
         "overrides",
         nargs="*",
         help="config overrides, e.g. model.backbone=resnet50 pretrain.slices=32",
     )
     options = flags.parse_intermixed_args()
-    small = ("pretrain.batch=2",) if options.device == "cpu" else ()
-    overrides = ("pretrain.init=scratch", "pretrain.workers=0", *small, *options.overrides)
-    config, device = load_config("paper", overrides), torch.device(options.device)
-    if options.memory:
-        print(json.dumps(peak_memory(options.memory, config, device)))
-        return
-    call = [sys.executable, __file__, "--device", options.device, *options.overrides, "--memory"]
-    memory = {
-        kind: json.loads(
-            subprocess.run(
-                [*call, kind], capture_output=True, text=True, check=True
-            ).stdout.splitlines()[-1]
-        )
+    device = torch.device(options.device)
+    configs = by_precision(device, options.overrides)
+    variants = [
+        Variant(kind, precision, config)
+        for precision, config in configs.items()
         for kind in ("published", "ours")
-    }
-    seconds, shape = time_steps(config, device, options.rounds), batch_of(config)["crops"].shape
-    slices = shape[0] * shape[1] * shape[2]
+    ]
+    if options.memory:
+        chosen = next(one for one in variants if one.name == options.memory)
+        print(json.dumps(peak_memory(chosen, device)))
+        return
+    own = variants[-1]
     print(
-        f"{config.model.backbone}, crops {tuple(shape)}, {options.device},"
-        f" {torch.get_num_threads()} threads\n"
+        f"{own.config.model.backbone}, crops {tuple(batch_of(own.config)['crops'].shape)},"
+        f" {device.type}, {torch.get_num_threads()} threads; ours takes {own.precision}\n"
     )
-    print("| step | s | slices/s | peak memory (GiB) |\n|---|---|---|---|")
-    for kind in ("published", "ours"):
-        print(
-            f"| {kind} | {seconds[kind]:.3f} | {slices / seconds[kind]:.0f} | {memory[kind]:.2f} |"
-        )
-    print(
-        f"| ratio | {seconds['published'] / seconds['ours']:.2f} x | |"
-        f" {memory['ours'] / memory['published']:.2f} |"
-    )
+    memory = {one.name: memory_of_process(one.name, device, options.overrides) for one in variants}
+    seconds = time_steps(variants, device, options.rounds)
+    print("\n".join(rows(variants, seconds, memory)))
     if device.type == "cuda":
-        print(f"\nours: {share_of_peak(config, device, seconds['ours'])}")
+        print(f"\nours: {share_of_peak(own.config, device, seconds[own.name])}")
 
 
 if __name__ == "__main__":

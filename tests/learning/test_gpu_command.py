@@ -25,7 +25,7 @@ SECTIONS = {
     *CHECKED,
     *ONLY_CUDA,
     *("limits", "waiting", "folds", "prediction", "checkpoints", "batches", "memory order"),
-    *("compile", "compilation"),
+    *("compile", "compilation", "graphs"),
 }
 
 

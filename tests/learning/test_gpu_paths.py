@@ -15,6 +15,8 @@ from gpu_plan import CPU, Plan, stopping
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from pipeline.classifier import train as training
@@ -204,6 +206,49 @@ def test_nothing_waits_for_the_device_from_backward_to_the_end_of_the_step(
     assert taken.read()[0]["step"] == 1
     assert set(figures.read()) == set(trainer.loss.columns)
     assert found == ["tolist", "tolist"], "otherwise nothing is counted"
+
+
+class Waiting(TorchDispatchMode):
+    """The operations that a GPU would be waited for: a number, or a size that depends on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool
+            for one in tree_leaves(args[1:2])
+        )
+        if by_mask or name.startswith(self.names) or str(func) == "aten.repeat_interleave.Tensor":
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [(False, ()), (True, ("pretrain.dropout=0.2", "pretrain.symmetric=true"))],
+)
+def test_no_operation_of_a_step_needs_a_value_on_the_host(plan, tmp_path, scale, options):
+    """From the batch's copy to the average, whoever asks for it, as PyTorch's own guard shows on a
+    GPU. The step gives its figures as a tensor; reading them is what asks.
+    """
+    run, samples = pretraining(plan, *options)
+    trainer, batch = fold(plan, tmp_path, "train.ema=0.9")
+    for update in (run.update, trainer.update):
+        update.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scale)
+    sample = samples[0]
+    with Waiting() as watch:
+        taken, figures = voco_step.train_step(run, sample), trainer.step(0, [batch])
+        assert watch.found == []
+        for given in (taken.figures, figures):
+            assert isinstance(given._values, torch.Tensor)
+        figures._values.sum().item()
+        figures._values[figures._values > 0]
+    assert watch.found == ["_local_scalar_dense", "index"], "otherwise nothing is seen"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -489,6 +534,24 @@ def test_held_out_volumes_are_evaluated_in_batches_with_one_wait(plan, monkeypat
         assert found == {"position_accuracy": pytest.approx(expected)}
     # once for the chosen crops; labels are on the CPU
     assert waited == ["cpu", "numpy", "numpy"] * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted", "modes"),
+    [
+        ("voco2d", "false", []),
+        ("voco2d", "true", [None, None]),
+        ("voco2d", "reduce-overhead", ["reduce-overhead"] * 2),
+        ("simclr", "reduce-overhead", ["reduce-overhead"]),
+    ],
+)
+def test_every_backbone_is_compiled_as_the_config_says(plan, monkeypatch, method, wanted, modes):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net, mode=None: seen.append((net, mode)))
+    run, _ = pretraining(plan, f"pretrain.method={method}", f"pretrain.compile={wanted}")
+    backbones = [network.backbone for network in run.method.networks.values()]
+    assert [mode for _, mode in seen] == modes
+    assert [net for net, _ in seen] == backbones[: len(modes)]
 
 
 @pytest.mark.slow
