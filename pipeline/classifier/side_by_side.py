@@ -1,11 +1,13 @@
 """Folds side by side: stage 06 once more for each of them, in processes that end with the stage.
 
 On a CPU a small model gains next to nothing from a second thread, and loses much when anything else
-wants the core; two models that train side by side, one thread each, lose nothing.
+wants the core; two models that train side by side, one thread each, lose nothing. Nor do three that
+share two cores, where the third would have one of them alone otherwise.
 """
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -60,7 +62,7 @@ def train_side_by_side(
         if stage.options.force
         or not stage.part(layout.fold_folder(fold)).made_from(inputs, sections)
     ]
-    at_once = min(stage.jobs, stage.config.folds.count)
+    at_once = folds_at_once(stage.config.folds.count, stage.jobs)
     if (
         not todo
         or min(at_once, len(folds)) == 1
@@ -68,7 +70,7 @@ def train_side_by_side(
         or pick_device(stage.device_name).type != "cpu"
     ):
         return False
-    options, count = stage.options, stage.config.folds.count
+    options, cores = stage.options, str(max(1, stage.jobs // at_once))
     flags = ["--out", str(stage.out), "--device", options.device]
     flags += ["--data", str(options.data)] if stage.real_data else []
     flags += ["--force"] if options.force else []
@@ -76,22 +78,16 @@ def train_side_by_side(
         json.dump(resolved(stage.config), settings)
         settings.flush()
         flags += ["--config", settings.name]
-        cores = {k: str(cores_of(k, count, stage.jobs)) for k in todo}
-        parts = {f"fold {k}": [*flags, "--fold", str(k), "--jobs", cores[k]] for k in todo}
+        parts = {f"fold {k}": [*flags, "--fold", str(k), "--jobs", cores] for k in todo}
         run_side_by_side(parts, at_once)
     return True
 
 
-def cores_of(fold: int, folds: int, jobs: int) -> int:
-    """Cores of a fold when `folds` train, as many at once as there are `jobs`: those of the last
-    round, when fewer are left than fit, share all cores.
-
-    It depends on the fold and not on what is left to do: a run that was stopped and goes on
-    computes what it would have computed (another number of threads rounds otherwise).
+def folds_at_once(folds: int, jobs: int) -> int:
+    """How many of `folds` train at once on `jobs` cores: they are dealt out evenly to as many
+    rounds as fill the cores, so that up to twice as many share them and none is left idle.
     """
-    at_once = min(jobs, folds)
-    first = fold // at_once * at_once
-    return jobs // min(at_once, folds - first)
+    return 1 if jobs == 1 else math.ceil(folds / max(1, folds // jobs))
 
 
 def run_side_by_side(parts: Mapping[str, Sequence[str]], at_once: int) -> None:

@@ -21,7 +21,7 @@ from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.classifier.fold import gather_fold
 from pipeline.classifier.predict import Trained, load_classifier
-from pipeline.classifier.side_by_side import cores_of
+from pipeline.classifier.side_by_side import folds_at_once
 from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
@@ -183,18 +183,11 @@ def test_torchrun_spreads_the_folds(out):
 
 
 @pytest.mark.parametrize(
-    ("folds", "jobs", "cores"),
-    [
-        (3, 2, [1, 1, 2]),  # the demo: the third fold has both
-        (2, 2, [1, 1]),
-        (5, 2, [1, 1, 1, 1, 2]),
-        (5, 16, [3, 3, 3, 3, 3]),
-        (5, 4, [1, 1, 1, 1, 4]),
-        (4, 3, [1, 1, 1, 3]),
-    ],
+    ("folds", "jobs", "at_once"),
+    [(3, 2, 3), (2, 2, 2), (5, 2, 3), (5, 16, 5), (5, 4, 5), (4, 3, 4), (6, 3, 3), (3, 1, 1)],
 )
-def test_folds_of_the_last_round_share_all_cores(folds, jobs, cores):
-    assert [cores_of(fold, folds, jobs) for fold in range(folds)] == cores
+def test_no_core_is_left_idle_by_the_last_round_of_folds(folds, jobs, at_once):
+    assert folds_at_once(folds, jobs) == at_once
 
 
 def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
