@@ -281,7 +281,7 @@ def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(
 
 def test_no_volume_outlives_its_series(tmp_path, monkeypatch):
     """However many series there are, the last and the one under way are in memory."""
-    patients = [str(1000 + k) for k in range(60)]
+    patients = [str(1000 + k) for k in range(20)]
     tasks = [SeriesTask(one, series, "test", "nowhere") for one in patients for series in "ab"]
     volumes, most = [], []
 
@@ -296,28 +296,28 @@ def test_no_volume_outlives_its_series(tmp_path, monkeypatch):
     writer = SubmissionWriter(sample(patients=patients), PRIOR)
     filled = (writer, known(("a", "b"), TWO), load_config("smoke"), tmp_path / "s.csv", 1, 0.0)
     counts = fill_submission(tasks, tmp_path, *filled)
-    assert (counts["predicted"], counts["fallbacks"]) == (60, 0)
+    assert (counts["predicted"], counts["fallbacks"]) == (20, 0)
     assert max(most) <= 2
 
 
 @pytest.mark.slow
 def test_decoding_is_no_further_ahead_than_memory_is_planned_for(tmp_path, monkeypatch):
-    """Forty series and a slow model: what is decoded and not taken is bounded."""
+    """Many series and a slow model: what is decoded and not taken is bounded."""
 
     def decode(task, **options):
         (tmp_path / task.series_id).touch()
-        return decoded(task.patient_id, task.series_id, FIRST, "")
+        return decode_ahead.Decoded(task.patient_id, task.series_id, {}, "")
 
     monkeypatch.setattr(decode_ahead, "decode_series", decode)
-    tasks = [SeriesTask("7", str(k), "test", "nowhere") for k in range(40)]
+    tasks = [SeriesTask("7", str(k), "test", "nowhere") for k in range(32)]
     taken = 0
     for _ in decode_ahead.Ahead(tasks, tmp_path, None, [], 2).until(math.inf):
         taken += 1
-        if taken in (1, 5):
-            time.sleep(1.5)
+        if taken == 2:
+            time.sleep(1)
             # those that wait, and a part of as many under way
             assert len(list(tmp_path.iterdir())) - taken <= 2 * 2 * decode_ahead.AHEAD + 1
-    assert taken == 40
+    assert taken == 32
 
 
 @pytest.mark.slow
