@@ -33,6 +33,9 @@ from ..system.machine import pick_device
 from .decode_ahead import Ahead, Decoded
 from .writer import SubmissionWriter
 
+# a series that is predicted all the same
+NO_ORGAN = "no organ found: looked at whole"
+
 
 @dataclass(frozen=True)
 class Ensemble:
@@ -48,12 +51,15 @@ class Ensemble:
     finder: OrganFinder | None = None
     # of each series, the standard deviation over models of the log-odds of an injury (targets,)
     spreads: list[np.ndarray] = field(default_factory=list)
+    # of each series, whether the finder found none of its organs
+    organless: list[bool] = field(default_factory=list)
 
     def series(self, volume: np.ndarray, flips: Sequence[str], phases: int = 1) -> np.ndarray:
         """Probabilities (13,) of one volume, of the mean logits over the fold models, phases and
         flips.
         """
         organs = self.finder(volume) if self.finder else ()
+        self.organless.append(bool(self.finder) and not any(one.voxels for one in organs))
         batch = as_batch(volume, self.options, self.device, phases, organs)
         answers = logits_of(self.models, batch, self.options.amp, flips, self.threads.map)
         if len(answers) > 1:
@@ -104,6 +110,12 @@ class Blend:
                 whose = "the model" if len(self.runs) == 1 else f"the model of {name}"
                 return found, f"{whose} failed: {problem}"
         return found, ""
+
+    def found_no_organ(self) -> bool:
+        """Whether a run found no organ in the last series, so that all its regions were the whole
+        volume.
+        """
+        return any(run.organless[-1] for run in self.runs.values() if run.organless)
 
     def patient(self, patient_id: str, series: Mapping[str, np.ndarray]) -> np.ndarray:
         """Calibrated probabilities (13,) of a patient from those (runs, 13) of each series id,
@@ -250,6 +262,8 @@ class Filling:
             self.failed += 1
             return None, problem
         self.answered += 1
+        if self.blend.found_no_organ():
+            self.problems.append((item.patient_id, item.series_id, NO_ORGAN))
         return values, ""
 
     def _fill_in(self, patient: str) -> bool:

@@ -30,6 +30,7 @@ from pipeline.phantom.plan import SeriesPlan
 from pipeline.phantom.scanner import write_series
 from pipeline.run.config import Config, PhantomConfig
 from pipeline.run.presets import load_config
+from pipeline.run.runs import MODELS, runs_of
 from pipeline.run.stage import Options, Stage
 from pipeline.system.files import write_json
 from pipeline.system.machine import seed_everything
@@ -64,24 +65,36 @@ def write_data(data: Path, scan: Scan, patients: int) -> None:
     )
 
 
-def write_models(out: Path, config: Config) -> None:
-    """What stages 06 and 07 leave: untrained fold models and a calibration that changes nothing."""
-    options = Options(out=out, jobs=1, device="cpu", force=True)
-    folds, scores = (Stage(name, config, options) for name in ("06_folds", "07_oof"))
+def write_models(out: Path, config: Config, runs: int = 1) -> list[str]:
+    """What stages 06 and 07 leave of so many runs: untrained fold models and a calibration that
+    changes nothing, in `out`; returns the flags that name the runs.
+    """
+    folders = [out / f"run{k}" for k in range(runs)] if runs > 1 else [out]
+    for k, folder in enumerate(folders):
+        write_folds(folder, config, 100 * k)
+    models = folders if runs > 1 else None
+    scores = Stage("07_oof", config, Options(out=out, jobs=1, device="cpu", models=models))
+    even = np.full((5, runs), 1 / runs)
+    names = tuple(map(str, range(runs)))
+    calibration = Calibration(names, "mean", even, np.ones(5), np.zeros(13), np.full(13, 0.5))
+    write_json(scores.folder / "calibration.json", calibration.to_json())
+    own = {MODELS: list(runs_of(scores))} if models else scores.inputs("06_folds")
+    scores.current(own, [])
+    scores.finish({}, ["calibration.json"])
+    return ["--models", *map(str, folders)] if models else []
+
+
+def write_folds(out: Path, config: Config, seed: int) -> None:
+    """The untrained fold models of one run."""
+    folds = Stage("06_folds", config, Options(out=out, jobs=1, device="cpu", force=True))
     names = [f"fold{k}/model.safetensors" for k in range(config.folds.count)]
     folds.current({}, [])
     for k, name in enumerate(names):
-        seed_everything(k)
+        seed_everything(seed + k)
         save_weights(
             folds.folder / name, build_model(config), describe("classifier", config, Trained)
         )
-    even = Calibration(
-        ("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), np.full(13, 0.5)
-    )
-    write_json(scores.folder / "calibration.json", even.to_json())
     folds.finish({}, names)
-    scores.current(scores.inputs("06_folds"), [])
-    scores.finish({}, ["calibration.json"])
 
 
 def predict(data: Path, out: Path, config: str, *overrides: str) -> tuple[dict[str, float], int]:
@@ -140,15 +153,16 @@ def speed(folder: Path, patients: int) -> None:
         )
 
 
-def memory(folder: Path, steps: list[int]) -> None:
+def memory(folder: Path, steps: list[int], runs: int) -> None:
     """One Markdown table."""
-    write_models(folder / "out", load_config("smoke"))
+    models = write_models(folder / "out", load_config("smoke"), runs)
     scan = draw(96, 24)
     print("| patients | peak memory, MB |\n|---|---|")
     for patients in steps:
         data = folder / str(patients)
         write_data(data, scan, patients)
-        print(f"| {patients} | {predict(data, folder / 'out', 'smoke')[1] / 1e6:.0f} |", flush=True)
+        _, peak = predict(data, folder / "out", "smoke", *models)
+        print(f"| {patients} | {peak / 1e6:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -163,12 +177,13 @@ def main() -> None:
         nargs="+",
         help="speed: how many (default 2); memory: each step (default 20 80 320)",
     )
+    flags.add_argument("--runs", type=int, default=1, help="memory: how many runs predict")
     options = flags.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if options.what == "speed":
             speed(Path(name), (options.patients or [2])[0])
         else:
-            memory(Path(name), options.patients or [20, 80, 320])
+            memory(Path(name), options.patients or [20, 80, 320], options.runs)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,7 @@ from pipeline.system.errors import InputError
 from pipeline.volumes.sampling import slice_positions, take_slices
 
 SAME = Calibration(("folds",), "mean", np.ones((5, 1)), np.ones(5), np.zeros(13), PRIOR)
+TWO = Calibration(tuple("ab"), "mean", np.full((5, 2), 0.5), np.ones(5), np.zeros(13), PRIOR)
 FIRST = np.full(13, 0.5)
 HALF = np.concatenate([np.full(n, 1 / n) for n in (2, 2, 3, 3, 3)])  # FIRST, each group normalised
 LISTED = (("50046", "1"), ("50046", "2"), ("7", "3"), ("63706", "4"))
@@ -275,6 +277,47 @@ def test_patients_that_the_sample_does_not_list_are_not_predicted_and_reported(
     assert asked == TASKS
     assert counts["series"] == 4
     assert written(tmp_path)[1][0] == ("9", "", "not in sample_submission.csv: not predicted")
+
+
+def test_no_volume_outlives_its_series(tmp_path, monkeypatch):
+    """However many series there are, the last and the one under way are in memory."""
+    patients = [str(1000 + k) for k in range(20)]
+    tasks = [SeriesTask(one, series, "test", "nowhere") for one in patients for series in "ab"]
+    volumes, most = [], []
+
+    def until(deadline):
+        for task in tasks:
+            volume = FIRST.copy()
+            volumes.append(weakref.ref(volume))
+            most.append(sum(one() is not None for one in volumes))
+            yield decoded(task.patient_id, task.series_id, volume, "")
+
+    monkeypatch.setattr(inference, "Ahead", lambda *given: SimpleNamespace(until=until))
+    writer = SubmissionWriter(sample(patients=patients), PRIOR)
+    filled = (writer, known(("a", "b"), TWO), load_config("smoke"), tmp_path / "s.csv", 1, 0.0)
+    counts = fill_submission(tasks, tmp_path, *filled)
+    assert (counts["predicted"], counts["fallbacks"]) == (20, 0)
+    assert max(most) <= 2
+
+
+@pytest.mark.slow
+def test_decoding_is_no_further_ahead_than_memory_is_planned_for(tmp_path, monkeypatch):
+    """Many series and a slow model: what is decoded and not taken is bounded."""
+
+    def decode(task, **options):
+        (tmp_path / task.series_id).touch()
+        return decode_ahead.Decoded(task.patient_id, task.series_id, {}, "")
+
+    monkeypatch.setattr(decode_ahead, "decode_series", decode)
+    tasks = [SeriesTask("7", str(k), "test", "nowhere") for k in range(32)]
+    taken = 0
+    for _ in decode_ahead.Ahead(tasks, tmp_path, None, [], 2).until(math.inf):
+        taken += 1
+        if taken == 2:
+            time.sleep(1)
+            # those that wait, and a part of as many under way
+            assert len(list(tmp_path.iterdir())) - taken <= 2 * 2 * decode_ahead.AHEAD + 1
+    assert taken == 32
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from helpers_faults import copy, refused, run
+from helpers_stages import ORGAN_KEYS as KEYS
 
 from pipeline.classifier.predict import load_classifier, predict_volume
 from pipeline.classifier.regions import region_windows
@@ -29,20 +30,11 @@ from pipeline.submission.writer import check_submission
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
-KEYS = ("train.regions=organs", "train.visible_loss=0.5", "train.slices=3")
 
 
-@pytest.fixture(scope="module")
-def out(smoke, tmp_path_factory):
-    """A run of the smoke preset whose targets look at their organs; its segmenters have seen too
-    little to find all of them.
-    """
-    later = (layout.CLASSIFIERS, layout.SCORES, layout.SUBMISSION)
-    folder = copy(smoke, tmp_path_factory.mktemp("regions") / "run", *later)
-    for stage in ("06", "07", "08"):
-        code, text = run(stage, folder, *KEYS)
-        assert code == 0, text
-    return folder
+@pytest.fixture
+def out(organ_run):
+    return organ_run
 
 
 def models_of(out, stage):

@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers_faults import copy
 from helpers_former import make_old
+from helpers_scores import patient_by_hand
 
 from pipeline.classifier.predict import load_classifier, predict
 from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_sample_submission, read_series
-from pipeline.competition.targets import COLUMNS, TARGETS, group_slices
+from pipeline.competition.targets import COLUMNS, group_slices
 from pipeline.evaluation.stage import score_oof
 from pipeline.folds import make_folds
 from pipeline.run import layout
@@ -90,22 +91,6 @@ def series_by_hand(run: Path, data: Path) -> dict[tuple[str, str], np.ndarray]:
             mean[where] /= mean[where].sum()
         found[task.patient_id, task.series_id] = mean
     return found
-
-
-def patient_by_hand(series: list[list[np.ndarray]], fitted: dict) -> np.ndarray:
-    """(13,) of a patient from `series[k][m]`, what model m says of series k."""
-    row = []
-    for target in TARGETS:
-        weights = fitted["weights"][target.name]
-        logits = []
-        for column in target.columns:
-            k = COLUMNS.index(column)
-            each = [sum(w * one[k] for w, one in zip(weights, s, strict=True)) for s in series]
-            grey = max(sum(each) / len(each), 1e-7)
-            logits.append(np.log(grey) / fitted["temperature"][target.name])
-            logits[-1] += fitted["bias"][column]
-        row += [np.exp(one) / np.exp(logits).sum() for one in logits]
-    return np.array(row)
 
 
 def expected(folders: list[Path], fitted: dict, data: Path) -> np.ndarray:

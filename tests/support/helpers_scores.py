@@ -91,3 +91,21 @@ def sample(columns=COLUMNS, patients=PATIENTS):
     return pl.DataFrame({"patient_id": patients}).with_columns(
         pl.lit(0.5).alias(name) for name in columns
     )
+
+
+def patient_by_hand(series: list[list[np.ndarray]], fitted: dict) -> np.ndarray:
+    """(13,) of a patient from `series[k][m]`, what model m says of series k, by the weights and the
+    calibration that stage 07 `fitted`.
+    """
+    row = []
+    for target in TARGETS:
+        weights = fitted["weights"][target.name]
+        logits = []
+        for column in target.columns:
+            k = COLUMNS.index(column)
+            each = [sum(w * one[k] for w, one in zip(weights, s, strict=True)) for s in series]
+            grey = max(sum(each) / len(each), 1e-7)
+            logits.append(np.log(grey) / fitted["temperature"][target.name])
+            logits[-1] += fitted["bias"][column]
+        row += [np.exp(one) / np.exp(logits).sum() for one in logits]
+    return np.array(row)
