@@ -10,7 +10,7 @@ made less telling: whole features are left out and noise is added to all, there 
 every sample is another sub-sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def logits_of_volume(
     volume: np.ndarray,
     options: TrainConfig,
     organs: Sequence[Organ] = (),
-    each: Any = map,
+    each: Callable[..., Iterable[Any]] = map,
 ) -> list[dict[str, Tensor]]:
     """For each classifier with its second level the logits by target (1, 1 or 3) on the CPU of a
     volume (D, H, W) uint8 with these `organs`. `each` maps over the pairs.
