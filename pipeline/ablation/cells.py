@@ -16,7 +16,7 @@ from statistics import fmean
 
 import polars as pl
 
-from ..classifier.views import views
+from ..classifier.views import second_level, uses_organs, views
 from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
@@ -39,7 +39,7 @@ def backbone_is_current(part: Stage) -> bool:
 
 def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
     """Whether a cell is up to date; its pretraining must be."""
-    organs = [layout.ORGANS] if cell.config.train.needs_organs else []
+    organs = [layout.ORGANS] if uses_organs(part) else []
     inputs = part.inputs(
         layout.VOLUMES,
         layout.FOLDS,
@@ -52,7 +52,8 @@ def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
         else {}
     )
     some = {"judged_folds": cell.config.ablation.folds} if cell.config.ablation.folds else {}
-    return part.current(inputs | backbone | views(cell.config) | some, SECTIONS)
+    inputs |= backbone | views(cell.config) | second_level(cell.config) | some
+    return part.current(inputs, SECTIONS)
 
 
 def pretrain_backbone(part: Stage) -> None:

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 
+from ..competition import metric
 from ..competition.subset import label_subset
 from ..competition.tables import read_slice_labels, require_slice_labels
+from ..competition.targets import COLUMNS
 from ..folds import read_folds
+from ..learning.optimise import NonFiniteLoss
 from ..organs.find import read_organs
 from ..run import layout
 from ..run.config import Config
 from ..run.manifest import read_manifest
 from ..run.stage import Stage
 from ..system.errors import InputError
-from ..system.files import remove_folder
+from ..system.files import atomic_path, remove_folder
+from ..system.frames import read_frame
 from .data import Series, labelled_series
-from .views import VIEWS
+from .views import VIEWS, beside_training, uses_organs
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class FoldData:
     held_out: list[Series]
     # of everything that training depends on: a checkpoint of other inputs is not taken up
     fingerprint: str = ""
+    second_fingerprint: str = ""  # and of the second level
 
 
 def gather_fold(part: Stage, fold: int) -> FoldData:
@@ -53,7 +59,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
         require_slice_labels(part.data)
         slice_labels = read_slice_labels(part.data)
     organs = {}
-    if part.config.train.needs_organs:
+    if uses_organs(part):
         organs = read_organs(part.upstream(layout.ORGANS) / layout.ORGAN_TABLE)
     series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels, organs)
     held_out = [one for one in series if folds[one.patient_id] == fold]
@@ -65,8 +71,13 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
                 str(part.out / layout.VOLUMES),
                 "check stage 01's quarantine.csv",
             )
-    identity = part.fingerprint_without(VIEWS)
-    return FoldData(fold, _subset(train, part.config), held_out, identity)
+    return FoldData(
+        fold,
+        _subset(train, part.config),
+        held_out,
+        part.fingerprint_without(*beside_training(part.config)),
+        part.fingerprint_without(VIEWS),
+    )
 
 
 def _subset(train: list[Series], config: Config) -> list[Series]:
@@ -78,6 +89,35 @@ def _subset(train: list[Series], config: Config) -> list[Series]:
         list(patients), np.stack(list(patients.values())), config.train.label_fraction, config.seed
     )
     return [one for one in train if one.patient_id in chosen]
+
+
+def fold_rows(data: FoldData, values: np.ndarray) -> pl.DataFrame:
+    """OOF rows of the held-out series: `patient_id, series_id, fold` and the 13 columns, whose
+    `values` are (series, 13).
+
+    Raises:
+        NonFiniteLoss: a value is not finite.
+    """
+    series, fine = data.held_out, np.isfinite(values).all(1)
+    if wrong := [one.series_id for one, good in zip(series, fine, strict=True) if not good]:
+        raise NonFiniteLoss(
+            f"non-finite predictions of held-out series {', '.join(wrong[:9])} of fold {data.fold};"
+            " the last checkpoint is kept"
+        )
+    ids = {
+        "patient_id": [one.patient_id for one in series],
+        "series_id": [one.series_id for one in series],
+        "fold": [data.fold] * len(series),
+    }
+    return pl.DataFrame(ids).hstack(metric.value_frame(values))
+
+
+def held_out_score(data: FoldData, rows: pl.DataFrame, aggregate: str) -> dict[str, float]:
+    """The official score of a fold's OOF rows, series of a patient aggregated by `aggregate`."""
+    table = metric.aggregate(rows, aggregate)
+    truth = {series.patient_id: series.labels for series in data.held_out}
+    labels = np.stack([truth[patient] for patient in table["patient_id"]])
+    return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
 
 
 def start_anew(
@@ -107,7 +147,20 @@ def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) 
     if None in manifests.values():  # another rank has begun to train it again
         return
     counts = {name: (manifest or {})["counts"] for name, manifest in manifests.items()}
-    stage.finish(
-        counts,
-        outputs=[f"{name}/{file}" for name in names for file in (layout.OOF, layout.MODEL)],
-    )
+    files, joined = [layout.OOF, layout.MODEL], []
+    if stage.config.train.second_level.enabled:
+        files += [layout.SECOND_MODEL, layout.FIRST_OOF]
+        joined = [_join_first_level(stage, names)]
+    else:
+        (stage.folder / layout.FIRST_TABLE).unlink(missing_ok=True)
+    stage.finish(counts, [*(f"{name}/{file}" for name in names for file in files), *joined])
+
+
+def _join_first_level(stage: Stage, names: Sequence[str]) -> str:
+    """Write what the classifiers alone predict into one table, which stage 07 scores by itself
+    (`--oof`); returns its name.
+    """
+    tables = [read_frame(stage.folder / name / layout.FIRST_OOF) for name in names]
+    with atomic_path(stage.folder / layout.FIRST_TABLE) as path:
+        pl.concat(tables).write_parquet(path)
+    return layout.FIRST_TABLE

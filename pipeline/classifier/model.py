@@ -41,6 +41,33 @@ def chosen_columns(config: TrainConfig) -> list[int]:
     return [k for t in chosen_targets(config) for k in range(13)[columns[t.name]]]
 
 
+def target_heads(width: int, config: TrainConfig) -> nn.ModuleDict:
+    """A linear layer for each trained target, to 1 logit or one of each class, its weights 0."""
+    heads = nn.ModuleDict(
+        {
+            t.name: nn.Linear(width, 1 if t.binary else len(t.classes))
+            for t in chosen_targets(config)
+        }
+    )
+    for head in heads.values():
+        nn.init.zeros_(head.get_parameter("weight"))
+    return heads
+
+
+@torch.no_grad()
+def start_at_prior(heads: nn.ModuleDict, labels: np.ndarray) -> None:
+    """Set the biases of `target_heads` to the best constant prediction for one-hot `labels`
+    (N, 13): class shares times sample weights.
+    """
+    columns = group_slices()
+    for target in TARGETS:
+        if target.name in heads:
+            share = np.maximum(labels[:, columns[target.name]].mean(0) * target.weights, 1e-3)
+            logits = np.log(share)
+            bias = logits[1:] - logits[:1] if target.binary else logits - logits.mean()
+            heads[target.name].get_parameter("bias").copy_(torch.as_tensor(bias))
+
+
 class CnnLstm(nn.Module):
     """Volumes (B, R * S * planes, H, W) float -> logits (B, 1 or 3) per target and slice logits
     (B, S, columns of `slice_columns`); `planes` is `train.channels`, the channels of a slice lie
@@ -61,42 +88,18 @@ class CnnLstm(nn.Module):
         width = self.sequence.width + (own if config.shortcut else 0)
         self.pool = PoolZ(config.pool, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.heads = nn.ModuleDict(
-            {
-                t.name: nn.Linear(width, 1 if t.binary else len(t.classes))
-                for t in chosen_targets(config)
-            }
-        )
+        self.heads = target_heads(width, config)
         self.own_region = {t.name: config.region_number(t.region) for t in chosen_targets(config)}
         columns = sum(width for width, _ in self.slice_columns)
         self.slice_head = nn.Linear(width, columns) if columns else None
-        for head in filter(None, (*self.heads.values(), self.slice_head)):
-            nn.init.zeros_(head.get_parameter("weight"))
-
-    @torch.no_grad()
-    def start_at_prior(self, labels: np.ndarray) -> None:
-        """Set the heads' biases to the best constant prediction for one-hot `labels` (N, 13): class
-        shares times sample weights.
-        """
-        columns = group_slices()
-        for target in TARGETS:
-            if target.name in self.heads:
-                share = np.maximum(labels[:, columns[target.name]].mean(0) * target.weights, 1e-3)
-                logits = np.log(share)
-                bias = logits[1:] - logits[:1] if target.binary else logits - logits.mean()
-                self.heads[target.name].get_parameter("bias").copy_(torch.as_tensor(bias))
+        if self.slice_head is not None:
+            nn.init.zeros_(self.slice_head.weight)
 
     def forward(self, volumes: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Logits per target, and per slice where the model has a slice head."""
         B, _, H, W = volumes.shape
-        slices = volumes.reshape(-1, self.planes, H, W)  # (B S, planes, H, W)
-        slices = slices.contiguous(memory_format=torch.channels_last)
-        whole = self.training or torch.is_grad_enabled() or slices.is_cuda
-        parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // (H * W)))
-        maps = (self.map_dropout(self.backbone(part)) for part in parts)
-        features = torch.cat([pool_maps(part, self.map_pool) for part in maps])
-        # (B R, S, 2C), of the mean alone (B R, S, C)
-        features = self.norm(features).unflatten(0, (B * self.regions, -1))
+        features = self.features(volumes.reshape(-1, self.planes, H, W))
+        features = features.unflatten(0, (B * self.regions, -1))  # (B R, S, width)
         states = self.sequence(features)
         if self.shortcut:  # (B R, S, E): what a slice shows reaches the heads directly too
             states = torch.cat([states, features], 2)
@@ -108,6 +111,17 @@ class CnnLstm(nn.Module):
                 for name, head in self.heads.items()
             }
             return logits, self._of_slices(states.unflatten(0, (B, -1)).float())
+
+    def features(self, slices: Tensor) -> Tensor:
+        """What the sequence model reads of slices (N, planes, H, W) float: (N, 2C), with
+        `train.map_pool=mean` (N, C).
+        """
+        slices = slices.contiguous(memory_format=torch.channels_last)
+        whole = self.training or torch.is_grad_enabled() or slices.is_cuda
+        pixels = slices.shape[2] * slices.shape[3]
+        parts = [slices] if whole else slices.split(max(1, PIXELS_AT_ONCE // pixels))
+        maps = (self.map_dropout(self.backbone(part)) for part in parts)
+        return self.norm(torch.cat([pool_maps(part, self.map_pool) for part in maps]))
 
     def _of_slices(self, states: Tensor) -> Tensor | None:
         """Slice logits (B, S, columns) of states (B, R, S, E), each column of its region."""

@@ -8,7 +8,7 @@ from ..competition.targets import ABDOMEN
 from ..organs.find import Organ
 from ..run.config import TrainConfig
 from ..volumes.sampling import Window, box_window
-from .model import visible_targets
+from .model import chosen_targets, visible_targets
 
 WHOLE = (0.0, 1.0) * 3  # the box of a whole volume
 
@@ -36,6 +36,22 @@ def visible_shares(organs: Sequence[Organ], depth: int, config: TrainConfig) -> 
     """For each of `visible_targets` how much of its organ each of `depth` planes shows, against the
     plane that shows most: (targets, D) float32, zeros where it was not found.
     """
-    found = {one.name: one.visible / one.visible.max() for one in organs if one.voxels}
+    found = _shares(organs)
     rows = [found.get(target.region, np.zeros(depth)) for target in visible_targets(config)]
     return np.array(rows, np.float32).reshape(-1, depth)
+
+
+def organ_gates(organs: Sequence[Organ], depth: int, config: TrainConfig) -> np.ndarray:
+    """How much each of `depth` planes counts for each trained target: (targets, D) float32, the
+    share of its organ that it shows, against the plane that shows most, for the abdomen the largest
+    such share of any organ; 1 in all planes where the organ was not found.
+    """
+    found = _shares(organs)
+    if found:
+        found[ABDOMEN] = np.max(list(found.values()), axis=0)
+    rows = [found.get(target.region, np.ones(depth)) for target in chosen_targets(config)]
+    return np.array(rows, np.float32)
+
+
+def _shares(organs: Sequence[Organ]) -> dict[str, np.ndarray]:
+    return {one.name: one.visible / one.visible.max() for one in organs if one.voxels}

@@ -6,10 +6,11 @@ from typing import Any
 from ..run import layout
 from ..run.manifest import finished, read_manifest
 from ..run.stage import Stage, stage_function
+from ..system.console import log
 from ..system.errors import InputError
 from ..system.processes import parent_stage
 from .side_by_side import train_side_by_side
-from .views import views
+from .views import SECOND_LEVEL, second_level, uses_organs, views
 
 SECTIONS = ("seed", "model", "train")
 # another process may be at another fold, and write the manifest of all at the same time
@@ -23,7 +24,7 @@ def refuse_old_organs(stage: Stage) -> None:
     Raises:
         InputError: one of both was made anew since.
     """
-    if not stage.config.train.needs_organs:
+    if not uses_organs(stage):
         return
     folder = stage.upstream(layout.ORGANS)
     known = stage.inputs(layout.VOLUMES, layout.FOLDS)
@@ -48,7 +49,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     upstream = [layout.VOLUMES, layout.FOLDS] + (
         [layout.VOCO] if config.train.init == "voco2d" else []
     )
-    if config.train.needs_organs:
+    if uses_organs(stage):
         upstream.append(layout.ORGANS)
     weights = (
         [Path(config.model.weights)]
@@ -61,7 +62,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     refuse_old_organs(stage)
     if config.train.patience:
         inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
-    inputs |= views(config)
+    inputs |= views(config) | second_level(config)
     # whatever the rank: any may be the first to change a fold and the last to end
     stage.writer = True
     with stage.lock(PATIENCE_S):
@@ -69,6 +70,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
         known = all(path.is_file() for path in manifests)
         stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
     mine = stage.share(folds) if fold is None else [fold]
+    _say_gates(stage, inputs)
     if stage.options.force and not parent_stage():
         from .fold import start_anew
 
@@ -83,6 +85,16 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
             finish_folds(stage, inputs, SECTIONS)
 
 
+def _say_gates(stage: Stage, inputs: dict[str, Any]) -> None:
+    """Say once where the second level has no organs, though it is asked for."""
+    gated = SECOND_LEVEL not in inputs or layout.ORGANS in inputs
+    if not gated and not parent_stage() and stage.rank == 0:
+        log(
+            f"{stage.name}: the second level has no organs of {layout.ORGANS}: all planes count"
+            " alike (gates of 1)"
+        )
+
+
 def _train(stage: Stage, fold: int, inputs: dict[str, Any]) -> None:
     part = stage.part(layout.fold_folder(fold))
     with part.lock():
@@ -93,4 +105,7 @@ def _train(stage: Stage, fold: int, inputs: dict[str, Any]) -> None:
             stage.current(inputs, SECTIONS, whole=False)
         from .train import run_fold
 
-        part.finish(run_fold(part, fold), outputs=[layout.MODEL, layout.OOF, layout.LOG])
+        outputs = [layout.MODEL, layout.OOF, layout.LOG]
+        if SECOND_LEVEL in inputs:
+            outputs += [layout.SECOND_MODEL, layout.FIRST_OOF]
+        part.finish(run_fold(part, fold), outputs)

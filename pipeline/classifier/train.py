@@ -13,8 +13,6 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..competition import metric
-from ..competition.targets import COLUMNS
 from ..learning.backbone import load_backbone, placed, standardise
 from ..learning.checkpoint import describe, load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal
@@ -23,7 +21,6 @@ from ..learning.log import open_log
 from ..learning.optimise import (
     Average,
     Figures,
-    NonFiniteLoss,
     Update,
     adamw,
     autocast,
@@ -36,15 +33,16 @@ from ..run import layout
 from ..run.config import Config, PredictConfig, decisive
 from ..run.stage import Stage
 from ..system.console import log, progress
-from ..system.files import atomic_path
+from ..system.files import atomic_path, remove_folder
 from ..system.machine import pick_device, seed_everything, world_size
 from .batches import FoldBatches
 from .data import positive_share
-from .fold import FoldData, gather_fold
+from .fold import FoldData, fold_rows, gather_fold, held_out_score
 from .loss import InjuryLoss
 from .mix import mix_volumes, mixed_terms
-from .model import CnnLstm
+from .model import CnnLstm, start_at_prior
 from .predict import Trained, build_model, predict
+from .second_fold import train_second_level
 
 PLAIN = PredictConfig()  # one view
 
@@ -81,7 +79,7 @@ class FoldTrainer:
         labels = np.stack([series.labels for series in data.train]) * np.float32(
             self.batches.weights[:, None]
         )
-        self.model.start_at_prior(labels)
+        start_at_prior(self.model.heads, labels)
         placed(self.model, device)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.average = Average(self.averaged, self.model) if self.averaged else None
@@ -269,10 +267,7 @@ class FoldTrainer:
             self.tally["steps"] == self.steps_per_epoch
         )
         oof = self.predict_held_out(PLAIN, self.batches.held_out(self.epoch, through))
-        table = metric.aggregate(oof, self.config.score.aggregate)
-        truth = {series.patient_id: series.labels for series in self.data.held_out}
-        labels = np.stack([truth[patient] for patient in table["patient_id"]])
-        return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
+        return held_out_score(self.data, oof, self.config.score.aggregate)
 
     def predict_held_out(
         self, views: PredictConfig = PLAIN, batches: Iterator[dict[str, Tensor]] | None = None
@@ -280,30 +275,12 @@ class FoldTrainer:
         """OOF rows: `patient_id, series_id, fold` and the 13 columns; `batches` (none: loaded anew)
         are those of all held-out series.
         """
-        series = self.data.held_out
-        model = self.final_model.eval()
-        values = []
+        model, values = self.final_model.eval(), []
         for batch in batches or self.batches.held_out_alone(views.phases):
             slices = batch["slices"].to(self.device, non_blocking=True)
             values.append(predict(model, slices, self.options.amp, views.flips))
             self._leave_if_asked()
-        table = torch.cat(values).numpy()
-        if wrong := [
-            one.series_id
-            for one, fine in zip(series, np.isfinite(table).all(1), strict=True)
-            if not fine
-        ]:
-            raise NonFiniteLoss(
-                f"non-finite predictions of held-out series {', '.join(wrong[:9])} of fold"
-                f" {self.data.fold} after {self.epoch} epochs; the last checkpoint is kept"
-            )
-        frame = metric.value_frame(table)
-        ids = {
-            "patient_id": [s.patient_id for s in series],
-            "series_id": [s.series_id for s in series],
-            "fold": [self.data.fold] * len(series),
-        }
-        return pl.DataFrame(ids).hstack(frame)
+        return fold_rows(self.data, torch.cat(values).numpy())
 
     def save(self) -> None:
         """Checkpoint after an epoch, with the best weights beside it where early stopping is on."""
@@ -389,8 +366,8 @@ def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
 def train_fold(
     config: Config, data: FoldData, folder: Path, device: torch.device, pretrained: Path | None
 ) -> dict[str, Any]:
-    """Train one fold and write `model.safetensors`, `last.ckpt`, `log.jsonl` and `oof.parquet`;
-    returns the manifest's counts.
+    """Train one fold and write `model.safetensors`, `last.ckpt`, `log.jsonl`, `oof.parquet` and,
+    with a second level, `second_level/`; returns the manifest's counts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trainer = FoldTrainer(config, data, folder, device, pretrained)
@@ -398,11 +375,13 @@ def train_fold(
     save_weights(
         folder / layout.MODEL, trainer.final_model, describe("classifier", config, Trained)
     )
-    with atomic_path(folder / layout.OOF) as temporary, loading():
+    second = config.train.second_level.enabled
+    rows = folder / (layout.FIRST_OOF if second else layout.OOF)
+    with atomic_path(rows) as temporary, loading():
         # the views of the test set: calibration is fitted to what the test set gets
         trainer.predict_held_out(config.predict).write_parquet(temporary)
     kept = trainer.kept
-    return {
+    counts: dict[str, Any] = {
         "fold": data.fold,
         "train_series": len(data.train),
         "held_out_series": len(data.held_out),
@@ -410,6 +389,9 @@ def train_fold(
         "loss": kept["loss"],
         "held_out_score": kept["score"],
     }
+    if second:
+        counts["second_level"] = train_second_level(config, data, trainer.final_model, folder)
+    return counts
 
 
 def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str, Any]:
@@ -422,6 +404,7 @@ def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str
     data = gather_fold(part, fold)
     if part.options.force:
         (part.folder / layout.LAST).unlink(missing_ok=True)
+        remove_folder(part.folder / layout.SECOND_LEVEL)
     if config.train.init == "voco2d" and pretrained is None:
         pretrained = part.upstream(layout.VOCO) / layout.BACKBONE
     device = pick_device(part.device_name, int(os.environ.get("LOCAL_RANK", 0)))

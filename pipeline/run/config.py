@@ -11,10 +11,13 @@ from ..competition.targets import ABDOMEN, TARGET_NAMES, TARGETS
 Init = Literal["scratch", "imagenet", "voco2d"]
 # Marks on fields. HOW: says how the work is done and changes no result: it enters no fingerprint.
 # RESUMABLE: changes the result, but may change between two sittings of one pretraining.
+# APART: of what follows a training, which the stage names among its inputs (`classifier/views.py`):
+# a finished training is kept.
 # ADDED: newer than the first finished runs; at its default it enters no fingerprint, so that what
 # was finished before it was there stays up to date. New keys need it (tests/run/test_command.py).
 HOW: JsonDict = {"how": True}
 RESUMABLE: JsonDict = {"resumable": True}
+APART: JsonDict = {"apart": True}
 ADDED: JsonDict = {"added": True}
 
 
@@ -400,6 +403,22 @@ class AugmentConfig(Section):
     z_jitter: bool = True
 
 
+class SecondLevelConfig(Section):
+    """Stage 06, after the classifier: a small recurrent model on its features of all planes."""
+
+    enabled: bool = False
+    hidden: int = Field(64, ge=4)
+    epochs: int = Field(15, ge=1)
+    batch: int = Field(16, ge=1, description="series a step")
+    lr: float = Field(1e-3, gt=0)
+    dropout: float = Field(
+        0.5, ge=0, lt=1, description="share of the features, and of the pooled states, left out"
+    )
+    noise: float = Field(
+        0.5, ge=0, description="standard deviation of noise on a feature, in its own"
+    )
+
+
 class TrainConfig(Section):
     """Stage 06: one CNN-LSTM a fold."""
 
@@ -550,6 +569,9 @@ class TrainConfig(Section):
         None, ge=0, description="as pretrain.workers", json_schema_extra=HOW
     )
     augment: AugmentConfig = AugmentConfig()
+    second_level: SecondLevelConfig = Field(
+        SecondLevelConfig(), json_schema_extra={**APART, **ADDED}
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -802,12 +824,12 @@ def marked(section: type[BaseModel], *marks: JsonDict) -> set[str]:
 
 def decisive(section: Any, *left_out: JsonDict) -> Any:
     """A section (or a plain value) as plain values, without the keys that do not decide what comes
-    out: those marked HOW or with one of `left_out`, and those ADDED while at their defaults.
+    out: those marked HOW, APART or with one of `left_out`, and those ADDED while at their defaults.
     """
     if not isinstance(section, BaseModel):
         return section
     fields, plain = type(section).model_fields, resolved(section)
-    for name in marked(type(section), HOW, *left_out):
+    for name in marked(type(section), HOW, APART, *left_out):
         del plain[name]
     for name in marked(type(section), ADDED):
         if getattr(section, name) == fields[name].get_default(call_default_factory=True):

@@ -53,6 +53,13 @@ ORGAN_TABLE = "organs.parquet"  # boxes and visible shares, one row a series and
 DICE = "dice.csv"  # out of fold, one row a masked series and organ
 OUTLINES = "outlines.png"
 OOF = "oof.parquet"  # out-of-fold predictions of one fold, one row a series
+# of one fold with train.second_level: its model, features of all planes by series, and beside `OOF`
+# what the classifier alone predicts
+SECOND_LEVEL = "second_level"
+SECOND_MODEL = f"{SECOND_LEVEL}/{MODEL}"
+FEATURES = "features"
+FIRST_OOF = f"{SECOND_LEVEL}/first_level.parquet"
+FIRST_TABLE = "first_level.parquet"  # the same of all folds
 OOF_TABLE = "oof_predictions.csv"  # blended, uncalibrated, one row a series
 SCORE_TABLE = "scores.json"
 CALIBRATION = "calibration.json"

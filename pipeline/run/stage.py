@@ -241,11 +241,11 @@ class Stage:
         stage, inputs = layout.former(self.name), {layout.former(k): v for k, v in inputs.items()}
         return digest({"schema": SCHEMA, "stage": stage, "config": config, "inputs": inputs})
 
-    def fingerprint_without(self, name: str) -> str:
-        """`fingerprint` as if there were no input of that name."""
+    def fingerprint_without(self, *names: str) -> str:
+        """`fingerprint` as if there were no inputs of these names."""
         if not self._state:
             return ""
-        inputs = {key: value for key, value in self._state["inputs"].items() if key != name}
+        inputs = {key: value for key, value in self._state["inputs"].items() if key not in names}
         return self.fingerprint_of(inputs, self._state["config"])
 
     def made_from(self, inputs: dict[str, Any], sections: Iterable[str]) -> bool:

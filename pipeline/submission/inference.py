@@ -16,6 +16,8 @@ import torch
 
 from ..classifier.model import CnnLstm, chosen_targets, injury_log_odds, probabilities
 from ..classifier.predict import as_batch, load_classifier, logits_of, mean_logits
+from ..classifier.second_level import SecondLevel, load_second_level, logits_of_volume
+from ..classifier.views import SECOND_LEVEL
 from ..competition.metric import value_frame
 from ..competition.targets import COLUMNS
 from ..evaluation.calibration import Calibration
@@ -40,7 +42,8 @@ NO_ORGAN = "no organ found: looked at whole"
 @dataclass(frozen=True)
 class Ensemble:
     """The fold models of one run, the options and volumes they were trained with, threads to run
-    them, and what finds the regions that they look at, where they do.
+    them, what finds the organs that they look at, where they do, and their second levels, where
+    they have one.
     """
 
     models: Sequence[CnnLstm]
@@ -49,6 +52,7 @@ class Ensemble:
     device: torch.device
     threads: Executor
     finder: OrganFinder | None = None
+    second: Sequence[SecondLevel] = ()
     # of each series, the standard deviation over models of the log-odds of an injury (targets,)
     spreads: list[np.ndarray] = field(default_factory=list)
     # of each series, whether the finder found none of its organs
@@ -56,12 +60,16 @@ class Ensemble:
 
     def series(self, volume: np.ndarray, flips: Sequence[str], phases: int = 1) -> np.ndarray:
         """Probabilities (13,) of one volume, of the mean logits over the fold models, phases and
-        flips.
+        flips; with a second level, which sees all planes as they are, over the fold models.
         """
         organs = self.finder(volume) if self.finder else ()
         self.organless.append(bool(self.finder) and not any(one.voxels for one in organs))
-        batch = as_batch(volume, self.options, self.device, phases, organs)
-        answers = logits_of(self.models, batch, self.options.amp, flips, self.threads.map)
+        if self.second:
+            pairs = list(zip(self.models, self.second, strict=True))
+            answers = logits_of_volume(pairs, volume, self.options, organs, self.threads.map)
+        else:
+            batch = as_batch(volume, self.options, self.device, phases, organs)
+            answers = logits_of(self.models, batch, self.options.amp, flips, self.threads.map)
         if len(answers) > 1:
             odds = torch.cat([injury_log_odds(answer) for answer in answers])
             self.spreads.append(odds.std(0).numpy())
@@ -159,10 +167,10 @@ def load_blend(runs: Sequence[Stage], calibration: Calibration) -> Blend:
 
 
 def segmenters_of(run: Stage) -> list[Path]:
-    """Stage 05's models of all folds of a run whose classifiers look at regions.
+    """Stage 05's models of all folds of a run whose classifiers or second levels look at organs.
 
     Raises:
-        InputError: there are none, or others than those whose boxes the classifiers know.
+        InputError: there are none, or others than those whose organs they know.
     """
     known = finished(run.upstream(layout.CLASSIFIERS))["inputs"]
     folder = run.upstream(layout.ORGANS)
@@ -179,7 +187,7 @@ def load_ensemble(
     run: Stage, paths: Sequence[Path], turned: bool, device: torch.device, pool: Executor
 ) -> Ensemble:
     """The fold models `paths` of a run, trained alike, on slices of `convert.flip_hfs` as `turned`,
-    and the segmenters that find their regions, where they look at these.
+    their second levels, where they have one, and the segmenters, where one of both looks at organs.
     """
     models, configs = zip(*(load_classifier(path, device) for path in paths), strict=True)
     first = configs[0]
@@ -198,9 +206,14 @@ def load_ensemble(
                 f"convert.flip_hfs of the config and of {path}",
                 f"give convert.flip_hfs={flip}, and runs that all have it",
             )
-    regions = first.train.regions == "organs"
-    finder = OrganFinder(segmenters_of(run), device) if regions else None
-    return Ensemble(models, first.train, first.volume, device, pool, finder)
+    folder = run.upstream(layout.CLASSIFIERS)
+    files = trained_files(folder, layout.SECOND_MODEL)
+    second = list(map(load_second_level, files, models))
+    inputs = finished(folder)["inputs"]
+    gated = SECOND_LEVEL in inputs and layout.ORGANS in inputs
+    seen = gated or first.train.regions == "organs"
+    finder = OrganFinder(segmenters_of(run), device) if seen else None
+    return Ensemble(models, first.train, first.volume, device, pool, finder, second)
 
 
 class Filling:

@@ -135,6 +135,20 @@ def even_slices(
     return np.stack(views) if phases > 1 else views[0]
 
 
+def all_planes(
+    volume: np.ndarray, config: TrainConfig, windows: Sequence[Window | None] = (None,)
+) -> np.ndarray:
+    """Every plane (N * channels, size, size) uint8 of each of `windows` (None: the whole volume) of
+    a volume (D, H, W), one window after another, and the channels of a plane, as a classifier sees
+    it when it predicts.
+    """
+    depth, parts = len(volume), []
+    for window in windows:
+        around = with_neighbours(np.arange(*plane_range(window, depth)), depth, config.channels)
+        parts.append(take_slices(volume, around, config, window=window))
+    return np.concatenate(parts)
+
+
 def resample_planes(volume: np.ndarray, depth: int, chosen: np.ndarray) -> np.ndarray:
     """Planes `chosen` (S,) of a volume (D, H, W) uint8 resampled by area to `depth` planes:
     (S, H, W) uint8. The planes that they are made of are read and no more.

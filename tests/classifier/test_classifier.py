@@ -18,7 +18,7 @@ from pipeline.classifier.data import (
 )
 from pipeline.classifier.loss import InjuryLoss
 from pipeline.classifier.mix import cut_box, mix_volumes, mixed_terms
-from pipeline.classifier.model import CnnLstm, probabilities
+from pipeline.classifier.model import CnnLstm, probabilities, start_at_prior
 from pipeline.competition.targets import TARGETS, group_slices
 from pipeline.learning.backbone import create_backbone, feature_shape
 from pipeline.run.config import AugmentConfig, TrainConfig, VolumeConfig
@@ -71,7 +71,7 @@ def test_heads_answer_in_float32_whatever_the_rest_computes_in():
 def test_model_starts_at_the_best_constant_prediction():
     labels = one_hot(np.random.default_rng(4), 40)
     model = make(TINY).eval()
-    model.start_at_prior(labels)
+    start_at_prior(model.heads, labels)
     values = probabilities(model(torch.randn(3, 4, 32, 32))[0]).detach().numpy()
     for target, where in zip(TARGETS, group_slices().values(), strict=True):
         share = labels[:, where].mean(0) * target.weights

@@ -268,6 +268,42 @@ GUARDS = (
         "submission/test_regions.py::test_organs_of_another_run_are_refused[08",
     ),
     (
+        "pipeline/classifier/features.py",
+        ' and mark.read_text(encoding="utf-8") == identity',
+        "",
+        "classifier/test_second_level.py::test_a_stopped_extraction",
+    ),
+    (
+        "pipeline/classifier/features.py",
+        "if amp and not found.isfinite().all():",
+        "if False:",
+        "classifier/test_second_level.py::test_what_overflows",
+    ),
+    (
+        "pipeline/classifier/second_level.py",
+        "if read_metadata(path).get(CLASSIFIER) != weights_digest(classifier):",
+        "if False:",
+        "classifier/test_second_level.py::test_a_fold_predicts",
+    ),
+    (
+        "pipeline/classifier/second_level.py",
+        "one if one.any() else np.ones_like(one)",
+        "one",
+        "classifier/test_second_level.py::test_planes_count_alike",
+    ),
+    (
+        "pipeline/classifier/second_fold.py",
+        'if state is None or state["identity"] != identity:',
+        "if state is None:",
+        "classifier/test_second_level.py::test_a_stopped_training",
+    ),
+    (
+        "pipeline/submission/inference.py",
+        "gated = SECOND_LEVEL in inputs and layout.ORGANS in inputs",
+        "gated = False",
+        "submission/test_second_level.py::test_what_is_submitted",
+    ),
+    (
         "pipeline/run/config.py",
         'if self.regions == "organs" and (self.crop or self.crop_size):',
         "if False:",
