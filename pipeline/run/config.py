@@ -408,14 +408,14 @@ class SecondLevelConfig(Section):
 
     enabled: bool = False
     hidden: int = Field(64, ge=4)
-    epochs: int = Field(15, ge=1)
+    epochs: int = Field(5, ge=1)
     batch: int = Field(16, ge=1, description="series a step")
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(2e-4, gt=0)
     dropout: float = Field(
         0.5, ge=0, lt=1, description="share of the features, and of the pooled states, left out"
     )
     noise: float = Field(
-        0.5, ge=0, description="standard deviation of noise on a feature, in its own"
+        1.0, ge=0, description="standard deviation of noise on a feature, in its own"
     )
 
 
