@@ -362,6 +362,19 @@ def test_workers_that_never_had_a_task_end_with_a_run_that_is_killed():
 
 
 @pytest.mark.slow
+def test_a_worker_that_starts_when_its_run_was_killed_ends_too():
+    """The killed run keeps its number until whoever reads its output has waited for it."""
+    code = (
+        "import sys, time\nfrom pipeline.system.processes import end_with\n"
+        "end_with(int(sys.argv[1]))\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen(["sleep", "600"]) as killed:
+        killed.kill()
+        worker = subprocess.run([sys.executable, "-c", code, str(killed.pid)], check=False)
+    assert worker.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
 def test_tasks_of_a_killed_worker_are_done_again_and_a_killer_is_named(tmp_path, capsys):
     tasks = [
         (str(tmp_path / "once") if k == 3 else "always" if k == 5 else "", k) for k in range(8)

@@ -652,6 +652,12 @@ GUARDS = (
     ),
     (
         "pipeline/system/processes.py",
+        'not in ("Z", "X")',
+        '!= ""',
+        "slices/test_damage.py::test_a_worker_that_starts",
+    ),
+    (
+        "pipeline/system/processes.py",
         "while os.getppid() == parent if child else _is_alive(parent):",
         "while os.getppid() == parent:",
         "slices/test_damage.py::test_where_joblib",
