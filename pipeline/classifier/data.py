@@ -33,7 +33,7 @@ from ..volumes.sampling import (
 )
 from .augment import VolumeAugment
 from .model import visible_targets
-from .regions import region_windows, visible_shares
+from .regions import region_planes, region_windows, visible_shares
 
 SLICE_NAMES = {name: column for column, name in enumerate(SLICE_TARGETS.values())}
 HELD_OUT = -1  # in place of an epoch
@@ -69,9 +69,7 @@ def positive_share(series: Sequence["Series"], config: TrainConfig) -> np.ndarra
     """
     shares, place = [], config.region_number(ABDOMEN)
     for one in series:
-        depth = len(one.planes)
-        # along z a window depends on nothing else of the shape
-        first, end = plane_range(region_windows(one.organs, (depth, 1, 1), config)[place], depth)
+        first, end = region_planes(one.organs, len(one.planes), config)[place]
         shares.append(bin_labels(one.planes[first:end], config.slices).mean(0))
     planes = np.stack(shares)
     known = np.stack([one.known for one in series])

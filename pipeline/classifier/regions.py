@@ -7,7 +7,7 @@ import numpy as np
 from ..competition.targets import ABDOMEN
 from ..organs.find import Organ
 from ..run.config import TrainConfig
-from ..volumes.sampling import Window, box_window
+from ..volumes.sampling import Window, box_window, plane_range
 from .model import chosen_targets, visible_targets
 
 WHOLE = (0.0, 1.0) * 3  # the box of a whole volume
@@ -30,6 +30,15 @@ def region_windows(
         box_window(boxes.get(name, WHOLE), shape, config.region_margin, config.slices)
         for name in config.region_names
     ]
+
+
+def region_planes(
+    organs: Sequence[Organ], depth: int, config: TrainConfig
+) -> list[tuple[int, int]]:
+    """First plane of each of `region_windows` and the one after its last, of `depth` planes."""
+    # along z a window depends on nothing else of the shape
+    windows = region_windows(organs, (depth, 1, 1), config)
+    return [plane_range(window, depth) for window in windows]
 
 
 def visible_shares(organs: Sequence[Organ], depth: int, config: TrainConfig) -> np.ndarray:

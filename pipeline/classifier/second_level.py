@@ -24,11 +24,11 @@ from ..organs.find import Organ
 from ..run import layout
 from ..run.config import TrainConfig
 from ..system.errors import InputError
-from ..volumes.sampling import all_planes, plane_range, slice_positions
+from ..volumes.sampling import all_planes, slice_positions
 from .features import plane_features, weights_digest
 from .model import CnnLstm, chosen_targets, target_heads
 from .predict import Trained, on_host
-from .regions import organ_gates, region_windows
+from .regions import organ_gates, region_planes, region_windows
 
 KIND, CLASSIFIER = "second level", "classifier"  # in the metadata of its weights
 
@@ -101,9 +101,7 @@ def gated_sequences(
     `rng` those of as many planes as it draws, from half of them to all, one of each of equal parts.
     """
     gates, parts, numbers, start = organ_gates(organs, depth, config), [], [], 0
-    # along z a window depends on nothing else of the shape
-    for window in region_windows(organs, (depth, 1, 1), config):
-        first, end = plane_range(window, depth)
+    for first, end in region_planes(organs, depth, config):
         planes = np.arange(N := end - first)
         if rng is not None:
             planes = slice_positions(N, int(rng.integers(-(-N // 2), N, endpoint=True)), rng)
@@ -156,7 +154,7 @@ def logits_of_volume(
     """For each classifier with its second level the logits by target (1, 1 or 3) on the CPU of a
     volume (D, H, W) uint8 with these `organs`. `each` maps over the pairs.
     """
-    windows = region_windows(organs, (len(volume), *volume.shape[1:]), options)
+    windows = region_windows(organs, volume.shape, options)
     device = next(pairs[0][0].parameters()).device
     pictures = torch.from_numpy(all_planes(volume, options, windows)).to(device)
 

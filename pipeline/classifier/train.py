@@ -85,12 +85,12 @@ class FoldTrainer:
         self.average = Average(self.averaged, self.model) if self.averaged else None
         positives = positive_share(data.train, self.options)
         self.loss = InjuryLoss(self.options, labels, positives).to(device)
-        options = self.options
-        self.model.backbone.requires_grad_(not options.freeze_backbone)
-        groups = parameter_groups(self.model, options.backbone_lr, options.weight_decay)
+        backbone_lr, decay = self.options.backbone_lr, self.options.weight_decay
+        self.model.backbone.requires_grad_(not self.options.freeze_backbone)
+        groups = parameter_groups(self.model, backbone_lr, decay)
         self.update = Update(
             self.model.parameters(),
-            adamw(groups, self.options.lr, self.options.weight_decay),
+            adamw(groups, self.options.lr, decay),
             grad_scaler(device, self.options.amp),
             self.options.clip,
         )

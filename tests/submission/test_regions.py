@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from helpers_faults import copy, refused, run
+from helpers_scores import volume_of
 from helpers_stages import ORGAN_KEYS as KEYS
 
 from pipeline.classifier.predict import load_classifier, predict_volume
@@ -24,7 +25,6 @@ from pipeline.run.manifest import read_manifest, trained_files
 from pipeline.run.presets import load_config
 from pipeline.slices.sources import SeriesTask
 from pipeline.slices.sources import test_tasks as tasks_of
-from pipeline.submission.decode_ahead import decode_series
 from pipeline.submission.inference import Ensemble
 from pipeline.submission.writer import check_submission
 
@@ -39,12 +39,6 @@ def out(organ_run):
 
 def models_of(out, stage):
     return trained_files(out / stage, layout.MODEL)
-
-
-def volume_of(out, task):
-    config = load_config("smoke", list(KEYS))
-    way = config.volume
-    return decode_series(task, out / "data" / "phantom", config.convert, [way]).volumes[way]
 
 
 def test_the_test_sets_path_gives_the_out_of_fold_predictions(out):

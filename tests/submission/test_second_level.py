@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from helpers_faults import copy, refused, run
+from helpers_scores import volume_of
 from polars.testing import assert_frame_equal
 
 from pipeline.classifier.predict import load_classifier
@@ -23,11 +24,9 @@ from pipeline.learning.weights import read_weights
 from pipeline.organs.find import OrganFinder
 from pipeline.run import layout
 from pipeline.run.manifest import read_manifest, trained_files
-from pipeline.run.presets import load_config
 from pipeline.run.verify import differences
 from pipeline.slices.sources import SeriesTask
 from pipeline.slices.sources import test_tasks as tasks_of
-from pipeline.submission.decode_ahead import decode_series
 from pipeline.submission.inference import Ensemble
 from pipeline.submission.writer import check_submission
 
@@ -55,12 +54,6 @@ def without_masks(smoke, tmp_path_factory):
     assert code == 0, text
     assert text.count("all planes count alike (gates of 1)") == 1
     return folder
-
-
-def volume_of(out, task):
-    config = load_config("smoke", list(KEYS))
-    way = config.volume
-    return decode_series(task, out / "data" / "phantom", config.convert, [way]).volumes[way]
 
 
 def ensemble_of(out, fold, finder):

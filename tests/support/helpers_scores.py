@@ -7,6 +7,8 @@ import polars as pl
 
 from pipeline.competition.targets import COLUMNS, TARGETS, group_slices
 from pipeline.evaluation.calibration import softmax
+from pipeline.run.presets import load_config
+from pipeline.submission.decode_ahead import decode_series
 
 HEADER = ",".join(["patient_id", *COLUMNS, "any_injury"])
 
@@ -109,3 +111,10 @@ def patient_by_hand(series: list[list[np.ndarray]], fitted: dict) -> np.ndarray:
             logits[-1] += fitted["bias"][column]
         row += [np.exp(one) / np.exp(logits).sum() for one in logits]
     return np.array(row)
+
+
+def volume_of(out, task):
+    """The volume (D, H, W) that stage 08 makes of a series of a smoke run below `out`."""
+    config = load_config("smoke", [])
+    way = config.volume
+    return decode_series(task, out / "data" / "phantom", config.convert, [way]).volumes[way]
