@@ -10,9 +10,8 @@ probes any backbones on any data set with `segmentations/`, and prints Markdown 
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +25,24 @@ from ..folds import read_folds
 from ..learning.backbone import create_backbone, load_backbone, placed, settle
 from ..learning.weights import read_weights
 from ..run import layout
-from ..run.config import Config
-from ..run.stage import Stage
 from ..system.console import log, say, show_log
 from ..system.errors import InputError
-from ..system.files import write_text
 from ..system.frames import read_frame
 from ..system.machine import pick_device, seed_everything
-from .grid import Cell, backbone_part, pretrainings
 from .probe_cases import Case, read_cases
+from .probe_parts import SCHEMA
 from .probe_views import BASELINES, Maps
 from .questions import ALL, Rows, judge
 
 BATCH = 256
 FEW = 12  # patients, up to which each is a fold of its own
 PARTS = 5  # folds of more patients, where nobody made folds
-SCHEMA = {
-    **dict.fromkeys(("backbone", "statistics", "question", "probe", "figure"), pl.String),
-    **{"hospital": pl.String, "seed": pl.Int64, "value": pl.Float64, "patients": pl.Int64},
-}
 
 
 def settle_on(backbone: nn.Module, images: np.ndarray, device: torch.device) -> None:
     """`settle` on `images` (N, h, w) uint8, every batch of them a sample of all series."""
     mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))[:, None]
     settle(backbone, mixed.split(BATCH), device)
-
-
-def backbones(stage: Stage, cells: list[Cell]) -> Iterator[tuple[str, int, Config, Path | None]]:
-    """Name, seed, config and file (None: as training starts) of what is probed: each seed's start
-    and its pretrained backbones.
-    """
-    found, seen = list(pretrainings(cells).values()), set()
-    for cell in found or cells:
-        start = (cell.seed, cell.config.model, cell.start)
-        if start not in seen:
-            seen.add(start)
-            yield f"start_{cell.start}", cell.seed, cell.config, None
-    for cell in found:
-        yield (
-            cell.variant,
-            cell.seed,
-            cell.config,
-            backbone_part(stage, cell).folder / layout.BACKBONE,
-        )
 
 
 def judge_baselines(cases: Sequence[Case], neighbours: int) -> Rows:
@@ -95,32 +68,6 @@ def judge_backbone(
             rows += [{**own, **row} for row in judge(view, cases, neighbours)]
     log(f"probes: {name}, seed {seed} done")
     return rows
-
-
-def probe_all(stage: Stage, cells: list[Cell]) -> list[str]:
-    """Probe every backbone of the ablation; writes probes.csv, without rows where the data have no
-    masks, and returns its name.
-    """
-    config, folds = stage.config, stage.upstream(layout.FOLDS) / layout.FOLD_TABLE
-    count, size, k = config.train.slices, config.pretrain.image_size, config.ablation.neighbours
-    volumes, known = stage.upstream(layout.VOLUMES), dict(read_folds(folds).iter_rows())
-    rows: Rows = []
-    try:
-        cases = read_cases(stage.data, volumes, known, count, size, stage.labels())
-    except InputError as fault:
-        log(f"probes: skipped, {fault}")
-    else:
-        device = pick_device(stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
-        rows = judge_baselines(cases, k)
-        for name, seed, own, path in backbones(stage, cells):
-            start = "scratch" if path else name.removeprefix("start_")
-            seed_everything(seed)
-            backbone = create_backbone(own.model.backbone, start, own.model.weights, size)
-            if path:
-                load_backbone(backbone, path)
-            rows += judge_backbone(name, seed, placed(backbone.eval(), device), cases, k)
-    write_text(stage.folder / layout.PROBES, pl.DataFrame(rows, schema=SCHEMA).write_csv())
-    return [layout.PROBES]
 
 
 def markdown(rows: Rows) -> str:

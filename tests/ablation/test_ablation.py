@@ -515,7 +515,9 @@ def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("oof.parquet")}
     cell = folder / "scratch" / "seed1"
     rows = pl.read_parquet(cell / "oof.parquet")
+    probes = (folder / "probes.csv").read_bytes()
     (cell / "manifest.json").unlink()
+    (folder / "probes" / "start_scratch" / "seed1" / "probes.csv").unlink()
     done = run_stage("10", "--config", "smoke", "--out", str(ablated), *GRID)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "10_ablation/voco2d/seed1: up to date" in done.stderr
@@ -523,6 +525,35 @@ def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
         cell / "oof.parquet"
     ]
     assert pl.read_parquet(cell / "oof.parquet").equals(rows), "the same cell again"
+    assert "10_ablation/probes/voco2d/seed1: up to date" in done.stderr
+    assert "probes: start_scratch, seed 1 done" in done.stderr
+    assert (folder / "probes.csv").read_bytes() == probes
+
+
+def test_ranks_share_the_probes(ablated, monkeypatch):
+    """A rank makes its own; the writing one waits for those of the others, then joins all."""
+    from pipeline.ablation import probe_parts
+    from pipeline.ablation.grid import declared_cells
+
+    config = load_config("smoke", GRID)
+    folder = ablated / layout.ABLATION
+    before = (folder / "probes.csv").read_bytes()
+    shutil.rmtree(folder / "probes")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def run(rank: int) -> probe_parts.Probes:
+        monkeypatch.setenv("RANK", str(rank))
+        stage = Stage(layout.ABLATION, config, Options(out=ablated, device="cpu"))
+        probes = probe_parts.Probes(stage, declared_cells(config))
+        probes.run()
+        return probes
+
+    run(1)
+    made = {path.parent.parent.name for path in (folder / "probes").rglob("probes.csv")}
+    assert made == {"start_scratch"}
+    probes = run(0)
+    assert probes.join() == "probes.csv"
+    assert (folder / "probes.csv").read_bytes() == before
 
 
 def test_a_cell_of_another_config_does_not_go_on_from_its_checkpoint(tmp_path):

@@ -370,7 +370,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
 
 def test_a_grid_without_pretraining_is_probed_as_it_starts():
     from pipeline.ablation.grid import declared_cells
-    from pipeline.ablation.probes import backbones
+    from pipeline.ablation.probe_parts import probed
 
     grid = (
         "ablation.variants={a: {}, b: {train.sequence: none}}",
@@ -379,10 +379,9 @@ def test_a_grid_without_pretraining_is_probed_as_it_starts():
         "pretrain.init=imagenet",
     )
     config = load_config("smoke", grid)
-    found = list(backbones(None, declared_cells(config)))
-    assert [(name, path) for name, _, _, path in found] == [("start_scratch", None)] * len(
-        config.ablation.seeds
-    )
+    found = list(probed(config, declared_cells(config), None))
+    starts = [("start_scratch", None)] * len(config.ablation.seeds)
+    assert [(one.name, one.path) for one in found] == [("baselines", None), *starts]
 
 
 def test_settled_statistics_are_plain_averages_over_whole_slices():
