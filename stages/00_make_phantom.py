@@ -1,4 +1,4 @@
-"""Make the phantom data set of the demo: a seeded procedural abdomen with injuries, as DICOM.
+"""Stage 00: make the demo's phantom data set, a seeded procedural abdomen with injuries, as DICOM.
 
 Reads   the config's `phantom` section and `seed`
 Writes  <out>/data/phantom/ in the competition's layout: train_images/, test_images/, unlabelled/,

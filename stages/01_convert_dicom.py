@@ -1,7 +1,7 @@
 """Stage 01: DICOM (and unlabelled NIfTI) series to 8-bit PNG slices, fixed window -150..250 HU.
 
 Reads   <data>/train_series_meta.csv, <data>/train_images/<patient>/<series>/*.dcm,
-        <data>/unlabelled/<patient>/<series>/*.dcm and <data>/unlabelled/[<folder>/]*.nii[.gz]
+        <data>/unlabelled/<patient>/<series>/*.dcm and <data>/unlabelled/**/*.nii[.gz]
 Writes  <out>/01_slices/<patient>/<series>/<instance>.png, index.parquet, quarantine.csv,
         manifest.json
 

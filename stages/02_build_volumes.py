@@ -1,6 +1,7 @@
 """Stage 02: resample each series to one D x H x W volume.
 
-Reads   <out>/01_slices/ (index.parquet and the PNG slices)
+Reads   <out>/01_slices/ (index.parquet and the PNG slices), with convert.keep_png=false the data
+        folder as stage 01 does
 Writes  <out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.parquet,
         manifest.json
 """

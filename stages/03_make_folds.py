@@ -1,4 +1,4 @@
-"""Divide the labelled patients into folds, once.
+"""Stage 03: divide the labelled patients into folds, once.
 
 Reads   train.csv and train_series_meta.csv of the data folder.
 Writes  03_folds/folds.csv (patient_id,fold); prints how many patients of each class every fold

@@ -3,9 +3,11 @@ by side, one process each, on `--jobs` cores together; on GPUs one after the oth
 over the ranks of torchrun.
 
 Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, <out>/04_voco2d/backbone.safetensors
-        (train.init=voco2d), train.csv and, where present, image_level_labels.csv of the data folder
+        (train.init=voco2d), <out>/05_organs/ where a key asks for organs, train.csv and, where
+        present, image_level_labels.csv of the data folder
 Writes  <out>/06_folds/fold<K>/: model.safetensors, last.ckpt, log.jsonl, oof.parquet (series
-        level), manifest.json
+        level), manifest.json; with train.second_level.enabled also second_level/, and
+        <out>/06_folds/first_level.parquet, what the classifiers alone predict
 """
 
 from pipeline.classifier.stage import train_folds

@@ -1,5 +1,5 @@
-"""Compare a declared grid of variants (config section `ablation`), each with several seeds, on this
-run's volumes and folds.
+"""Stage 10: compare a declared grid of variants (config section `ablation`), each with several
+seeds, on this run's volumes and folds.
 
 Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, train.csv and, where present,
         image_level_labels.csv of the data folder
