@@ -16,7 +16,7 @@ from statistics import fmean
 
 import polars as pl
 
-from ..classifier.views import second_level, uses_organs, views
+from ..classifier.stage import training_inputs
 from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
@@ -39,20 +39,14 @@ def backbone_is_current(part: Stage) -> bool:
 
 def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
     """Whether a cell is up to date; its pretraining must be."""
-    organs = [layout.ORGANS] if uses_organs(part) else []
-    inputs = part.inputs(
-        layout.VOLUMES,
-        layout.FOLDS,
-        *organs,
-        files=[part.data / "train.csv", part.data / "image_level_labels.csv"],
-    )
+    inputs = training_inputs(part)
     backbone = (
         {"backbone": digest(backbone_part(stage, cell).folder / layout.BACKBONE)}
         if cell.backbone
         else {}
     )
     some = {"judged_folds": cell.config.ablation.folds} if cell.config.ablation.folds else {}
-    inputs |= backbone | views(cell.config) | second_level(cell.config) | some
+    inputs |= backbone | some
     return part.current(inputs, SECTIONS)
 
 
@@ -106,11 +100,12 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         with atomic_path(part.folder / layout.OOF) as path:
             pl.concat([read_frame(fold.folder / layout.OOF) for fold in folds]).write_parquet(path)
         write_text(part.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in rows))
-        seconds = round(sum(row["seconds"] for row in rows), 1)
-        part.finish(
-            {"training_s": seconds, "train_series": sum(one["train_series"] for one in counts)},
-            [layout.OOF, layout.LOG],
-        )
+        second = [one.get("second_level", {}) for one in counts]
+        seconds = sum(row["seconds"] for row in rows)
+        seconds += sum(one.get("features_s", 0) + one.get("training_s", 0) for one in second)
+        series = sum(one["train_series"] for one in counts)
+        totals = {"training_s": round(seconds, 1), "train_series": series}
+        part.finish(totals, [layout.OOF, layout.LOG])
         for fold in folds:
             shutil.rmtree(fold.folder)
 

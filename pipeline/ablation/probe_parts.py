@@ -13,7 +13,7 @@ import polars as pl
 
 from ..folds import read_folds
 from ..run import layout
-from ..run.config import Config
+from ..run.config import Config, decisive
 from ..run.manifest import digest
 from ..run.stage import Stage
 from ..system.console import log
@@ -34,34 +34,33 @@ SCHEMA = {
 @dataclass(frozen=True, eq=False)
 class Probed:
     """A backbone that is probed: `path` is its file, without one it is as training starts from
-    `start`. Without a `start` either it stands for what needs no network.
+    `start`. Without a `start` either it stands for what needs no network. `key` is its folder below
+    `10_ablation/probes`.
     """
 
     name: str
-    seed: int
+    key: str
     config: Config
     start: str = ""
     path: Path | None = None
-
-    @property
-    def folder(self) -> str:
-        """Its folder below `10_ablation`."""
-        return f"probes/{self.name}/seed{self.seed}"
 
 
 def probed(config: Config, cells: Iterable[Cell], stage: Stage) -> Iterator[Probed]:
     """What needs no network, each seed's start and its pretrained backbones."""
     cells = [*cells]
-    yield Probed("baselines", config.seed, config)
-    found, seen = list(pretrainings(cells).values()), set()
-    for cell in found or cells:
-        start = (cell.seed, cell.config.model, cell.start)
-        if start not in seen:
-            seen.add(start)
-            yield Probed(f"start_{cell.start}", cell.seed, cell.config, cell.start)
-    for cell in found:
+    yield Probed("baselines", "baselines", config)
+    found, seen = pretrainings(cells), set()
+    asked = [*found.values()] or cells
+    several = len({cell.config.model.backbone for cell in asked}) > 1
+    for cell in asked:
+        network = f"_{cell.config.model.backbone}" if several else ""
+        key = digest([cell.seed, decisive(cell.config.model), cell.start])[:12]
+        if key not in seen:
+            seen.add(key)
+            yield Probed(f"start_{cell.start}{network}", f"start_{key}", cell.config, cell.start)
+    for key, cell in found.items():
         path = backbone_part(stage, cell).folder / layout.BACKBONE
-        yield Probed(cell.variant, cell.seed, cell.config, "scratch", path)
+        yield Probed(cell.variant, key, cell.config, "scratch", path)
 
 
 class Probes:
@@ -76,10 +75,12 @@ class Probes:
     def inputs(self) -> dict[str, Any]:
         """What all of them depend on."""
         from ..organs.files import mask_files
+        from ..organs.stage import mask_inputs
 
         names = ("train.csv", "image_level_labels.csv", "phantom_organs.csv")
-        files = [*(self.stage.data / name for name in names), *mask_files(self.stage.data).values()]
-        return self.stage.inputs(layout.VOLUMES, layout.FOLDS, files=files)
+        tables = [self.stage.data / name for name in names]
+        masks = mask_inputs(self.stage, mask_files(self.stage.data))
+        return masks | self.stage.inputs(layout.FOLDS, files=tables)
 
     @cached_property
     def cases(self) -> "list[Case] | None":
@@ -102,7 +103,7 @@ class Probes:
 
     def part(self, one: Probed) -> Stage:
         """Where its rows lie."""
-        return part_with(self.stage, one.folder, one.config)
+        return part_with(self.stage, f"probes/{one.key}", one.config)
 
     def current(self, part: Stage, one: Probed) -> bool:
         """Whether its rows are up to date."""
@@ -141,14 +142,14 @@ class Probes:
         cases, neighbours = self.cases or [], self.stage.config.ablation.neighbours
         if not one.start:
             return judge_baselines(cases, neighbours)
-        seed_everything(one.seed)
+        seed_everything(one.config.seed)
         model = one.config.model
         backbone = create_backbone(model.backbone, one.start, model.weights, self.side)
         if one.path:
             load_backbone(backbone, one.path)
         device = pick_device(self.stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
         backbone = placed(backbone.eval(), device)
-        return judge_backbone(one.name, one.seed, backbone, cases, neighbours)
+        return judge_backbone(one.name, one.config.seed, backbone, cases, neighbours)
 
     def join(self) -> str:
         """Write the rows of all of them into one table; returns its name."""

@@ -92,9 +92,10 @@ def judge_planes(view: View, cases: Sequence[Case], neighbours: int) -> Iterator
     """Which planes show an organ, by a linear and a k-nearest-neighbour probe."""
     from sklearn.neighbors import KNeighborsClassifier
 
+    described = [(case, view.planes(case.images, case.height)) for case in cases if case.shown]
     for organ in sorted({name for case in cases for name in case.shown}):
-        asked = [case for case in cases if organ in case.shown]
-        features = np.concatenate([view.planes(case.images, case.height) for case in asked])
+        asked = [case for case, _ in described if organ in case.shown]
+        features = np.concatenate([own for case, own in described if organ in case.shown])
         truth = np.concatenate([case.shown[organ] for case in asked])
         folds, *groups = (_joined(asked, name) for name in ("fold", "patient", "hospital"))
         scores = linear_scores(features, truth, folds)

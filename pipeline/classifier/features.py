@@ -22,8 +22,9 @@ from ..system.files import atomic_path, remove_folder, remove_temporaries, write
 from ..volumes.sampling import all_planes
 from .data import Series
 from .model import CnnLstm
-from .regions import region_windows
+from .regions import region_planes, region_windows
 
+AT_ONCE = 64  # planes that go through the backbone together
 IDENTITY = "identity.txt"  # of the classifier whose features lie in a folder
 
 
@@ -36,14 +37,26 @@ def weights_digest(model: torch.nn.Module) -> str:
     return state.hexdigest()
 
 
+def in_parts(work: Callable[[Tensor], Tensor], planes: Tensor, size: int) -> Tensor:
+    """What `work` makes of planes (N, ...), `size` at a time; the last part is filled up with its
+    last plane, whose results are dropped.
+    """
+    if missing := -len(planes) % size:
+        planes = torch.cat([planes, planes[-1:].expand(missing, *planes.shape[1:])])
+    found = torch.cat([work(part) for part in planes.split(size)])
+    return found[: len(found) - missing]
+
+
 @torch.inference_mode()
 def plane_features(model: CnnLstm, pictures: Tensor, amp: bool) -> Tensor:
     """Features (N, C) float16 on the CPU of planes (N * channels, H, W) uint8. What overflows in
     mixed precision is computed again in float32.
     """
     planes = standardise(pictures).unflatten(0, (-1, model.planes))
+    # on a GPU parts of one size: cuDNN tries its ways for each size, and memory has a bound
+    size = AT_ONCE if pictures.is_cuda else len(planes)
     with autocast(pictures.device, amp):
-        found = model.features(planes).half().cpu()
+        found = in_parts(lambda part: model.features(part).half().cpu(), planes, size)
     if amp and not found.isfinite().all():
         return plane_features(model, pictures, amp=False)
     return found
@@ -68,6 +81,22 @@ def read_features(folder: Path, series: Series) -> Tensor:
         raise InputError(
             "features missing or damaged", str(path), f"remove {folder} and run {maker} again"
         ) from fault
+
+
+def require_room(
+    model: CnnLstm, series: Sequence[Series], config: TrainConfig, folder: Path
+) -> None:
+    """Check that the disk has room for the features of `series` that `folder` has not.
+
+    Raises:
+        InputError: it has not.
+    """
+    need = 0
+    for one in series:
+        if not feature_file(folder, one).is_file():
+            planes = region_planes(one.organs, len(one.planes), config)
+            need += 128 + 2 * model.norm.normalized_shape[0] * sum(e - f for f, e in planes)
+    room.require(folder, "features of all planes", disk=need)
 
 
 class SeriesPlanes(Dataset):
@@ -105,9 +134,8 @@ def save_features(
     if not todo:
         return
     device = next(model.parameters()).device
-    depth, width = len(series[0].planes), model.norm.normalized_shape[0]
-    planes = len(config.region_names) * depth
-    room.require(folder, "features of all planes", disk=len(todo) * (2 * planes * width + 128))
+    require_room(model, series, config, folder)
+    planes = len(config.region_names) * len(series[0].planes)
     with loading():
         found = _pictures(SeriesPlanes(series, config), todo, device, waiting, sharing, planes)
         for k, pictures in progress(found, len(todo), "features", "series"):

@@ -36,6 +36,26 @@ def refuse_old_organs(stage: Stage) -> None:
         )
 
 
+def training_inputs(stage: Stage, *upstream: str) -> dict[str, Any]:
+    """What the classifiers of a run depend on beside the config's sections: volumes, folds, organs
+    where they are asked for, `upstream`, and tables, by content.
+
+    Raises:
+        InputError: see `refuse_old_organs`.
+    """
+    config, data = stage.config, stage.data
+    refuse_old_organs(stage)
+    if uses_organs(stage):
+        upstream = (*upstream, layout.ORGANS)
+    files = [data / "train.csv", data / "image_level_labels.csv"]
+    if config.model.weights and config.train.init == "imagenet":
+        files.append(Path(config.model.weights))
+    inputs = stage.inputs(layout.VOLUMES, layout.FOLDS, *upstream, files=files)
+    if config.train.patience:
+        inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
+    return inputs | views(config) | second_level(config)
+
+
 @stage_function(layout.CLASSIFIERS, exclusive=False)
 def train_folds(stage: Stage, fold: int | None = None) -> None:
     """Train the folds that are not up to date, or the one `fold`; of several processes the one that
@@ -46,23 +66,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     config, folds = stage.config, range(stage.config.folds.count)
     if fold not in (None, *folds):
         raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {[*folds]}")
-    upstream = [layout.VOLUMES, layout.FOLDS] + (
-        [layout.VOCO] if config.train.init == "voco2d" else []
-    )
-    if uses_organs(stage):
-        upstream.append(layout.ORGANS)
-    weights = (
-        [Path(config.model.weights)]
-        if config.model.weights and config.train.init == "imagenet"
-        else []
-    )
-    inputs = stage.inputs(
-        *upstream, files=[stage.data / "train.csv", stage.data / "image_level_labels.csv", *weights]
-    )
-    refuse_old_organs(stage)
-    if config.train.patience:
-        inputs["aggregate"] = config.score.aggregate  # the score that chooses the epoch
-    inputs |= views(config) | second_level(config)
+    inputs = training_inputs(stage, *([layout.VOCO] if config.train.init == "voco2d" else []))
     # whatever the rank: any may be the first to change a fold and the last to end
     stage.writer = True
     with stage.lock(PATIENCE_S):

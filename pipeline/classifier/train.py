@@ -37,6 +37,7 @@ from ..system.files import atomic_path, remove_folder
 from ..system.machine import pick_device, seed_everything, world_size
 from .batches import FoldBatches
 from .data import positive_share
+from .features import require_room
 from .fold import FoldData, fold_rows, gather_fold, held_out_score
 from .loss import InjuryLoss
 from .mix import mix_volumes, mixed_terms
@@ -371,11 +372,14 @@ def train_fold(
     """
     folder.mkdir(parents=True, exist_ok=True)
     trainer = FoldTrainer(config, data, folder, device, pretrained)
+    second = config.train.second_level.enabled
+    if second:  # told before hours of training
+        everything, features = [*data.train, *data.held_out], folder / layout.SECOND_LEVEL
+        require_room(trainer.model, everything, config.train, features / layout.FEATURES)
     trainer.run()
     save_weights(
         folder / layout.MODEL, trainer.final_model, describe("classifier", config, Trained)
     )
-    second = config.train.second_level.enabled
     rows = folder / (layout.FIRST_OOF if second else layout.OOF)
     with atomic_path(rows) as temporary, loading():
         # the views of the test set: calibration is fitted to what the test set gets

@@ -22,6 +22,7 @@ from .model import OrganNet, load_segmenter
 PLANES_AT_ONCE = 1 << 20  # pixels (of what the network sees) that bound the memory of a prediction
 PARTS = {"liver": 1, "spleen": 1, "kidney": 2}  # connected parts that are kept at most
 ENDS = ("z0", "z1", "y0", "y1", "x0", "x1")  # of a box, in its order
+LEAST_ORGAN = 1e-4  # of the voxels of a volume: of an abdomen a few ml
 LEAST_PART = 0.1  # of the largest part, of those beside it; of the bowel, which has many, too
 
 
@@ -39,7 +40,7 @@ class Organ(NamedTuple):
 
 def without_islands(labels: np.ndarray) -> np.ndarray:
     """A label map (D, H, W) uint8 without what is too small to be an organ, or its second part."""
-    cleaned = np.zeros_like(labels)
+    cleaned, least = np.zeros_like(labels), LEAST_ORGAN * labels.size
     for number, place in enumerate(ndimage.find_objects(labels, len(ORGANS)), start=1):
         if place is None:
             continue
@@ -51,7 +52,8 @@ def without_islands(labels: np.ndarray) -> np.ndarray:
             largest = np.argsort(-sizes, kind="stable")[:most]
             kept = largest[sizes[largest] >= LEAST_PART * sizes.max()] + 1
             mask = np.isin(parts, kept)
-        cleaned[place][mask] = number
+        if mask.sum() >= least:
+            cleaned[place][mask] = number
     return cleaned
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..folds import read_folds
 from ..run import layout
+from ..run.manifest import digest
 from ..run.stage import Stage
 from ..system.console import log, progress, say
 from ..system.contained import Failure
@@ -66,20 +67,9 @@ def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> No
     device = pick_device(stage.device_name)
     for fold in folds:
         train_fold(stage, fold, masked, index, inputs, device)
-    rows: list[dict[str, Any]] = []
-    dice: list[dict[str, Any]] = []
-    for row, organs, scores in progress(
-        _found(stage, index, masked, device), len(index), stage.name, "series"
-    ):
-        ids = {name: row[name] for name in ("patient_id", "series_id", "fold")}
-        spacing = [row[f"spacing_{axis}_mm"] for axis in "zyx"]
-        rows += [ids | one for one in rows_of(organs, spacing)]
-        dice += [ids | {"organ": n, "dice": s} for n, s in zip(ORGANS, scores, strict=False)]
-    table = pl.DataFrame(dice, schema=DICE_SCHEMA)
-    with atomic_path(stage.folder / layout.ORGAN_TABLE) as path:
-        pl.DataFrame(rows, schema=ROW_SCHEMA).write_parquet(path)
-    with atomic_path(stage.folder / layout.DICE) as path:
-        table.write_csv(path)
+    found = [find_fold(stage, fold, masked, index, inputs, device) for fold in folds]
+    rows, table = (pl.concat(tables) for tables in zip(*found, strict=True))
+    _write(stage.folder, rows, table)
     summary = mean_dice(table)
     say("Dice, out of fold: " + ", ".join(f"{name} {summary[name]:.3f}" for name in summary))
     counts = {"series": len(index), "masked": len(masked), "dice": summary}
@@ -170,36 +160,76 @@ def train_fold(
         part.finish({"fold": fold, "train_series": len(train)}, [layout.MODEL, layout.LOG])
 
 
+def find_fold(
+    stage: Stage,
+    fold: int,
+    masked: dict[str, Masked],
+    index: pl.DataFrame,
+    inputs: dict[str, Any],
+    device: torch.device,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The organs of the series that one fold holds out, and the Dice of each where they have masks:
+    tables of `ROW_SCHEMA` and `DICE_SCHEMA`, made unless that is done.
+    """
+    own, shown = index.filter(fold=fold), next(iter(masked))  # of which a picture is drawn
+    model = stage.folder / layout.fold_folder(fold) / layout.MODEL
+    part = stage.part(f"{layout.fold_folder(fold)}/{layout.FOUND}")
+    drawn = shown not in set(own["series_id"]) or (stage.folder / layout.OUTLINES).is_file()
+    with part.lock():
+        if not part.current(inputs | {layout.MODEL: digest(model)}, SECTIONS, drawn):
+            rows: list[dict[str, Any]] = []
+            dice: list[dict[str, Any]] = []
+            series = _found(stage, own, masked, load_segmenter(model, device)[0], shown)
+            for row, organs, scores in progress(series, len(own), part.name, "series"):
+                ids = {name: row[name] for name in ("patient_id", "series_id", "fold")}
+                spacing = [row[f"spacing_{axis}_mm"] for axis in "zyx"]
+                rows += [ids | one for one in rows_of(organs, spacing)]
+                named = zip(ORGANS, scores, strict=False)
+                dice += [ids | {"organ": name, "dice": score} for name, score in named]
+            tables = pl.DataFrame(rows, ROW_SCHEMA), pl.DataFrame(dice, DICE_SCHEMA)
+            _write(part.folder, *tables)
+            part.finish({"series": len(own)}, [layout.ORGAN_TABLE, layout.DICE])
+    scores_of = pl.read_csv(part.folder / layout.DICE, schema=DICE_SCHEMA)
+    return read_frame(part.folder / layout.ORGAN_TABLE), scores_of
+
+
+def _write(folder: Path, rows: pl.DataFrame, dice: pl.DataFrame) -> None:
+    with atomic_path(folder / layout.ORGAN_TABLE) as path:
+        rows.write_parquet(path)
+    with atomic_path(folder / layout.DICE) as path:
+        dice.write_csv(path)
+
+
 def _found(
-    stage: Stage, index: pl.DataFrame, masked: dict[str, Masked], device: torch.device
+    stage: Stage, index: pl.DataFrame, masked: dict[str, Masked], model: OrganNet, shown: str
 ) -> Iterator[tuple[dict[str, Any], Sequence[Any], list[float | None]]]:
-    """Every labelled series, fold by fold: its row of the index, its organs, and the Dice of each
-    where it has a mask. On a CPU in threads, a series each: threads within one gain little.
+    """Every series of `index`: its row, its organs, and the Dice of each where it has a mask. On a
+    CPU in threads, a series each: threads within one gain little.
     """
     import joblib
 
     volumes, options = stage.upstream(layout.VOLUMES), stage.config.organs
-    shown = next(iter(masked))  # of which a picture is drawn
-    threads = stage.jobs if device.type == "cpu" else 1
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    device = next(model.parameters()).device
+
+    def find(row: dict[str, Any]) -> tuple[Any, ...]:
+        volume = np.load(volumes / row["path"], mmap_mode="r")
+        labels = without_islands(label_volume([model], volume, options, device))
+        scores: list[float | None] = []
+        if one := masked.get(row["series_id"]):
+            truth = np.load(one.mask)
+            scores = dice_scores(labels, truth, len(ORGANS))
+            if row["series_id"] == shown:
+                draw_strip(volume, labels, truth, stage.folder / layout.OUTLINES)
+        return row, organ_boxes(labels), scores
+
+    threads, before = stage.jobs if device.type == "cpu" else 1, torch.get_num_threads()
     pool = joblib.Parallel(threads, require="sharedmem", return_as="generator")
-    for (fold,), part in index.partition_by("fold", as_dict=True, maintain_order=True).items():
-        path = stage.folder / layout.fold_folder(int(fold)) / layout.MODEL
-        model, _ = load_segmenter(path, device)
-
-        def find(row: dict[str, Any], model: OrganNet = model) -> tuple[Any, ...]:
-            volume = np.load(volumes / row["path"], mmap_mode="r")
-            labels = without_islands(label_volume([model], volume, options, device))
-            scores: list[float | None] = []
-            if one := masked.get(row["series_id"]):
-                truth = np.load(one.mask)
-                scores = dice_scores(labels, truth, len(ORGANS))
-                if row["series_id"] == shown:
-                    draw_strip(volume, labels, truth, stage.folder / layout.OUTLINES)
-            return row, organ_boxes(labels), scores
-
-        yield from pool(joblib.delayed(find)(row) for row in part.iter_rows(named=True))
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        yield from pool(joblib.delayed(find)(row) for row in index.iter_rows(named=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def mean_dice(table: pl.DataFrame) -> dict[str, float]:

@@ -52,6 +52,7 @@ MASKS = "masks"  # below `ORGANS`: expert masks on the grids of their volumes
 ORGAN_TABLE = "organs.parquet"  # boxes and visible shares, one row a series and organ
 DICE = "dice.csv"  # out of fold, one row a masked series and organ
 OUTLINES = "outlines.png"
+FOUND = "found"  # below a fold of `ORGANS`: what its segmenter found in the series held out
 OOF = "oof.parquet"  # out-of-fold predictions of one fold, one row a series
 # of one fold with train.second_level: its model, features of all planes by series, and beside `OOF`
 # what the classifier alone predicts

@@ -9,7 +9,7 @@ from ..system.errors import InputError
 
 
 def inputs(stage: Stage) -> dict[str, Any]:
-    """Fingerprint of the volumes, and of the folds where one is left out.
+    """Fingerprint of the volumes, of the folds where one is left out, and of the weights' file.
 
     Raises:
         InputError: volumes or folds are missing.
@@ -22,7 +22,8 @@ def inputs(stage: Stage) -> dict[str, Any]:
             f"pretrain.exclude_fold={fold}",
             "set it to null",
         )
-    return stage.inputs(layout.VOLUMES, *([layout.FOLDS] if left_out else []))
+    weights = [Path(stage.config.model.weights)] if stage.config.model.weights else []
+    return stage.inputs(layout.VOLUMES, *([layout.FOLDS] if left_out else []), files=weights)
 
 
 def excluded_patients(stage: Stage) -> frozenset[str]:
@@ -49,8 +50,7 @@ def excluded_patients(stage: Stage) -> frozenset[str]:
 @stage_function(layout.VOCO)
 def pretrain_voco2d(stage: Stage) -> None:
     """Train, then draw what was learnt."""
-    weights = [Path(stage.config.model.weights)] if stage.config.model.weights else []
-    known = {"seed": stage.config.seed, **inputs(stage), **stage.inputs(files=weights)}
+    known = {"seed": stage.config.seed, **inputs(stage)}
     if stage.current(known, ["model", "pretrain"]):
         return
     from ..learning.distributed import setup

@@ -517,7 +517,8 @@ def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
     rows = pl.read_parquet(cell / "oof.parquet")
     probes = (folder / "probes.csv").read_bytes()
     (cell / "manifest.json").unlink()
-    (folder / "probes" / "start_scratch" / "seed1" / "probes.csv").unlink()
+    (start,) = (folder / "probes").glob("start_*")
+    (start / "probes.csv").unlink()
     done = run_stage("10", "--config", "smoke", "--out", str(ablated), *GRID)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "10_ablation/voco2d/seed1: up to date" in done.stderr
@@ -525,9 +526,45 @@ def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
         cell / "oof.parquet"
     ]
     assert pl.read_parquet(cell / "oof.parquet").equals(rows), "the same cell again"
-    assert "10_ablation/probes/voco2d/seed1: up to date" in done.stderr
+    assert f"10_ablation/probes/{start.name}: done in" in done.stderr
+    assert "10_ablation/probes/baselines: up to date" in done.stderr
     assert "probes: start_scratch, seed 1 done" in done.stderr
     assert (folder / "probes.csv").read_bytes() == probes
+
+
+def test_a_cell_is_of_the_weights_and_organs_that_are_there(ablated, tmp_path):
+    """As stage 06: the content of a weights file counts, what `score.aggregate` chooses by, and
+    organs of other folds are refused.
+    """
+    from pipeline.ablation.cells import cell_is_current
+    from pipeline.ablation.grid import declared_cells, part_with
+
+    weights = tmp_path / "weights.safetensors"
+    out = tmp_path / "run"
+    for name in (layout.VOLUMES, layout.FOLDS):
+        shutil.copytree(ablated / name, out / name)
+
+    def state(*keys: str) -> str:
+        config = load_config("smoke", [*GRID, *keys])
+        stage = Stage(layout.ABLATION, config, Options(out=out, data=ablated / "data/phantom"))
+        cell = next(c for c in declared_cells(config) if c.variant == "scratch")
+        part = part_with(stage, cell.name, cell.config)
+        assert not cell_is_current(stage, part, cell)
+        return part.fingerprint
+
+    image = "ablation.variants={scratch: {train.init: imagenet}}"
+    own = (image, "ablation.reference=scratch", f"model.weights={weights}")
+    weights.write_bytes(b"one")
+    before = state(*own)
+    weights.write_bytes(b"two")
+    assert state(*own) != before
+    patient = ("train.patience=1", "score.aggregate=mean")
+    assert state(*patient) != state("train.patience=1", "score.aggregate=max")
+    (out / layout.ORGANS).mkdir()
+    organs = {"schema": 1, "fingerprint": "", "outputs": {}, "inputs": {layout.FOLDS: "others"}}
+    write_json(out / layout.ORGANS / "manifest.json", organs)
+    with pytest.raises(InputError, match="of other volumes or folds"):
+        state("train.visible_loss=1")
 
 
 def test_ranks_share_the_probes(ablated, monkeypatch):
@@ -549,8 +586,8 @@ def test_ranks_share_the_probes(ablated, monkeypatch):
         return probes
 
     run(1)
-    made = {path.parent.parent.name for path in (folder / "probes").rglob("probes.csv")}
-    assert made == {"start_scratch"}
+    (made,) = (folder / "probes").rglob("probes.csv")
+    assert made.parent.name.startswith("start_")
     probes = run(0)
     assert probes.join() == "probes.csv"
     assert (folder / "probes.csv").read_bytes() == before

@@ -384,6 +384,20 @@ def test_a_grid_without_pretraining_is_probed_as_it_starts():
     assert [(one.name, one.path) for one in found] == [("baselines", None), *starts]
 
 
+@pytest.mark.parametrize("name", ["ablation_quick", "ablation_more", "ablation_full"])
+def test_every_probe_has_a_folder_of_its_own(name):
+    from pipeline.ablation.grid import declared_cells
+    from pipeline.ablation.probe_parts import probed
+    from pipeline.run.stage import Options, Stage
+
+    config = load_config(name)
+    stage = Stage("10_ablation", config, Options(out="/nowhere"))
+    found = list(probed(config, declared_cells(config), stage))
+    assert len({one.key for one in found}) == len(found)
+    named = {(one.name, one.config.seed) for one in found}
+    assert len(named) == len(found), "rows tell the networks apart"
+
+
 def test_settled_statistics_are_plain_averages_over_whole_slices():
     from pipeline.ablation.probes import settle_on
 

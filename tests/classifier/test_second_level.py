@@ -13,6 +13,7 @@ import torch
 from pipeline.classifier.data import Series
 from pipeline.classifier.features import (
     feature_file,
+    in_parts,
     plane_features,
     read_features,
     save_features,
@@ -241,6 +242,18 @@ def test_the_classifier_reads_the_same_features(series):
         model(standardise(torch.from_numpy(planes))[None])
     found = plane_features(model, torch.from_numpy(planes), amp=False)
     assert torch.equal(found, seen[0][0].half())
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 12, 64])
+def test_parts_have_one_size_and_give_what_the_whole_gives(size):
+    planes, sizes = torch.arange(24.0).reshape(12, 2), []
+
+    def work(part):
+        sizes.append(len(part))
+        return part.sum(1)
+
+    assert torch.equal(in_parts(work, planes, size), planes.sum(1))
+    assert set(sizes) == {size}
 
 
 def test_what_overflows_is_computed_again_in_float32(series, monkeypatch):

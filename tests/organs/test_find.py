@@ -68,6 +68,9 @@ def test_islands_go_and_second_parts_of_kidney_and_bowel_stay():
     expected[6, 15:17, 15:17] = expected[6, 18, 1] = expected[0, 0, 19] = 0
     np.testing.assert_array_equal(without_islands(labels), expected)
     assert labels[6, 18, 1] == KIDNEY, "what it was given stays as it was"
+    specks = np.zeros((10, 100, 100), np.uint8)  # an organ has at least 10 of these voxels
+    specks[2, 3, 3:12], specks[2, 8, 3:13] = SPLEEN, LIVER
+    assert set(np.unique(without_islands(specks))) == {0, LIVER}
     corner = np.zeros((2, 3, 3), np.uint8)
     corner[0, 0, 0] = corner[1, 1, 1] = SPLEEN  # joined by a corner
     np.testing.assert_array_equal(without_islands(corner), corner)

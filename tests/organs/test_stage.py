@@ -157,6 +157,19 @@ def test_the_held_out_patients_masks_are_not_trained_on(out, monkeypatch):
     assert seen[1]
 
 
+def test_a_stopped_search_goes_on_with_the_folds_that_are_not_done(smoke, tmp_path):
+    folder = copy(smoke, tmp_path / "run", *layout.FORMER)
+    stage = folder / layout.ORGANS
+    tables = {name: (stage / name).read_bytes() for name in (layout.ORGAN_TABLE, layout.DICE)}
+    for name in (layout.MANIFEST, *tables, f"fold1/{layout.FOUND}/{layout.DICE}"):
+        (stage / name).unlink()
+    code, text = run("05", folder)
+    assert code == 0, text
+    assert "05_organs/fold0/found: up to date" in text
+    assert "05_organs/fold1/found: done in" in text
+    assert {name: (stage / name).read_bytes() for name in tables} == tables
+
+
 def test_masks_of_unknown_series_are_named_and_ignored(out):
     folder = out / "data/phantom/segmentations"
     path = sorted(folder.iterdir())[0]
