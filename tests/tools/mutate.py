@@ -694,7 +694,7 @@ GUARDS = (
     ),
     (
         "pipeline/voco/stage.py",
-        "*([layout.FOLDS] if left_out else [])",
+        ", *([layout.FOLDS] if left_out else [])",
         "",
         "voco/test_places.py::test_patients_of_the_fold",
     ),
