@@ -1,9 +1,11 @@
 """Runs of the whole path on the smoke preset, shared by all tests that need their artifacts."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers_faults import copy, run
 from helpers_stages import ORGAN_KEYS, run_all
 
@@ -20,28 +22,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def made_once(
+    factory: pytest.TempPathFactory, worker: str, name: str, make: Callable[[Path], None]
+) -> Path:
+    """A folder that all test processes share: whichever needs it first calls `make` with its path,
+    the others wait.
+    """
+    base = factory.getbasetemp() if worker == "master" else factory.getbasetemp().parent
+    folder, done = base / name / "run", base / name / "done"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(base / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smoke(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """Output folder of a finished run of the smoke preset; tests only read it. VOCO2D_SMOKE names
     one that is there already.
     """
     if "VOCO2D_SMOKE" in os.environ:
         return Path(os.environ["VOCO2D_SMOKE"])
-    out = tmp_path_factory.mktemp("smoke") / "run"
-    done = run_all(out)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (out.parent / "stdout.txt").write_text(done.stdout)
-    return out
+
+    def make(out: Path) -> None:
+        done = run_all(out)
+        assert done.returncode == 0, done.stderr[-4000:]
+        (out.parent / "stdout.txt").write_text(done.stdout)
+
+    return made_once(tmp_path_factory, worker_id, "smoke", make)
 
 
 @pytest.fixture(scope="session")
-def organ_run(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def organ_run(smoke: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A run of the smoke preset whose targets look at their organs (`ORGAN_KEYS`); tests only read
     it. Its segmenters have seen too little to find all of them.
     """
-    later = (layout.CLASSIFIERS, layout.SCORES, layout.SUBMISSION)
-    folder = copy(smoke, tmp_path_factory.mktemp("run") / "organs", *later)
-    for stage in ("06", "07", "08"):
-        code, text = run(stage, folder, *ORGAN_KEYS)
-        assert code == 0, text
-    return folder
+
+    def make(out: Path) -> None:
+        copy(smoke, out, layout.CLASSIFIERS, layout.SCORES, layout.SUBMISSION)
+        for stage in ("06", "07", "08"):
+            code, text = run(stage, out, *ORGAN_KEYS)
+            assert code == 0, text
+
+    return made_once(tmp_path_factory, worker_id, "organs", make)
