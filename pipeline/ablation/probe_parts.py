@@ -135,21 +135,17 @@ class Probes:
                 wait_for(part, partial(self.current, one=one))
 
     def _rows(self, one: Probed) -> list[dict[str, Any]]:
-        from ..learning.backbone import create_backbone, load_backbone, placed
-        from ..system.machine import pick_device, seed_everything
-        from .probes import judge_backbone, judge_baselines
+        from ..learning.backbone import placed
+        from ..system.machine import pick_device
+        from .probes import frozen_backbone, judge_backbone, judge_baselines
 
         cases, neighbours = self.cases or [], self.stage.config.ablation.neighbours
         if not one.start:
             return judge_baselines(cases, neighbours)
-        seed_everything(one.config.seed)
-        model = one.config.model
-        backbone = create_backbone(model.backbone, one.start, model.weights, self.side)
-        if one.path:
-            load_backbone(backbone, one.path)
+        seed = one.config.seed
+        backbone = frozen_backbone(one.config.model, one.start, one.path, self.side, seed)
         device = pick_device(self.stage.device_name, int(os.environ.get("LOCAL_RANK", 0)))
-        backbone = placed(backbone.eval(), device)
-        return judge_backbone(one.name, one.config.seed, backbone, cases, neighbours)
+        return judge_backbone(one.name, seed, placed(backbone, device), cases, neighbours)
 
     def join(self) -> str:
         """Write the rows of all of them into one table; returns its name."""

@@ -25,6 +25,7 @@ from ..folds import read_folds
 from ..learning.backbone import create_backbone, load_backbone, placed, settle
 from ..learning.weights import read_weights
 from ..run import layout
+from ..run.config import ModelConfig
 from ..system.console import log, say, show_log
 from ..system.errors import InputError
 from ..system.frames import read_frame
@@ -43,6 +44,19 @@ def settle_on(backbone: nn.Module, images: np.ndarray, device: torch.device) -> 
     """`settle` on `images` (N, h, w) uint8, every batch of them a sample of all series."""
     mixed = torch.from_numpy(np.random.default_rng(0).permutation(images))[:, None]
     settle(backbone, mixed.split(BATCH), device)
+
+
+def frozen_backbone(
+    model: ModelConfig, start: str, path: Path | None, size: int, seed: int
+) -> nn.Module:
+    """A backbone for planes of `size` pixels, with the weights of `path`, without one as training
+    with this `seed` begins from `start`; in evaluation mode.
+    """
+    seed_everything(seed)
+    backbone = create_backbone(model.backbone, start, model.weights, size)
+    if path is not None:
+        load_backbone(backbone, path)
+    return backbone.eval()
 
 
 def judge_baselines(cases: Sequence[Case], neighbours: int) -> Rows:
@@ -134,11 +148,8 @@ def probe_files(options: argparse.Namespace) -> Rows:
         *((str(path), name, path) for path, name in networks),
     ]
     for title, name, path in made:
-        seed_everything(0)
-        backbone = create_backbone(name, "scratch", None, options.size)
-        if path is not None:
-            load_backbone(backbone, path)
-        backbone = placed(backbone.eval(), device)
+        backbone = frozen_backbone(ModelConfig(backbone=name), "scratch", path, options.size, 0)
+        backbone = placed(backbone, device)
         rows += judge_backbone(title, 0, backbone, cases, options.neighbours)
     return rows
 
