@@ -5,7 +5,7 @@ them.
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,22 +29,22 @@ PEER_LOST = "another process of this run has ended: its own message says why"
 
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
-    """Turn what nccl raises, at whichever call that waits for a lost process, into PeerLost."""
+    """Turn what nccl and gloo raise, at whichever call that waits for a lost process, into
+    PeerLost.
+    """
     try:
         yield
-    except distributed.DistError as fault:
-        raise PeerLost(PEER_LOST) from fault
-
-
-def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place."""
-    try:
-        distributed.all_reduce(tensor)
     except RuntimeError as fault:
         # gloo has no kind of its own, but each of its messages begins with the file it comes from
         if not isinstance(fault, distributed.DistError) and "gloo" not in str(fault):
             raise
         raise PeerLost(PEER_LOST) from fault
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    with peers():
+        distributed.all_reduce(tensor)
     return tensor
 
 
@@ -111,18 +111,16 @@ class World:
         around = (self.rank * B, (self.size - self.rank - 1) * B)
         return self.sum(functional.pad(tensor, (*[0, 0] * (tensor.ndim - 1), *around)))
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace the gradients by their mean over ranks: one all-reduce of all of them
-        together.
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """`network` as a step calls it: its gradients become their means over ranks, bucket by
+        bucket while the backward pass goes on. One process gets the network itself.
         """
         if self.size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = _all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        for gradient, part in zip(
-            gradients, (flat / self.size).split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
+            return network
+        # what of it gets a gradient is the same in every step, buffers are those of `broadcast`
+        return nn.parallel.DistributedDataParallel(
+            network, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+        )
 
     def broadcast(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0."""
@@ -173,13 +171,13 @@ def of_rank_0(value: T) -> T:
 
 
 def sync_batch_norm(module: N, world: World) -> N:
-    """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers on
-    GPUs, our own on CPUs. Both keep what `fast_layers` would make again in the backward pass; on a
-    GPU it never does.
+    """Let every batch norm of `module` take its statistics over all ranks: nccl's fused layers
+    where it joins the ranks, our own with gloo. Both keep what `fast_layers` would make again in
+    the backward pass; on a GPU it never does.
     """
     if world.size == 1:
         return module
-    if world.device.type == "cuda":
+    if world.device.type == "cuda" and distributed.get_backend() == "nccl":
         from timm.layers import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module)
@@ -192,8 +190,8 @@ def sync_batch_norm(module: N, world: World) -> N:
 
 
 class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm (torch's and timm's with activation) with statistics over all ranks; torch's own
-    needs a GPU.
+    """Batch norm (torch's and timm's with activation) with statistics over all ranks, for one
+    collective forward and one backward; torch's own needs a GPU.
     """
 
     world: World
@@ -212,14 +210,15 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         count = self.world.size * x.numel() // x.shape[1]
         values = x.float()  # autocast may bring bfloat16, whose sums over a batch are of no use
-        mean = self.world.sum(values.sum(axes)) / count
-        centred = values - mean.view(shape)
-        variance = self.world.sum(centred.square().sum(axes)) / count
+        own = torch.stack(torch.var_mean(values, axes, correction=0))
+        variances, means = self.world.gather(own[None]).unbind(1)  # (ranks, C), of as many values
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
         if self.track_running_stats:
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), self.momentum)
-        y = centred * (variance + self.eps).rsqrt().view(shape)
+        y = (values - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         y = y.to(x.dtype)

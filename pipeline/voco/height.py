@@ -49,13 +49,13 @@ class Height(OneNetwork):
         """Slabs or slices whose height is asked."""
         return self.options.z_bins if self.options.z_bins > 1 else self.options.slices
 
-    def _predicted(self, batch: Batch) -> torch.Tensor:
+    def _predicted(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         with optimise.autocast(self.world.device, self.options.amp):
-            return self.student(batch["crops"].to(self.world.device, non_blocking=True))
+            return network(batch["crops"].to(self.world.device, non_blocking=True))
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean squared error."""
-        found = self._predicted(batch)  # (B, G, P)
+        found = self._predicted(self.distributed_student, batch)  # (B, G, P)
         heights = batch["heights"].to(self.world.device, non_blocking=True)  # (B, S)
         wanted = heights.unflatten(1, (self._groups, -1)).mean(2)[..., None]
         loss = (found - wanted).square().mean()
@@ -72,7 +72,7 @@ class Height(OneNetwork):
         self.student.eval()
         found, wanted = [], []
         for batch in evaluation_batches(samples, baselines.CROPS):
-            found.append(self._predicted(batch)[0].cpu().numpy().reshape(-1, 1))
+            found.append(self._predicted(self.student, batch)[0].cpu().numpy().reshape(-1, 1))
             only = {name: batch[name][0].numpy() for name in ("crops", "heights")}
             wanted.append(self._task(only)[2])
         self.student.train()

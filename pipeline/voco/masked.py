@@ -51,9 +51,12 @@ class Masked(OneNetwork):
         """Backbone and decoder."""
         return MaskedNet(self.first_backbone(), self.crop, self.options.width)
 
-    def _errors(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean squared error over hidden pixels, of the reconstruction and of the mean grey of what
-        is visible of each image; `hidden` (B, P * S, 1, 8, 8) bool.
+    def _errors(
+        self, network: nn.Module, batch: Batch, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sum of squared errors over hidden pixels, of the reconstruction and of the mean grey of
+        what is visible of each image, and the number of these pixels; `hidden` (B, P * S, 1, 8, 8)
+        bool.
         """
         crops = batch["crops"].to(self.world.device, non_blocking=True)
         images = standardise(crops).flatten(0, 2)[:, None]  # (N, 1, h, h)
@@ -61,13 +64,13 @@ class Masked(OneNetwork):
         mask = nn.functional.interpolate(cells, images.shape[2:], mode="nearest")
         seen = (images * (1 - mask)).contiguous(memory_format=torch.channels_last)
         with optimise.autocast(self.world.device, self.options.amp):
-            painted = self.student(seen)
+            painted = network(seen)
         visible = (1 - mask).sum((2, 3), keepdim=True).clamp_min(1)
         mean = seen.sum((2, 3), keepdim=True) / visible
         painted_error, plain_error = (
-            ((guess - images).square() * mask).sum() / mask.sum() for guess in (painted, mean)
+            ((guess - images).square() * mask).sum() for guess in (painted, mean)
         )
-        return painted_error, plain_error
+        return painted_error, plain_error, mask.sum()
 
     def _hidden(self, batch: Batch, count: int, seed: int, step: int) -> torch.Tensor:
         """Which patches of `count` volumes are hidden, (count, P * S, 1, 8, 8) bool: a function of
@@ -81,8 +84,11 @@ class Masked(OneNetwork):
         """The mean squared error over hidden pixels of standardised grey."""
         hidden = self._hidden(batch, self.options.batch, self.config.seed, step)
         B = len(batch["crops"])
-        loss, plain = self._errors(batch, hidden[self.world.rank * B : (self.world.rank + 1) * B])
-        return loss, torch.stack([loss.detach(), 1 - loss.detach() / plain])
+        own = hidden[self.world.rank * B : (self.world.rank + 1) * B]
+        painted, plain, pixels = self._errors(self.distributed_student, batch, own)
+        # ranks hide different numbers of pixels: the mean over ranks is that over all pixels
+        ours, plain, pixels = self.world.mean(torch.stack([painted.detach(), plain, pixels]))
+        return painted / pixels, torch.stack([painted.detach() / pixels, 1 - ours / plain])
 
     @torch.no_grad()
     def evaluate(self, samples: VocoSamples) -> dict[str, float]:
@@ -93,9 +99,9 @@ class Masked(OneNetwork):
         errors = []
         for number, batch in enumerate(evaluation_batches(samples, CROPS)):
             hidden = self._hidden(batch, 1, self.config.seed, EVALUATION + number)
-            errors.append(torch.stack(self._errors(batch, hidden)))
+            errors.append(torch.stack(self._errors(self.student, batch, hidden)))
         self.student.train()
-        painted, plain = torch.stack(errors).mean(0).tolist()
+        painted, plain, _ = torch.stack(errors).sum(0).tolist()
         return {"held_out_explained": 1 - painted / plain}
 
     def baselines(self, training: VocoSamples, held: VocoSamples) -> dict[str, float]:

@@ -26,6 +26,7 @@ class Method(ABC):
     merit: str  # which figure of `evaluate` the best backbone is chosen by
     pairs: ClassVar[bool] = False  # whether each place is shown twice, instead of base crops
     student: nn.Module
+    distributed_student: nn.Module  # `student` as `loss` calls it: `World.parallel`
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.options, self.world = config, config.pretrain, world
@@ -110,6 +111,7 @@ class OneNetwork(Method):
         self.student = sync_batch_norm(self.prepared(self.network()), world).train()
         self.recompute_activations(self.backbone)
         self.compile(self.backbone)
+        self.distributed_student = world.parallel(self.student)
 
     @abstractmethod
     def network(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from ..learning import optimise
 from . import baselines
@@ -29,16 +30,15 @@ class SimClr(OneNetwork):
             self.first_backbone(), self.crop, options.width, options.pool, options.z_bins
         )
 
-    def _twins(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (N, E) of the places of all volumes and slabs over all ranks, twice."""
+    def _embedded(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """Embeddings (B, G, P, E) of this rank's crops, those of a place P / 2 apart."""
         with optimise.autocast(self.world.device, self.options.amp):
-            found = self.student(batch["crops"].to(self.world.device, non_blocking=True))
-        first, second = self.world.gather(found).chunk(2, 2)  # (B, G, P / 2, E)
-        return first.flatten(0, 2), second.flatten(0, 2)
+            return network(batch["crops"].to(self.world.device, non_blocking=True))
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """NT-Xent over the whole batch."""
-        first, second = self._twins(batch)
+        found = self._embedded(self.distributed_student, batch)
+        first, second = twins(self.world.gather(found))
         loss = nt_xent(first, second, self.options.temperature)
         return loss, torch.stack([loss.detach(), spread_of(torch.cat([first, second])[None])])
 
@@ -46,7 +46,9 @@ class SimClr(OneNetwork):
     def evaluate(self, samples: VocoSamples) -> dict[str, float]:
         """Share of held-out crops whose twin is the most similar crop of the volume."""
         self.student.eval()
-        found = [retrieved(*self._twins(batch)) for batch in _held_out(samples)]
+        found = [
+            retrieved(*twins(self._embedded(self.student, batch))) for batch in _held_out(samples)
+        ]
         self.student.train()
         return {"retrieval_accuracy": torch.cat(found).float().mean().item()}
 
@@ -63,6 +65,12 @@ class SimClr(OneNetwork):
                 found.append(retrieved(*(part.flatten(0, 1) for part in centred)))
             figures[f"{name}_retrieval_accuracy"] = torch.cat(found).float().mean().item()
         return figures
+
+
+def twins(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, G, P, E) to (N, E) of the places of all volumes and slabs, twice."""
+    first, second = found.chunk(2, 2)
+    return first.flatten(0, 2), second.flatten(0, 2)
 
 
 def _held_out(samples: VocoSamples) -> Iterator[Batch]:

@@ -146,7 +146,6 @@ def train_step(run: State, batch: Batch, stopping: bool = False) -> Taken:
     recomputing = options.activation_checkpointing
     with optimise.fixed_statistics(method.student) if recomputing else contextlib.nullcontext():
         run.update.backward(loss)
-    world.average_gradients(method.student.parameters())
     asked = torch.full((1,), float(stopping), device=stats.device)
     shared = world.mean(torch.cat([stats, asked]))
     figures = run.update.apply(run.step + 1, method.stats, shared, batch["ids"])

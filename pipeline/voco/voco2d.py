@@ -52,6 +52,7 @@ class Voco2D(Method):
         for network in (self.student, self.teacher):
             self.compile(network.backbone)
         self.teaching = self._teaching()
+        self.distributed_student = world.parallel(self.student)
 
     def _teaching(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The teacher's forward pass in a step."""
@@ -80,7 +81,7 @@ class Voco2D(Method):
         keep = self._dropout(crops, step)
         with optimise.autocast(world.device, options.amp):
             parts = options.random_crops, options.z_bins
-            student = Embeddings.split(self.student(crops, keep), *parts)
+            student = Embeddings.split(self.distributed_student(crops, keep), *parts)
             with torch.no_grad():
                 teacher = Embeddings.split(self.teaching(crops), *parts)
         first = world.rank * len(crops) + 1

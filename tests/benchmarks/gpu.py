@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gpu_checks as checks
+import gpu_ranks
 import gpu_rates as rates
 import timm
 import torch
@@ -62,6 +63,7 @@ SECTIONS = (
     Section("fold", checks.fold, 10, 15),
     Section("compile", checks.compiled, 20, 60),
     Section("files", checks.files, 4, 4),
+    Section("ranks", gpu_ranks.ranks, None, 40),
     Section("synchronisations", checks.synchronisations, 4, 4),
     Section("steps", rates.steps, 25, 50),
     Section("waiting", rates.waiting, 20, 30),

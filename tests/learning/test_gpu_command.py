@@ -19,6 +19,7 @@ CHECKED = {
     "resuming": 4,
     "fold": 4,
     "files": 2,
+    "ranks": 16,
 }
 ONLY_CUDA = ("synchronisations", "steps", "3D")
 SECTIONS = {

@@ -1,0 +1,206 @@
+"""Two processes against one, of every method of pretraining: a section of `gpu.py`, and what each
+of its processes runs (`torchrun`).
+
+nccl joins them where there are two GPUs; on one GPU, which nccl gives to one process alone, and on
+the CPU it is gloo, and the batch norms over ranks are then the project's own instead of nccl's.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from gpu_checks import NO_DROPOUT, disturb, flat, nudge, relative, worst
+from gpu_plan import ALONE, CHECKED, SCRATCH, TINY, Plan, Row, check, exact, missing
+from torch import distributed, nn
+
+from pipeline.learning.distributed import World
+from pipeline.run.config import Config
+from pipeline.run.presets import load_config
+from pipeline.voco.data import VocoSamples
+from pipeline.voco.step import METHODS, State, start, train_step
+
+RANKS, STEPS = 2, 2
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast")
+# least differences that count, of losses (relative) and of the gradient
+LOSSES, GRADIENT = 1e-4, 1e-3
+MERIT = 0.1  # of few crops, of which one may go either way
+WAIT_S = 300  # for ranks that wait for one another
+FEW = 8  # embeddings, similarities and figures of a step
+
+
+class Steps(NamedTuple):
+    """Losses (steps, figures), the gradient of the first step as it reaches the optimiser, the
+    figure of merit after them (of rank 0, which alone evaluates), and how often each collective was
+    called in the last.
+    """
+
+    losses: torch.Tensor
+    gradient: torch.Tensor
+    merit: float
+    calls: dict[str, int]
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count how often this process asks all others; buckets of gradients go another way."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> mock._patch:
+        work = getattr(distributed, name)
+
+        def call(*given: object, **more: object) -> object:
+            calls[name] += 1
+            return work(*given, **more)
+
+        return mock.patch.object(distributed, name, call)
+
+    patches = [counting(name) for name in COLLECTIVES]
+    for patch in patches:
+        patch.start()
+    try:
+        yield calls
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def taken(config: Config, volumes: Path, world: World, nudged: bool = False) -> Steps:
+    """Take steps on the drawn volumes, this rank's part of each batch."""
+    run = start(config, world)
+    if "teacher" in run.method.networks:
+        disturb(run.method.networks["teacher"])
+    if nudged:
+        nudge(run)
+    names = sorted(path.name for path in volumes.glob("*.npy"))
+    ranks = (world.rank, world.size)
+    samples = VocoSamples(
+        volumes, names, config.pretrain, config.seed, *ranks, pairs=run.method.pairs
+    )
+    gradients: list[torch.Tensor] = []
+
+    def keep(*_: object) -> None:
+        gradients.append(flat(p.grad for p in run.method.student.parameters()))
+
+    hook = run.update.optimiser.register_step_pre_hook(keep)
+    losses = []
+    for step in range(STEPS):
+        with counted() as calls:
+            figures = train_step(run, samples[step]).read()[0]
+        losses.append([figures[name] for name in run.method.stats])
+    hook.remove()
+    merit = 0.0
+    if world.main:
+        held = VocoSamples(volumes, names[:2], config.pretrain, config.seed, pairs=run.method.pairs)
+        merit = run.method.evaluate(held)[run.method.merit]
+    table = torch.tensor(losses, dtype=torch.float64)
+    return Steps(table, gradients[0], merit, dict(calls) | parts(run))
+
+
+def parts(run: State) -> dict[str, int]:
+    """Into how many buckets the gradients go, and how many batch norms ask the other ranks: forward
+    and, those of the student, backward.
+    """
+    student = run.method.distributed_student
+    if not isinstance(student, nn.parallel.DistributedDataParallel):
+        return {}
+    sizes = str(student._get_ddp_logging_data().get("rebuilt_bucket_sizes", ""))
+    forward, backward = (
+        sum(
+            isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            for network in networks
+            for layer in network.modules()
+        )
+        for networks in (run.method.networks.values(), [run.method.student])
+    )
+    return {"buckets": len(sizes.split(",")), "norms forward": forward, "norms backward": backward}
+
+
+def ranks(plan: Plan) -> Iterator[Row]:
+    """Losses and gradients of two ranks against those of one that has the whole batch."""
+    config = plan.checked()
+    nccl = plan.cuda and torch.cuda.device_count() >= RANKS
+    out = plan.folder / "ranks.json"
+    places = [f"cuda:{k}" if nccl else str(plan.device) for k in range(RANKS)]
+    about = {
+        "backend": "nccl" if nccl else "gloo",
+        "devices": places,
+        "volumes": str(plan.volumes(config)),
+        "overrides": {name: plan_of(plan, name) for name in METHODS},
+        "preset": "smoke" if plan.size == "tiny" else "paper",
+        "out": str(out),
+    }
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
+    command = [sys.executable, *launch, __file__, json.dumps(about)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    if done.returncode:
+        raise RuntimeError(f"ranks ended with {done.returncode}: {done.stderr[-600:]}")
+    by = f"{about['backend']}, {' and '.join(places)}"
+    for name, found in json.loads(out.read_text()).items():
+        calls = ", ".join(f"{count} {what}" for what, count in found["calls"].items())
+        yield check(f"{name}: losses", found["losses"], found["most"]["losses"], by)
+        yield check(f"{name}: gradient", found["gradient"], found["most"]["gradient"], by)
+        yield check(f"{name}: figure of merit", found["merit"], MERIT, by)
+        norms = sum(found["calls"][f"norms {way}"] for way in ("forward", "backward"))
+        asked = sum(found["calls"].get(kind, 0) for kind in COLLECTIVES)
+        yield check(f"{name}: collectives beside those of batch norms", asked - norms, FEW, calls)
+    if plan.cuda and not nccl:
+        yield missing("nccl", "it wants a GPU for each of two processes")
+
+
+def plan_of(plan: Plan, method: str) -> list[str]:
+    """Overrides of the preset for a method, as a step of it is checked."""
+    own = TINY if plan.size == "tiny" else CHECKED
+    small = (f"model.backbone={plan.resnet}", "pretrain.amp=false", "pretrain.lr=1e-5")
+    return [*SCRATCH, *ALONE, *own, *NO_DROPOUT, *small, f"pretrain.method={method}"]
+
+
+def main() -> None:
+    """argv: what `ranks` asks. Rank 0 writes the comparison."""
+    about = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    distributed.init_process_group(about["backend"])
+    rank = distributed.get_rank()
+    device = torch.device(about["devices"][rank])
+    world, found = World(rank, RANKS, device), {}
+    for name, overrides in about["overrides"].items():
+        config, volumes = load_config(about["preset"], overrides), Path(about["volumes"])
+        with exact():
+            shared = taken(config, volumes, world)
+            if rank == 0:
+                alone, other = (
+                    taken(config, volumes, World(0, 1, device), nudged) for nudged in (False, True)
+                )
+                found[name] = compared(shared, alone, other)
+        world.barrier()
+    if rank == 0:
+        Path(about["out"]).write_text(json.dumps(found))
+    world.close()
+
+
+def compared(shared: Steps, alone: Steps, nudged: Steps) -> dict[str, object]:
+    """How far two ranks are from one, and how far they may be: ten times what a change of the
+    weights' last digit does.
+    """
+    pairs = {
+        "losses": (worst, shared.losses, alone.losses, nudged.losses, LOSSES),
+        "gradient": (relative, shared.gradient, alone.gradient, nudged.gradient, GRADIENT),
+    }
+    found: dict[str, object] = {
+        name: far(one, whole) for name, (far, one, whole, _, _) in pairs.items()
+    }
+    found["most"] = {
+        name: max(least, 10 * far(other, whole))
+        for name, (far, _, whole, other, least) in pairs.items()
+    }
+    return found | {"merit": abs(shared.merit - alone.merit), "calls": shared.calls}
+
+
+if __name__ == "__main__":
+    main()
