@@ -24,8 +24,15 @@ def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def organ_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The terms `dice` and `entropy` (scalars), summed with equal weights."""
-    entropy = functional.cross_entropy(logits, labels.long())
+    """The terms `dice` and `entropy` (scalars), summed with equal weights.
+
+    A pixel weighs in the cross-entropy by one over the root of the pixels that its class has in the
+    batch: with equal weights some runs never learnt the spleen or the kidneys, one pixel in a
+    hundred, whose share had gone to 0 everywhere before soft Dice had a slope.
+    """
+    labels = labels.long()
+    pixels = functional.one_hot(labels, logits.shape[1]).flatten(0, 2).sum(0)
+    entropy = functional.cross_entropy(logits, labels, pixels.clamp_min(1).float().rsqrt())
     return {"dice": soft_dice(logits, labels), "entropy": entropy}
 
 

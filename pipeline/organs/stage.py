@@ -10,7 +10,7 @@ from ..system.console import log
 from ..system.errors import InputError
 
 SECTIONS = ("seed", "model", "organs")
-VERSION = 2  # raised when the same masks would become others on a volume's grid, or other boxes
+VERSION = 3  # raised when the same masks would become others on a volume's grid, or other boxes
 
 
 def known_masks(stage: Stage) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from pipeline.organs.find import (
     rows_of,
     without_islands,
 )
-from pipeline.organs.loss import dice_scores, soft_dice
+from pipeline.organs.loss import dice_scores, organ_terms, soft_dice
 from pipeline.organs.masks import ORGANS
 from pipeline.run.config import OrganConfig
 
@@ -51,6 +51,26 @@ def test_soft_dice_is_that_of_a_loop():
                     both, size = both + is_it * p, size + is_it + p
         scores.append((2 * both + 1) / (size + 1))
     assert soft_dice(logits, labels).item() == pytest.approx(1 - sum(scores) / 4, rel=1e-5)
+
+
+def test_a_rare_organ_weighs_by_the_root_of_its_pixels():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 5, 8, 8, generator=generator)
+    labels = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    labels[0, 2:6, 2:6], labels[1, 0, 0] = LIVER, KIDNEY  # no spleen, no bowel
+    shares = logits.double().softmax(1)
+    counts = {0: 128 - 17, LIVER: 16, KIDNEY: 1}
+    total = weight = 0.0
+    for n in range(2):
+        for y in range(8):
+            for x in range(8):
+                label = int(labels[n, y, x])
+                own = counts[label] ** -0.5
+                total -= own * float(shares[n, label, y, x].log())
+                weight += own
+    terms = organ_terms(logits, labels)
+    assert terms["entropy"].item() == pytest.approx(total / weight, rel=1e-5)
+    assert terms["dice"] == soft_dice(logits, labels)
 
 
 def test_islands_go_and_second_parts_of_kidney_and_bowel_stay():
