@@ -32,23 +32,32 @@ class PhantomConfig(Section):
     is faint.
     """
 
-    train_patients: int = Field(200, ge=10)
-    test_patients: int = Field(12, ge=1)
-    unlabelled_patients: int = Field(40, ge=0)
-    image_size: int = Field(128, ge=64)
-    slices_min: int = Field(28, ge=12)
-    slices_max: int = Field(40, ge=12)
+    train_patients: int = Field(200, ge=10, description="patients with labels")
+    test_patients: int = Field(12, ge=1, description="patients of test_images/")
+    unlabelled_patients: int = Field(40, ge=0, description="patients of unlabelled/")
+    image_size: int = Field(128, ge=64, description="rows and columns of a slice")
+    slices_min: int = Field(28, ge=12, description="least slices of a series")
+    slices_max: int = Field(40, ge=12, description="most slices of a series")
     second_series: float = Field(
         0.25, ge=0, le=1, description="share of patients with a second contrast phase"
     )
-    noise_hu: float = Field(12.0, ge=0)
-    difficulty: float = Field(0.2, ge=0, le=1)
+    noise_hu: float = Field(
+        12.0,
+        ge=0,
+        description="standard deviation of the noise in HU, before a hospital's kernel and dose",
+    )
+    difficulty: float = Field(0.2, ge=0, le=1, description="0: injuries are plain to see, 1: faint")
     bowel: float = Field(0.25, ge=0, le=1, description="prevalence of bowel injury")
-    extravasation: float = Field(0.25, ge=0, le=1)
+    extravasation: float = Field(0.25, ge=0, le=1, description="prevalence of active extravasation")
     organ_low: float = Field(
         0.15, ge=0, le=0.5, description="prevalence of low grade, for kidney, liver and spleen each"
     )
-    organ_high: float = Field(0.15, ge=0, le=0.5)
+    organ_high: float = Field(
+        0.15,
+        ge=0,
+        le=0.5,
+        description="prevalence of high grade, for kidney, liver and spleen each",
+    )
     prevalence: Literal["enriched", "real"] = Field(
         "enriched",
         description="real: the competition's, in place of the four keys above",
@@ -90,10 +99,13 @@ class ConvertConfig(Section):
 class VolumeConfig(Section):
     """Stage 02: D x H x W of the stored volumes."""
 
-    depth: int = Field(96, ge=2)
-    height: int = Field(256, ge=16)
-    width: int = Field(256, ge=16)
-    aspect: Literal["letterbox", "stretch"] = "stretch"
+    depth: int = Field(96, ge=2, description="planes of a volume")
+    height: int = Field(256, ge=16, description="rows of a plane")
+    width: int = Field(256, ge=16, description="columns of a plane")
+    aspect: Literal["letterbox", "stretch"] = Field(
+        "stretch",
+        description="stretch: the body's box fills the plane, letterbox: in its own proportions",
+    )
     margin_mm: float = Field(
         4.0, ge=0, description="kept around the body; what lies outside is black"
     )
@@ -113,7 +125,7 @@ class DataConfig(Section):
 class FoldConfig(Section):
     """Stage 03."""
 
-    count: int = Field(5, ge=2)
+    count: int = Field(5, ge=2, description="number of folds")
     by: Literal["patient", "hospital"] = Field(
         "patient",
         description=(
@@ -127,7 +139,7 @@ class FoldConfig(Section):
 class ModelConfig(Section):
     """The 2D backbone that stages 04, 06 and 08 share: any timm model."""
 
-    backbone: str = "efficientnet_b0"
+    backbone: str = Field("efficientnet_b0", description="name of a timm model with a spatial map")
     weights: str | None = Field(
         None,
         description=(
@@ -147,7 +159,7 @@ class VocoConfig(Section):
         ),
         json_schema_extra=ADDED,
     )
-    steps: int = Field(250_000, ge=1, json_schema_extra=RESUMABLE)
+    steps: int = Field(250_000, ge=1, description="optimiser steps", json_schema_extra=RESUMABLE)
     batch: int = Field(4, ge=1, description="volumes a step; 1 needs inter=0")
     depth: int | None = Field(
         None,
@@ -156,7 +168,9 @@ class VocoConfig(Section):
         json_schema_extra=ADDED,
     )
     slices: int = Field(32, ge=1, description="S, spread evenly over z")
-    image_size: int = Field(192, ge=24)
+    image_size: int = Field(
+        192, ge=24, description="side of the planes that crops are cut from, pixels"
+    )
     grid: int = Field(3, ge=2, description="K = grid * grid base crops")
     window: bool = Field(
         False,
@@ -183,24 +197,28 @@ class VocoConfig(Section):
         description="Z slabs along z, of slices / z_bins slices each; base crops are (tile, slab)",
         json_schema_extra=ADDED,
     )
-    random_crops: int = Field(2, ge=1)
-    pool: Literal["clip", "slice"] = "clip"
+    random_crops: int = Field(2, ge=1, description="R, random crops of a volume")
+    pool: Literal["clip", "slice"] = Field(
+        "clip", description="an embedding is of the mean over a crop's slices, or of each slice"
+    )
     width: int = Field(2048, ge=8, description="of the projector's three layers")
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of the student's features left out")
     dropout_at: Literal["mean", "slices"] = Field(
         "mean",
         description="on the mean over slices, or on each slice's features before it",
         json_schema_extra=ADDED,
     )
-    intra: float = Field(1.0, ge=0)
+    intra: float = Field(1.0, ge=0, description="weight of the term within a volume")
     symmetric: bool = Field(
         False,
         description="intra compares the teacher's random with the student's base crops too",
         json_schema_extra=ADDED,
     )
-    inter: float = Field(1.0, ge=0)
-    regularisation: float = Field(1.0, ge=0)
-    ema_momentum: float = Field(0.9, ge=0, lt=1)
+    inter: float = Field(1.0, ge=0, description="weight of the term between volumes")
+    regularisation: float = Field(
+        1.0, ge=0, description="weight of the term that keeps base crops apart"
+    )
+    ema_momentum: float = Field(0.9, ge=0, lt=1, description="of the averaged teacher")
     ema_final: float | None = Field(
         None, ge=0, le=1, description="cosine momentum schedule to this value (none: constant)"
     )
@@ -212,12 +230,14 @@ class VocoConfig(Section):
         description="share of a crop that method=masked hides",
         json_schema_extra=ADDED,
     )
-    lr: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
-    amsgrad: bool = True
-    warmup: int = Field(5000, ge=0)
+    lr: float = Field(1e-4, gt=0, description="learning rate after warm-up")
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW, not on norms and biases")
+    amsgrad: bool = Field(True, description="AdamW's variant that keeps the largest second moment")
+    warmup: int = Field(5000, ge=0, description="steps over which the learning rate rises")
     clip: float = Field(1.0, gt=0, description="gradient norm")
-    init: Literal["scratch", "imagenet"] = "imagenet"
+    init: Literal["scratch", "imagenet"] = Field(
+        "imagenet", description="what the backbone starts from"
+    )
     augment: bool = Field(True, description="augmentation: jitter, turn and intensity")
     jitter: bool = Field(
         True,
@@ -254,8 +274,15 @@ class VocoConfig(Section):
         json_schema_extra=ADDED,
     )
     holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
-    eval_every: int = Field(1000, ge=1, json_schema_extra=RESUMABLE)
-    checkpoint_every: int = Field(1000, ge=1, json_schema_extra=RESUMABLE)
+    eval_every: int = Field(
+        1000,
+        ge=1,
+        description="steps between two evaluations on held-out volumes",
+        json_schema_extra=RESUMABLE,
+    )
+    checkpoint_every: int = Field(
+        1000, ge=1, description="steps between two checkpoints", json_schema_extra=RESUMABLE
+    )
     checkpoint_minutes: float = Field(
         10.0,
         ge=0,
@@ -263,7 +290,9 @@ class VocoConfig(Section):
         json_schema_extra={**RESUMABLE, **HOW, **ADDED},
     )
     keep: int = Field(3, ge=1, description="last checkpoints kept", json_schema_extra=RESUMABLE)
-    log_every: int = Field(1, ge=1, json_schema_extra=RESUMABLE)
+    log_every: int = Field(
+        1, ge=1, description="steps between two rows of log.jsonl", json_schema_extra=RESUMABLE
+    )
     collapse_std: float = Field(
         0.02,
         ge=0,
@@ -288,7 +317,7 @@ class VocoConfig(Section):
         description="processes that load data (none: by cores, memory and /dev/shm)",
         json_schema_extra=HOW,
     )
-    amp: bool = True
+    amp: bool = Field(True, description="mixed precision where the device gains by it")
     compile: bool | Literal["reduce-overhead"] = Field(
         False,
         description=(
@@ -297,7 +326,11 @@ class VocoConfig(Section):
         ),
         json_schema_extra=HOW,
     )
-    activation_checkpointing: bool = Field(False, json_schema_extra=HOW)
+    activation_checkpointing: bool = Field(
+        False,
+        description="activations are made again in the backward pass: less memory, more time",
+        json_schema_extra=HOW,
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "VocoConfig":
@@ -321,25 +354,33 @@ class OrganConfig(Section):
     enabled: bool = Field(
         True, description="off: the stage is skipped, as where there are no masks"
     )
-    init: Init = "voco2d"
-    steps: int = Field(4000, ge=1)
+    init: Init = Field("voco2d", description="what the encoder starts from")
+    steps: int = Field(4000, ge=1, description="optimiser steps of a fold")
     batch: int = Field(32, ge=1, description="planes a step")
     image_size: int = Field(256, ge=32, description="side of the planes that the network sees")
     width: int = Field(
         16, ge=4, description="channels of the decoder's finest map; coarser ones double it"
     )
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, description="learning rate after warm-up")
     backbone_lr: float = Field(1.0, gt=0, description="backbone learning rate as a factor of lr")
-    weight_decay: float = Field(1e-2, ge=0)
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW, not on norms and biases")
     warmup: float = Field(0.05, ge=0, le=1, description="share of all steps")
     clip: float = Field(1.0, gt=0, description="gradient norm")
-    rotate_deg: float = Field(10.0, ge=0, le=180)
-    scale: float = Field(0.1, ge=0, lt=1)
-    shift: float = Field(0.05, ge=0, lt=1)
+    rotate_deg: float = Field(
+        10.0, ge=0, le=180, description="most that a plane is turned, degrees"
+    )
+    scale: float = Field(0.1, ge=0, lt=1, description="most that a plane is scaled, as a share")
+    shift: float = Field(
+        0.05, ge=0, lt=1, description="most that a plane is shifted, as a share of its side"
+    )
     contrast: float = Field(0.1, ge=0, le=1, description="and brightness")
-    amp: bool = True
-    log_every: int = Field(20, ge=1, json_schema_extra=HOW)
-    checkpoint_every: int = Field(200, ge=1, json_schema_extra=HOW)
+    amp: bool = Field(True, description="mixed precision where the device gains by it")
+    log_every: int = Field(
+        20, ge=1, description="steps between two rows of log.jsonl", json_schema_extra=HOW
+    )
+    checkpoint_every: int = Field(
+        200, ge=1, description="steps between two checkpoints", json_schema_extra=HOW
+    )
     workers: int | None = Field(
         None, ge=0, description="as pretrain.workers", json_schema_extra=HOW
     )
@@ -348,15 +389,26 @@ class OrganConfig(Section):
 class AugmentConfig(Section):
     """One draw for all slices of a volume. Flips in x are off: they move the liver to the left."""
 
-    probability: float = Field(0.8, ge=0, le=1)
-    flip_x: bool = False
-    flip_y: bool = False
-    flip_z: bool = False
-    rotate_deg: float = Field(10.0, ge=0, le=180)
-    scale: float = Field(0.1, ge=0, lt=1)
-    shift: float = Field(0.05, ge=0, lt=1)
-    brightness: float = Field(0.1, ge=0, le=1)
-    contrast: float = Field(0.1, ge=0, le=1)
+    probability: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="of a turn, scale and shift, and of a change of brightness and contrast",
+    )
+    flip_x: bool = Field(False, description="mirror left and right at random")
+    flip_y: bool = Field(False, description="mirror front and back at random")
+    flip_z: bool = Field(False, description="mirror top and bottom at random")
+    rotate_deg: float = Field(
+        10.0, ge=0, le=180, description="most that a volume is turned in the plane, degrees"
+    )
+    scale: float = Field(0.1, ge=0, lt=1, description="most that it is scaled, as a share")
+    shift: float = Field(
+        0.05, ge=0, lt=1, description="most that it is shifted, as a share of its side"
+    )
+    brightness: float = Field(
+        0.1, ge=0, le=1, description="most that is added, as a share of all greys"
+    )
+    contrast: float = Field(0.1, ge=0, le=1, description="most that contrast changes, as a share")
     cutout: float = Field(0.0, ge=0, le=1, description="probability of one dropped rectangle")
     quarter_turn: float = Field(
         0.0,
@@ -400,17 +452,19 @@ class AugmentConfig(Section):
         description="probability of a smooth elastic deformation",
         json_schema_extra=ADDED,
     )
-    z_jitter: bool = True
+    z_jitter: bool = Field(
+        True, description="each sampled slice is drawn from its bin while training"
+    )
 
 
 class SecondLevelConfig(Section):
     """Stage 06, after the classifier: a small recurrent model on its features of all planes."""
 
-    enabled: bool = False
-    hidden: int = Field(64, ge=4)
-    epochs: int = Field(5, ge=1)
+    enabled: bool = Field(False, description="its predictions take the place of the classifier's")
+    hidden: int = Field(64, ge=4, description="units of the recurrent model, each way")
+    epochs: int = Field(5, ge=1, description="passes over the training series")
     batch: int = Field(16, ge=1, description="series a step")
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(2e-4, gt=0, description="learning rate")
     dropout: float = Field(
         0.5, ge=0, lt=1, description="share of the features, and of the pooled states, left out"
     )
@@ -422,8 +476,8 @@ class SecondLevelConfig(Section):
 class TrainConfig(Section):
     """Stage 06: one CNN-LSTM a fold."""
 
-    targets: tuple[str, ...] = TARGET_NAMES
-    init: Init = "voco2d"
+    targets: tuple[str, ...] = Field(TARGET_NAMES, description="which are trained and scored")
+    init: Init = Field("voco2d", description="what the backbone starts from")
     label_fraction: float = Field(
         1.0,
         gt=0,
@@ -445,7 +499,7 @@ class TrainConfig(Section):
         json_schema_extra=ADDED,
     )
     slices: int = Field(48, ge=1, description="of each region")
-    image_size: int = Field(192, ge=16)
+    image_size: int = Field(192, ge=16, description="side of a slice's picture, pixels")
     crop: float = Field(
         0.0,
         ge=0,
@@ -479,23 +533,27 @@ class TrainConfig(Section):
         description="dropout on the backbone's map",
         json_schema_extra=ADDED,
     )
-    sequence: Literal["lstm", "gru", "transformer", "none"] = "lstm"
-    pool: Literal["max", "mean", "attention"] = "max"
-    hidden: int = Field(256, ge=4)
+    sequence: Literal["lstm", "gru", "transformer", "none"] = Field(
+        "lstm", description="model over the slices"
+    )
+    pool: Literal["max", "mean", "attention"] = Field(
+        "max", description="how its states become one"
+    )
+    hidden: int = Field(256, ge=4, description="units of the sequence model, each way")
     shortcut: bool = Field(
         True,
         description="features of a slice reach the heads beside the state of the sequence model",
         json_schema_extra=ADDED,
     )
-    layers: int = Field(1, ge=1)
-    dropout: float = Field(0.3, ge=0, lt=1)
-    freeze_backbone: bool = False
-    epochs: int = Field(20, ge=1)
+    layers: int = Field(1, ge=1, description="of the sequence model")
+    dropout: float = Field(0.3, ge=0, lt=1, description="before the heads")
+    freeze_backbone: bool = Field(False, description="the backbone is not trained")
+    epochs: int = Field(20, ge=1, description="passes over the training series")
     batch: int = Field(4, ge=1, description="volumes a forward pass")
-    accumulate: int = Field(1, ge=1)
-    lr: float = Field(2e-4, gt=0)
+    accumulate: int = Field(1, ge=1, description="batches a step")
+    lr: float = Field(2e-4, gt=0, description="learning rate after warm-up")
     backbone_lr: float = Field(1.0, gt=0, description="backbone learning rate as a factor of lr")
-    weight_decay: float = Field(1e-2, ge=0)
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW, not on norms and biases")
     warmup: float = Field(0.1, ge=0, le=1, description="share of all steps")
     lr_final: float = Field(0.0, ge=0, description="where the cosine ends", json_schema_extra=ADDED)
     cosine_steps: int | None = Field(
@@ -504,7 +562,7 @@ class TrainConfig(Section):
         description="optimiser steps to the end of the cosine (none: all steps)",
         json_schema_extra=ADDED,
     )
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, gt=0, description="gradient norm")
     slice_loss: float = Field(
         0.0, ge=0, description="weight of the slice-level loss (needs image_level_labels.csv)"
     )
@@ -563,8 +621,8 @@ class TrainConfig(Section):
         json_schema_extra=ADDED,
     )
     patience: int = Field(0, ge=0, description="epochs without improvement before stopping, 0: off")
-    amp: bool = True
-    compile: bool = Field(False, json_schema_extra=HOW)
+    amp: bool = Field(True, description="mixed precision where the device gains by it")
+    compile: bool = Field(False, description="torch.compile of the backbone", json_schema_extra=HOW)
     workers: int | None = Field(
         None, ge=0, description="as pretrain.workers", json_schema_extra=HOW
     )
@@ -629,16 +687,26 @@ class TrainConfig(Section):
 class ScoreConfig(Section):
     """Stage 07, and the aggregation that stage 08 shares."""
 
-    aggregate: Literal["mean", "max"] = "mean"
-    bootstrap: int = Field(2000, ge=0)
-    calibrate: bool = True
-    nested_folds: int = Field(5, ge=2)
+    aggregate: Literal["mean", "max"] = Field(
+        "mean", description="how the series of a patient become one prediction"
+    )
+    bootstrap: int = Field(2000, ge=0, description="resamples of patients for intervals")
+    calibrate: bool = Field(True, description="fit temperatures and biases to the official score")
+    nested_folds: int = Field(
+        5,
+        ge=2,
+        description="folds in which calibration is fitted without the patients it is judged on",
+    )
 
 
 class PredictConfig(Section):
     """Stage 08."""
 
-    time_budget_h: float | None = Field(None, gt=0)
+    time_budget_h: float | None = Field(
+        None,
+        gt=0,
+        description="hours after which the patients left get the calibrated prior, none: no limit",
+    )
     flips: tuple[Annotated[str, Field(pattern="^(x?y?z?|z?y?x?)$", min_length=1)], ...] = Field(
         (), description="views beside the plain one, each flipped in its axes, such as [y, zy]"
     )
@@ -659,20 +727,28 @@ class AblationConfig(Section):
     them with `reference`.
     """
 
-    variants: dict[str, dict[str, Any]] = {}
-    reference: str = ""
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="name: keys of model, pretrain and train that it changes"
+    )
+    reference: str = Field(
+        "", description="what a variant that is first in no pair is compared with"
+    )
     primary: tuple[str, str] | None = Field(
         None,
         description="the pair named in advance; all others are corrected for being many",
         json_schema_extra=ADDED,
     )
-    pairs: tuple[tuple[str, str], ...] = ()
+    pairs: tuple[tuple[str, str], ...] = Field(
+        (), description="[first, second]: differences that are told"
+    )
     folds: tuple[int, ...] = Field(
         (),
         description="trained without and judged on these alone, none: all folds in turn",
         json_schema_extra=ADDED,
     )
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    seeds: tuple[int, ...] = Field(
+        (1, 2, 3), min_length=1, description="each variant is trained once with each"
+    )
     bootstrap: int = Field(2000, ge=1, description="resamples of patients")
     neighbours: int = Field(15, ge=1, description="of the k-nearest-neighbour probe")
 
@@ -728,8 +804,8 @@ class Config(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="also of the output folder"
     )
-    seed: int = Field(0, ge=0)
-    phantom: PhantomConfig | None = None
+    seed: int = Field(0, ge=0, description="of all draws")
+    phantom: PhantomConfig | None = Field(None, description="null: --data must name a data set")
     data: DataConfig = DataConfig()
     convert: ConvertConfig = ConvertConfig()
     volume: VolumeConfig = VolumeConfig()

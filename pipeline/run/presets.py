@@ -1,15 +1,21 @@
 """From a YAML preset and `key=value` overrides to a checked config; what is wrong is named, with
 the nearest key.
+
+`python -m pipeline.run.presets [PRESET] [WORD ...]` prints the keys of a preset (default: demo) as
+`key=value` and what they mean, of some those with one of the words in them.
 """
 
 import difflib
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ..system.console import say
 from ..system.errors import InputError
 from .config import Config, resolved
 
@@ -134,3 +140,31 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys += _keys(kind, f"{prefix}{name}.")
     return keys
+
+
+def described(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every key of a config, its value and what it means."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from described(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, resolved(section)[name], field.description or ""
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of this module; exit code 2 with one line where there is no such preset."""
+    preset, *words = arguments or ["demo"]
+    try:
+        config = load_config(preset)
+    except InputError as fault:
+        say(f"error: {fault}", sys.stderr)
+        return 2
+    for key, value, meaning in described(config):
+        if not words or any(word in key for word in words):
+            say(f"{f'{key}={json.dumps(value)}':44}  {meaning}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -74,6 +74,19 @@ def make_data(folder: Path, labels: dict[str, str], data: Path) -> None:
             writer.writerows([*ids, number, row["organ"]] for number in shown)
 
 
+def make_volumes(folder: Path, labels: list[str], out: Path) -> Path:
+    """The data set below `out`, unless it is there, and its slices and volumes; returns the data
+    set's folder. `labels`: SERIES=FILE.
+    """
+    data = out / "data"
+    if not data.exists():
+        make_data(folder, dict(pair.split("=") for pair in labels), data)
+    for stage in ("01_convert_dicom", "02_build_volumes"):
+        command = [sys.executable, str(ROOT / "stages" / f"{stage}.py")]
+        subprocess.run([*command, "--data", str(data), "--out", str(out)], check=True)
+    return data
+
+
 def main() -> int:
     """Make what is missing, and probe."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -82,12 +95,7 @@ def main() -> int:
     flags.add_argument("--labels", nargs="*", default=[], metavar="SERIES=FILE")
     flags.add_argument("--backbone", nargs="*", default=[])
     options = flags.parse_args()
-    data = options.out / "data"
-    if not data.exists():
-        make_data(options.folder, dict(pair.split("=") for pair in options.labels), data)
-    for stage in ("01_convert_dicom", "02_build_volumes"):
-        command = [sys.executable, str(ROOT / "stages" / f"{stage}.py")]
-        subprocess.run([*command, "--data", str(data), "--out", str(options.out)], check=True)
+    data = make_volumes(options.folder, options.labels, options.out)
     given = [part for path in options.backbone for part in ("--backbone", path)]
     volumes = str(options.out / layout.VOLUMES)
     where = ["--data", str(data), "--volumes", volumes, "--organs", str(data / "organs.csv")]

@@ -10,7 +10,7 @@ import pytest
 from helpers_stages import ROOT
 from pydantic import BaseModel, Field
 
-from pipeline.run import layout
+from pipeline.run import layout, presets
 from pipeline.run.command import add_models, main, parser
 from pipeline.run.config import (
     ADDED,
@@ -220,3 +220,17 @@ def test_a_system_other_than_linux_is_refused_in_one_line(script, tmp_path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: VoCo2D runs on Linux and WSL, this is Darwin")
+
+
+def test_every_key_is_listed_with_its_meaning_as_an_override_that_says_the_same(capsys):
+    assert presets.main(["paper"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    given, meanings = zip(*(line.split("  ", 1) for line in lines), strict=True)
+    assert all(meaning.strip() for meaning in meanings)
+    assert load_config("demo", [one.strip() for one in given]) == load_config("paper")
+    assert presets.main(["paper", "augment.flip"]) == 0
+    assert [line.partition("=")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"train.augment.flip_{axis}" for axis in "xyz"
+    ]
+    assert presets.main(["papre"]) == 2
+    assert capsys.readouterr().err.startswith("error: no such config, papre")
