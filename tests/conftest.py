@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers_faults import copy, run
+from helpers_faults import copy, run_here
 from helpers_stages import ORGAN_KEYS, run_all
 
 from pipeline.run import layout
@@ -63,7 +63,7 @@ def organ_run(smoke: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: 
     def make(out: Path) -> None:
         copy(smoke, out, layout.CLASSIFIERS, layout.SCORES, layout.SUBMISSION)
         for stage in ("06", "07", "08"):
-            code, text = run(stage, out, *ORGAN_KEYS)
+            code, text = run_here(stage, out, *ORGAN_KEYS)
             assert code == 0, text
 
     return made_once(tmp_path_factory, worker_id, "organs", make)

@@ -2,21 +2,19 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 from helpers_scores import label_frame, one_hot
+from helpers_stages import stage_here
 
 from pipeline import folds
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS
 from pipeline.run import layout
 from pipeline.system.errors import InputError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def series_of(labels: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
@@ -158,23 +156,8 @@ def test_wrong_hospitals_are_refused(tmp_path, rows, message):
 
 
 def run_stage(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        str(ROOT / "stages" / "03_make_folds.py"),
-        "--config",
-        "smoke",
-        "--data",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    return subprocess.run(
-        [*command, *more],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    where = ("--data", str(tmp_path), "--out", str(tmp_path / "out"))
+    return stage_here("03", "--config", "smoke", *where, *more)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 from helpers_scores import label_frame, naive_score, one_hot, predicted
-from helpers_stages import run_stage
+from helpers_stages import stage_here
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
 from pipeline.ablation.statistics import (
@@ -361,7 +361,7 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
         )
     with pytest.raises(InputError, match="no name for a variant"):
         load_config("smoke", ["ablation.variants={../a: {}}", "ablation.reference=../a"])
-    done = run_stage(
+    done = stage_here(
         "10",
         "--config",
         "smoke",
@@ -424,7 +424,7 @@ def ablated(smoke, tmp_path_factory) -> Iterator[Path]:
     shutil.copytree(
         smoke / layout.SLICES, out / layout.SLICES, ignore=shutil.ignore_patterns("*.png")
     )
-    done = run_stage("10", "--config", "smoke", "--out", str(out), *GRID)
+    done = stage_here("10", "--config", "smoke", "--out", str(out), *GRID)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "| voco2d − scratch |" in done.stdout
     return out
@@ -475,7 +475,7 @@ def test_tables_agree_with_the_cells(ablated):
 def test_one_fold_alone_is_trained_without_and_judged_on(ablated):
     """Nested calibration within it; the other cells go on as they are."""
     more = ("ablation.folds=[1]", "ablation.bootstrap=20", "score.nested_folds=2")
-    done = run_stage("10", "--config", "smoke", "--out", str(ablated), *GRID, "ablation.folds=[7]")
+    done = stage_here("10", "--config", "smoke", "--out", str(ablated), *GRID, "ablation.folds=[7]")
     assert done.returncode == 2
     assert "there is no fold 7" in done.stderr
     stage = Stage(layout.ABLATION, load_config("smoke", [*GRID, *more]), Options(out=ablated))
@@ -489,7 +489,7 @@ def test_one_fold_alone_is_trained_without_and_judged_on(ablated):
     out = ablated.parent / "one_fold"
     shutil.copytree(ablated, out, ignore=shutil.ignore_patterns("voco2d"))
     one = "ablation.variants={scratch: {train.init: scratch}}"
-    done = run_stage("10", "--config", "smoke", "--out", str(out), *GRID, *more, one)
+    done = stage_here("10", "--config", "smoke", "--out", str(out), *GRID, *more, one)
     assert done.returncode == 0, done.stderr[-4000:]
     found = pl.read_parquet(out / layout.ABLATION / "scratch" / "seed1" / "oof.parquet")
     assert set(found["patient_id"]) == held_out
@@ -517,7 +517,7 @@ def test_an_interrupted_cell_is_redone_and_nothing_else(ablated):
     rows = pl.read_parquet(cell / "oof.parquet")
     probes = (folder / "probes.csv").read_bytes()
     (cell / "manifest.json").unlink()
-    done = run_stage("10", "--config", "smoke", "--out", str(ablated), *GRID)
+    done = stage_here("10", "--config", "smoke", "--out", str(ablated), *GRID)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "10_ablation/voco2d/seed1: up to date" in done.stderr
     assert [path for path, time in before.items() if path.stat().st_mtime_ns != time] == [

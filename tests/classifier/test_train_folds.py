@@ -16,8 +16,17 @@ import polars as pl
 import psutil
 import pytest
 import torch
-from helpers_faults import copy, end, none_alive, plain_lines, products, start, wait_for
-from helpers_stages import ROOT, environment, run_stage
+from helpers_faults import (
+    copy,
+    end,
+    none_alive,
+    plain_lines,
+    products,
+    run_here,
+    start,
+    wait_for,
+)
+from helpers_stages import ROOT, environment
 
 from pipeline.classifier.fold import gather_fold
 from pipeline.classifier.predict import Trained, load_classifier
@@ -193,10 +202,8 @@ def test_no_core_is_left_idle_by_the_last_round_of_folds(folds, jobs, at_once):
 def test_folds_side_by_side_are_what_they_are_alone(smoke, out):
     """The smoke run trained them side by side; one thread for each is what `--jobs 1` gives."""
     for fold in "10":
-        done = run_stage(
-            "06", "--config", "smoke", "--out", str(out), "--jobs", "1", "--fold", fold
-        )
-        assert done.returncode == 0, done.stderr
+        code, text = run_here("06", out, "--fold", fold)
+        assert code == 0, text
     assert products(out / layout.CLASSIFIERS) == products(smoke / layout.CLASSIFIERS)
 
 
@@ -232,7 +239,7 @@ def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(
     assert not other.is_running()
     assert (out / layout.CLASSIFIERS / "fold1" / "last.ckpt").exists()
     assert not (out / layout.CLASSIFIERS / "manifest.json").exists()
-    assert run_stage("06", "--config", "smoke", "--out", str(out), "--jobs", "2").returncode == 0
+    assert run_here("06", out)[0] == 0
     assert products(out / layout.CLASSIFIERS) == products(smoke / layout.CLASSIFIERS)
 
 
@@ -259,12 +266,7 @@ def test_folds_end_with_their_stage(out, number):
 
 def test_fewer_folds_leave_none_of_the_others_behind(out, stage_06):
     for count in (3, 2):
-        assert (
-            run_stage(
-                "03", "--config", "smoke", "--out", str(out), f"folds.count={count}"
-            ).returncode
-            == 0
-        )
+        assert run_here("03", out, f"folds.count={count}")[0] == 0
         assert stage_06(f"folds.count={count}") == 0
         assert_whole(out, count)
     assert not (out / layout.CLASSIFIERS / "fold2").exists()

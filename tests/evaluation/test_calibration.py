@@ -5,7 +5,6 @@ user runs it.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from helpers_scores import label_frame, one_hot, predicted, series_frame
+from helpers_stages import stage_here
 from scipy.optimize import approx_fprime
 
 from pipeline.competition.metric import WEIGHTS, aggregate, constants, normalise, score_arrays
@@ -23,7 +23,6 @@ from pipeline.run import layout
 from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = load_config("smoke", ["score.bootstrap=20"])
 LABELS = one_hot(120, seed=5)
 
@@ -405,23 +404,8 @@ def test_own_folds_of_the_oof_are_used_where_they_agree():
 
 
 def run_stage(folder: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        str(ROOT / "stages" / "07_score_oof.py"),
-        "--config",
-        "smoke",
-        "--data",
-        str(folder),
-        "--out",
-        str(folder / "out"),
-    ]
-    return subprocess.run(
-        [*command, *more],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
+    where = ("--data", str(folder), "--out", str(folder / "out"))
+    return stage_here("07", "--config", "smoke", *where, *more)
 
 
 @pytest.mark.slow

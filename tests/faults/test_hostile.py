@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import torch
 from helpers_dicom import dataset, pattern, to_bytes
-from helpers_faults import copy, refused, run
+from helpers_faults import copy, refused, run, run_here
 from pydicom import dcmread
 from safetensors.torch import load_file, save_file
 
@@ -141,14 +141,14 @@ def test_code_in_a_checkpoint_is_never_run(smoke, tmp_path):
     out, mark = copy(smoke, tmp_path / "run"), tmp_path / "ran"
     for name in ("last.ckpt", "last.1.ckpt", "last.2.ckpt"):
         torch.save({"identity": Code(mark)}, out / layout.VOCO / name)
-    code, text = run("04", out, "pretrain.steps=1")
+    code, text = run_here("04", out, "pretrain.steps=1")
     assert code == 0, text
     assert "last.ckpt is damaged and not used" in text
     assert not mark.exists()
     (tmp_path / "w.pth").write_bytes(pickle.dumps(Code(mark)))
     options = ("pretrain.init=imagenet", f"model.weights={tmp_path / 'w.pth'}")
     refused(
-        *run("04", out, *options),
+        *run_here("04", out, *options),
         "weights not readable",
         f"{tmp_path / 'w.pth'}: more than plain tensors",
         "safetensors",
@@ -202,7 +202,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(smoke, tmp_path, stage, fil
     bytes_before = read_manifest(manifest.parent)["outputs"][entry]["bytes"]
     manifest.write_text(text.replace(f'"bytes": {bytes_before}', f'"bytes": {path.stat().st_size}'))
     refused(
-        *run(stage, out, "--force"),
+        *run_here(stage, out, "--force"),
         f"1 {how} ({name}",
         str(path),
         "give weights of this very model",

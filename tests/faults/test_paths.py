@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers_dataset import make_data
+from helpers_faults import run_here
 from helpers_stages import ROOT, environment, run_stage
 
 from pipeline.run import layout
@@ -17,13 +18,12 @@ ODD = "out [1] *?%20 'a' \"b\" #{x} ü"
 @pytest.mark.slow
 def test_patterns_and_blanks_in_paths_are_names(tmp_path):
     data, out = make_data(tmp_path / f"data {ODD}", patients=8, unlabelled=2), tmp_path / ODD
-    flags = ("--config", "smoke", "--data", str(data), "--out", str(out), "--jobs", "1")
     more = ("train.slice_loss=0", "train.epochs=1", "pretrain.steps=2", "score.bootstrap=0")
     for number in ("01", "02", "03", "04", "05", "06", "07", "08", "09"):
-        done = run_stage(number, *flags, *more)
-        assert done.returncode == 0, done.stderr
+        code, text = run_here(number, out, "--data", str(data), *more)
+        assert code == 0, text
     assert read_manifest(out / layout.VOLUMES)["counts"]["volumes"] == 10
-    assert str(out) in run_stage("09", *flags, "--force").stderr
+    assert str(out) in run_here("09", out, "--data", str(data), "--force")[1]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from helpers_faults import (
     products,
     refused,
     run,
+    run_here,
     start,
     temporaries,
     wait_for,
@@ -72,7 +73,7 @@ def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
     for damage in (lambda: path.unlink(), lambda: path.write_bytes(whole[:-7])):
         damage()
         refused(
-            *run(stage, out),
+            *run_here(stage, out),
             "is missing or has another size",
             str(path),
             f"run stages/{maker}.py again",

@@ -9,8 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers_faults import copy, refused, run
-from helpers_stages import run_stage
+from helpers_faults import copy, refused, run_here
 
 from pipeline.organs import work
 from pipeline.organs.find import label_volume, organ_boxes, without_islands
@@ -86,19 +85,19 @@ def test_rows_are_those_of_the_folds_own_model(smoke):
 
 
 def test_nothing_is_done_twice_and_other_masks_are_other_inputs(out):
-    assert run("05", out)[0] == 0
+    assert run_here("05", out)[0] == 0
     folder = out / layout.ORGANS
     first = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
     assert len(first) == 2
-    assert "05_organs: up to date" in run("05", out)[1]
+    assert "05_organs: up to date" in run_here("05", out)[1]
     (folder / layout.MANIFEST).unlink()
-    text = run("05", out)[1]
+    text = run_here("05", out)[1]
     for name in ("masks", "fold0", "fold1"):
         assert f"05_organs/{name}: up to date" in text
     name = next((out / "data/phantom/segmentations").iterdir())
     shutil.copy(name, name.with_suffix(".copy"))
     name.with_suffix(".copy").replace(name)  # another time
-    text = run("05", out)[1]
+    text = run_here("05", out)[1]
     assert "05_organs/masks: up to date" not in text
     assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == first
 
@@ -131,9 +130,11 @@ def test_a_mask_that_does_not_fit_is_one_line(out):
     image = nibabel.load(path)
     half = np.asarray(image.dataobj)[::2]
     nibabel.save(nibabel.Nifti1Image(half, image.affine), path)
-    refused(*run("05", out, "--jobs", "1"), str(path), "the mask's planes have", "remove the file")
+    refused(
+        *run_here("05", out, "--jobs", "1"), str(path), "the mask's planes have", "remove the file"
+    )
     path.write_bytes(gzip.compress(b"nothing"))
-    refused(*run("05", out), str(path), "mask not usable", "remove the file")
+    refused(*run_here("05", out), str(path), "mask not usable", "remove the file")
 
 
 def test_the_held_out_patients_masks_are_not_trained_on(out, monkeypatch):
@@ -163,7 +164,7 @@ def test_a_stopped_search_goes_on_with_the_folds_that_are_not_done(smoke, tmp_pa
     tables = {name: (stage / name).read_bytes() for name in (layout.ORGAN_TABLE, layout.DICE)}
     for name in (layout.MANIFEST, *tables, f"fold1/{layout.FOUND}/{layout.DICE}"):
         (stage / name).unlink()
-    code, text = run("05", folder)
+    code, text = run_here("05", folder)
     assert code == 0, text
     assert "05_organs/fold0/found: up to date" in text
     assert "05_organs/fold1/found: done in" in text
@@ -174,9 +175,9 @@ def test_masks_of_unknown_series_are_named_and_ignored(out):
     folder = out / "data/phantom/segmentations"
     path = sorted(folder.iterdir())[0]
     path.rename(folder / "999999.nii.gz")
-    done = run_stage("05", "--config", "smoke", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert "warning: 1 masks are of no series" in done.stderr
-    assert "999999.nii.gz" in done.stderr
+    code, text = run_here("05", out)
+    assert code == 0, text
+    assert "warning: 1 masks are of no series" in text
+    assert "999999.nii.gz" in text
     dice = pl.read_csv(out / layout.ORGANS / layout.DICE, infer_schema=False)
     assert path.name.split(".")[0] not in set(dice["series_id"])

@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 from helpers_report import DEPTH, EVIL, EVIL_PATH, smoke_config, write_manifest, write_run
 from helpers_scores import naive_score, one_hot, predicted
-from helpers_stages import run_stage
+from helpers_stages import stage_here
 
 from pipeline.competition.metric import WEIGHTS
 from pipeline.competition.targets import TARGET_NAMES, TARGETS
@@ -593,11 +593,11 @@ def test_large_planes_are_shrunk_with_their_aspect():
 @pytest.mark.slow
 def test_stage_writes_skips_and_notices_a_changed_stage(copy):
     arguments = ("--config", "smoke", "--out", str(copy))
-    first = run_stage("09", *arguments)
+    first = stage_here("09", *arguments)
     assert first.returncode == 0, first.stderr
     page = (copy / layout.REPORT / "index.html").read_text()
     assert f"--out {copy}" in page
-    again = run_stage("09", *arguments)
+    again = stage_here("09", *arguments)
     assert "up to date" in again.stderr
     write_manifest(
         copy,
@@ -607,14 +607,14 @@ def test_stage_writes_skips_and_notices_a_changed_stage(copy):
             "predicted": 8,
         },
     )
-    third = run_stage("09", *arguments)
+    third = stage_here("09", *arguments)
     assert "up to date" not in third.stderr
     assert "8 of 9 test patients" in (copy / layout.REPORT / "index.html").read_text()
 
 
 @pytest.mark.slow
 def test_nothing_to_report_is_one_line(tmp_path):
-    done = run_stage("09", "--config", "smoke", "--out", str(tmp_path))
+    done = stage_here("09", "--config", "smoke", "--out", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith("error: nothing to report")
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ be changed.
 from pathlib import Path
 
 import pytest
-from helpers_faults import copy, run
+from helpers_faults import copy, run_here
 from helpers_former import OLD, make_old
 from helpers_stages import run_stage
 
@@ -47,7 +47,7 @@ def old(smoke, tmp_path) -> Path:
 @pytest.mark.slow
 def test_an_older_run_is_taken_over_and_nothing_is_made_again(old, smoke):
     before = (old / "05_folds" / "fold0" / layout.MODEL).read_bytes()
-    code, text = run("06", old)
+    code, text = run_here("06", old)
     assert code == 0, text
     line = f"{old} is of an older version: 05_folds is now 06_folds, 06_oof is now 07_oof"
     assert text.count(line) == 1
@@ -55,7 +55,7 @@ def test_an_older_run_is_taken_over_and_nothing_is_made_again(old, smoke):
     assert (old / "06_folds" / "fold0" / layout.MODEL).read_bytes() == before
     assert not [name for name in OLD.values() if (old / name).exists()]
     for number, name in (("07", "07_oof"), ("08", "08_submission")):
-        code, text = run(number, old)
+        code, text = run_here(number, old)
         assert code == 0, text
         assert f"{name}: up to date" in text
         assert "older version" not in text
@@ -69,7 +69,7 @@ def test_a_stopped_older_training_goes_on(old):
     (fold / layout.MANIFEST).unlink()
     weights = (fold / layout.MODEL).read_bytes()
     (fold / layout.MODEL).unlink()
-    code, text = run("06", old, "--jobs", "1")
+    code, text = run_here("06", old)
     assert code == 0, text
     assert "fold 1: resumed after epoch 2" in text
     assert "fold 0: resumed" not in text

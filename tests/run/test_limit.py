@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 from helpers_dataset import make_data
-from helpers_faults import run
+from helpers_faults import run_here
 from helpers_scores import label_frame, one_hot
 
 from pipeline.competition.subset import first_patients
@@ -66,13 +66,13 @@ def test_a_trial_uses_few_and_leaves_what_is_there_of_the_others(tmp_path):
 def test_the_whole_way_with_ten_patients(smoke, tmp_path):
     data, out = smoke / "data" / "phantom", tmp_path / "run"
     for stage in ("01", "02", "03", "04", "05", "06", "07", "08", "09"):
-        code, text = run(stage, out, "--data", str(data), "data.limit=10", "score.bootstrap=0")
+        code, text = run_here(stage, out, "--data", str(data), "data.limit=10", "score.bootstrap=0")
         assert code == 0, text
         if stage == "08":
             assert "data.limit: 4 test patients are predicted" in text
     scored = pl.read_csv(out / layout.SCORES / layout.OOF_TABLE, infer_schema=False)
     assert scored["patient_id"].n_unique() == 10
-    code, text = run("08", out, "--data", str(data), "data.limit=2")
+    code, text = run_here("08", out, "--data", str(data), "data.limit=2")
     assert code == 0, text
     kept = (out / layout.SUBMISSION / layout.FALLBACKS).read_text()
     assert kept.count("no series in test_series_meta.csv within data.limit=2: prior") == 2

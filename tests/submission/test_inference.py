@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from helpers_scores import PRIOR, sample
-from helpers_stages import ROOT, environment, run_stage
+from helpers_stages import ROOT, environment, stage_here
 from scipy.optimize import minimize
 
 from pipeline.classifier.predict import load_classifier, mean_logits, predict
@@ -361,16 +361,16 @@ def test_test_images_that_are_gone_leave_a_finished_submission(smoke, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(smoke / "data" / "phantom", data, ignore=lambda *_: ["train_images"])
     flags = ("--config", "smoke", "--data", str(data), "--out", str(out), "--models", str(smoke))
-    assert run_stage("08", *flags).returncode == 0
+    assert stage_here("08", *flags).returncode == 0
     files = {path: path.read_bytes() for path in (out / layout.SUBMISSION).iterdir()}
     (data / "test_images").rename(data / "away")
     (data / "test_images").mkdir()
-    done = run_stage("08", *flags)
+    done = stage_here("08", *flags)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: images of 0 test patients are there, the last run predicted 4, ")
     assert {path: path.read_bytes() for path in (out / layout.SUBMISSION).iterdir()} == files
-    done = run_stage("08", *flags, "--force")
+    done = stage_here("08", *flags, "--force")
     assert done.returncode == 0
     assert "the submission is the prior alone" in done.stderr
 
@@ -606,7 +606,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
     )
     data = str(smoke / "data" / "phantom")
     shutil.copy(oof, tmp_path / "other.csv")
-    blended = run_stage(
+    blended = stage_here(
         "07",
         "--config",
         "smoke",
@@ -619,7 +619,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
         str(tmp_path / "other.csv"),
     )
     assert blended.returncode == 0, blended.stderr
-    done = run_stage(
+    done = stage_here(
         "08",
         "--config",
         "smoke",
@@ -637,7 +637,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
         r" --oof\n",
         done.stderr,
     )
-    foreign = run_stage(
+    foreign = stage_here(
         "07",
         "--config",
         "smoke",
@@ -649,7 +649,7 @@ def test_a_calibration_of_a_blend_is_refused_before_anything_is_predicted(smoke,
         str(tmp_path / "other.csv"),
     )
     assert foreign.returncode == 0, foreign.stderr
-    done = run_stage(
+    done = stage_here(
         "08",
         "--config",
         "smoke",

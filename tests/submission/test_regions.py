@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers_faults import copy, refused, run
+from helpers_faults import copy, refused, run_here
 from helpers_scores import volume_of
 from helpers_stages import ORGAN_KEYS as KEYS
 
@@ -109,14 +109,14 @@ def test_the_log_has_the_loss_of_slices_by_visible_share(out):
     assert all(json.loads(row)["terms"]["visible"] > 0 for row in rows)
     inputs = read_manifest(out / layout.CLASSIFIERS)["inputs"]
     assert layout.ORGANS in inputs
-    assert "06_folds: up to date" in run("06", out, *KEYS)[1]
+    assert "06_folds: up to date" in run_here("06", out, *KEYS)[1]
 
 
 def test_without_its_segmenters_stage_08_is_one_line(out, tmp_path):
     folder = copy(out, tmp_path / "run", layout.ORGANS)
     script = "stages/05_segment_organs.py"
-    refused(*run("08", folder, "--force", *KEYS), "05_organs is missing", script)
-    refused(*run("06", folder, *KEYS), "05_organs is missing", script)
+    refused(*run_here("08", folder, "--force", *KEYS), "05_organs is missing", script)
+    refused(*run_here("06", folder, *KEYS), "05_organs is missing", script)
 
 
 @pytest.mark.parametrize("stage", ["06", "08"])
@@ -130,4 +130,4 @@ def test_organs_of_another_run_are_refused(out, tmp_path, stage):
         manifest["outputs"][layout.DICE]["digest"] = "other"
     path.write_text(json.dumps(manifest))
     words = {"06": "other volumes or folds", "08": "other segmenters"}[stage]
-    refused(*run(stage, folder, "--force", *KEYS), words, str(folder / layout.ORGANS))
+    refused(*run_here(stage, folder, "--force", *KEYS), words, str(folder / layout.ORGANS))

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers_faults import copy, refused, run
+from helpers_faults import copy, refused, run_here
 from helpers_scores import volume_of
 from polars.testing import assert_frame_equal
 
@@ -41,7 +41,7 @@ def out(smoke, tmp_path_factory):
     """The smoke run with a second level: its classifiers are there already."""
     folder = copy(smoke, tmp_path_factory.mktemp("second") / "run", *LATER, layout.REPORT)
     for stage in ("06", "07", "08", "09"):
-        code, text = run(stage, folder, *KEYS)
+        code, text = run_here(stage, folder, *KEYS)
         assert code == 0, text
     return folder
 
@@ -50,7 +50,7 @@ def out(smoke, tmp_path_factory):
 def without_masks(smoke, tmp_path_factory):
     """The same without stage 05."""
     folder = copy(smoke, tmp_path_factory.mktemp("gates") / "run", *LATER, layout.ORGANS)
-    code, text = run("06", folder, *KEYS)
+    code, text = run_here("06", folder, *KEYS)
     assert code == 0, text
     assert text.count("all planes count alike (gates of 1)") == 1
     return folder
@@ -143,7 +143,7 @@ def test_the_classifiers_are_kept_and_their_own_predictions_too(out, smoke):
 def test_what_the_classifiers_alone_score_can_be_asked(out, smoke, tmp_path):
     table = out / layout.CLASSIFIERS / layout.FIRST_TABLE
     data = ("--data", str(out / "data" / "phantom"))
-    code, text = run("07", tmp_path / "first", *data, "--oof", str(table))
+    code, text = run_here("07", tmp_path / "first", *data, "--oof", str(table))
     assert code == 0, text
     found, before, second = (
         json.loads((one / layout.SCORES / layout.SCORE_TABLE).read_text())["nested"]["score"]
@@ -155,7 +155,7 @@ def test_what_the_classifiers_alone_score_can_be_asked(out, smoke, tmp_path):
 
 def test_off_again_everything_is_as_before(out, smoke, tmp_path):
     folder = copy(out, tmp_path / "run", *LATER)
-    code, text = run("06", folder)
+    code, text = run_here("06", folder)
     assert code == 0, text
     assert "resumed after epoch 2" in text
     for fold in ("fold0", "fold1"):
@@ -171,7 +171,7 @@ def test_other_options_take_over_classifiers_and_features(out, tmp_path):
     folder = copy(out, tmp_path / "run", *LATER)
     files = sorted((folder / layout.CLASSIFIERS).glob("*/second_level/features/*.npy"))
     times = [path.stat().st_mtime_ns for path in files]
-    code, text = run("06", folder, KEYS[0], "train.second_level.epochs=2")
+    code, text = run_here("06", folder, KEYS[0], "train.second_level.epochs=2")
     assert code == 0, text
     assert [path.stat().st_mtime_ns for path in files] == times
     for fold in ("fold0", "fold1"):
@@ -196,7 +196,7 @@ def test_an_interrupted_second_level_ends_the_same(out, tmp_path):
     lost = sorted((half / layout.FEATURES).glob("*.npy"))[3]
     known = lost.read_bytes()
     lost.unlink()
-    code, text = run("06", folder, *KEYS)
+    code, text = run_here("06", folder, *KEYS)
     assert code == 0, text
     assert lost.read_bytes() == known
     for fold in ("fold0", "fold1"):
@@ -207,8 +207,10 @@ def test_an_interrupted_second_level_ends_the_same(out, tmp_path):
 
 def test_stage_08_wants_the_organs_that_gate_and_the_very_classifier(out, tmp_path):
     folder = copy(out, tmp_path / "run", layout.ORGANS)
-    refused(*run("08", folder, "--force", *KEYS), "05_organs is missing", "05_segment_organs.py")
+    refused(
+        *run_here("08", folder, "--force", *KEYS), "05_organs is missing", "05_segment_organs.py"
+    )
     mixed = copy(out, tmp_path / "mixed") / layout.CLASSIFIERS
     first, second = ((mixed / fold / layout.SECOND_MODEL) for fold in ("fold0", "fold1"))
     second.write_bytes(first.read_bytes())
-    refused(*run("08", mixed.parent, "--force", *KEYS), "another classifier", str(second))
+    refused(*run_here("08", mixed.parent, "--force", *KEYS), "another classifier", str(second))

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from helpers_stages import ROOT, STAGES, content, environment
+from helpers_stages import ROOT, STAGES, content, environment, stage_here
 
 from pipeline.run import layout
 
@@ -93,6 +93,12 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 def run(name: str, out: Path, *arguments: str, **how: str) -> tuple[int, str]:
     """Start a stage script and wait for its end."""
     return end(start(name, out, *arguments, **how))
+
+
+def run_here(name: str, out: Path, *arguments: str) -> tuple[int, str]:
+    """What `run` gives, of the stage script run in this process."""
+    done = stage_here(name, "--config", "smoke", "--out", str(out), *arguments)
+    return done.returncode, done.stderr
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> str:

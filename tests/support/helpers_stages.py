@@ -1,12 +1,16 @@
 """Calling the product as a user does: run_all.sh and single stage scripts, in processes of their
-own.
+own, or in this one where the process is no matter.
 """
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import cv2
 
@@ -65,3 +69,25 @@ def run_stage(name: str, *arguments: str, cwd: Path | None = None) -> subprocess
     return subprocess.run(
         command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
     )
+
+
+def stage_here(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """What `run_stage` gives, of the script run in this process, which has most imports behind it:
+    a process that only imports torch and timm takes seconds.
+
+    For tests to which the process, its signals, memory and threads are no matter. One job, where
+    `arguments` do not say otherwise: no pool of processes is left behind.
+    """
+    script = str(next(path for path in STAGES if path.name.startswith(name)))
+    command, code = [script, "--jobs", "1", *arguments], 0
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", command),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from helpers_dataset import make_data
 from helpers_dicom import dataset, pattern, to_bytes
-from helpers_faults import run
+from helpers_faults import run_here
 
 from pipeline.run import layout
 from pipeline.run.config import decisive
@@ -132,7 +132,7 @@ def test_report_and_slice_labels_do_without_slices(smoke, tmp_path):
     data, out = smoke / "data" / "phantom", tmp_path / "run"
     flags = ("--data", str(data), "convert.keep_png=false", "train.init=scratch", "train.epochs=1")
     for stage in ("01", "02", "03", "06", "07", "09"):
-        code, text = run(stage, out, *flags, "score.bootstrap=0")
+        code, text = run_here(stage, out, *flags, "score.bootstrap=0")
         assert code == 0, text
         if stage == "01":
             assert "skipped, convert.keep_png=false: stages/02_build_volumes.py reads" in text

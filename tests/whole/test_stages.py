@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
-from helpers_stages import STAGES, run_all, run_stage
+from helpers_stages import STAGES, run_all, run_stage, stage_here
 
 from pipeline.competition.tables import read_labels, read_sample_submission
 from pipeline.competition.targets import COLUMNS, SCORE_KEYS
@@ -189,12 +189,12 @@ def test_paper_preset_asks_for_data(tmp_path):
 def test_changed_key_redoes_what_depends_on_it_and_nothing_else(smoke, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(smoke, out)
-    same = run_stage("07", *SMOKE, str(out))
+    same = stage_here("07", *SMOKE, str(out))
     assert "up to date" in same.stderr, "a moved output folder is as good as new"
-    redone = run_stage("07", *SMOKE, str(out), "score.bootstrap=20")
+    redone = stage_here("07", *SMOKE, str(out), "score.bootstrap=20")
     assert redone.returncode == 0, redone.stderr
     assert "up to date" not in redone.stderr
-    assert "up to date" in run_stage("03", *SMOKE, str(out), "score.bootstrap=20").stderr
+    assert "up to date" in stage_here("03", *SMOKE, str(out), "score.bootstrap=20").stderr
 
 
 def test_truncated_artifact_is_made_again(smoke, tmp_path):
@@ -203,7 +203,7 @@ def test_truncated_artifact_is_made_again(smoke, tmp_path):
     target = out / layout.SCORES / "calibration.json"
     whole = target.read_bytes()
     target.write_bytes(whole[:20])
-    done = run_stage("07", *SMOKE, str(out))
+    done = stage_here("07", *SMOKE, str(out))
     assert done.returncode == 0, done.stderr
     assert target.read_bytes() == whole
 
