@@ -34,11 +34,15 @@ def matching_planes(
     shows it; None where the mask does not fit.
 
     The mask's planes lie where its affine says; where that places the whole mask elsewhere, but it
-    has a plane for each of the `slices`, or where slices have no position, they go in order.
+    has a plane for each of the `slices`, or where slices have no position, they go in order. Of
+    slices without position some may be lost: the instance numbers of the others then say which.
     """
     order = np.searchsorted(slices["order"].to_numpy(), used["order"].to_numpy())
     z_mm, one_each = heights(used), len(heights_mm) == len(slices)
     if not np.isfinite(z_mm).all():
+        numbers = slices["instance_number"].to_numpy()
+        if not one_each and np.ptp(numbers) + 1 == len(heights_mm):
+            return used["instance_number"].to_numpy() - numbers.min()
         return order if one_each else None
     gaps = np.abs(np.diff(np.unique(z_mm)))
     limit = NEAR * float(np.median(gaps)) if len(gaps) else float("inf")

@@ -129,9 +129,16 @@ def test_letterboxed_volumes_have_their_masks_in_the_middle():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_flagged_and_lost_slices_are_left_out_and_the_others_keep_their_planes(tmp_path, labels):
-    """Slice 3 is in no index (its file was damaged), the fifth is cut."""
+@pytest.mark.parametrize("positions", [True, False])
+def test_flagged_and_lost_slices_are_left_out_and_the_others_keep_their_planes(
+    tmp_path, labels, positions
+):
+    """Slice 3 is in no index (its file was damaged), the fifth is cut. Without positions instance
+    numbers say which is lost.
+    """
     rows = slice_rows(instances=[1, 2, 4, 5, 6, 7, 8, 9])
+    if not positions:
+        rows = rows.with_columns(z_mm=pl.lit(None, pl.Float64))
     rows = rows.with_columns(flags=pl.Series(["", "", "", "partial", "", "", "", ""]))
     found = read_mask(written(tmp_path, turned(labels, -1, -1, 1)), rows, MOST)
     kept = [0, 1, 3, 5, 6, 7, 8]
