@@ -3,6 +3,7 @@ them.
 """
 
 import contextlib
+import inspect
 import os
 import socket
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def peers() -> Iterator[None]:
         yield
     except RuntimeError as fault:
         # gloo has no kind of its own, but each of its messages begins with the file it comes from
-        if not isinstance(fault, distributed.DistError) and "gloo" not in str(fault):
+        if not isinstance(fault, distributed.DistError) and "/gloo/" not in str(fault):
             raise
         raise PeerLost(PEER_LOST) from fault
 
@@ -117,16 +118,26 @@ class World:
         """
         if self.size == 1:
             return network
-        # what of it gets a gradient is the same in every step, buffers are those of `broadcast`
-        return nn.parallel.DistributedDataParallel(
-            network, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-        )
+        import torch._dynamo  # late: it takes seconds
+
+        # the graph of a compiled backbone stays whole, as in one process
+        torch._dynamo.config.optimize_ddp = False
+        # buffers are those of `broadcast`; torch has renamed what leaves them alone
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        buffers: dict[str, Any] = {name: False}
+        with peers():
+            # what of the network gets a gradient is the same in every step
+            return nn.parallel.DistributedDataParallel(
+                network, gradient_as_bucket_view=True, static_graph=True, **buffers
+            )
 
     def broadcast(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0."""
         if self.size > 1:
-            for tensor in module.state_dict().values():
-                distributed.broadcast(tensor, 0)
+            with peers():
+                for tensor in module.state_dict().values():
+                    distributed.broadcast(tensor, 0)
 
     def close(self) -> None:
         """Leave the process group."""
