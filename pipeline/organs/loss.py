@@ -9,15 +9,15 @@ from torch.nn import functional
 SMOOTH = 1.0  # pixels: an organ that a batch lacks and the network does not see costs nothing
 
 
-def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
+def soft_dice(logits: Tensor, truth: Tensor) -> Tensor:
     """1 - mean Dice over the organs (background apart), each over the whole batch.
 
     Args:
         logits: (N, 1 + C, h, w), background first.
-        labels: (N, h, w) with values 0 to C.
+        truth: (N, h, w, 1 + C), one-hot.
     """
     shares = logits.softmax(1)[:, 1:]
-    truth = functional.one_hot(labels.long(), logits.shape[1])[..., 1:].movedim(-1, 1)
+    truth = truth[..., 1:].movedim(-1, 1)
     both = (shares * truth).sum((0, 2, 3))
     sizes = shares.sum((0, 2, 3)) + truth.sum((0, 2, 3))
     return 1 - ((2 * both + SMOOTH) / (sizes + SMOOTH)).mean()
@@ -31,9 +31,10 @@ def organ_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     hundred, whose share had gone to 0 everywhere before soft Dice had a slope.
     """
     labels = labels.long()
-    pixels = functional.one_hot(labels, logits.shape[1]).flatten(0, 2).sum(0)
-    entropy = functional.cross_entropy(logits, labels, pixels.clamp_min(1).float().rsqrt())
-    return {"dice": soft_dice(logits, labels), "entropy": entropy}
+    truth = functional.one_hot(labels, logits.shape[1])
+    weights = truth.sum((0, 1, 2)).clamp_min(1).float().rsqrt()
+    entropy = functional.cross_entropy(logits, labels, weights)
+    return {"dice": soft_dice(logits, truth), "entropy": entropy}
 
 
 def dice_scores(found: np.ndarray, truth: np.ndarray, organs: int) -> list[float | None]:

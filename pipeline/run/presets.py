@@ -144,12 +144,13 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def described(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Every key of a config, its value and what it means."""
+    plain = resolved(section)
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from described(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, resolved(section)[name], field.description or ""
+            yield prefix + name, plain[name], field.description or ""
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..learning import optimise
 from . import baselines
 from .data import Batch, VocoSamples, evaluation_batches
 from .method import OneNetwork
@@ -49,13 +48,9 @@ class Height(OneNetwork):
         """Slabs or slices whose height is asked."""
         return self.options.z_bins if self.options.z_bins > 1 else self.options.slices
 
-    def _predicted(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        with optimise.autocast(self.world.device, self.options.amp):
-            return network(batch["crops"].to(self.world.device, non_blocking=True))
-
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean squared error."""
-        found = self._predicted(self.distributed_student, batch)  # (B, G, P)
+        found = self.output(self.distributed_student, batch)  # (B, G, P)
         heights = batch["heights"].to(self.world.device, non_blocking=True)  # (B, S)
         wanted = heights.unflatten(1, (self._groups, -1)).mean(2)[..., None]
         loss = (found - wanted).square().mean()
@@ -72,7 +67,7 @@ class Height(OneNetwork):
         self.student.eval()
         found, wanted = [], []
         for batch in evaluation_batches(samples, baselines.CROPS):
-            found.append(self._predicted(self.student, batch)[0].cpu().numpy().reshape(-1, 1))
+            found.append(self.output(self.student, batch)[0].cpu().numpy().reshape(-1, 1))
             only = {name: batch[name][0].numpy() for name in ("crops", "heights")}
             wanted.append(self._task(only)[2])
         self.student.train()

@@ -5,11 +5,13 @@ A new method is a subclass in a file of its own and a line in `METHODS` (docs/ex
 """
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
 
+from ..learning import optimise
 from ..learning.backbone import WrongSize, create_backbone, placed
 from ..learning.distributed import World, sync_batch_norm
 from ..run.config import Config
@@ -26,7 +28,6 @@ class Method(ABC):
     merit: str  # which figure of `evaluate` the best backbone is chosen by
     pairs: ClassVar[bool] = False  # whether each place is shown twice, instead of base crops
     student: nn.Module
-    distributed_student: nn.Module  # `student` as `loss` calls it: `World.parallel`
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.options, self.world = config, config.pretrain, world
@@ -52,6 +53,11 @@ class Method(ABC):
                 else "choose another model.backbone",
             ) from fault
 
+    @cached_property
+    def distributed_student(self) -> nn.Module:
+        """`student` as `loss` is to call it: its gradients become their means over ranks."""
+        return self.world.parallel(self.student)
+
     def prepared(self, network: N) -> N:
         """A network to train, on the run's device, the same on every rank."""
         network = placed(network, self.world.device)
@@ -70,7 +76,9 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's loss, to differentiate, and the figures `stats` of its part of the batch."""
+        """This rank's loss, to differentiate, and the figures `stats` of its part of the batch; the
+        student is called as `distributed_student`.
+        """
 
     @abstractmethod
     def evaluate(self, samples: VocoSamples) -> dict[str, float]:
@@ -111,11 +119,15 @@ class OneNetwork(Method):
         self.student = sync_batch_norm(self.prepared(self.network()), world).train()
         self.recompute_activations(self.backbone)
         self.compile(self.backbone)
-        self.distributed_student = world.parallel(self.student)
 
     @abstractmethod
     def network(self) -> nn.Module:
         """The network that training starts from, around `first_backbone`."""
+
+    def output(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """What `network`, the student by one name or the other, says of this rank's crops."""
+        with optimise.autocast(self.world.device, self.options.amp):
+            return network(batch["crops"].to(self.world.device, non_blocking=True))
 
     @property
     def networks(self) -> dict[str, nn.Module]:

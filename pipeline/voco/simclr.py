@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
-from ..learning import optimise
 from . import baselines
 from .data import Batch, VocoSamples, evaluation_batches
 from .losses import cosine, nt_xent
@@ -30,14 +28,9 @@ class SimClr(OneNetwork):
             self.first_backbone(), self.crop, options.width, options.pool, options.z_bins
         )
 
-    def _embedded(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """Embeddings (B, G, P, E) of this rank's crops, those of a place P / 2 apart."""
-        with optimise.autocast(self.world.device, self.options.amp):
-            return network(batch["crops"].to(self.world.device, non_blocking=True))
-
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """NT-Xent over the whole batch."""
-        found = self._embedded(self.distributed_student, batch)
+        found = self.output(self.distributed_student, batch)
         first, second = twins(self.world.gather(found))
         loss = nt_xent(first, second, self.options.temperature)
         return loss, torch.stack([loss.detach(), spread_of(torch.cat([first, second])[None])])
@@ -47,7 +40,7 @@ class SimClr(OneNetwork):
         """Share of held-out crops whose twin is the most similar crop of the volume."""
         self.student.eval()
         found = [
-            retrieved(*twins(self._embedded(self.student, batch))) for batch in _held_out(samples)
+            retrieved(*twins(self.output(self.student, batch))) for batch in _held_out(samples)
         ]
         self.student.train()
         return {"retrieval_accuracy": torch.cat(found).float().mean().item()}
@@ -68,7 +61,9 @@ class SimClr(OneNetwork):
 
 
 def twins(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, G, P, E) to (N, E) of the places of all volumes and slabs, twice."""
+    """Embeddings (B, G, P, E), those of a place P / 2 apart, to (N, E) of the places of all volumes
+    and slabs, twice.
+    """
     first, second = found.chunk(2, 2)
     return first.flatten(0, 2), second.flatten(0, 2)
 

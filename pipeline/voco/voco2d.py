@@ -52,7 +52,6 @@ class Voco2D(Method):
         for network in (self.student, self.teacher):
             self.compile(network.backbone)
         self.teaching = self._teaching()
-        self.distributed_student = world.parallel(self.student)
 
     def _teaching(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The teacher's forward pass in a step."""

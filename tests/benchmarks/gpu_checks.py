@@ -124,6 +124,21 @@ def nudge(run: State) -> None:
             parameter.mul_(1 + 2**-22 * noise.to(parameter.device))
 
 
+def stepped(
+    run: State, samples: VocoSamples, steps: int
+) -> tuple[list[dict[str, float]], list[torch.Tensor]]:
+    """Take `steps` steps: the figures of each, and its gradient as it reaches the optimiser."""
+    gradients: list[torch.Tensor] = []
+
+    def keep(*_: Any) -> None:
+        gradients.append(flat(p.grad for p in run.method.student.parameters()))
+
+    hook = run.update.optimiser.register_step_pre_hook(keep)
+    values = [train_step(run, samples[k]).read()[0] for k in range(steps)]
+    hook.remove()
+    return values, gradients
+
+
 def trace(
     plan: Plan, config: Config, device: torch.device, steps: int, nudged: bool = False
 ) -> Trace:
@@ -137,16 +152,9 @@ def trace(
     run.update.scaler = torch.amp.GradScaler(device.type, init_scale=64.0, enabled=enabled)
     names = [f"p{k}_0.npy" for k in range(16)]
     samples = VocoSamples(plan.volumes(config), names, config.pretrain, config.seed)
-    teacher, gradients = run.method.networks["teacher"], []
-
-    def keep(*_: Any) -> None:
-        if not gradients:
-            gradients.append(flat(p.grad for p in run.method.student.parameters()))
-
-    hook = run.update.optimiser.register_step_pre_hook(keep)
+    teacher = run.method.networks["teacher"]
     before = flat(teacher.state_dict().values())
-    values = [train_step(run, samples[k]).read()[0] for k in range(steps)]
-    hook.remove()
+    values, gradients = stepped(run, samples, steps)
     losses = torch.tensor([[one[term] for term in TERMS] for one in values], dtype=torch.float64)
     return Trace(run, losses, gradients[0], flat(teacher.state_dict().values()) - before)
 

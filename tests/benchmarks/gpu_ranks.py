@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -17,15 +17,14 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from gpu_checks import NO_DROPOUT, disturb, flat, nudge, relative, worst
-from gpu_plan import ALONE, CHECKED, SCRATCH, TINY, Plan, Row, check, exact, missing
+from gpu_checks import NO_DROPOUT, disturb, nudge, relative, stepped, worst
+from gpu_plan import Plan, Row, check, exact, missing
 from torch import distributed, nn
 
 from pipeline.learning.distributed import World
 from pipeline.run.config import Config
-from pipeline.run.presets import load_config
 from pipeline.voco.data import VocoSamples
-from pipeline.voco.step import METHODS, State, start, train_step
+from pipeline.voco.step import METHODS, State, start
 
 RANKS, STEPS = 2, 4  # the buckets that overlap come with the second step
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast")
@@ -39,7 +38,7 @@ FEW = 8  # embeddings, similarities and figures of a step
 class Steps(NamedTuple):
     """Losses (steps, figures), the gradients (steps, parameters) as they reach the optimiser, the
     figure of merit after them (of rank 0, which alone evaluates), and how often each collective was
-    called in the last.
+    called in a step.
     """
 
     losses: torch.Tensor
@@ -53,23 +52,17 @@ def counted() -> Iterator[Counter[str]]:
     """Count how often this process asks all others; buckets of gradients go another way."""
     calls: Counter[str] = Counter()
 
-    def counting(name: str) -> mock._patch:
+    def counting(name: str) -> Callable[..., object]:
         work = getattr(distributed, name)
 
         def call(*given: object, **more: object) -> object:
             calls[name] += 1
             return work(*given, **more)
 
-        return mock.patch.object(distributed, name, call)
+        return call
 
-    patches = [counting(name) for name in COLLECTIVES]
-    for patch in patches:
-        patch.start()
-    try:
+    with mock.patch.multiple(distributed, **{name: counting(name) for name in COLLECTIVES}):
         yield calls
-    finally:
-        for patch in patches:
-            patch.stop()
 
 
 def taken(config: Config, volumes: Path, world: World, nudged: bool = False) -> Steps:
@@ -84,24 +77,20 @@ def taken(config: Config, volumes: Path, world: World, nudged: bool = False) -> 
     samples = VocoSamples(
         volumes, names, config.pretrain, config.seed, *ranks, pairs=run.method.pairs
     )
-    gradients: list[torch.Tensor] = []
-
-    def keep(*_: object) -> None:
-        gradients.append(flat(p.grad for p in run.method.student.parameters()))
-
-    hook = run.update.optimiser.register_step_pre_hook(keep)
-    losses = []
-    for step in range(STEPS):
-        with counted() as calls:
-            figures = train_step(run, samples[step]).read()[0]
-        losses.append([figures[name] for name in run.method.stats])
-    hook.remove()
+    with counted() as calls:
+        values, gradients = stepped(run, samples, STEPS)
+    losses = [[one[name] for name in run.method.stats] for one in values]
     merit = 0.0
     if world.main:
         held = VocoSamples(volumes, names[:2], config.pretrain, config.seed, pairs=run.method.pairs)
         merit = run.method.evaluate(held)[run.method.merit]
     table = torch.tensor(losses, dtype=torch.float64)
-    return Steps(table, torch.stack(gradients), merit, dict(calls) | parts(run))
+    return Steps(
+        table,
+        torch.stack(gradients),
+        merit,
+        {kind: count // STEPS for kind, count in calls.items()} | parts(run),
+    )
 
 
 def parts(run: State) -> dict[str, int]:
@@ -137,8 +126,7 @@ def ranks(plan: Plan) -> Iterator[Row]:
         "backend": "nccl" if nccl else "gloo",
         "devices": places,
         "volumes": str(plan.volumes(config)),
-        "overrides": {name: plan_of(plan, name) for name in METHODS},
-        "preset": "smoke" if plan.size == "tiny" else "paper",
+        "configs": {name: of_method(plan, name).model_dump_json() for name in METHODS},
         "out": str(out),
     }
     launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
@@ -159,11 +147,10 @@ def ranks(plan: Plan) -> Iterator[Row]:
         yield missing("nccl", "it wants a GPU for each of two processes")
 
 
-def plan_of(plan: Plan, method: str) -> list[str]:
-    """Overrides of the preset for a method, as a step of it is checked."""
-    own = TINY if plan.size == "tiny" else CHECKED
+def of_method(plan: Plan, method: str) -> Config:
+    """The config with which a step of a method is checked."""
     small = (f"model.backbone={plan.resnet}", "pretrain.amp=false", "pretrain.lr=1e-5")
-    return [*SCRATCH, *ALONE, *own, *NO_DROPOUT, *small, f"pretrain.method={method}"]
+    return plan.checked(*NO_DROPOUT, *small, f"pretrain.method={method}")
 
 
 def main() -> None:
@@ -174,8 +161,8 @@ def main() -> None:
     rank = distributed.get_rank()
     device = torch.device(about["devices"][rank])
     world, found = World(rank, RANKS, device), {}
-    for name, overrides in about["overrides"].items():
-        config, volumes = load_config(about["preset"], overrides), Path(about["volumes"])
+    for name, text in about["configs"].items():
+        config, volumes = Config.model_validate_json(text), Path(about["volumes"])
         with exact():
             shared = taken(config, volumes, world)
             if rank == 0:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from pipeline.organs import find
 from pipeline.organs.data import resized, with_neighbours
@@ -50,7 +51,9 @@ def test_soft_dice_is_that_of_a_loop():
                     is_it, p = float(labels[n, y, x] == organ), float(shares[n, organ, y, x])
                     both, size = both + is_it * p, size + is_it + p
         scores.append((2 * both + 1) / (size + 1))
-    assert soft_dice(logits, labels).item() == pytest.approx(1 - sum(scores) / 4, rel=1e-5)
+    assert soft_dice(logits, one_hot(labels.long(), 5)).item() == pytest.approx(
+        1 - sum(scores) / 4, rel=1e-5
+    )
 
 
 def test_a_rare_organ_weighs_by_the_root_of_its_pixels():
@@ -70,7 +73,7 @@ def test_a_rare_organ_weighs_by_the_root_of_its_pixels():
                 weight += own
     terms = organ_terms(logits, labels)
     assert terms["entropy"].item() == pytest.approx(total / weight, rel=1e-5)
-    assert terms["dice"] == soft_dice(logits, labels)
+    assert terms["dice"] == soft_dice(logits, one_hot(labels.long(), 5))
 
 
 def test_islands_go_and_second_parts_of_kidney_and_bowel_stay():
