@@ -46,7 +46,11 @@ class Probed:
 
 
 def probed(config: Config, cells: Iterable[Cell], stage: Stage) -> Iterator[Probed]:
-    """What needs no network, each seed's start and its pretrained backbones."""
+    """What needs no network, each seed's start and its pretrained backbones; nothing with
+    `ablation.probes: false`.
+    """
+    if not config.ablation.probes:
+        return
     cells = [*cells]
     yield Probed("baselines", "baselines", config)
     found, seen = pretrainings(cells), set()
@@ -74,6 +78,8 @@ class Probes:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """What all of them depend on."""
+        if not self.all:
+            return {}
         from ..organs.files import mask_files
         from ..organs.stage import mask_inputs
 

@@ -720,15 +720,15 @@ class PredictConfig(Section):
 
 
 class AblationConfig(Section):
-    """Stage 10: `variants` are names with the keys of `model`, `pretrain` and `train` that they
-    change.
+    """Stage 10: `variants` are names with the keys of `model`, `pretrain`, `train` and `predict` that
+    they change.
 
     The first of each of `pairs` is compared with the second, every variant that is first in none of
     them with `reference`.
     """
 
     variants: dict[str, dict[str, Any]] = Field(
-        {}, description="name: keys of model, pretrain and train that it changes"
+        {}, description="name: keys of model, pretrain, train and predict that it changes"
     )
     reference: str = Field(
         "", description="what a variant that is first in no pair is compared with"
@@ -750,6 +750,11 @@ class AblationConfig(Section):
         (1, 2, 3), min_length=1, description="each variant is trained once with each"
     )
     bootstrap: int = Field(2000, ge=1, description="resamples of patients")
+    probes: bool = Field(
+        True,
+        description="what the frozen backbones know of organs is asked too",
+        json_schema_extra=ADDED,
+    )
     neighbours: int = Field(15, ge=1, description="of the k-nearest-neighbour probe")
 
     @model_validator(mode="after")
@@ -775,12 +780,12 @@ class AblationConfig(Section):
             key
             for keys in self.variants.values()
             for key in keys
-            if key.partition(".")[0] not in ("model", "pretrain", "train")
+            if key.partition(".")[0] not in ("model", "pretrain", "train", "predict")
         ]
         if fixed:
             raise ValueError(
                 f"'{fixed[0]}' is the same for all variants: they may change keys of model,"
-                " pretrain and train"
+                " pretrain, train and predict"
             )
         whole = [
             key

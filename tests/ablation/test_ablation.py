@@ -354,6 +354,8 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
         load_config("smoke", ["ablation.variants={a: {}}", "ablation.reference=other"])
     with pytest.raises(InputError, match="'volume.depth' is the same for all variants"):
         load_config("smoke", ["ablation.variants={a: {volume.depth: 3}}", "ablation.reference=a"])
+    allowed = ["ablation.variants={a: {predict.phases: 2}}", "ablation.reference=a"]
+    assert load_config("smoke", allowed).ablation.reference == "a"
     with pytest.raises(InputError, match="'b' is none of the variants"):
         load_config(
             "smoke",
@@ -375,6 +377,25 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
     assert "ablation.variants.a" in done.stderr
     with pytest.raises(InputError, match="label_fraction"):
         derive(load_config("smoke"), {"train.label_fraction": 0}, "here")
+
+
+def test_the_recipe_is_asked_on_the_demo_itself():
+    """Its cells take over the demo's stages, share one pretraining a seed and change nothing but
+    what they are named after.
+    """
+    from pipeline.ablation.grid import declared_cells, pretrainings, trained_folds
+
+    demo, config = load_config("demo"), load_config("ablation_recipe")
+    for section in ("seed", "phantom", "convert", "volume", "folds", "model", "pretrain", "organs"):
+        assert getattr(config, section) == getattr(demo, section)
+    cells = declared_cells(config)
+    assert len(pretrainings(cells)) == len(config.ablation.seeds) == 5
+    assert trained_folds(config) == (0,)
+    own = next(cell for cell in cells if cell.variant == "demo").config
+    assert own.train.model_copy(update={"eval_every": demo.train.eval_every}) == demo.train
+    assert own.predict == demo.predict
+    phases = {cell.variant: cell.config.predict.phases for cell in cells}
+    assert phases == {cell.variant: 2 for cell in cells} | {"one_phase": 1}
 
 
 @pytest.mark.parametrize("name", ["ablation_quick", "ablation_more", "ablation_full"])

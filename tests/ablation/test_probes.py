@@ -382,6 +382,8 @@ def test_a_grid_without_pretraining_is_probed_as_it_starts():
     found = list(probed(config, declared_cells(config), None))
     starts = [("start_scratch", None)] * len(config.ablation.seeds)
     assert [(one.name, one.path) for one in found] == [("baselines", None), *starts]
+    off = load_config("smoke", (*grid, "ablation.probes=false"))
+    assert list(probed(off, declared_cells(off), None)) == []
 
 
 @pytest.mark.parametrize("name", ["ablation_quick", "ablation_more", "ablation_full"])
