@@ -720,8 +720,8 @@ class PredictConfig(Section):
 
 
 class AblationConfig(Section):
-    """Stage 10: `variants` are names with the keys of `model`, `pretrain`, `train` and `predict` that
-    they change.
+    """Stage 10: `variants` are names with the keys of `model`, `pretrain`, `train` and `predict`
+    that they change.
 
     The first of each of `pairs` is compared with the second, every variant that is first in none of
     them with `reference`.
