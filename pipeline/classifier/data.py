@@ -70,7 +70,8 @@ def positive_share(series: Sequence["Series"], config: TrainConfig) -> np.ndarra
     shares, place = [], config.region_number(ABDOMEN)
     for one in series:
         first, end = region_planes(one.organs, len(one.planes), config)[place]
-        shares.append(bin_labels(one.planes[first:end], config.slices).mean(0))
+        count = config.region_slices[place]
+        shares.append(bin_labels(one.planes[first:end], count).mean(0))
     planes = np.stack(shares)
     known = np.stack([one.known for one in series])
     return (planes * known).sum(0) / np.maximum(known.sum(0), 1)
@@ -140,15 +141,15 @@ def _series(
 
 
 class SeriesDataset(Dataset):
-    """Map-style data set: (epoch, index, ...) -> arrays: `slices` (R * S * channels, h, w) uint8,
-    regions one after another, and the channels of a slice, `labels` (13,), `planes` (S, 2), with
-    regions those of the abdomen, `known` (2,), `visible` (targets, S) of `visible_targets`, each in
-    its region, `item`.
+    """Map-style data set: (epoch, index, ...) -> arrays: `slices` (slices * channels, h, w) uint8,
+    those of `train.region_slices` one region after another, and the channels of a slice, `labels`
+    (13,), `planes` (S, 2), with regions those of the abdomen, `known` (2,), `visible` (targets, S)
+    of `visible_targets`, each in its region, `item`.
 
     With an `augment` the sample is a pure function of the seed and its key, so a resumed run draws
     what it would have drawn, in any number of workers, and one set of workers serves all epochs.
     All regions of it are augmented alike. Without, several `phases` give `slices` (phases,
-    R * S * channels, h, w).
+    slices * channels, h, w).
     """
 
     def __init__(
@@ -172,11 +173,12 @@ class SeriesDataset(Dataset):
         windows = region_windows(series.organs, volume.shape, config)
         if augment := self._augment:
             seed = int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0])
-            drawn = [augment(*self._drawn(volume, series, one, seed), seed) for one in windows]
+            parts = zip(windows, config.region_slices, strict=True)
+            drawn = [augment(*self._drawn(volume, series, *part, seed), seed) for part in parts]
             slices, truths = np.concatenate([one for one, _ in drawn]), [one for _, one in drawn]
         else:
             slices = even_slices(volume, config, self.phases, windows)
-            middles = [self._positions(series, one) for one in windows]
+            middles = list(map(partial(self._positions, series), windows, config.region_slices))
             truths = list(map(partial(self._truths, series), windows, middles))
         own = [truths[config.region_number(one.region)] for one in visible_targets(config)]
         visible = [truth[:, len(SLICE_TARGETS) + k] for k, truth in enumerate(own)]
@@ -190,16 +192,16 @@ class SeriesDataset(Dataset):
         }
 
     def _positions(
-        self, series: Series, window: Window | None, seed: int | None = None
+        self, series: Series, window: Window | None, count: int, seed: int | None = None
     ) -> np.ndarray:
-        """Planes (S,) of a window, or of the whole volume: with a `seed` those for training, else
-        the middles of their bins.
+        """`count` planes (S,) of a window, or of the whole volume: with a `seed` those for
+        training, else the middles of their bins.
         """
         config = self.config
         first, end = plane_range(window, len(series.planes))
         drawn = seed is not None and config.augment.z_jitter
         jitter = np.random.default_rng(seed) if drawn else None
-        positions = slice_positions(end - first, config.slices, jitter)
+        positions = slice_positions(end - first, count, jitter)
         if seed is None:
             return first + positions
         draw = np.random.default_rng((seed, SHOWN))
@@ -214,15 +216,15 @@ class SeriesDataset(Dataset):
         each of `visible_targets`' organs: (S, 2 + targets).
         """
         first, end = plane_range(window, depth := len(series.planes))
-        marks = bin_labels(series.planes[first:end], self.config.slices)
+        marks = bin_labels(series.planes[first:end], len(positions))
         shares = visible_shares(series.organs, depth, self.config)[:, positions]
         return np.concatenate([marks, shares.T], 1)
 
     def _drawn(
-        self, volume: np.ndarray, series: Series, window: Window | None, seed: int
+        self, volume: np.ndarray, series: Series, window: Window | None, count: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Slices (S * channels, h, w) for training, before augmentation, and their `_truths`."""
-        config, positions = self.config, self._positions(series, window, seed)
+        config, positions = self.config, self._positions(series, window, count, seed)
         around = with_neighbours(positions, len(volume), config.channels)
         place = np.random.default_rng((seed, PLACE))
         slices = take_slices(volume, around, config, place, window)

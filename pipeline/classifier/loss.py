@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..competition.targets import SLICE_TARGETS, Target, group_slices
+from ..competition.targets import Target, group_slices
 from ..run.config import TrainConfig
 from .model import chosen_targets, visible_targets
 
@@ -52,7 +52,7 @@ class InjuryLoss(nn.Module):
 
     def forward(
         self,
-        outputs: tuple[dict[str, Tensor], Tensor | None],
+        outputs: tuple[dict[str, Tensor], list[Tensor]],
         labels: Tensor,
         planes: Tensor,
         known: Tensor,
@@ -71,10 +71,9 @@ class InjuryLoss(nn.Module):
             terms[target.name] = terms[target.name] / (
                 batch * getattr(self, f"scale_{target.name}")
             )
-        if slice_logits is None:
-            return terms
-        marks, *organs = slice_logits.float().split(self._widths, -1)
+        organs = [one.float() for one in slice_logits]
         if self.slice_loss:
+            marks = organs.pop(0)
             # (B, 2)
             entropy = F.binary_cross_entropy_with_logits(
                 marks, planes, reduction="none", pos_weight=self.slice_positive
@@ -86,12 +85,6 @@ class InjuryLoss(nn.Module):
             total = torch.stack([self._visible_sum(*one, labels) for one in found]).sum()
             terms["visible"] = self.visible_loss * total / batch
         return terms
-
-    @property
-    def _widths(self) -> list[int]:
-        """Columns of the slice logits: of the slice labels, then of each organ's classes."""
-        marks = len(SLICE_TARGETS) if self.slice_loss else 0
-        return [marks, *(len(target.classes) for target in self.organs)]
 
     def _visible_sum(
         self, target: Target, logits: Tensor, visible: Tensor, labels: Tensor

@@ -47,7 +47,7 @@ def mix_volumes(
 
 def mixed_terms(
     loss: InjuryLoss,
-    outputs: tuple[dict[str, Tensor], Tensor | None],
+    outputs: tuple[dict[str, Tensor], list[Tensor]],
     batch: dict[str, Tensor],
     share: float,
     full: int,

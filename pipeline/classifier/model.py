@@ -2,6 +2,8 @@
 loss.
 """
 
+from itertools import groupby
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -69,10 +71,10 @@ def start_at_prior(heads: nn.ModuleDict, labels: np.ndarray) -> None:
 
 
 class CnnLstm(nn.Module):
-    """Volumes (B, R * S * planes, H, W) float -> logits (B, 1 or 3) per target and slice logits
-    (B, S, columns of `slice_columns`); `planes` is `train.channels`, the channels of a slice lie
-    one after another, and so do the slices of the R regions. A target's head reads the sequence of
-    its region.
+    """Volumes (B, slices * planes, H, W) float -> logits (B, 1 or 3) per target and slice logits
+    (B, S, width) of each of `slice_columns`, S those of its region; `planes` is `train.channels`,
+    the channels of a slice lie one after another, and so do the slices of the regions
+    (`train.region_slices`). A target's head reads the sequence of its region.
 
     `backbone` maps (N, planes, H, W) to (N, C, h, w); `channels` is its C.
     """
@@ -82,7 +84,10 @@ class CnnLstm(nn.Module):
         self.backbone, self.map_pool, self.shortcut = backbone, config.map_pool, config.shortcut
         self.planes, self.map_dropout = config.channels, nn.Dropout(config.backbone_dropout)
         own = channels if config.map_pool == "mean" else 2 * channels
-        self.regions, self.slice_columns = len(config.region_names), slice_columns(config)
+        self.slice_columns = slice_columns(config)
+        self.region_planes = [count * config.channels for count in config.region_slices]
+        # regions next to each other with as many slices go through the sequence model at once
+        self.alike = [(S, len([*some])) for S, some in groupby(config.region_slices)]
         self.norm = nn.LayerNorm(own)
         self.sequence = sequence_model(own, config)
         width = self.sequence.width + (own if config.shortcut else 0)
@@ -95,22 +100,31 @@ class CnnLstm(nn.Module):
         if self.slice_head is not None:
             nn.init.zeros_(self.slice_head.weight)
 
-    def forward(self, volumes: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Logits per target, and per slice where the model has a slice head."""
+    def forward(self, volumes: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Logits per target, and per slice of each of `slice_columns`."""
         B, _, H, W = volumes.shape
-        features = self.features(volumes.reshape(-1, self.planes, H, W))
-        features = features.unflatten(0, (B * self.regions, -1))  # (B R, S, width)
-        states = self.sequence(features)
-        if self.shortcut:  # (B R, S, E): what a slice shows reaches the heads directly too
-            states = torch.cat([states, features], 2)
-        pooled = self.dropout(self.pool(states)).unflatten(0, (B, -1))  # (B, R, E)
+        features = self.features(volumes.reshape(-1, self.planes, H, W)).unflatten(0, (B, -1))
+        sizes = [S * regions for S, regions in self.alike]
+        parts = features.split(sizes, 1) if len(sizes) > 1 else [features]
+        of_regions, pools = [], []
+        for part, (_, regions) in zip(parts, self.alike, strict=True):
+            states = self._states(part.unflatten(1, (regions, -1)).flatten(0, 1))
+            of_regions += states.unflatten(0, (B, regions)).unbind(1)
+            pools.append(self.dropout(self.pool(states)).unflatten(0, (B, regions)))
+        pooled = torch.cat(pools, 1)  # (B, R, E)
         # a logit of 4 in bfloat16 is 1 percent of a probability off
         with torch.autocast(volumes.device.type, enabled=False):
             logits = {
                 name: head(pooled[:, self.own_region[name]].float())
                 for name, head in self.heads.items()
             }
-            return logits, self._of_slices(states.unflatten(0, (B, -1)).float())
+            return logits, self._of_slices(of_regions)
+
+    def _states(self, features: Tensor) -> Tensor:
+        """Of features (N, S, width) what heads read of each slice, (N, S, E)."""
+        states = self.sequence(features)
+        # what a slice shows reaches the heads directly too
+        return torch.cat([states, features], 2) if self.shortcut else states
 
     def features(self, slices: Tensor) -> Tensor:
         """What the sequence model reads of slices (N, planes, H, W) float: (N, 2C), with
@@ -123,13 +137,16 @@ class CnnLstm(nn.Module):
         maps = (self.map_dropout(self.backbone(part)) for part in parts)
         return self.norm(torch.cat([pool_maps(part, self.map_pool) for part in maps]))
 
-    def _of_slices(self, states: Tensor) -> Tensor | None:
-        """Slice logits (B, S, columns) of states (B, R, S, E), each column of its region."""
+    def _of_slices(self, states: list[Tensor]) -> list[Tensor]:
+        """Slice logits (B, S, width) of each of `slice_columns`, of the states (B, S, E) of its
+        region.
+        """
         if self.slice_head is None:
-            return None
-        parts = self.slice_head(states).split([width for width, _ in self.slice_columns], -1)
-        regions = (region for _, region in self.slice_columns)
-        return torch.cat([part[:, k] for part, k in zip(parts, regions, strict=True)], -1)
+            return []
+        widths = [width for width, _ in self.slice_columns]
+        seen = {region for _, region in self.slice_columns}
+        parts = {k: self.slice_head(states[k].float()).split(widths, -1) for k in seen}
+        return [parts[region][k] for k, (_, region) in enumerate(self.slice_columns)]
 
 
 def probabilities(logits: dict[str, Tensor]) -> Tensor:

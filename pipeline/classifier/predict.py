@@ -101,11 +101,13 @@ def logits_of(
 def _mean_of_views(
     model: CnnLstm, slices: Tensor, amp: bool, flips: Sequence[str]
 ) -> dict[str, Tensor]:
-    axes = {"x": 4, "y": 3, "z": 2}  # of a region's slices
+    axes = {"x": 3, "y": 2, "z": 1}
     phases = slices.unbind(1) if slices.ndim == 5 else [slices]
     turns: list[list[int]] = [[], *([axes[axis] for axis in flip] for flip in flips)]
     views = (
-        one.unflatten(1, (model.regions, -1)).flip(turn).flatten(1, 2) if turn else one
+        torch.cat([part.flip(turn) for part in one.split(model.region_planes, 1)], 1)
+        if turn
+        else one
         for one in phases
         for turn in turns
     )

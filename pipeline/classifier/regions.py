@@ -27,8 +27,8 @@ def region_windows(
         sides = np.array(list(boxes.values())).reshape(-1, 3, 2)
         boxes[ABDOMEN] = tuple(np.stack([sides[..., 0].min(0), sides[..., 1].max(0)], 1).ravel())
     return [
-        box_window(boxes.get(name, WHOLE), shape, config.region_margin, config.slices)
-        for name in config.region_names
+        box_window(boxes.get(name, WHOLE), shape, config.region_margin, count)
+        for name, count in zip(config.region_names, config.region_slices, strict=True)
     ]
 
 

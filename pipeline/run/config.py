@@ -499,6 +499,15 @@ class TrainConfig(Section):
         json_schema_extra=ADDED,
     )
     slices: int = Field(48, ge=1, description="of each region")
+    abdomen_slices: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "those of the abdomen's region, of which bowel and extravasation are told (none:"
+            " slices, like the organs)"
+        ),
+        json_schema_extra=ADDED,
+    )
     image_size: int = Field(192, ge=16, description="side of a slice's picture, pixels")
     crop: float = Field(
         0.0,
@@ -646,6 +655,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "crop and crop_size cut whole planes: with regions=organs leave them at 0 and null"
             )
+        if self.abdomen_slices and self.regions == "whole":
+            raise ValueError("abdomen_slices are of a region: set regions=organs")
         if self.visible_loss and set(self.targets) <= {t.name for t in TARGETS if not t.organ}:
             raise ValueError(
                 "visible_loss is of organs: targets has neither liver, spleen nor kidney"
@@ -674,9 +685,15 @@ class TrainConfig(Section):
         return tuple(dict.fromkeys(names + [ABDOMEN] * (self.slice_loss > 0)))
 
     @property
+    def region_slices(self) -> tuple[int, ...]:
+        """How many slices a sample shows of each of `region_names`."""
+        own = {ABDOMEN: self.abdomen_slices or self.slices}
+        return tuple(own.get(name, self.slices) for name in self.region_names)
+
+    @property
     def sample_slices(self) -> int:
         """Slices that the backbone sees of a series: those of all regions."""
-        return len(self.region_names) * self.slices
+        return sum(self.region_slices)
 
     def region_number(self, region: str) -> int:
         """The place of a region among `region_names`, or the first: the whole volume holds all."""
@@ -831,10 +848,11 @@ class Config(Section):
             raise ValueError(
                 f"pretrain.slices={self.pretrain.slices} is more than {read}.depth={depth}"
             )
-        if self.train.slices > self.volume.depth:
-            raise ValueError(
-                f"train.slices={self.train.slices} is more than volume.depth={self.volume.depth}"
-            )
+        for key in ("slices", "abdomen_slices"):
+            if (count := getattr(self.train, key) or 0) > self.volume.depth:
+                raise ValueError(
+                    f"train.{key}={count} is more than volume.depth={self.volume.depth}"
+                )
         if self.predict.phases > (most := -(-self.volume.depth // self.train.slices)):
             raise ValueError(
                 f"predict.phases={self.predict.phases} is more than {most}, with which"

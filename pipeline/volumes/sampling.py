@@ -118,17 +118,17 @@ def even_slices(
     phases: int = 1,
     windows: Sequence[Window | None] = (None,),
 ) -> np.ndarray:
-    """Slices (R * S * channels, size, size) uint8 that a classifier looks at in a volume (D, H, W)
-    when it predicts: those of each of R `windows` (None: the whole volume) one after another, and
-    the channels of a slice; of several phases, which lie between each other, (phases, R * S *
-    channels, size, size).
+    """Slices (S * channels, size, size) uint8 that a classifier looks at in a volume (D, H, W) when
+    it predicts: those of each of its regions' `windows` (None: the whole volume) one after another,
+    S in all, and the channels of a slice; of several phases, which lie between each other, (phases,
+    S * channels, size, size).
     """
     depth, views = len(volume), []
     for k in range(phases):
         parts = []
-        for window in windows:
+        for window, count in zip(windows, config.region_slices, strict=True):
             first, end = plane_range(window, depth)
-            positions = slice_positions(end - first, config.slices, phase=(k + 0.5) / phases)
+            positions = slice_positions(end - first, count, phase=(k + 0.5) / phases)
             around = with_neighbours(first + positions, depth, config.channels)
             parts.append(take_slices(volume, around, config, window=window))
         views.append(np.concatenate(parts) if len(parts) > 1 else parts[0])

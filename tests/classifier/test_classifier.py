@@ -50,7 +50,7 @@ def test_every_variant_gives_all_heads_and_gradients(sequence, pool):
     assert {name: tuple(value.shape) for name, value in logits.items()} == {
         t.name: (2, 1 if t.binary else 3) for t in TARGETS
     }
-    assert slices.shape == (2, 4, 2)
+    assert [tuple(one.shape) for one in slices] == [(2, 4, 2)]
     labels = torch.from_numpy(one_hot(np.random.default_rng(0), 2))
     terms = InjuryLoss(TINY, labels.numpy())(
         (logits, slices), labels, torch.zeros(2, 4, 2), torch.ones(2, 2), 2
@@ -65,7 +65,7 @@ def test_every_variant_gives_all_heads_and_gradients(sequence, pool):
 def test_heads_answer_in_float32_whatever_the_rest_computes_in():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, slices = make(TINY)(torch.rand(2, 4, 32, 32))
-    assert {value.dtype for value in (*logits.values(), slices)} == {torch.float32}
+    assert {value.dtype for value in (*logits.values(), *slices)} == {torch.float32}
 
 
 def test_model_starts_at_the_best_constant_prediction():
@@ -83,9 +83,9 @@ def test_single_target_model_has_that_head_and_loss_only():
     model = make(config)
     logits, slices = model(torch.randn(2, 4, 32, 32))
     assert list(logits) == ["liver"]
-    assert slices is None
+    assert slices == []
     labels = torch.from_numpy(one_hot(np.random.default_rng(0), 2))
-    assert list(InjuryLoss(config, labels.numpy())((logits, None), labels, None, None, 2)) == [
+    assert list(InjuryLoss(config, labels.numpy())((logits, slices), labels, None, None, 2)) == [
         "liver"
     ]
     table = probabilities(logits)
@@ -101,7 +101,7 @@ def test_loss_equals_float64_loops():
         for t in TARGETS
     }
     config = TINY.model_copy(update={"slice_loss": 0.0})
-    terms = InjuryLoss(config, train)((logits, None), torch.from_numpy(labels), None, None, 6)
+    terms = InjuryLoss(config, train)((logits, []), torch.from_numpy(labels), None, None, 6)
     columns = group_slices()
     for target in TARGETS:
         total = 0.0
@@ -289,7 +289,7 @@ def test_rare_positive_slices_weigh_as_often_as_negatives_are_more():
         entropy = -w * math.log(p) if y else -math.log(1 - p)
         total += known[b, column] * entropy / (share * w + 1 - share)
     outputs = ({t.name: torch.zeros(6, 1 if t.binary else 3) for t in TARGETS},) + (
-        torch.tensor(logits, dtype=torch.float32),
+        [torch.tensor(logits, dtype=torch.float32)],
     )
     given = [torch.from_numpy(array) for array in (labels, planes, known)]
     terms = InjuryLoss(config, labels, shares)(outputs, *given, 6)
@@ -354,7 +354,7 @@ def test_mixed_volumes_and_their_loss_equal_float64_loops():
     }
     volumes = torch.from_numpy(rng.normal(size=(B, 6, 12, 10)).astype(np.float32))
     logits = {t.name: torch.randn(B, 1 if t.binary else 3) for t in TARGETS}
-    outputs, loss = (logits, torch.randn(B, 4, 2)), InjuryLoss(TINY, train)
+    outputs, loss = (logits, [torch.randn(B, 4, 2)]), InjuryLoss(TINY, train)
     one = {b: loss(*row(outputs, batch, b), B) for b in range(B)}
     seen = set()
     for seed in range(40):
@@ -393,7 +393,7 @@ def row(outputs, batch, b):
     """What the loss is given of volume b alone."""
     logits = {name: value[b : b + 1] for name, value in outputs[0].items()}
     truths = [batch[name][b : b + 1] for name in ("labels", "planes", "known")]
-    return (logits, outputs[1][b : b + 1]), *truths
+    return (logits, [one[b : b + 1] for one in outputs[1]]), *truths
 
 
 def test_a_soft_liver_has_the_loss_of_both_grades():
@@ -404,9 +404,7 @@ def test_a_soft_liver_has_the_loss_of_both_grades():
     config = TINY.model_copy(update={"targets": ("liver",), "slice_loss": 0.0})
     loss, logits = InjuryLoss(config, labels), torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.2, 0.3]])
     batch = {"labels": torch.from_numpy(labels), "planes": torch.zeros(2, 4, 2)}
-    terms = mixed_terms(
-        loss, ({"liver": logits}, None), batch | {"known": torch.ones(2, 2)}, 0.3, 2
-    )
+    terms = mixed_terms(loss, ({"liver": logits}, []), batch | {"known": torch.ones(2, 2)}, 0.3, 2)
     minus = [[math.log(sum(map(math.exp, z))) - value for value in z] for z in logits.tolist()]
     first = 0.3 * 1 * minus[0][0] + 0.7 * 4 * minus[0][2]
     second = 0.3 * 4 * minus[1][2] + 0.7 * 1 * minus[1][0]
@@ -641,7 +639,7 @@ def test_neighbours_are_the_channels_of_their_slice():
     model = CnnLstm(backbone, feature_shape(backbone, 32, 3)[0], config).eval()
     volumes, seen = torch.randn(2, 12, 32, 32), []
     model.norm.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
-    _, slices = model(volumes)
+    _, (slices,) = model(volumes)
     assert slices.shape == (2, 4, 2)
     for row, (b, s) in enumerate((b, s) for b in range(2) for s in range(4)):
         maps = backbone(volumes[b, 3 * s : 3 * s + 3][None])

@@ -38,6 +38,7 @@ REGIONS = TrainConfig(
     slice_loss=0.5,
     visible_loss=0.7,
 )
+MORE = REGIONS.model_copy(update={"abdomen_slices": 6})
 
 
 def label_map():
@@ -102,10 +103,10 @@ def test_a_low_region_is_widened_to_as_many_planes_as_slices(series):
     )
 
 
-def seen(volume, window, config):
+def seen(volume, window, config, count):
     """Slices of a window one by one."""
     (z0, z1), rows, columns = window
-    depth, count, planes = z1 - z0, config.slices, []
+    depth, planes = z1 - z0, []
     for k in range(count):
         bin_planes = [p for p in range(depth) if p * count // depth == k]
         middle = int((k + 0.5) * depth / count)
@@ -119,25 +120,31 @@ def seen(volume, window, config):
     ]
 
 
-def test_samples_are_the_regions_slices_with_their_own_truths(series):
+@pytest.mark.parametrize("config", [REGIONS, MORE], ids=["alike", "more of the abdomen"])
+def test_samples_are_the_regions_slices_with_their_own_truths(series, config):
     volume, found = np.load(series.path), series.organs
-    sample = SeriesDataset([series], REGIONS)[0, 0]
-    windows = windows_of(found, REGIONS)
-    expected = {name: seen(volume, window, REGIONS) for name, window in windows.items()}
+    sample = SeriesDataset([series], config)[0, 0]
+    windows = windows_of(found, config)
+    abdomen = config.abdomen_slices or 4
+    expected = {
+        name: seen(volume, window, config, abdomen if name == "abdomen" else 4)
+        for name, window in windows.items()
+    }
     np.testing.assert_array_equal(
         sample["slices"], np.concatenate([pictures for _, pictures in expected.values()])
     )
-    assert sample["planes"].tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]], "plane 20 lies outside"
+    assert sample["planes"].tolist() == [[1, 0]] + [[0, 0]] * (abdomen - 1), "20 lies outside"
     for row, name in zip(sample["visible"], ("kidney", "liver", "spleen"), strict=True):
         counts = (label_map() == ORGANS.index(name) + 1).sum((1, 2))
         np.testing.assert_allclose(row, counts[expected[name][0]] / counts.max(), rtol=1e-6)
-    assert np.array_equal(as_batch(volume, REGIONS, CPU, 1, found)[0].numpy(), sample["slices"])
-    assert positive_share([series], REGIONS).tolist() == [0.25, 0]
-    assert visible_shares((), 24, REGIONS).tolist() == [[0] * 24] * 3
+    assert np.array_equal(as_batch(volume, config, CPU, 1, found)[0].numpy(), sample["slices"])
+    assert positive_share([series], config).tolist() == pytest.approx([1 / abdomen, 0])
+    assert visible_shares((), 24, config).tolist() == [[0] * 24] * 3
+    assert config.sample_slices == 12 + abdomen
 
 
-@pytest.mark.parametrize("regions", ["whole", "organs"])
-def test_training_draws_each_region_alike_and_turns_its_truths(series, regions):
+@pytest.mark.parametrize(("regions", "more"), [("whole", None), ("organs", None), ("organs", 6)])
+def test_training_draws_each_region_alike_and_turns_its_truths(series, regions, more):
     """A draw of one region is that of the same region alone, with the same seed; a flip in z turns
     slices and shares, found here by their grey values.
     """
@@ -145,23 +152,28 @@ def test_training_draws_each_region_alike_and_turns_its_truths(series, regions):
     np.save(path, np.arange(24, dtype=np.uint8)[:, None, None] * 10 + np.zeros(SHAPE, np.uint8))
     series, orders = replace(series, path=path), set()
     augment = AugmentConfig(probability=0, z_jitter=True, flip_z=True)
-    config = REGIONS.model_copy(update={"regions": regions, "augment": augment})
+    changes = {"regions": regions, "abdomen_slices": more, "augment": augment}
+    config = REGIONS.model_copy(update=changes)
     dataset = SeriesDataset([series], config, augment=True)
     shares = visible_shares(series.organs, 24, config)
     for epoch in range(12):
         sample = dataset[epoch, 0]
-        planes = sample["slices"][:, 5, 5].reshape(-1, 4) // 10
+        edges = np.cumsum(config.region_slices)[:-1]
+        planes = np.split(sample["slices"][:, 5, 5] // 10, edges)
         names = config.region_names
         for row, organ in enumerate(("kidney", "liver", "spleen")):
             own = planes[names.index(organ) if regions == "organs" else 0]
+            assert len(own) == 4
             np.testing.assert_array_equal(sample["visible"][row], shares[row, own])
-        falls = {bool(steps[0] > steps[-1]) for steps in planes.astype(int)}
+        falls = {bool(steps[0] > steps[-1]) for steps in (one.astype(int) for one in planes)}
         assert len(falls) == 1, "all regions are turned or none"
         orders |= falls
         again = dataset[epoch, 0]["slices"]
         assert np.array_equal(again, sample["slices"])
     assert orders == {True, False}
-    hard = config.model_copy(update={"augment": AugmentConfig(probability=1, flip_x=True)})
+    hard = config.model_copy(
+        update={"augment": AugmentConfig(probability=1, flip_x=True), "abdomen_slices": None}
+    )
     every = SeriesDataset([replace(series, organs=())], hard, augment=True)[3, 0]["slices"]
     parts = every.reshape(len(config.region_names), 4, 32, 32)
     assert all(np.array_equal(part, parts[0]) for part in parts), "the same draw for each region"
@@ -177,34 +189,36 @@ def make(config):
     return model.eval()
 
 
-def test_each_head_reads_its_own_regions_sequence():
+@pytest.mark.parametrize("config", [REGIONS, MORE], ids=["alike", "more of the abdomen"])
+def test_each_head_reads_its_own_regions_sequence(config):
     """Against the model of whole volumes with the same weights, given one region after the
     other.
     """
-    model, volumes = make(REGIONS), torch.randn(2, 16, 32, 32)
+    abdomen = config.abdomen_slices or 4
+    model, volumes = make(config), torch.randn(2, abdomen + 12, 32, 32)
     whole = make(REGIONS.model_copy(update={"regions": "whole"}))
     whole.load_state_dict(model.state_dict())
     logits, slices = model(volumes)
-    regions = dict(zip(REGIONS.region_names, volumes.split(4, 1), strict=True))
+    parts = volumes.split([abdomen, 4, 4, 4], 1)
+    regions = dict(zip(("abdomen", "kidney", "liver", "spleen"), parts, strict=True))
     one = {name: whole(part) for name, part in regions.items()}
     columns = [(2, "abdomen"), (3, "kidney"), (3, "liver"), (3, "spleen")]
     for target in TARGETS:
         expected = one[target.region][0][target.name]
         assert torch.allclose(logits[target.name], expected, atol=1e-5), target.name
-    assert slices.shape == (2, 4, 11)
-    parts = slices.split([width for width, _ in columns], -1)
-    first = 0
-    for part, (width, region) in zip(parts, columns, strict=True):
-        expected = one[region][1][..., first : first + width]
-        assert torch.allclose(part, expected, atol=1e-5), region
-        first += width
+    for k, (part, (width, region)) in enumerate(zip(slices, columns, strict=True)):
+        assert part.shape == (2, abdomen if region == "abdomen" else 4, width)
+        assert torch.allclose(part, one[region][1][k], atol=1e-5), region
 
 
-def test_views_are_turned_within_each_region():
+@pytest.mark.parametrize("config", [REGIONS, MORE], ids=["alike", "more of the abdomen"])
+def test_views_are_turned_within_each_region(config):
     """By hand: the regions of the turned view stay in their order."""
-    model, slices = make(REGIONS), torch.randint(0, 256, (1, 16, 32, 32), dtype=torch.uint8)
+    abdomen = config.abdomen_slices or 4
+    model = make(config)
+    slices = torch.randint(0, 256, (1, abdomen + 12, 32, 32), dtype=torch.uint8)
     (found,) = logits_of([model], slices, False, ["zx"])
-    turned = torch.cat([part.flip(1, 3) for part in slices.split(4, 1)], 1)
+    turned = torch.cat([part.flip(1, 3) for part in slices.split([abdomen, 4, 4, 4], 1)], 1)
     plain, other = (model(standardise(one))[0] for one in (slices, turned))
     for name, value in found.items():
         expected = (plain[name] + other[name]) / 2
@@ -251,16 +265,16 @@ def test_the_visible_loss_equals_float64_loops():
         "known": torch.ones(B, 2),
         "visible": torch.from_numpy(visible),
     }
-    outputs = logits, torch.tensor(scores, dtype=torch.float32)
+    outputs = logits, list(torch.tensor(scores, dtype=torch.float32).split([2, 3, 3], -1))
     terms = InjuryLoss(config, train)(outputs, **given, batch=B)
     assert list(terms) == ["bowel", "liver", "spleen", "slices", "visible"]
     assert float(terms["visible"]) == pytest.approx(0.7 * total / B, rel=1e-5)
     alone = config.model_copy(update={"slice_loss": 0.0})
-    terms = InjuryLoss(alone, train)((logits, outputs[1][..., 2:]), **given, batch=B)
+    terms = InjuryLoss(alone, train)((logits, outputs[1][1:]), **given, batch=B)
     assert float(terms["visible"]) == pytest.approx(0.7 * total / B, rel=1e-5)
     halves = [
         InjuryLoss(config, train)(
-            ({n: v[part] for n, v in logits.items()}, outputs[1][part]),
+            ({n: v[part] for n, v in logits.items()}, [one[part] for one in outputs[1]]),
             **{name: value[part] for name, value in given.items()},
             batch=B,
         )["visible"]
@@ -282,6 +296,7 @@ def test_memory_counts_all_regions():
     one = REGIONS.model_copy(update={"regions": "whole"})
     assert train_batch_bytes(REGIONS) == 4 * train_batch_bytes(one)
     assert REGIONS.sample_slices == 16
+    assert 2 * train_batch_bytes(MORE) == 9 * train_batch_bytes(one)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +305,7 @@ def test_memory_counts_all_regions():
         ({"regions": "organs", "crop": 0.1}, "cut whole planes"),
         ({"regions": "organs", "crop_size": 32}, "cut whole planes"),
         ({"visible_loss": 1.0, "targets": ("bowel", "extravasation")}, "targets has n"),
+        ({"abdomen_slices": 12}, "abdomen_slices are of a region: set regions=organs"),
     ],
 )
 def test_keys_that_contradict_regions_are_refused(keys, words):

@@ -173,6 +173,10 @@ def test_a_config_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
         ("train={batch: 1, cutmix: 1}", "mix the volumes of a batch: batch=1 has one"),
         ("predict.phases=4", "predict.phases=4 is more than 3, with which train.slices=4"),
         ("train.rarity=2", "key 'train.rarity'"),
+        (
+            "train={regions: organs, slices: 4, abdomen_slices: 99}",
+            "train.abdomen_slices=99 is more than vol",
+        ),
         ("predict.flips=[xx]", "key 'predict.flips.0'"),
         ("predict.flips=['']", "key 'predict.flips.0'"),
         ("pretrain={slices: 9, depth: 8}", "pretrain.slices=9 is more than pretrain.depth=8"),
