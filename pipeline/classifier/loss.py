@@ -1,5 +1,7 @@
 """The loss of the five targets, weighted as the score weighs them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,7 @@ class InjuryLoss(nn.Module):
 
     def forward(
         self,
-        outputs: tuple[dict[str, Tensor], list[Tensor]],
+        outputs: tuple[dict[str, Tensor], Sequence[Tensor]],
         labels: Tensor,
         planes: Tensor,
         known: Tensor,
@@ -71,8 +73,8 @@ class InjuryLoss(nn.Module):
             terms[target.name] = terms[target.name] / (
                 batch * getattr(self, f"scale_{target.name}")
             )
-        organs = [one.float() for one in slice_logits]
-        if self.slice_loss:
+        organs = [one.float() for one in slice_logits]  # none: a second level's
+        if self.slice_loss and organs:
             marks = organs.pop(0)
             # (B, 2)
             entropy = F.binary_cross_entropy_with_logits(

@@ -1,6 +1,7 @@
 """Mixup and cutmix over the volumes of a batch: each is mixed with the next, truths and all."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -47,7 +48,7 @@ def mix_volumes(
 
 def mixed_terms(
     loss: InjuryLoss,
-    outputs: tuple[dict[str, Tensor], list[Tensor]],
+    outputs: tuple[dict[str, Tensor], Sequence[Tensor]],
     batch: dict[str, Tensor],
     share: float,
     full: int,

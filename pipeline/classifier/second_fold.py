@@ -152,7 +152,7 @@ class SecondTrainer:
             )
             for k, one in zip(chosen, series, strict=True)
         ]
-        outputs = self.model(*as_gated_batch(samples, self.device)), None
+        outputs = self.model(*as_gated_batch(samples, self.device)), ()
         labels = torch.from_numpy(np.stack([one.labels for one in series])).to(self.device)
         nothing = labels.new_zeros(0)  # of slices
         terms = self.loss(outputs, labels, nothing, nothing, len(series))
