@@ -395,7 +395,7 @@ def test_the_recipe_is_asked_on_the_demo_itself():
     assert own.train.model_copy(update={"eval_every": demo.train.eval_every}) == demo.train
     assert own.predict == demo.predict
     phases = {cell.variant: cell.config.predict.phases for cell in cells}
-    assert phases == {cell.variant: 2 for cell in cells} | {"one_phase": 1}
+    assert phases == {cell.variant: 2 for cell in cells} | {"one_phase": 1, "all": 4}
 
 
 @pytest.mark.parametrize("name", ["ablation_quick", "ablation_more", "ablation_full"])
