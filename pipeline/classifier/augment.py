@@ -13,6 +13,7 @@ OWN = 2  # tells the draws made here from those of albumentations and of the fli
 GREY_POINTS, GAMMA = 25, (0.5, 2.5)  # as the published configuration has them
 BLUR, NOISE = (0.5, 1.5), (0.01, 0.04)  # sigma in pixels; standard deviation, of all greys
 SMOOTH, MOVED = 1 / 12, 0.015  # elastic: reach and root mean square of a shift, of a side
+NO_MASKS = np.zeros((0, 1, 1), np.uint8)
 BOXES, SMALLEST_BOX, LARGEST_BOX = (8, 16), (4, 8, 8), (8, 16, 16)  # (z, y, x)
 
 
@@ -37,12 +38,12 @@ def drop_boxes(slices: np.ndarray, rng: np.random.Generator) -> None:
 
 
 class VolumeAugment:
-    """Callable (slices (S, H, W) uint8, their labels (S, 2)) -> both, augmented; the draw is a pure
-    function of `seed`. `size` is that of a slice.
+    """Callable (slices (S, H, W) uint8, their labels (S, 2)) -> both, augmented, with masks where
+    there are any; the draw is a pure function of `seed`. `size` is that of a slice.
 
     Geometry in plane and intensity are albumentations'; the z-flip reverses the slices and with
-    them their labels. Laterality is kept unless `flip_x` is set: a mirrored patient has the liver
-    on the left.
+    them their labels and masks. Laterality is kept unless `flip_x` is set: a mirrored patient has
+    the liver on the left.
     """
 
     def __init__(self, config: AugmentConfig, size: int = 192) -> None:
@@ -93,13 +94,20 @@ class VolumeAugment:
         self._compose = A.Compose(steps)
 
     def __call__(
-        self, slices: np.ndarray, planes: np.ndarray, seed: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        slices: np.ndarray,
+        planes: np.ndarray,
+        seed: int,
+        masks: np.ndarray = NO_MASKS,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Augment slices (S, H, W) uint8 and turn `planes` (S, 2) with them, by the draw that
-        belongs to `seed`.
+        belongs to `seed`. `masks` (N, H, W) uint8 are moved alike; no change of grey, and nothing
+        that is dropped, touches them.
         """
         self._compose.set_random_seed(seed)
-        moved = self._compose(images=slices[..., None])["images"].reshape(slices.shape)
+        given = {"images": slices[..., None]} | ({"masks": masks} if len(masks) else {})
+        found = self._compose(**given)
+        moved, masks = found["images"].reshape(slices.shape), found.get("masks", masks)
         config, rng = self.config, np.random.default_rng((seed, OWN))
         turned, curved, dropped = rng.random(3) < (
             config.quarter_turn,
@@ -107,11 +115,14 @@ class VolumeAugment:
             config.boxes,
         )
         if turned:
-            moved = np.rot90(moved, int(rng.integers(1, 4)), (1, 2))
+            turns = int(rng.integers(1, 4))
+            moved = np.rot90(moved, turns, (1, 2))
+            masks = np.rot90(masks, turns, (1, 2))
         if curved:
             moved = grey_curve(rng)[moved]
         if dropped:
             drop_boxes(moved := moved.copy(), rng)
         if self.config.flip_z and np.random.default_rng(seed).random() < 0.5:
-            moved, planes = moved[::-1], planes[::-1]
-        return np.ascontiguousarray(moved), np.ascontiguousarray(planes)
+            moved, planes, masks = moved[::-1], planes[::-1], masks[::-1]
+        moved, planes, masks = (np.ascontiguousarray(one) for one in (moved, planes, masks))
+        return moved, planes, masks

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..competition.targets import ABDOMEN, COLUMNS, SLICE_TARGETS
 from ..learning.loaders import batches_of, make_loader
@@ -31,7 +31,7 @@ from ..volumes.sampling import (
     take_slices,
     with_neighbours,
 )
-from .augment import VolumeAugment
+from .augment import NO_MASKS, VolumeAugment
 from .model import visible_targets
 from .regions import region_planes, region_windows, visible_shares
 
@@ -80,7 +80,8 @@ def positive_share(series: Sequence["Series"], config: TrainConfig) -> np.ndarra
 @dataclass(frozen=True)
 class Series:
     """One volume of the index with its targets: `labels` (13,) one-hot, `planes` (D, 2), `known`
-    (2,) where slice labels can be trusted, `organs` as stage 05 found them, where they are needed.
+    (2,) where slice labels can be trusted, `organs` as stage 05 found them, where they are needed,
+    `mask`, a file (D, H, W) uint8 of organ numbers from 1, where `train.dice_loss` learns from one.
     """
 
     patient_id: str
@@ -90,6 +91,7 @@ class Series:
     planes: np.ndarray
     known: np.ndarray
     organs: tuple[Organ, ...] = ()
+    mask: Path | None = None
 
 
 def labelled_series(
@@ -97,9 +99,10 @@ def labelled_series(
     labels: pl.DataFrame,
     slice_labels: pl.DataFrame | None,
     organs: Mapping[str, tuple[Organ, ...]] = MappingProxyType({}),
+    masks: Mapping[str, Path] = MappingProxyType({}),
 ) -> list[Series]:
     """The competition's volumes of `folder`'s index, joined with patient labels and, where there
-    are any, slice labels and `organs` by series id.
+    are any, slice labels, `organs` by series id and `masks` by the volume's name.
 
     A series of an injured patient without any slice label of that injury says nothing about its
     slices: not `known`.
@@ -119,13 +122,18 @@ def labelled_series(
             folder,
             marks.get((row["patient_id"], row["series_id"]), []),
             organs.get(row["series_id"], ()),
+            masks.get(row["path"]),
         )
         for row in index.iter_rows(named=True)
     ]
 
 
 def _series(
-    row: dict[str, Any], folder: Path, marks: list[tuple[int, int]], organs: tuple[Organ, ...]
+    row: dict[str, Any],
+    folder: Path,
+    marks: list[tuple[int, int]],
+    organs: tuple[Organ, ...],
+    mask: Path | None,
 ) -> Series:
     planes = plane_labels(row["plane_instances"], marks, row["depth"])
     healthy = np.array([row[f"{name}_healthy"] for name in SLICE_TARGETS], np.float32)
@@ -137,6 +145,7 @@ def _series(
         planes,
         np.maximum(healthy, planes.max(0)),
         organs,
+        mask,
     )
 
 
@@ -144,7 +153,8 @@ class SeriesDataset(Dataset):
     """Map-style data set: (epoch, index, ...) -> arrays: `slices` (slices * channels, h, w) uint8,
     those of `train.region_slices` one region after another, and the channels of a slice, `labels`
     (13,), `planes` (S, 2), with regions those of the abdomen, `known` (2,), `visible` (targets, S)
-    of `visible_targets`, each in its region, `item`.
+    of `visible_targets`, each in its region, `item`; with an `augment`, of a series with a mask,
+    `organs` (slices, h, w) uint8, the organ numbers in the plane of each slice.
 
     With an `augment` the sample is a pure function of the seed and its key, so a resumed run draws
     what it would have drawn, in any number of workers, and one set of workers serves all epochs.
@@ -170,12 +180,14 @@ class SeriesDataset(Dataset):
         index = key[1]
         series, config = self.series[index], self.config
         volume = np.load(series.path, mmap_mode="r")
-        windows = region_windows(series.organs, volume.shape, config)
+        windows, masks = region_windows(series.organs, volume.shape, config), NO_MASKS
         if augment := self._augment:
             seed = int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0])
             parts = zip(windows, config.region_slices, strict=True)
-            drawn = [augment(*self._drawn(volume, series, *part, seed), seed) for part in parts]
-            slices, truths = np.concatenate([one for one, _ in drawn]), [one for _, one in drawn]
+            drawn = [self._drawn(volume, series, *part, seed) for part in parts]
+            moved = [augment(pictures, truth, seed, own) for pictures, truth, own in drawn]
+            slices, masks = (np.concatenate([one[k] for one in moved]) for k in (0, 2))
+            truths = [one[1] for one in moved]
         else:
             slices = even_slices(volume, config, self.phases, windows)
             middles = list(map(partial(self._positions, series), windows, config.region_slices))
@@ -183,6 +195,7 @@ class SeriesDataset(Dataset):
         own = [truths[config.region_number(one.region)] for one in visible_targets(config)]
         visible = [truth[:, len(SLICE_TARGETS) + k] for k, truth in enumerate(own)]
         return {
+            **({"organs": masks} if len(masks) else {}),
             "slices": slices,
             "labels": series.labels,
             "planes": truths[config.region_number(ABDOMEN)][:, : len(SLICE_TARGETS)],
@@ -222,13 +235,20 @@ class SeriesDataset(Dataset):
 
     def _drawn(
         self, volume: np.ndarray, series: Series, window: Window | None, count: int, seed: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Slices (S * channels, h, w) for training, before augmentation, and their `_truths`."""
-        config, positions = self.config, self._positions(series, window, count, seed)
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slices (S * channels, h, w) for training, before augmentation, their `_truths`, and the
+        organs (S, h, w) in their own planes, none without a mask.
+        """
+        config, masks = self.config, NO_MASKS
+        positions = self._positions(series, window, count, seed)
         around = with_neighbours(positions, len(volume), config.channels)
         place = np.random.default_rng((seed, PLACE))
         slices = take_slices(volume, around, config, place, window)
-        return slices, self._truths(series, window, positions)
+        if config.dice_loss and series.mask is not None:
+            place = np.random.default_rng((seed, PLACE))  # the same once more
+            organs = np.load(series.mask, mmap_mode="r")
+            masks = take_slices(organs, positions, config, place, window, labels=True)
+        return slices, self._truths(series, window, positions), masks
 
 
 class FoldSeries(Dataset):
@@ -244,6 +264,18 @@ class FoldSeries(Dataset):
         return self.held_out[0, key[1]] if key[0] == HELD_OUT else self.training[key]
 
 
+def collated(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of samples; where some of them have `organs`, `masked` (B,) says which, and `organs`
+    (M, slices, h, w) are those of these M alone.
+    """
+    found = [one.pop("organs", None) for one in samples]
+    batch = default_collate(samples)
+    if known := [one for one in found if one is not None]:
+        batch["organs"] = torch.from_numpy(np.stack(known))
+        batch["masked"] = torch.tensor([one is not None for one in found])
+    return batch
+
+
 def series_batches(
     dataset: SeriesDataset | FoldSeries,
     plan: list[list[tuple[int, ...]]],
@@ -257,5 +289,7 @@ def series_batches(
     gpu, config = device.type == "cuda", dataset.config
     need = train_batch_bytes(config, dataset.phases)
     most = loaders(config.workers, need, "train.workers", gpu, sharing)
-    loader = make_loader(dataset, min(most, len(plan)), gpu, batch_sampler=plan)
+    loader = make_loader(
+        dataset, min(most, len(plan)), gpu, batch_sampler=plan, collate_fn=collated
+    )
     return batches_of(loader, waiting)

@@ -18,13 +18,13 @@ from ..learning.optimise import NonFiniteLoss
 from ..organs.find import read_organs
 from ..run import layout
 from ..run.config import Config
-from ..run.manifest import read_manifest
+from ..run.manifest import finished, read_manifest
 from ..run.stage import Stage
 from ..system.errors import InputError
 from ..system.files import atomic_path, remove_folder
 from ..system.frames import read_frame
 from .data import Series, labelled_series
-from .views import VIEWS, beside_training, uses_organs
+from .views import MASKS, VIEWS, beside_training, uses_organs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
 
     Raises:
         InputError: no such fold, a patient in two folds or in none, no series on one side, slice
-        labels asked for and absent.
+        labels or masks asked for and absent.
     """
     labels = part.labels()
     folds = dict(read_folds(part.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels).iter_rows())
@@ -61,7 +61,11 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
     organs = {}
     if uses_organs(part):
         organs = read_organs(part.upstream(layout.ORGANS) / layout.ORGAN_TABLE)
-    series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels, organs)
+    masks = {}
+    if part.config.train.dice_loss:
+        folder = part.upstream(MASKS)
+        masks = {name: folder / name for name in finished(folder)["outputs"]}
+    series = labelled_series(part.upstream(layout.VOLUMES), labels, slice_labels, organs, masks)
     held_out = [one for one in series if folds[one.patient_id] == fold]
     train = [one for one in series if folds[one.patient_id] != fold]
     for side, name in ((held_out, "held-out"), (train, "training")):
@@ -71,9 +75,16 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
                 str(part.out / layout.VOLUMES),
                 "check stage 01's quarantine.csv",
             )
+    train = _subset(train, part.config)
+    if part.config.train.dice_loss and not any(one.mask for one in train):
+        raise InputError(
+            f"no training series of fold {fold} has an organ mask",
+            f"train.dice_loss={part.config.train.dice_loss}",
+            "set train.dice_loss=0, or train.label_fraction=1",
+        )
     return FoldData(
         fold,
-        _subset(train, part.config),
+        train,
         held_out,
         part.fingerprint_without(*beside_training(part.config)),
         part.fingerprint_without(VIEWS),

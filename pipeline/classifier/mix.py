@@ -9,10 +9,11 @@ from torch import Tensor
 from ..run.config import TrainConfig
 from .loss import InjuryLoss
 
+Box = tuple[slice, slice]  # rows and columns of a plane
 TRUTHS = ("labels", "planes", "known", "visible")
 
 
-def cut_box(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[slice, slice]:
+def cut_box(height: int, width: int, share: float, rng: np.random.Generator) -> Box:
     """Rows and columns of a box of `share` of a plane, its centre anywhere in it, cut at its
     border.
     """
@@ -26,24 +27,26 @@ def cut_box(height: int, width: int, share: float, rng: np.random.Generator) -> 
 
 def mix_volumes(
     volumes: Tensor, config: TrainConfig, rng: np.random.Generator
-) -> tuple[Tensor, float]:
-    """Volumes (B, P, H, W) float, each mixed with the next one (b + 1 modulo B), and the share that
-    is its own, the same for the batch; as they are, and 1, where both keys are 0.
+) -> tuple[Tensor, float, Box | None]:
+    """Volumes (B, P, H, W) float, each mixed with the next one (b + 1 modulo B), the share that is
+    its own, the same for the batch, and the box that is the next one's, None where they were added;
+    as they are, 1 and None, where both keys are 0.
 
     Mixup adds them by a share out of Beta(alpha, alpha); cutmix puts the next one's pixels into one
     box of all planes. Where both keys are set a coin chooses.
     """
     if not config.mixup and not config.cutmix:
-        return volumes, 1.0
+        return volumes, 1.0, None
     following = volumes.roll(-1, 0)
     if config.mixup and not (config.cutmix and rng.random() < 0.5):
         share = float(rng.beta(config.mixup, config.mixup))
-        return volumes.lerp(following, 1 - share), share
+        return volumes.lerp(following, 1 - share), share, None
     _, _, H, W = volumes.shape
     rows, columns = cut_box(H, W, 1 - rng.beta(config.cutmix, config.cutmix), rng)
     mixed = volumes.clone()
     mixed[..., rows, columns] = following[..., rows, columns]
-    return mixed, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (H * W)
+    share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (H * W)
+    return mixed, share, (rows, columns)
 
 
 def mixed_terms(

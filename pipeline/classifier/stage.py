@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from ..run import layout
-from ..run.manifest import finished, read_manifest
+from ..run.manifest import finished, read_manifest, stage_folder
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 from ..system.errors import InputError
 from ..system.processes import parent_stage
 from .side_by_side import train_side_by_side
-from .views import SECOND_LEVEL, second_level, uses_organs, views
+from .views import MASKS, SECOND_LEVEL, second_level, uses_organs, views
 
 SECTIONS = ("seed", "model", "train")
 # another process may be at another fold, and write the manifest of all at the same time
@@ -22,10 +22,19 @@ def refuse_old_organs(stage: Stage) -> None:
     there: other folds' segmenters have seen the held-out patients.
 
     Raises:
-        InputError: one of both was made anew since.
+        InputError: one of both was made anew since, or masks that are asked for are not there.
     """
     if not uses_organs(stage):
         return
+    masks = stage_folder(stage.out, MASKS)
+    if stage.config.train.dice_loss and read_manifest(masks) is None:
+        raise InputError(
+            "train.dice_loss learns from the organ masks that stage 05 lays on the volumes: there"
+            " are none",
+            str(masks),
+            f"give masks in segmentations/ and run {layout.script(layout.ORGANS)}, or set"
+            " train.dice_loss=0",
+        )
     folder = stage.upstream(layout.ORGANS)
     known = stage.inputs(layout.VOLUMES, layout.FOLDS)
     if not known.items() <= finished(folder)["inputs"].items():
@@ -46,7 +55,7 @@ def training_inputs(stage: Stage, *upstream: str) -> dict[str, Any]:
     config, data = stage.config, stage.data
     refuse_old_organs(stage)
     if uses_organs(stage):
-        upstream = (*upstream, layout.ORGANS)
+        upstream = (*upstream, layout.ORGANS, *([MASKS] if config.train.dice_loss else []))
     files = [data / "train.csv", data / "image_level_labels.csv"]
     if config.model.weights and config.train.init == "imagenet":
         files.append(Path(config.model.weights))

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..learning.backbone import load_backbone, placed, standardise
 from ..learning.checkpoint import describe, load_checkpoint, save_checkpoint, save_weights
@@ -37,6 +37,7 @@ from ..system.files import atomic_path, remove_folder
 from ..system.machine import pick_device, seed_everything, world_size
 from .batches import FoldBatches
 from .data import positive_share
+from .dice import OrganDecoder
 from .features import require_room
 from .fold import FoldData, fold_rows, gather_fold, held_out_score
 from .loss import InjuryLoss
@@ -81,6 +82,10 @@ class FoldTrainer:
             self.batches.weights[:, None]
         )
         start_at_prior(self.model.heads, labels)
+        self.decoder = (
+            OrganDecoder(self.model.backbone, self.options) if self.options.dice_loss else None
+        )
+        beside = [] if self.decoder is None else [placed(self.decoder, device)]
         placed(self.model, device)
         self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.average = Average(self.averaged, self.model) if self.averaged else None
@@ -88,9 +93,9 @@ class FoldTrainer:
         self.loss = InjuryLoss(self.options, labels, positives).to(device)
         backbone_lr, decay = self.options.backbone_lr, self.options.weight_decay
         self.model.backbone.requires_grad_(not self.options.freeze_backbone)
-        groups = parameter_groups(self.model, backbone_lr, decay)
+        groups = parameter_groups(self.model, backbone_lr, decay, *beside)
         self.update = Update(
-            self.model.parameters(),
+            nn.ModuleList([self.model, *beside]).parameters(),
             adamw(groups, self.options.lr, decay),
             grad_scaler(device, self.options.amp),
             self.options.clip,
@@ -245,15 +250,18 @@ class FoldTrainer:
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(micro):
             batch = {
-                name: value.to(self.device, non_blocking=True)
+                name: value if name == "masked" else value.to(self.device, non_blocking=True)
                 for name, value in batch.items()
                 if name != "item"
             }
             draw = np.random.default_rng((self.config.seed, self.data.fold, step, number))
-            volumes, share = mix_volumes(standardise(batch["slices"]), self.options, draw)
+            volumes, share, box = mix_volumes(standardise(batch["slices"]), self.options, draw)
             with autocast(self.device, self.options.amp):
                 outputs = self.model(volumes)
+                organs = None if self.decoder is None else self.decoder(batch, share, box)
             terms = mixed_terms(self.loss, outputs, batch, share, full)
+            if organs is not None:
+                terms["dice"] = self.options.dice_loss * organs / full
             self.update.backward(cast(Tensor, sum(terms.values())))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
@@ -298,6 +306,7 @@ class FoldTrainer:
             {
                 "model": self.model.state_dict(),
                 "averaged": self.averaged.state_dict() if self.averaged else None,
+                "decoder": self.decoder.state_dict() if self.decoder else None,
                 **self.update.state(),
                 "epoch": self.epoch,
                 "best": self.best,
@@ -321,6 +330,8 @@ class FoldTrainer:
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
+        if self.decoder is not None:
+            self.decoder.load_state_dict(state["decoder"])
         self.update.restore(state)
         self.epoch, self.best, self.history, self.tally = (
             state["epoch"],

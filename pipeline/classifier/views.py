@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # late: stage scripts answer a Ctrl-C in one line from the fi
     from ..run.config import Config
 
 VIEWS, SECOND_LEVEL = "flips", "second_level"  # names of the inputs in the manifest
+MASKS = f"{layout.ORGANS}/{layout.MASKS}"  # what `train.dice_loss` learns from
 
 
 def views(config: "Config") -> dict[str, Any]:

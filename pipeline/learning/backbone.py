@@ -2,8 +2,10 @@
 (or neighbouring planes as channels), spatial map out.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -247,6 +249,35 @@ def _to_map(backbone: nn.Module, inputs: tuple, features: Any) -> torch.Tensor:
     if tokens - side * side not in (0, 1):  # 1: a class token that the family does not name
         raise AssertionError(f"{tokens} tokens are no square")
     return features[:, T - side * side :].transpose(1, 2).reshape(N, C, side, side)
+
+
+class Taps:
+    """Maps that a backbone makes on the way to its own, kept of each forward pass with gradients:
+    the outputs of the modules that timm calls the features of a model. No pass is made for them.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone, self._found = backbone, dict[str, Any]()
+        modules, known = dict(backbone.named_modules()), getattr(backbone, "feature_info", ())
+        for name in dict.fromkeys([*(one.get("module") for one in known), ""]):  # and its own map
+            if name in modules:
+                modules[name].register_forward_hook(partial(self._keep, name))
+
+    def _keep(self, name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self._found[name] = output
+
+    def maps(self, size: int) -> list[torch.Tensor]:
+        """Maps (N, C, h, w) of the last pass, of images of `size` x `size` pixels: the last of each
+        smaller size, coarsest first. They are given once.
+        """
+        by_size = {}
+        for name, output in self._found.items():
+            with contextlib.suppress(AssertionError):  # what is no map
+                one = _to_map(self.backbone, (), output) if name else output
+                by_size[tuple(one.shape[2:])] = one
+        self._found.clear()
+        return [by_size[shape] for shape in sorted(by_size) if shape != (size, size)]
 
 
 @torch.no_grad()

@@ -112,17 +112,18 @@ def check_scale(step: int, scale: float, ids: Iterable[str]) -> None:
         raise NonFiniteLoss(f"{what}; the last checkpoint is kept")
 
 
-def parameter_groups(model: nn.Module, factor: float, decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, factor: float, decay: float, *beside: nn.Module
+) -> list[dict[str, Any]]:
     """What of a model is trained, for `adamw`: its `backbone`, the learning rate times `factor`,
-    and the rest, each with and without weight decay (norms, biases).
+    and the rest, with the modules `beside` it, each with and without weight decay (norms, biases).
     """
     inside = {id(p) for p in model.get_submodule("backbone").parameters()}
+    parameters = [p for one in (model, *beside) for p in one.parameters() if p.requires_grad]
     groups = [
         {
             "params": [
-                p
-                for p in model.parameters()
-                if p.requires_grad and (id(p) in inside) == own and (p.ndim > 1) == decays
+                p for p in parameters if (id(p) in inside) == own and (p.ndim > 1) == decays
             ],
             "factor": factor if own else 1.0,
             "weight_decay": decay if decays else 0.0,

@@ -2,6 +2,7 @@
 decoder.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,38 +85,54 @@ class Up(nn.Module):
         return self.join(functional.relu(self.norm(up + self.skip(skip))))
 
 
-class OrganNet(nn.Module):
+class Decoder(nn.Module):
+    """Maps of a backbone, coarsest first, of `channels` each, to logits of organs: every map is
+    brought to the size of the next finer one and joined with it. `width` is that of the finest.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self._add_layers(channels, width)
+
+    def _add_layers(self, channels: Sequence[int], width: int) -> None:
+        widths = [min(WIDEST, width << step) for step in reversed(range(len(channels) - 1))]
+        inputs = [channels[0], *widths]
+        self.ups = nn.ModuleList(
+            Up(coarse, skip, own)
+            for coarse, skip, own in zip(inputs, channels[1:], widths, strict=False)
+        )
+        self.head = nn.Conv2d(inputs[-1], 1 + len(ORGANS), 1)
+
+    def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Logits (N, 1 + organs, h, w) float32 of maps (N, C, h', w'), background first; `size` is
+        (h, w) in pixels.
+        """
+        found, *finer = maps
+        for up, skip in zip(self.ups, finer, strict=True):
+            found = up(found, skip)
+        logits = self.head(found).float()
+        return functional.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+class OrganNet(Decoder):
     """(N, 3, h, w) standardised planes, each between its neighbours, to logits (N, 1 + organs, h,
     w): background first.
     """
 
     def __init__(self, backbone: nn.Module, config: OrganConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the backbone is the first of the parameters
         size = config.image_size
         training = backbone.training
         with torch.no_grad():
             maps = pyramid(backbone.eval(), torch.zeros(1, 1, size, size))
         backbone.train(training)
         self.backbone = inflate_stem(backbone, CHANNELS)
-        channels, steps = [one.shape[1] for one in maps], len(maps) - 1
-        widths = [min(WIDEST, config.width << step) for step in reversed(range(steps))]
-        inputs = [channels[0], *widths]
-        self.ups = nn.ModuleList(
-            Up(coarse, skip, width)
-            for coarse, skip, width in zip(inputs, channels[1:], widths, strict=False)
-        )
-        self.head = nn.Conv2d(inputs[-1], 1 + len(ORGANS), 1)
+        self._add_layers([one.shape[1] for one in maps], config.width)
 
     def forward(self, planes: Tensor) -> Tensor:
         """Logits of each pixel, float32."""
         planes = planes.contiguous(memory_format=torch.channels_last)
-        found, *finer = pyramid(self.backbone, planes)
-        for up, skip in zip(self.ups, finer, strict=True):
-            found = up(found, skip)
-        logits = self.head(found).float()
-        return functional.interpolate(
-            logits, planes.shape[2:], mode="bilinear", align_corners=False
-        )
+        return self.decode(pyramid(self.backbone, planes), planes.shape[2:])
 
 
 def build_segmenter(

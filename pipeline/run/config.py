@@ -600,6 +600,15 @@ class TrainConfig(Section):
         ),
         json_schema_extra=ADDED,
     )
+    dice_loss: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "weight of an auxiliary loss: a decoder on the backbone finds the organs of the series"
+            " that have masks (needs stage 05)"
+        ),
+        json_schema_extra=ADDED,
+    )
     mixup: float = Field(
         0.0,
         ge=0,
@@ -665,6 +674,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"slice_weight={self.slice_weight} weights a loss that is off: set slice_loss"
             )
+        if self.dice_loss and self.freeze_backbone:
+            raise ValueError("dice_loss teaches the backbone: freeze_backbone keeps it as it is")
         if (self.mixup or self.cutmix) and self.batch == 1:
             raise ValueError("mixup and cutmix mix the volumes of a batch: batch=1 has one")
         return self
@@ -672,7 +683,7 @@ class TrainConfig(Section):
     @property
     def needs_organs(self) -> bool:
         """Whether training reads what stage 05 found."""
-        return self.regions == "organs" or self.visible_loss > 0
+        return self.regions == "organs" or self.visible_loss > 0 or self.dice_loss > 0
 
     @property
     def region_names(self) -> tuple[str, ...]:

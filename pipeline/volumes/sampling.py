@@ -85,16 +85,19 @@ def take_slices(
     config: TrainConfig,
     rng: np.random.Generator | None = None,
     window: Window | None = None,
+    labels: bool = False,
 ) -> np.ndarray:
     """Slices (S, size, size) uint8 out of a volume (D, H, W): border cut by `config.crop`, then the
     square of `config.crop_size` at a place that `rng` draws, the middle without, resized by area.
-    Of a `window` its rows and columns, resized linearly where they are fewer than `size`.
+    Of a `window` its rows and columns, resized linearly where they are fewer than `size`. Of
+    `labels`, on the grid of a volume, what lies nearest to the middle of each pixel.
     """
+    how = cv2.INTER_NEAREST_EXACT if labels else cv2.INTER_AREA
     if window is not None:
         small = min(part.stop - part.start for part in window[1:]) < config.image_size
         planes = volume[positions, window[1], window[2]]
         return resize_planes(
-            planes, config.image_size, cv2.INTER_LINEAR if small else cv2.INTER_AREA
+            planes, config.image_size, cv2.INTER_LINEAR if small and not labels else how
         )
     _, height, width = volume.shape
     top, left = round(height * config.crop), round(width * config.crop)
@@ -104,7 +107,7 @@ def take_slices(
         planes = volume[positions, top + y : top + y + side, left + x : left + x + side]
     else:
         planes = volume[positions, top : height - top, left : width - left]
-    return resize_planes(planes, config.image_size)
+    return resize_planes(planes, config.image_size, how)
 
 
 def plane_range(window: Window | None, depth: int) -> tuple[int, int]:

@@ -359,18 +359,20 @@ def test_mixed_volumes_and_their_loss_equal_float64_loops():
     seen = set()
     for seed in range(40):
         config = TINY.model_copy(update={"mixup": 0.8, "cutmix": 1.0})
-        mixed, share = mix_volumes(volumes.clone(), config, np.random.default_rng(seed))
+        mixed, share, box = mix_volumes(volumes.clone(), config, np.random.default_rng(seed))
         assert 0 <= share <= 1
         terms = mixed_terms(loss, outputs, batch, share, B)
         own, other = mixed == volumes, mixed == volumes.roll(-1, 0)
         cut = bool((own | other).all())
         seen.add(cut)
+        assert cut == (box is not None)
         if cut:
             assert float(own.double().mean()) == pytest.approx(share)
             inside = other[0, 0]
             assert all(torch.equal(plane, inside) for plane in other.flatten(0, 1)), "one box"
             y, x = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-            assert inside.sum() == len(y) * len(x)
+            assert inside.sum() == len(y) * len(x) == inside[box].numel()
+            assert inside[box].all()
         for b in range(B):
             following = (b + 1) % B
             if not cut:
@@ -384,9 +386,10 @@ def test_mixed_volumes_and_their_loss_equal_float64_loops():
                 total += (1 - share) * float(loss(*row(outputs, crossed, b), B)[name])
             assert float(term) == pytest.approx(total, rel=1e-4, abs=1e-6)
     assert seen == {True, False}
-    still, share = mix_volumes(volumes, TINY, rng)
+    still, share, box = mix_volumes(volumes, TINY, rng)
     assert still is volumes
     assert share == 1
+    assert box is None
 
 
 def row(outputs, batch, b):

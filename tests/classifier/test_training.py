@@ -41,24 +41,28 @@ RECIPE = (
     "predict.phases=3",
 )
 REGIONS = ("train.regions=organs", "train.slices=3", "train.visible_loss=1")
+DICE = ("train.dice_loss=1",)
 
 
 def found_organs(k):
-    """Boxes for organs, another one missing in each series."""
+    """Places of organs, another one missing in each series."""
     labels = np.zeros((12, 48, 48), np.uint8)
     for number in range(1, 5):
         labels[2 * number : 2 * number + 3, 4 * number : 20 + k, 3 * number : 30] = number
-    return tuple(organ_boxes(np.where(labels == k % 4 + 1, 0, labels)))
+    return np.where(labels == k % 4 + 1, 0, labels).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six training and three held-out series of noise, every class there, some slices labelled."""
+    """Six training and three held-out series of noise, every class there, some slices labelled,
+    half of the series with masks.
+    """
     folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
     series = []
     for k in range(9):
         path = folder / f"{k}.npy"
         np.save(path, rng.integers(0, 256, (12, 48, 48), dtype=np.uint8))
+        np.save(mask := folder / f"mask{k}.npy", organs := found_organs(k))
         labels = np.concatenate(
             [np.eye(len(t.classes), dtype=np.float32)[k % len(t.classes)] for t in TARGETS]
         )
@@ -70,7 +74,8 @@ def data(tmp_path_factory):
                 labels,
                 np.eye(12, 2, -3 * k, np.float32),
                 np.ones(2, np.float32),
-                found_organs(k),
+                tuple(organ_boxes(organs)),
+                mask if k % 2 else None,
             )
         )
     return FoldData(0, series[:6], series[6:])
@@ -93,7 +98,7 @@ def trainer(data, folder, *overrides):
     [
         ((), ()),
         (RECIPE, ("train.workers=1",)),
-        (RECIPE + REGIONS, ("train.workers=1",)),
+        (RECIPE + REGIONS + DICE, ("train.workers=1",)),
         (("train.ema=0.5", "train.accumulate=2", "train.batch=2"), ("train.workers=1",)),
     ],
 )
@@ -428,7 +433,7 @@ def test_frozen_backbone_stays_as_it_was(data, tmp_path):
         ((), 2),
         (("train.accumulate=2", "train.batch=1", "train.workers=1"), 4),
         (RECIPE, 1),
-        (RECIPE + REGIONS, 1),
+        (RECIPE + REGIONS + DICE, 1),
         ((), "held-out"),
     ],
 )
