@@ -199,7 +199,7 @@ def test_the_loss_equals_float64_loops(mixed, count):
                 labels = batch["organs"][places[source]].numpy()
                 total += part * slow_loss(values[b], labels, used)
                 told.add(b)
-    assert float(found) == pytest.approx(total, rel=1e-5)
+    assert float(found.detach()) == pytest.approx(total, rel=1e-5)
     for b, gradient in enumerate(logits.grad.unflatten(0, (count, 4))):
         assert bool(gradient.any()) == (b in told)
 
@@ -217,7 +217,7 @@ def test_series_without_masks_say_exactly_nothing():
     alone = decoder(one)
     volumes[0] = torch.randn(4, 32, 32)
     model(volumes)
-    assert float(decoder(one)) == pytest.approx(float(alone), rel=1e-5)
+    assert float(decoder(one).detach()) == pytest.approx(float(alone.detach()), rel=1e-5)
 
 
 def test_micro_batches_sum_to_the_large_batch():
@@ -234,7 +234,7 @@ def test_micro_batches_sum_to_the_large_batch():
             model(volumes[first:end])
             organs = every["organs"][sum(masked[:first]) : sum(masked[:end])]
             loss = decoder({"masked": every["masked"][first:end], "organs": organs})
-            total += float(loss)
+            total += float(loss.detach())
             if loss.requires_grad:
                 loss.backward()
         return total, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
