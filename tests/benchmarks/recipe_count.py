@@ -106,7 +106,7 @@ def count_classifier(config: Config) -> Counted:
 
     def forward(net: nn.Module) -> Tensor:
         logits, slices = net(torch.zeros(shape))
-        parts = [*logits.values(), *([] if slices is None else [slices])]
+        parts = [*logits.values(), *slices]
         return torch.cat([part.flatten() for part in parts]).sum()
 
     return count(lambda: build_model(config), forward, pictures)

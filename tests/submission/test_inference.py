@@ -474,7 +474,7 @@ def test_a_calibration_of_single_models_fits_the_mean_of_logits_better_than_that
 
 def test_flips_are_averaged():
     class Corner(torch.nn.Module):
-        regions = 1
+        region_planes = [2]
 
         """Answers with the first pixel of the first slice, so that every flip shows another one."""
 
@@ -824,7 +824,7 @@ def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, mon
 class Pixels(torch.nn.Module):
     """Answers with the first pixels that it sees, in its own measure."""
 
-    logits, regions = ("bowel", "kidney", "liver"), 1
+    logits, region_planes = ("bowel", "kidney", "liver"), [2]
 
     def __init__(self, measure):
         super().__init__()
