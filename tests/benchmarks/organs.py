@@ -49,7 +49,9 @@ def masked_series(out: Path) -> list[tuple[int, Masked]]:
 
 
 def dice_of(config, series: list[tuple[int, Masked]], backbone: Path | None, most: int) -> dict:
-    """Dice by (patient, organ) out of fold: the mean over a patient's series."""
+    """Dice by (patient, organ) out of fold, of organs that the mask shows: the mean over a patient's
+    series.
+    """
     found: dict[tuple[str, str], list[float]] = {}
     device = torch.device("cpu")
     for fold in sorted({fold for fold, _ in series}):
@@ -61,9 +63,10 @@ def dice_of(config, series: list[tuple[int, Masked]], backbone: Path | None, mos
         for _, one in (pair for pair in series if pair[0] == fold):
             volume = np.load(one.volume)
             labels = without_islands(label_volume([model], volume, config.organs, device))
-            scores = dice_scores(labels, np.load(one.mask), len(ORGANS))
-            for organ, score in zip(ORGANS, scores, strict=True):
-                if score is not None:
+            mask = np.load(one.mask)
+            scores = dice_scores(labels, mask, len(ORGANS))
+            for number, (organ, score) in enumerate(zip(ORGANS, scores, strict=True), 1):
+                if score is not None and (mask == number).any():  # else it may be in one run alone
                     found.setdefault((one.patient_id, organ), []).append(score)
     return {key: float(np.mean(values)) for key, values in found.items()}
 
