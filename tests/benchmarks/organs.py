@@ -49,8 +49,8 @@ def masked_series(out: Path) -> list[tuple[int, Masked]]:
 
 
 def dice_of(config, series: list[tuple[int, Masked]], backbone: Path | None, most: int) -> dict:
-    """Dice by (patient, organ) out of fold, of organs that the mask shows: the mean over a patient's
-    series.
+    """Dice by (patient, organ) out of fold, of organs that the mask shows: the mean over a
+    patient's series.
     """
     found: dict[tuple[str, str], list[float]] = {}
     device = torch.device("cpu")
