@@ -80,7 +80,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
         raise InputError(
             f"no training series of fold {fold} has an organ mask",
             f"train.dice_loss={part.config.train.dice_loss}",
-            "set train.dice_loss=0, or train.label_fraction=1",
+            "set train.dice_loss=0, or give masks of more patients",
         )
     return FoldData(
         fold,

@@ -748,15 +748,18 @@ class PredictConfig(Section):
 
 
 class AblationConfig(Section):
-    """Stage 10: `variants` are names with the keys of `model`, `pretrain`, `train` and `predict`
-    that they change.
+    """Stage 10: `variants` are names with the keys that they change: of `model`, `pretrain` and
+    `train`, `predict.phases` and `predict.flips`.
 
     The first of each of `pairs` is compared with the second, every variant that is first in none of
     them with `reference`.
     """
 
     variants: dict[str, dict[str, Any]] = Field(
-        {}, description="name: keys of model, pretrain, train and predict that it changes"
+        {},
+        description=(
+            "name: keys that it changes, of model, pretrain, train, predict.phases, predict.flips"
+        ),
     )
     reference: str = Field(
         "", description="what a variant that is first in no pair is compared with"
@@ -808,12 +811,13 @@ class AblationConfig(Section):
             key
             for keys in self.variants.values()
             for key in keys
-            if key.partition(".")[0] not in ("model", "pretrain", "train", "predict")
+            if key.partition(".")[0] not in ("model", "pretrain", "train")
+            and key not in ("predict.phases", "predict.flips")
         ]
         if fixed:
             raise ValueError(
                 f"'{fixed[0]}' is the same for all variants: they may change keys of model,"
-                " pretrain, train and predict"
+                " pretrain and train, predict.phases and predict.flips"
             )
         whole = [
             key
@@ -858,6 +862,11 @@ class Config(Section):
         if self.pretrain.slices > depth:
             raise ValueError(
                 f"pretrain.slices={self.pretrain.slices} is more than {read}.depth={depth}"
+            )
+        if self.train.needs_organs and not self.organs.enabled:
+            raise ValueError(
+                "train.regions=organs, train.visible_loss and train.dice_loss need stage 05: set"
+                " organs.enabled=true, or leave them off"
             )
         for key in ("slices", "abdomen_slices"):
             if (count := getattr(self.train, key) or 0) > self.volume.depth:

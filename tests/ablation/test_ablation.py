@@ -354,6 +354,10 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
         load_config("smoke", ["ablation.variants={a: {}}", "ablation.reference=other"])
     with pytest.raises(InputError, match="'volume.depth' is the same for all variants"):
         load_config("smoke", ["ablation.variants={a: {volume.depth: 3}}", "ablation.reference=a"])
+    with pytest.raises(InputError, match="'predict.flush_every' is the same for all variants"):
+        load_config(
+            "smoke", ["ablation.variants={a: {predict.flush_every: 3}}", "ablation.reference=a"]
+        )
     allowed = ["ablation.variants={a: {predict.phases: 2}}", "ablation.reference=a"]
     assert load_config("smoke", allowed).ablation.reference == "a"
     with pytest.raises(InputError, match="'b' is none of the variants"):

@@ -196,6 +196,12 @@ def test_values_that_contradict_each_other_are_refused(override, message):
         load_config("smoke", [override])
 
 
+@pytest.mark.parametrize("key", ["regions=organs", "visible_loss=1", "dice_loss=1"])
+def test_what_needs_organs_is_refused_at_once_without_their_stage(key):
+    with pytest.raises(InputError, match=r"need stage 05: set organs\.enabled=true"):
+        load_config("smoke", ["organs.enabled=false", f"train.{key}"])
+
+
 @pytest.mark.parametrize("name", ["../x", "", ".hidden", "a b"])
 def test_a_config_name_is_a_plain_folder_name(name):
     with pytest.raises(InputError, match="key 'name'"):
