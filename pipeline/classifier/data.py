@@ -68,9 +68,9 @@ def positive_share(series: Sequence["Series"], config: TrainConfig) -> np.ndarra
     regions among those of the abdomen.
     """
     shares, place = [], config.region_number(ABDOMEN)
+    count = config.region_slices[place]
     for one in series:
         first, end = region_planes(one.organs, len(one.planes), config)[place]
-        count = config.region_slices[place]
         shares.append(bin_labels(one.planes[first:end], count).mean(0))
     planes = np.stack(shares)
     known = np.stack([one.known for one in series])

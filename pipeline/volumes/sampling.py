@@ -95,10 +95,9 @@ def take_slices(
     how = cv2.INTER_NEAREST_EXACT if labels else cv2.INTER_AREA
     if window is not None:
         small = min(part.stop - part.start for part in window[1:]) < config.image_size
-        planes = volume[positions, window[1], window[2]]
-        return resize_planes(
-            planes, config.image_size, cv2.INTER_LINEAR if small and not labels else how
-        )
+        if small and not labels:
+            how = cv2.INTER_LINEAR
+        return resize_planes(volume[positions, window[1], window[2]], config.image_size, how)
     _, height, width = volume.shape
     top, left = round(height * config.crop), round(width * config.crop)
     if (side := config.crop_size) is not None:
