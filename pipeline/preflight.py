@@ -20,8 +20,8 @@ def check(stage: Stage) -> None:
     """Look ahead from stage 01 to the end of pretraining; what is finished needs nothing.
 
     Raises:
-        InputError: too little disk or memory, weights out of reach, or no slice labels where
-            `train.slice_loss` wants them.
+        InputError: too little disk or memory, weights out of reach, no slice labels where
+            `train.slice_loss` wants them, or no organ masks where training needs organs.
     """
     config = stage.config
     if all(read_manifest(stage.out / name) for name in (layout.VOLUMES, layout.VOCO)):
@@ -30,6 +30,8 @@ def check(stage: Stage) -> None:
         from .competition.tables import require_slice_labels
 
         require_slice_labels(stage.data)
+    if config.train.needs_organs and not stage.unlabelled_alone:
+        _require_masks(stage)
     disk = _images(stage) if stage.real_data else 0
     memory = max(room.convert_memory(stage.jobs), room.volume_memory(config.volume, stage.jobs))
     organs = config.organs.init if config.organs.enabled else ""
@@ -40,6 +42,22 @@ def check(stage: Stage) -> None:
     if stage.real_data and read_manifest(stage.out / layout.VOCO) is None:
         disk += _checkpoints(config)
     room.require(stage.out, "this run", disk, memory)
+
+
+def _require_masks(stage: Stage) -> None:
+    """Check that stage 05 will have masks to learn from: else stage 06 would end for want of it."""
+    from .organs.files import FOLDER
+    from .organs.stage import known_masks
+
+    options = stage.config.phantom
+    if known_masks(stage) if stage.real_data else not options or options.masks:
+        return
+    raise InputError(
+        "train.regions=organs, train.visible_loss and train.dice_loss need organ masks: there are"
+        " none",
+        str(stage.data / FOLDER) if stage.real_data else "phantom.masks=0",
+        "give some, or set train.regions=whole train.visible_loss=0 train.dice_loss=0",
+    )
 
 
 def _images(stage: Stage) -> int:

@@ -62,7 +62,12 @@ def _model(run: Run) -> str:
     for name, manifest in run.manifests.items():
         if name.startswith(f"{layout.CLASSIFIERS}/"):
             text = "{model[backbone]} from {train[init]}, {train[sequence]} over {train[slices]}"
-            return f"{text} slices".format(**manifest["config"])
+            text = f"{text} slices".format(**manifest["config"])
+            train = manifest["config"]["train"]
+            if train.get("regions") != "organs":
+                return text
+            own = train.get("abdomen_slices")
+            return f"{text} of each region" + (f", {own} of the abdomen" if own else "")
     return ""
 
 

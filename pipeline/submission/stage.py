@@ -3,7 +3,7 @@
 from ..classifier.views import VIEWS, views
 from ..run import layout
 from ..run.manifest import finished, read_manifest
-from ..run.runs import MODELS, runs_of
+from ..run.runs import MODELS, names_of, runs_of
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 
@@ -57,13 +57,13 @@ def predict_test(stage: Stage) -> None:
     from .inference import fill_submission, load_blend
 
     own = views(stage.config).get(VIEWS, [])
-    for run in runs.values():
+    for name, run in zip(names_of(runs.values()), runs.values(), strict=True):
         fitted = finished(run.upstream(layout.CLASSIFIERS))["inputs"].get(VIEWS, [])
         if fitted != own:
             log(
-                f"warning: the calibration was fitted to predictions of the views {fitted}, not"
-                f" {own} (predict.flips, predict.phases): run stages 06 and 07 with these (nothing"
-                " is trained anew)"
+                f"warning: the calibration was fitted to predictions of run {name} with the views"
+                f" {fitted}, not {own} (predict.flips, predict.phases): run stages 06 and 07 with"
+                " these (nothing is trained anew)"
             )
     blend = load_blend(list(runs.values()), calibration)
     counts = fill_submission(

@@ -41,6 +41,8 @@ from pipeline.report.inputs import find_run
 from pipeline.report.page import render
 from pipeline.report.scores import confusion, reduction, score_charts, worst
 from pipeline.run import layout
+from pipeline.run.config import resolved
+from pipeline.run.presets import load_config
 
 FOLDERS = {
     layout.SLICES: "conversion",
@@ -730,3 +732,23 @@ def test_browser_shows_all_pictures_and_needs_no_sideways_scrolling(html, tmp_pa
         assert one["dark"] is dark
         assert one["contrast"] > 10
         assert (one["paper"] < 0.1) is dark
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ((), "lstm over 4 slices"),
+        (("train.regions=organs",), "lstm over 4 slices of each region"),
+        (
+            ("train.regions=organs", "train.abdomen_slices=6"),
+            "lstm over 4 slices of each region, 6 of the abdomen",
+        ),
+    ],
+)
+def test_the_page_says_how_many_slices_of_what_a_classifier_sees(copy, keys, text):
+    config = load_config("smoke", [*keys])
+    used = {name: resolved(getattr(config, name)) for name in ("model", "train")}
+    name = f"{layout.CLASSIFIERS}/{layout.fold_folder(0)}"
+    write_manifest(copy, name, {"held_out_score": 0.5}, config=used)
+    told = next(iter(re.findall(r"mobilenetv3_small_050 from [^<]*", page_of(copy))))
+    assert told == f"mobilenetv3_small_050 from {config.train.init}, {text}"

@@ -202,6 +202,13 @@ def test_what_needs_organs_is_refused_at_once_without_their_stage(key):
         load_config("smoke", ["organs.enabled=false", f"train.{key}"])
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", ["train.dice_loss", "pretrain.lr", "train.dropout"])
+def test_no_key_is_infinite_or_nan(key, value):
+    with pytest.raises(InputError, match=f"finite number, key .{key}."):
+        load_config("smoke", [f"{key}={value}"])
+
+
 @pytest.mark.parametrize("name", ["../x", "", ".hidden", "a b"])
 def test_a_config_name_is_a_plain_folder_name(name):
     with pytest.raises(InputError, match="key 'name'"):

@@ -150,3 +150,25 @@ def test_slice_labels_that_are_missing_are_told_before_the_first_write(tmp_path)
     with pytest.raises(InputError, match="train.slice_loss needs slice labels"):
         preflight.check(Stage(layout.SLICES, config, Options(data=data, out=out)))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["train.regions=organs", "train.visible_loss=1", "train.dice_loss=1"]
+)
+def test_organ_masks_that_are_missing_are_told_before_the_first_write(tmp_path, key):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    config = load_config("smoke", ["phantom=null", "train.slice_loss=0", key])
+    stage = Stage(layout.SLICES, config, Options(data=data, out=out))
+    with pytest.raises(InputError, match="need organ masks: there are none, .*segmentations"):
+        preflight.check(stage)
+    assert not out.exists()
+    series = stage.series()["series_id"][0]
+    (data / "segmentations").mkdir(exist_ok=True)
+    (data / "segmentations" / f"{series}.nii.gz").touch()
+    preflight.check(stage)
+
+
+def test_a_phantom_without_masks_is_told_before_it_is_drawn(tmp_path):
+    config = load_config("smoke", ["phantom.masks=0", "train.visible_loss=1"])
+    with pytest.raises(InputError, match="need organ masks: there are none, .*phantom.masks=0"):
+        preflight.check(Stage(layout.SLICES, config, Options(out=tmp_path / "out")))

@@ -816,8 +816,8 @@ def test_other_views_than_those_of_the_calibration_are_told(smoke, tmp_path, mon
     assert all(value > 0 for value in counts["fold_spread"].values())
     assert stage_08(smoke, tmp_path / "flipped", monkeypatch, "predict.flips=[zy]") == 0
     assert (
-        "warning: the calibration was fitted to predictions of the views [], not ['zy']"
-        in capfd.readouterr().err
+        f"warning: the calibration was fitted to predictions of run {smoke.name} with the views"
+        " [], not ['zy']" in capfd.readouterr().err
     )
 
 
