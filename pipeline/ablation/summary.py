@@ -132,8 +132,14 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
         "costs": costs.to_dicts(),
         "sentences": [sentence(row) for row in compared],
     }
-    write_json(stage.folder / layout.TABLE_JSON, result)
-    write_text(stage.folder / layout.TABLE_MD, markdown(result))
-    write_text(stage.folder / layout.TABLE, pl.DataFrame(list(long_rows(result))).write_csv())
-    write_text(stage.folder / layout.CELLS, table.write_csv())
-    return [layout.TABLE_JSON, layout.TABLE_MD, layout.TABLE, layout.CELLS]
+    own_folder = f"{layout.GRIDS}/{stage.config.name}/"
+    for folder in ("", own_folder):  # another grid in this folder writes over the first
+        write_json(stage.folder / f"{folder}{layout.TABLE_JSON}", result)
+        for name, text in (
+            (layout.TABLE_MD, markdown(result)),
+            (layout.TABLE, pl.DataFrame(list(long_rows(result))).write_csv()),
+            (layout.CELLS, table.write_csv()),
+        ):
+            write_text(stage.folder / f"{folder}{name}", text)
+    names = (layout.TABLE_JSON, layout.TABLE_MD, layout.TABLE, layout.CELLS)
+    return [folder + name for folder in ("", own_folder) for name in names]

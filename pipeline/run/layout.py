@@ -69,6 +69,7 @@ FALLBACKS = (
     "fallbacks.csv"  # patients of the test set who got less than a prediction from all series
 )
 PAGE = "index.html"
+GRIDS = "grids"  # within it the tables of every grid that was run, by its name
 CELLS, TABLE, TABLE_JSON, TABLE_MD, PROBES = (
     "cells.csv",
     "table.csv",

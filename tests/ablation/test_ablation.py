@@ -516,8 +516,13 @@ def test_one_fold_alone_is_trained_without_and_judged_on(ablated):
     out = ablated.parent / "one_fold"
     shutil.copytree(ablated, out, ignore=shutil.ignore_patterns("voco2d"))
     one = "ablation.variants={scratch: {train.init: scratch}}"
-    done = stage_here("10", "--config", "smoke", "--out", str(out), *GRID, *more, one)
+    args = ("--config", "smoke", "--out", str(out), *GRID, *more, one, "name=second")
+    done = stage_here("10", *args)
     assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("table.md", "table.json", "table.csv", "cells.csv"):  # no grid's are lost
+        first, second = (out / layout.ABLATION / "grids" / grid for grid in ("smoke", "second"))
+        assert (first / name).read_bytes() == (ablated / layout.ABLATION / name).read_bytes()
+        assert (second / name).read_bytes() == (out / layout.ABLATION / name).read_bytes()
     found = pl.read_parquet(out / layout.ABLATION / "scratch" / "seed1" / "oof.parquet")
     assert set(found["patient_id"]) == held_out
     rows = [
