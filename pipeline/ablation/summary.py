@@ -132,14 +132,22 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
         "costs": costs.to_dicts(),
         "sentences": [sentence(row) for row in compared],
     }
-    own_folder = f"{layout.GRIDS}/{stage.config.name}/"
-    for folder in ("", own_folder):  # another grid in this folder writes over the first
+    return write_tables(stage, result, table)
+
+
+def write_tables(stage: Stage, result: dict, cells: pl.DataFrame) -> list[str]:
+    """Write table.json, table.md, table.csv and cells.csv, and the same below `grids/`, where no
+    other grid in this folder writes over them; returns their paths within the stage's folder.
+    """
+    texts = {
+        layout.TABLE_MD: markdown(result),
+        layout.TABLE: pl.DataFrame(list(long_rows(result))).write_csv(),
+        layout.CELLS: cells.write_csv(),
+    }
+    written = []
+    for folder in ("", f"{layout.GRIDS}/{stage.config.name}/"):
         write_json(stage.folder / f"{folder}{layout.TABLE_JSON}", result)
-        for name, text in (
-            (layout.TABLE_MD, markdown(result)),
-            (layout.TABLE, pl.DataFrame(list(long_rows(result))).write_csv()),
-            (layout.CELLS, table.write_csv()),
-        ):
+        for name, text in texts.items():
             write_text(stage.folder / f"{folder}{name}", text)
-    names = (layout.TABLE_JSON, layout.TABLE_MD, layout.TABLE, layout.CELLS)
-    return [folder + name for folder in ("", own_folder) for name in names]
+        written += [folder + name for name in (layout.TABLE_JSON, *texts)]
+    return written
