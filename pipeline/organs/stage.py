@@ -13,14 +13,14 @@ SECTIONS = ("seed", "model", "organs")
 VERSION = 3  # raised when the same masks would become others on a volume's grid, or other boxes
 
 
-def known_masks(stage: Stage) -> dict[str, Path]:
-    """Mask files of the run's labelled series by series id; warns of others."""
+def known_masks(stage: Stage, warn: bool = False) -> dict[str, Path]:
+    """Mask files of the run's labelled series by series id; `warn` names one of the others."""
     from .files import mask_files
 
     files = mask_files(stage.data)
     known = set(stage.series()["series_id"]) if files else set()
     strangers = sorted(files.keys() - known)
-    if strangers and not stage.limit:
+    if warn and strangers and not stage.limit:
         log(
             f"warning: {len(strangers)} masks are of no series in train_series_meta.csv and"
             f" ignored, e.g. {files[strangers[0]].name}"
@@ -54,7 +54,7 @@ def segment_organs(stage: Stage) -> None:
     if stage.skips_unlabelled():
         return
     config = stage.config
-    files = known_masks(stage) if config.organs.enabled else {}
+    files = known_masks(stage, warn=True) if config.organs.enabled else {}
     if skips(stage, files):
         return
     if config.convert.flip_hfs:

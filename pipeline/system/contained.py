@@ -15,18 +15,11 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .machine import keep_memory
+
 GAVE_UP = 3  # exit code of a child that met an exception and so trusts its own memory no more
-
-
 CAREFUL, LOST = 2, 3  # strikes after which an item is tried with `careful`, and given up
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-
-
 # a child answers no more often: waking the parent costs as much as a tenth of a slice
 WAIT_S = 0.02
 
@@ -36,16 +29,6 @@ class Failure:
     """The answer for an item, or a task, that brought down its process every time."""
 
     reason: str
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MB: else every picture's buffers go back and are
-    paged in anew, a third of its time.
-    """
-    # other C libraries have none, and no such habit
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-        mallopt(option, 32 << 20)
 
 
 def _die_with(parent: int) -> None:

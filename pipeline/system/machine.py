@@ -3,6 +3,7 @@ atomic writes.
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import shutil
@@ -14,6 +15,19 @@ from typing import Any, TypeVar
 from .errors import InputError
 
 T = TypeVar("T")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+ALL = 2**31 - 1  # the largest value that they take
+
+
+def keep_memory(most: int = 32 << 20) -> None:
+    """Let glibc keep freed blocks of up to 32 MB, `most` bytes in all: else the buffers of every
+    picture and of every training step go back and are paged in anew, a third of the time of the
+    one and a tenth of the other's.
+    """
+    # other C libraries have none, and no such habit
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, most)
 
 
 def seed_everything(*seeds: int) -> None:
@@ -32,7 +46,8 @@ def seed_everything(*seeds: int) -> None:
 def pick_device(name: str, rank: int = 0) -> Any:
     """`auto|cpu|cuda` to a torch device; InputError when CUDA is asked for and absent.
 
-    On a GPU cuDNN then tries its algorithms for each shape and keeps the fastest.
+    On a GPU cuDNN then tries its algorithms for each shape and keeps the fastest; on a CPU freed
+    memory is kept.
     """
     import torch
 
@@ -47,6 +62,7 @@ def pick_device(name: str, rank: int = 0) -> Any:
         torch.cuda.set_device(rank)
         torch.backends.cudnn.benchmark = True  # few shapes in any stage, each met often
         return torch.device("cuda", rank)
+    keep_memory(ALL)
     return torch.device("cpu")
 
 

@@ -155,7 +155,7 @@ def test_slice_labels_that_are_missing_are_told_before_the_first_write(tmp_path)
 @pytest.mark.parametrize(
     "key", ["train.regions=organs", "train.visible_loss=1", "train.dice_loss=1"]
 )
-def test_organ_masks_that_are_missing_are_told_before_the_first_write(tmp_path, key):
+def test_organ_masks_that_are_missing_are_told_before_the_first_write(tmp_path, key, caplog):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     config = load_config("smoke", ["phantom=null", "train.slice_loss=0", key])
     stage = Stage(layout.SLICES, config, Options(data=data, out=out))
@@ -165,7 +165,10 @@ def test_organ_masks_that_are_missing_are_told_before_the_first_write(tmp_path, 
     series = stage.series()["series_id"][0]
     (data / "segmentations").mkdir(exist_ok=True)
     (data / "segmentations" / f"{series}.nii.gz").touch()
-    preflight.check(stage)
+    (data / "segmentations" / "999999.nii.gz").touch()
+    with caplog.at_level("INFO", "voco2d"):
+        preflight.check(stage)
+    assert not caplog.messages  # stage 05 warns of the one that is of no series, once
 
 
 def test_a_phantom_without_masks_is_told_before_it_is_drawn(tmp_path):

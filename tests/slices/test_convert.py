@@ -667,7 +667,7 @@ def test_a_child_keeps_its_memory():
         script = f"""
 import resource
 import numpy as np
-from pipeline.system.contained import keep_memory
+from pipeline.system.machine import keep_memory
 {first}
 def use():
     return [np.ones(size, np.uint8) for size in (280_000, 140_000, 520_000, 260_000, 1_400_000)]
