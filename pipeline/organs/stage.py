@@ -14,7 +14,7 @@ VERSION = 3  # raised when the same masks would become others on a volume's grid
 
 
 def known_masks(stage: Stage, warn: bool = False) -> dict[str, Path]:
-    """Mask files of the run's labelled series by series id; `warn` names one of the others."""
+    """Mask files of the run's labelled series by series id; `warn` of others."""
     from .files import mask_files
 
     files = mask_files(stage.data)

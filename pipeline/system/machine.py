@@ -16,13 +16,13 @@ from .errors import InputError
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-ALL = 2**31 - 1  # the largest value that they take
+ALL = 2**31 - 1  # bytes, the largest int
 
 
 def keep_memory(most: int = 32 << 20) -> None:
-    """Let glibc keep freed blocks of up to 32 MB, `most` bytes in all: else the buffers of every
-    picture and of every training step go back and are paged in anew, a third of the time of the
-    one and a tenth of the other's.
+    """Let glibc serve blocks of up to 32 MiB from its heap, and give the heap's free end back only
+    above `most` bytes: else buffers are paged in anew for every picture (a third of its time) and
+    every training step (about a tenth).
     """
     # other C libraries have none, and no such habit
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
@@ -46,8 +46,8 @@ def seed_everything(*seeds: int) -> None:
 def pick_device(name: str, rank: int = 0) -> Any:
     """`auto|cpu|cuda` to a torch device; InputError when CUDA is asked for and absent.
 
-    On a GPU cuDNN then tries its algorithms for each shape and keeps the fastest; on a CPU freed
-    memory is kept.
+    On a GPU cuDNN then tries its algorithms for each shape and keeps the fastest; on a CPU this
+    process keeps freed memory from then on.
     """
     import torch
 
