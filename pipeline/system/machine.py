@@ -16,7 +16,7 @@ from .errors import InputError
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-ALL = 2**31 - 1  # bytes, the largest int
+INT_MAX = 2**31 - 1
 
 
 def keep_memory(most: int = 32 << 20) -> None:
@@ -62,7 +62,7 @@ def pick_device(name: str, rank: int = 0) -> Any:
         torch.cuda.set_device(rank)
         torch.backends.cudnn.benchmark = True  # few shapes in any stage, each met often
         return torch.device("cuda", rank)
-    keep_memory(ALL)
+    keep_memory(INT_MAX)
     return torch.device("cpu")
 
 
