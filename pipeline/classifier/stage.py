@@ -5,11 +5,11 @@ from typing import Any
 
 from ..run import layout
 from ..run.manifest import finished, read_manifest, stage_folder
+from ..run.side_by_side import train_side_by_side
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 from ..system.errors import InputError
 from ..system.processes import parent_stage
-from .side_by_side import train_side_by_side
 from .views import MASKS, SECOND_LEVEL, second_level, uses_organs, views
 
 SECTIONS = ("seed", "model", "train")
@@ -88,7 +88,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
         from .fold import start_anew
 
         start_anew(stage, mine, inputs, SECTIONS)
-    if not train_side_by_side(stage, mine, inputs, SECTIONS):
+    if not train_side_by_side(stage, "pipeline.classifier", stage.stale(mine, inputs, SECTIONS)):
         for number in mine:
             _train(stage, number, inputs)
     with stage.lock(PATIENCE_S):

@@ -99,10 +99,13 @@ def plane_batches(
     steps: range,
     device: torch.device,
     waiting: Callable[[], object] = lambda: None,
+    sharing: int = 1,
 ) -> Generator[dict[str, torch.Tensor], None, None]:
-    """One batch for each of `steps`; `waiting` is called while one is waited for."""
+    """One batch for each of `steps`; `waiting` is called while one is waited for, `sharing`
+    processes load at the same time.
+    """
     config, gpu = dataset.config, device.type == "cuda"
     plan = [[(step, k) for k in range(config.batch)] for step in steps]
-    most = loaders(config.workers, organ_batch_bytes(config), "organs.workers", gpu)
+    most = loaders(config.workers, organ_batch_bytes(config), "organs.workers", gpu, sharing)
     loader = make_loader(dataset, min(most, len(plan)), gpu, batch_sampler=plan)
     return batches_of(loader, waiting)

@@ -46,6 +46,24 @@ def mask_inputs(stage: Stage, files: dict[str, Path]) -> dict[str, Any]:
     return {**stage.inputs(layout.VOLUMES), "masks": digest(prints), "version": VERSION}
 
 
+def organ_inputs(stage: Stage, files: dict[str, Path]) -> dict[str, Any]:
+    """Fingerprint of everything that the segmenters of a run depend on beside the config."""
+    config = stage.config
+    upstream = [layout.FOLDS, *([layout.VOCO] if config.organs.init == "voco2d" else [])]
+    own = config.model.weights if config.organs.init == "imagenet" else None
+    weights = [Path(own)] if own else []
+    return mask_inputs(stage, files) | stage.inputs(*upstream, files=weights)
+
+
+@stage_function(layout.ORGANS, exclusive=False)
+def train_segmenter(stage: Stage, fold: int) -> None:
+    """Train the segmenter of one fold, in a process of a stage that has laid the masks."""
+    from .work import train_one
+
+    files = known_masks(stage)
+    train_one(stage, fold, files, organ_inputs(stage, files))
+
+
 @stage_function(layout.ORGANS)
 def segment_organs(stage: Stage) -> None:
     """Train a segmenter a fold, and find the organs of every labelled series by the one that has
@@ -63,11 +81,8 @@ def segment_organs(stage: Stage) -> None:
             "convert.flip_hfs=true",
             "set organs.enabled=false",
         )
-    upstream = [layout.FOLDS, *([layout.VOCO] if config.organs.init == "voco2d" else [])]
-    own = config.model.weights if config.organs.init == "imagenet" else None
-    weights = [Path(own)] if own else []
-    inputs = mask_inputs(stage, files) | stage.inputs(*upstream, files=weights)
-    if stage.current(inputs, SECTIONS) or not stage.writer:  # one process trains all folds
+    inputs = organ_inputs(stage, files)
+    if stage.current(inputs, SECTIONS) or not stage.writer:  # one process has the folds trained
         return
     from .work import find_all
 

@@ -31,6 +31,7 @@ from ..run import layout
 from ..run.config import Config, decisive
 from ..system.console import log, progress
 from ..system.machine import seed_everything
+from ..system.processes import parent_stage
 from .data import Masked, PlaneDataset, plane_batches
 from .loss import organ_terms
 from .model import OrganNet, Segmented, build_segmenter
@@ -93,7 +94,8 @@ class OrganTrainer:
             contextlib.ExitStack() as closing,
             open_log(self.folder, self.history, "step") as write,
         ):
-            stream = plane_batches(self.dataset, steps, self.device, self._leave_if_asked)
+            sharing = self.config.folds.count if parent_stage() else 1
+            stream = plane_batches(self.dataset, steps, self.device, self._leave_if_asked, sharing)
             closing.callback(stream.close)  # ends its processes
             self.model.train()
             self.since = time.perf_counter()

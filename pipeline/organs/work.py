@@ -14,6 +14,7 @@ import torch
 from ..folds import read_folds
 from ..run import layout
 from ..run.manifest import digest
+from ..run.side_by_side import train_side_by_side
 from ..run.stage import Stage
 from ..system.console import log, progress, say
 from ..system.contained import Failure
@@ -65,8 +66,9 @@ def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> No
         return
     masked = lay_masks(stage, files, index)
     device = pick_device(stage.device_name)
-    for fold in folds:
-        train_fold(stage, fold, masked, index, inputs, device)
+    if not train_side_by_side(stage, "pipeline.organs", stage.stale(folds, inputs, SECTIONS)):
+        for fold in folds:
+            train_fold(stage, fold, masked, index, inputs, device)
     found = [find_fold(stage, fold, masked, index, inputs, device) for fold in folds]
     rows, table = (pl.concat(tables) for tables in zip(*found, strict=True))
     _write(stage.folder, rows, table)
@@ -77,6 +79,15 @@ def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> No
     stage.finish(counts, [layout.ORGAN_TABLE, layout.DICE, layout.OUTLINES, *models])
 
 
+def train_one(stage: Stage, fold: int, files: dict[str, Path], inputs: dict[str, Any]) -> None:
+    """Train the segmenter of one fold on the masks that are laid, unless that is done."""
+    if stage.options.jobs:
+        torch.set_num_threads(stage.jobs)
+    index = _labelled(stage)
+    masked = masked_series(stage, files, index)
+    train_fold(stage, fold, masked, index, inputs, pick_device(stage.device_name))
+
+
 def _labelled(stage: Stage) -> pl.DataFrame:
     """Rows of the volume index of the labelled series with their patients' `fold`."""
     folds = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE)
@@ -85,27 +96,31 @@ def _labelled(stage: Stage) -> pl.DataFrame:
     return index.join(folds, on="patient_id", how="inner", maintain_order="left")
 
 
+def masked_series(stage: Stage, files: dict[str, Path], index: pl.DataFrame) -> dict[str, Masked]:
+    """Volumes with a mask, by series id, in the order of the index."""
+    volumes, masks = stage.upstream(layout.VOLUMES), stage.folder / layout.MASKS
+    chosen = index.filter(pl.col("series_id").is_in(list(files)))
+    return {
+        row["series_id"]: Masked(
+            row["patient_id"], row["series_id"], volumes / row["path"], masks / row["path"]
+        )
+        for row in chosen.iter_rows(named=True)
+    }
+
+
 def lay_masks(stage: Stage, files: dict[str, Path], index: pl.DataFrame) -> dict[str, Masked]:
-    """Bring the masks onto their volumes' grids, unless that is done; by series id, in the order
-    of the index.
+    """Bring the masks onto their volumes' grids, unless that is done; returns `masked_series`.
 
     Raises:
         InputError: a mask does not fit its series.
     """
-    part, volumes = stage.part(layout.MASKS), stage.upstream(layout.VOLUMES)
-    chosen = index.filter(pl.col("series_id").is_in(list(files)))
-    found = {
-        row["series_id"]: Masked(
-            row["patient_id"],
-            row["series_id"],
-            volumes / row["path"],
-            part.folder / row["path"],
-        )
-        for row in chosen.iter_rows(named=True)
-    }
+    part, found = stage.part(layout.MASKS), masked_series(stage, files, index)
     with part.lock():
         if not part.current(mask_inputs(stage, files), ["volume"]):
-            part.finish({"masks": len(found)}, _lay(part, files, chosen, volumes))
+            chosen = index.filter(pl.col("series_id").is_in(list(found)))
+            part.finish(
+                {"masks": len(found)}, _lay(part, files, chosen, stage.upstream(layout.VOLUMES))
+            )
     if lost := len(files) - len(found):
         log(f"warning: {lost} masks are of series without a volume, and are not used")
     return found

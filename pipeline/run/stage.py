@@ -254,6 +254,14 @@ class Stage:
         """
         return self._found(self.fingerprint_of(inputs, sections))[0]
 
+    def stale(
+        self, folds: Sequence[int], inputs: dict[str, Any], sections: Iterable[str]
+    ) -> list[int]:
+        """Those of `folds` whose folder is to be made, again or for the first time."""
+        parts = {fold: self.part(layout.fold_folder(fold)) for fold in folds}
+        force = self.options.force
+        return [k for k, part in parts.items() if force or not part.made_from(inputs, sections)]
+
     @property
     def whole(self) -> bool:
         """True when the folder is what `current` asked for, and all of it is there."""

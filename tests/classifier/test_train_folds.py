@@ -30,7 +30,6 @@ from helpers_stages import ROOT, environment
 
 from pipeline.classifier.fold import gather_fold
 from pipeline.classifier.predict import Trained, load_classifier
-from pipeline.classifier.side_by_side import folds_at_once
 from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
@@ -40,6 +39,7 @@ from pipeline.run.command import add_fold, main
 from pipeline.run.layout import LOG, MODEL, OOF
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
+from pipeline.run.side_by_side import folds_at_once
 from pipeline.run.stage import Options, Stage
 from pipeline.submission.inference import load_blend
 from pipeline.system.errors import InputError

@@ -3,13 +3,25 @@ patient, one line where there is nothing to do, masks that do not fit.
 """
 
 import gzip
+import os
 import shutil
+import signal
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers_faults import copy, refused, run_here
+from helpers_faults import (
+    copy,
+    end,
+    none_alive,
+    plain_lines,
+    products,
+    refused,
+    run_here,
+    start,
+    wait_for,
+)
 
 from pipeline.organs import work
 from pipeline.organs.find import label_volume, organ_boxes, without_islands
@@ -156,6 +168,37 @@ def test_the_held_out_patients_masks_are_not_trained_on(out, monkeypatch):
     assert seen == {fold: every - held[fold] for fold in (0, 1)}
     assert seen[0]
     assert seen[1]
+
+
+def test_segmenters_side_by_side_are_what_they_are_alone(smoke, out):
+    """The smoke run trained them side by side; one thread for each is what `--jobs 1` gives."""
+    code, text = run_here("05", out, "--jobs", "1")
+    assert code == 0, text
+    names = [f"fold{fold}/{layout.MODEL}" for fold in (0, 1)]
+    for name in [*names, layout.ORGAN_TABLE, layout.DICE]:
+        assert (out / layout.ORGANS / name).read_bytes() == (
+            smoke / layout.ORGANS / name
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_segmenters_end_with_their_stage_and_go_on(smoke, out, number):
+    run = start("05", out, "organs.steps=3000", "organs.log_every=5")
+    for fold in "01":
+        wait_for(out / layout.ORGANS / f"fold{fold}" / "log.jsonl", run)
+    # a terminal sends Ctrl-C to all
+    os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)
+    if not (gone := none_alive(run.pid)):
+        os.killpg(run.pid, signal.SIGKILL)
+    code, text = end(run)
+    assert gone, "the folds trained on alone"
+    assert code == (-number if number == signal.SIGKILL else 128 + number), text
+    if number != signal.SIGKILL:
+        assert plain_lines(text) == ["stopped: run the same command again to go on"]
+        assert text.count("checkpoint written") == 2
+    assert not (out / layout.ORGANS / layout.MANIFEST).exists()
+    assert run_here("05", out)[0] == 0
+    assert products(out / layout.ORGANS) == products(smoke / layout.ORGANS)
 
 
 def test_a_stopped_search_goes_on_with_the_folds_that_are_not_done(smoke, tmp_path):

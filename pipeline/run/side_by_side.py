@@ -1,4 +1,4 @@
-"""Folds side by side: stage 06 once more for each of them, in processes that end with the stage.
+"""Folds side by side: a module once more for each of them, in processes that end with the stage.
 
 On a CPU a small model gains next to nothing from a second thread, and loses much when anything else
 wants the core; two models that train side by side, one thread each, lose nothing. Nor do three that
@@ -16,15 +16,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..run import layout
-from ..run.config import resolved
-from ..run.manifest import ROOT
-from ..run.stage import Stage
 from ..system.errors import Ended
 from ..system.machine import pick_device
 from ..system.processes import interrupts_blocked, part_environment
+from .config import resolved
+from .manifest import ROOT
+from .stage import Stage
 
 LOOK_S, MOST_BYTES = 0.05, 1 << 16
 
@@ -48,24 +46,15 @@ class Part:
             os.close(self.pipe)
 
 
-def train_side_by_side(
-    stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]
-) -> bool:
-    """Train those of `folds` that are not up to date side by side and return True; False, and
-    nothing done, where that brings nothing.
+def train_side_by_side(stage: Stage, module: str, folds: Sequence[int]) -> bool:
+    """Train `folds` side by side by `python -m module --fold` and return True; False, and nothing
+    done, where that brings nothing.
 
     That is on a GPU, with one job or one fold, and under torchrun, which spreads the folds itself.
     """
-    todo = [
-        fold
-        for fold in folds
-        if stage.options.force
-        or not stage.part(layout.fold_folder(fold)).made_from(inputs, sections)
-    ]
     at_once = folds_at_once(stage.config.folds.count, stage.jobs)
     if (
-        not todo
-        or min(at_once, len(folds)) == 1
+        min(at_once, len(folds)) < 2
         or "WORLD_SIZE" in os.environ
         or pick_device(stage.device_name).type != "cpu"
     ):
@@ -78,8 +67,8 @@ def train_side_by_side(
         json.dump(resolved(stage.config), settings)
         settings.flush()
         flags += ["--config", settings.name]
-        parts = {f"fold {k}": [*flags, "--fold", str(k), "--jobs", cores] for k in todo}
-        run_side_by_side(parts, at_once)
+        parts = {f"fold {k}": [*flags, "--fold", str(k), "--jobs", cores] for k in folds}
+        run_side_by_side(module, parts, at_once)
     return True
 
 
@@ -90,8 +79,8 @@ def folds_at_once(folds: int, jobs: int) -> int:
     return 1 if jobs == 1 else math.ceil(folds / max(1, folds // jobs))
 
 
-def run_side_by_side(parts: Mapping[str, Sequence[str]], at_once: int) -> None:
-    """Run stage 06 with the arguments of each part, `at_once` processes at a time.
+def run_side_by_side(module: str, parts: Mapping[str, Sequence[str]], at_once: int) -> None:
+    """Run `module` with the arguments of each part, `at_once` processes at a time.
 
     A stop of this process is handed on, and waits for the checkpoints; a part that fails stops the
     others.
@@ -109,7 +98,7 @@ def run_side_by_side(parts: Mapping[str, Sequence[str]], at_once: int) -> None:
         try:
             while (waiting or running) and not stop.signum:
                 while waiting and len(running) < at_once:
-                    running.append(_start(*waiting.pop(0)))
+                    running.append(_start(module, *waiting.pop(0)))
                 time.sleep(LOOK_S)
                 ended = [part for part in running if part.process.poll() is not None]
                 running = [part for part in running if part not in ended]
@@ -157,10 +146,10 @@ def _end(running: Sequence[Part]) -> None:
             os.close(part.pipe)
 
 
-def _start(name: str, arguments: Sequence[str]) -> Part:
+def _start(module: str, name: str, arguments: Sequence[str]) -> Part:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    command = [sys.executable, "-m", "pipeline.classifier", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     # the package may be importable here for another reason than an installation
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = part_environment(writer) | {"PYTHONPATH": path}
