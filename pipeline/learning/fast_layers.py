@@ -3,12 +3,13 @@ training.
 
 oneDNN (CPUs) computes the weight gradient of a depthwise convolution on a map of 8 x 8 and less,
 and in half precision the input gradient of a strided one, through reference kernels that take ten
-to a hundred times the forward pass, and a 1 x 1 convolution on a map of 4 x 4 and less is a matrix
-product with overhead: on crops these are most of a step. Batch norm followed by SiLU or Hardswish
-keeps its output beside its input and the activation for the backward pass; it is made again there
-instead, for a third less memory at no cost in time. On a GPU all layers take the library's road:
-its kernels are fast there, and what counts is how many there are. Memory is saved there by
-`pretrain.activation_checkpointing`.
+to a hundred times the forward pass; the weight gradient of a first convolution, of few channels,
+takes two to nine times a matrix product, and a 1 x 1 convolution on a map of 4 x 4 and less is a
+matrix product with overhead: on crops these are most of a step. Batch norm followed by SiLU or
+Hardswish keeps its output beside its input and the activation for the backward pass; it is made
+again there instead, for a third less memory at no cost in time. On a GPU all layers take the
+library's road: its kernels are fast there, and what counts is how many there are. Memory is saved
+there by `pretrain.activation_checkpointing`.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from torch import nn
 from torch.nn import functional
 
 DEPTHWISE, STRIDED, POINTWISE = 64, 256, 16  # largest map (pixels) that takes the other road
+PICTURE = 3  # most channels of a picture
+# smallest map of a gradient (pixels) that is convolved with; elements that a core's cache holds
+CONVOLVED, IN_CACHE = 9, 1 << 18
 ELEMENTS_AT_ONCE, HALF = 1 << 24, (torch.bfloat16, torch.float16)
 SIZE2 = tuple[int, int]
 ACTIVATIONS = {
@@ -55,6 +59,8 @@ def speed_up(module: nn.Module) -> nn.Module:
             and layer.padding == (0, 0)
         ):
             layer.__class__ = Pointwise
+        elif layer.groups == 1 and layer.in_channels <= PICTURE:
+            layer.__class__ = Stem
     return module
 
 
@@ -135,6 +141,53 @@ class Pointwise(nn.Conv2d):
         )
 
 
+class Stem(nn.Conv2d):
+    """Convolution of a picture of few channels, which needs no gradient itself, with its own weight
+    gradient.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        trains = self.weight.requires_grad and torch.is_grad_enabled()
+        if x.is_cuda or x.requires_grad or not trains:
+            return super().forward(x)
+        return _StemFunction.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class _StemFunction(torch.autograd.Function):
+    """(N, C, H, W), (O, C, k, l) -> (N, O, h, w)."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: SIZE2,
+        padding: SIZE2,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = stride, padding
+        return functional.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.options
+        total = weight.new_zeros(weight[0].numel(), len(weight))
+        size = max(1, IN_CACHE // x[0].numel())
+        for own, part in zip(x.split(size), gradient.split(size), strict=True):
+            # what each output pixel sees (N, C k l, h w), its gradient (N, h w, O)
+            seen = functional.unfold(
+                own.to(weight.dtype), weight.shape[2:], padding=padding, stride=stride
+            )
+            of_pixels = part.to(weight.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+            total += torch.bmm(seen, of_pixels).sum(0)
+        of_bias = gradient.sum((0, 2, 3), dtype=weight.dtype) if ctx.needs_input_grad[2] else None
+        return None, total.T.reshape(weight.shape), of_bias, None, None
+
+
 class Depthwise(nn.Conv2d):
     """Depthwise convolution with its own weight gradient where the map is small."""
 
@@ -206,8 +259,34 @@ def weight_gradient(
     x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
 ) -> torch.Tensor:
     """dW[c, 0, i, j] = sum over n, y, x of x[n, c, s y + i - p, s x + j - p] * gradient[n, c, y,
-    x]: one product and sum a tap.
+    x].
     """
+    small = gradient.shape[2] * gradient.shape[3] < CONVOLVED
+    return (_by_taps if small else _by_convolution)(x, gradient, weight, stride, padding)
+
+
+def _by_convolution(
+    x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
+) -> torch.Tensor:
+    """A forward convolution: every map of every image is a group of its own, its filter is the
+    map's gradient, the steps between the filter's taps are the stride.
+    """
+    C, rows, columns = len(weight), *weight.shape[2:]
+    total = torch.zeros_like(weight[:, 0])
+    size = max(1, IN_CACHE // x[0].numel())
+    for own, part in zip(x.split(size), gradient.split(size), strict=True):
+        maps = own.to(weight.dtype).reshape(1, -1, *own.shape[2:])
+        filters = part.to(weight.dtype).reshape(-1, 1, *part.shape[2:])
+        # what the stride left over of the maps makes the result larger
+        of_maps = functional.conv2d(maps, filters, None, 1, padding, stride, len(filters))
+        total += of_maps[0, :, :rows, :columns].reshape(-1, C, rows, columns).sum(0)
+    return total[:, None]
+
+
+def _by_taps(
+    x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
+) -> torch.Tensor:
+    """One product and sum a tap: filters of 2 x 2 and less go through a reference kernel."""
     # (N, H, W, C): C is contiguous in channels-last
     x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
     total = torch.zeros_like(weight)

@@ -4,6 +4,7 @@ same numbers.
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -319,6 +320,47 @@ def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride):
         assert torch.allclose(expected, ours, rtol=1e-12)
 
 
+@pytest.mark.parametrize("at_once", [1, 2 * 3 * 11 * 8, 1 << 18])
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [(1, 3, 2), (3, 7, 2), (2, (5, 4), 1)])
+def test_the_first_convolution_equals_the_library(monkeypatch, at_once, channels, kernel, stride):
+    monkeypatch.setattr(layers, "IN_CACHE", at_once)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, 6, kernel, stride, 1).double()
+    fast = speed_up(copy.deepcopy(plain))
+    assert type(fast) is layers.Stem
+    x = torch.randn(5, channels, 11, 8).double()
+    for asks in (False, True):  # the picture's own gradient, too
+        found = []
+        for layer in (plain, fast):
+            layer.zero_grad()
+            y = layer(own := x.clone().requires_grad_(asks))
+            (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+            found.append((y, layer.weight.grad, layer.bias.grad, *([own.grad] if asks else [])))
+        for expected, ours in zip(*found, strict=True):
+            assert torch.allclose(expected, ours, rtol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 6 * 12 * 9, 1 << 18])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(3, (1, 1), (1, 1)), (3, (2, 2), (1, 1)), (5, (2, 2), (2, 2)), (5, (3, 2), (0, 1))],
+)
+def test_both_ways_to_a_weight_gradient_give_its_sum(monkeypatch, at_once, kernel, stride, padding):
+    monkeypatch.setattr(layers, "IN_CACHE", at_once)
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 6, 12, 9).double(), torch.randn(6, 1, kernel, kernel).double()
+    y = functional.conv2d(x, weight, None, stride, padding, 1, 6)
+    gradient = torch.randn(y.shape).double()
+    padded = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    expected = torch.zeros_like(weight)
+    for i, j, r, c in np.ndindex(kernel, kernel, *y.shape[2:]):
+        seen = padded[:, :, stride[0] * r + i, stride[1] * c + j]
+        expected[:, 0, i, j] += (seen * gradient[:, :, r, c]).sum(0)
+    for way in (layers._by_taps, layers._by_convolution):
+        found = way(x, gradient, weight, stride, padding)
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_input_gradient_in_parts_is_the_librarys(monkeypatch, dtype, stride):
@@ -347,7 +389,7 @@ def test_whole_network_has_the_librarys_gradients_and_statistics(name):
         model.train()(x).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     kinds = {type(layer).__name__ for layer in fast.modules()}
-    assert {"_NormAct", "Depthwise", "Pointwise"} <= kinds
+    assert {"_NormAct", "Depthwise", "Pointwise", "Stem"} <= kinds
     # of efficientnet_b0: 6e4, so an absolute bound must scale
     largest = max(float(gradient.abs().max()) for gradient in gradients[0])
     assert all(
