@@ -14,6 +14,7 @@ from ..competition.targets import ANY_INJURY, COLUMNS, TARGETS
 from ..run.config import PhantomConfig
 from ..system.contained import Failure
 from ..system.errors import InputError
+from ..system.machine import keep_memory
 from ..system.pool import spread
 from .anatomy import make_scan
 from .plan import TEST, TRAIN, PatientPlan, make_plan
@@ -29,6 +30,7 @@ def write_patient(
     config: PhantomConfig, seed: int, root: Path, plan: PatientPlan
 ) -> list[dict[str, Any]]:
     """Make and write all series of a patient; returns one record a series for the tables."""
+    keep_memory()  # of the process that this patient came to
     records = []
     for number, series in enumerate(plan.series):
         key = (seed, plan.split, plan.index)
