@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from ..learning.side_by_side import train_side_by_side
 from ..run import layout
 from ..run.manifest import finished, read_manifest, stage_folder
-from ..run.side_by_side import train_side_by_side
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 from ..system.errors import InputError

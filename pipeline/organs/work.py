@@ -12,9 +12,9 @@ import polars as pl
 import torch
 
 from ..folds import read_folds
+from ..learning.side_by_side import train_side_by_side
 from ..run import layout
 from ..run.manifest import digest
-from ..run.side_by_side import train_side_by_side
 from ..run.stage import Stage
 from ..system.console import log, progress, say
 from ..system.contained import Failure

@@ -34,12 +34,12 @@ from pipeline.classifier.stage import train_folds
 from pipeline.competition.tables import read_labels
 from pipeline.folds import read_folds
 from pipeline.learning.checkpoint import describe, save_weights
+from pipeline.learning.side_by_side import folds_at_once
 from pipeline.run import layout
 from pipeline.run.command import add_fold, main
 from pipeline.run.layout import LOG, MODEL, OOF
 from pipeline.run.manifest import digest, read_manifest
 from pipeline.run.presets import load_config
-from pipeline.run.side_by_side import folds_at_once
 from pipeline.run.stage import Options, Stage
 from pipeline.submission.inference import load_blend
 from pipeline.system.errors import InputError

@@ -187,13 +187,13 @@ GUARDS = (
     ),
     ("run_all.sh", "trap 'stop 130' INT\n", "", STOPS + "run_all_hands_a_stop_on_to_its_stage[2]"),
     (
-        "pipeline/run/side_by_side.py",
+        "pipeline/learning/side_by_side.py",
         "            _end(running)\n",
         "            pass\n",
         "classifier/test_train_folds.py::test_folds_end",
     ),
     (
-        "pipeline/run/side_by_side.py",
+        "pipeline/learning/side_by_side.py",
         "    with interrupts_blocked():\n",
         "    if True:\n",
         "classifier/test_train_folds.py::test_folds_end[2",

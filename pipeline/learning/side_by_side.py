@@ -17,12 +17,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..run.config import resolved
+from ..run.manifest import ROOT
+from ..run.stage import Stage
 from ..system.errors import Ended
 from ..system.machine import pick_device
 from ..system.processes import interrupts_blocked, part_environment
-from .config import resolved
-from .manifest import ROOT
-from .stage import Stage
 
 LOOK_S, MOST_BYTES = 0.05, 1 << 16
 
@@ -90,7 +90,7 @@ def run_side_by_side(module: str, parts: Mapping[str, Sequence[str]], at_once: i
         was stopped.
     """
     # late: it brings torch, which a stage that is up to date does without
-    from ..learning.interrupt import StopSignal
+    from .interrupt import StopSignal
 
     waiting = list(parts.items())
     running: list[Part] = []
