@@ -88,7 +88,9 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
         from .fold import start_anew
 
         start_anew(stage, mine, inputs, SECTIONS)
-    if not train_side_by_side(stage, "pipeline.classifier", stage.stale(mine, inputs, SECTIONS)):
+    if not train_side_by_side(
+        stage, "pipeline.classifier", mine, stage.stale(mine, inputs, SECTIONS)
+    ):
         for number in mine:
             _train(stage, number, inputs)
     with stage.lock(PATIENCE_S):

@@ -183,7 +183,8 @@ class _StemFunction(torch.autograd.Function):
                 own.to(weight.dtype), weight.shape[2:], padding=padding, stride=stride
             )
             of_pixels = part.to(weight.dtype).permute(0, 2, 3, 1).flatten(1, 2)
-            total += torch.bmm(seen, of_pixels).sum(0)
+            with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
+                total += torch.bmm(seen, of_pixels).sum(0)
         of_bias = gradient.sum((0, 2, 3), dtype=weight.dtype) if ctx.needs_input_grad[2] else None
         return None, total.T.reshape(weight.shape), of_bias, None, None
 
@@ -278,7 +279,8 @@ def _by_convolution(
         maps = own.to(weight.dtype).reshape(1, -1, *own.shape[2:])
         filters = part.to(weight.dtype).reshape(-1, 1, *part.shape[2:])
         # what the stride left over of the maps makes the result larger
-        of_maps = functional.conv2d(maps, filters, None, 1, padding, stride, len(filters))
+        with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
+            of_maps = functional.conv2d(maps, filters, None, 1, padding, stride, len(filters))
         total += of_maps[0, :, :rows, :columns].reshape(-1, C, rows, columns).sum(0)
     return total[:, None]
 

@@ -46,15 +46,18 @@ class Part:
             os.close(self.pipe)
 
 
-def train_side_by_side(stage: Stage, module: str, folds: Sequence[int]) -> bool:
-    """Train `folds` side by side by `python -m module --fold` and return True; False, and nothing
-    done, where that brings nothing.
+def train_side_by_side(
+    stage: Stage, module: str, mine: Sequence[int], folds: Sequence[int]
+) -> bool:
+    """Train `folds`, those of `mine` that are stale, side by side by `python -m module --fold` and
+    return True; False, and nothing done, where that brings nothing.
 
-    That is on a GPU, with one job or one fold, and under torchrun, which spreads the folds itself.
+    That is on a GPU, with one job or one fold, and under torchrun.
     """
     at_once = folds_at_once(stage.config.folds.count, stage.jobs)
     if (
-        min(at_once, len(folds)) < 2
+        not folds
+        or min(at_once, len(mine)) < 2  # one that is left gets as many threads as it had
         or "WORLD_SIZE" in os.environ
         or pick_device(stage.device_name).type != "cpu"
     ):

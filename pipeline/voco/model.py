@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..learning.backbone import feature_shape, standardise
-from ..learning.fast_layers import Depthwise, Pointwise
+from ..learning.fast_layers import Depthwise, Pointwise, Stem
 from .losses import base_regularisation, cosine, position_loss, similarity
 
 
@@ -77,7 +77,7 @@ class RoundedCopy:
     bit.
     """
 
-    rounded = (nn.Conv2d, nn.Linear, Depthwise, Pointwise)  # not what is derived from them
+    rounded = (nn.Conv2d, nn.Linear, Depthwise, Pointwise, Stem)  # not what is derived from them
 
     def __init__(self, network: VocoNet, dtype: torch.dtype) -> None:
         self.copy = copy.deepcopy(network)
