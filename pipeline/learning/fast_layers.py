@@ -176,15 +176,11 @@ class _StemFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding = ctx.options
         total = weight.new_zeros(weight[0].numel(), len(weight))
-        size = max(1, IN_CACHE // x[0].numel())
-        for own, part in zip(x.split(size), gradient.split(size), strict=True):
-            # what each output pixel sees (N, C k l, h w), its gradient (N, h w, O)
-            seen = functional.unfold(
-                own.to(weight.dtype), weight.shape[2:], padding=padding, stride=stride
-            )
-            of_pixels = part.to(weight.dtype).permute(0, 2, 3, 1).flatten(1, 2)
-            with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
-                total += torch.bmm(seen, of_pixels).sum(0)
+        with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
+            for own, part in _in_cache(x, gradient, weight.dtype):
+                # what each output pixel sees (N, C k l, h w), its gradient (N, h w, O)
+                seen = functional.unfold(own, weight.shape[2:], padding=padding, stride=stride)
+                total += torch.bmm(seen, part.permute(0, 2, 3, 1).flatten(1, 2)).sum(0)
         of_bias = gradient.sum((0, 2, 3), dtype=weight.dtype) if ctx.needs_input_grad[2] else None
         return None, total.T.reshape(weight.shape), of_bias, None, None
 
@@ -274,15 +270,23 @@ def _by_convolution(
     """
     C, rows, columns = len(weight), *weight.shape[2:]
     total = torch.zeros_like(weight[:, 0])
+    with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
+        for own, part in _in_cache(x, gradient, weight.dtype):
+            maps = own.reshape(1, -1, *own.shape[2:])
+            filters = part.reshape(-1, 1, *part.shape[2:])
+            of_maps = functional.conv2d(maps, filters, None, 1, padding, stride, len(filters))
+            # what the stride left over of the maps makes the result larger
+            total += of_maps[0, :, :rows, :columns].reshape(-1, C, rows, columns).sum(0)
+    return total[:, None]
+
+
+def _in_cache(
+    x: torch.Tensor, gradient: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Maps and their gradients in `dtype`, so many images at a time as a core's cache holds."""
     size = max(1, IN_CACHE // x[0].numel())
     for own, part in zip(x.split(size), gradient.split(size), strict=True):
-        maps = own.to(weight.dtype).reshape(1, -1, *own.shape[2:])
-        filters = part.to(weight.dtype).reshape(-1, 1, *part.shape[2:])
-        # what the stride left over of the maps makes the result larger
-        with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
-            of_maps = functional.conv2d(maps, filters, None, 1, padding, stride, len(filters))
-        total += of_maps[0, :, :rows, :columns].reshape(-1, C, rows, columns).sum(0)
-    return total[:, None]
+        yield own.to(dtype), part.to(dtype)
 
 
 def _by_taps(
