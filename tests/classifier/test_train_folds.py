@@ -4,7 +4,6 @@ manifest, and it lists what is there.
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,11 +18,11 @@ import torch
 from helpers_faults import (
     copy,
     end,
-    none_alive,
     plain_lines,
     products,
     run_here,
     start,
+    stop_two_folds,
     wait_for,
 )
 from helpers_stages import ROOT, environment
@@ -245,23 +244,9 @@ def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_folds_end_with_their_stage(out, number):
-    """With a checkpoint where there is time for one."""
     run = start("06", out, "train.epochs=2000", "train.workers=1")
     processes_of(run, "01")
-    for fold in "01":
-        wait_for(out / layout.CLASSIFIERS / f"fold{fold}" / "log.jsonl", run)
-    # a terminal sends Ctrl-C to all
-    os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)
-    if not (gone := none_alive(run.pid)):
-        os.killpg(run.pid, signal.SIGKILL)
-    code, text = end(run)
-    assert gone, "the folds trained on alone"
-    assert code == (-number if number == signal.SIGKILL else 128 + number), text
-    if number != signal.SIGKILL:
-        assert plain_lines(text) == ["stopped: run the same command again to go on"]
-        for fold in "01":
-            assert (out / layout.CLASSIFIERS / f"fold{fold}" / "last.ckpt").exists()
-        assert text.count("checkpoint written") == 2
+    stop_two_folds(run, out / layout.CLASSIFIERS, number)
 
 
 def test_fewer_folds_leave_none_of_the_others_behind(out, stage_06):

@@ -3,7 +3,6 @@ patient, one line where there is nothing to do, masks that do not fit.
 """
 
 import gzip
-import os
 import shutil
 import signal
 
@@ -13,14 +12,11 @@ import pytest
 import torch
 from helpers_faults import (
     copy,
-    end,
-    none_alive,
-    plain_lines,
     products,
     refused,
     run_here,
     start,
-    wait_for,
+    stop_two_folds,
 )
 
 from pipeline.organs import work
@@ -184,18 +180,7 @@ def test_segmenters_side_by_side_are_what_they_are_alone(smoke, out):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_segmenters_end_with_their_stage_and_go_on(smoke, out, number):
     run = start("05", out, "organs.steps=3000", "organs.log_every=5")
-    for fold in "01":
-        wait_for(out / layout.ORGANS / f"fold{fold}" / "log.jsonl", run)
-    # a terminal sends Ctrl-C to all
-    os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)
-    if not (gone := none_alive(run.pid)):
-        os.killpg(run.pid, signal.SIGKILL)
-    code, text = end(run)
-    assert gone, "the folds trained on alone"
-    assert code == (-number if number == signal.SIGKILL else 128 + number), text
-    if number != signal.SIGKILL:
-        assert plain_lines(text) == ["stopped: run the same command again to go on"]
-        assert text.count("checkpoint written") == 2
+    stop_two_folds(run, out / layout.ORGANS, number)
     assert not (out / layout.ORGANS / layout.MANIFEST).exists()
     assert run_here("05", out)[0] == 0
     assert products(out / layout.ORGANS) == products(smoke / layout.ORGANS)

@@ -140,6 +140,26 @@ def none_alive(group: int) -> bool:
     return not alive(group)
 
 
+def stop_two_folds(process: subprocess.Popen, folder: Path, number: int) -> None:
+    """Stop a stage that trains folds 0 and 1 side by side into `folder` once both have a log; they
+    end with it, with a checkpoint where there is time for one.
+    """
+    for fold in "01":
+        wait_for(folder / f"fold{fold}" / "log.jsonl", process)
+    # a terminal sends Ctrl-C to all
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    if not (gone := none_alive(process.pid)):
+        os.killpg(process.pid, signal.SIGKILL)
+    code, text = end(process)
+    assert gone, "the folds trained on alone"
+    assert code == (-number if number == signal.SIGKILL else 128 + number), text
+    if number != signal.SIGKILL:
+        assert plain_lines(text) == ["stopped: run the same command again to go on"]
+        for fold in "01":
+            assert (folder / f"fold{fold}" / "last.ckpt").exists()
+        assert text.count("checkpoint written") == 2
+
+
 def temporaries(out: Path) -> list[Path]:
     """Temporary files below a folder."""
     return [path for path in out.rglob("*") if ".tmp-" in path.name or path.name.endswith(".part")]
