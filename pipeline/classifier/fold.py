@@ -131,18 +131,6 @@ def held_out_score(data: FoldData, rows: pl.DataFrame, aggregate: str) -> dict[s
     return metric.score_arrays(labels, table.select(COLUMNS).to_numpy())
 
 
-def start_anew(
-    stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]
-) -> None:
-    """Take manifest and checkpoint from all `folds` at once: one that a stopped `--force` did not
-    come to must not look finished.
-    """
-    for part in (stage.part(layout.fold_folder(fold)) for fold in folds):
-        with part.lock():
-            part.current(inputs, sections, whole=False)
-            (part.folder / layout.LAST).unlink(missing_ok=True)
-
-
 def finish_folds(stage: Stage, inputs: dict[str, Any], sections: Sequence[str]) -> None:
     """Write the manifest of all folds, unless a fold is not done; folds that the config no longer
     has go.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..learning.side_by_side import train_side_by_side
+from ..learning.side_by_side import start_anew, train_side_by_side
 from ..run import layout
 from ..run.manifest import finished, read_manifest, stage_folder
 from ..run.stage import Stage, stage_function
@@ -85,8 +85,6 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     mine = stage.share(folds) if fold is None else [fold]
     _say_gates(stage, inputs)
     if stage.options.force and not parent_stage():
-        from .fold import start_anew
-
         start_anew(stage, mine, inputs, SECTIONS)
     if not train_side_by_side(
         stage, "pipeline.classifier", mine, stage.stale(mine, inputs, SECTIONS)

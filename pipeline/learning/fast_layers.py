@@ -292,7 +292,9 @@ def _in_cache(
 def _by_taps(
     x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
 ) -> torch.Tensor:
-    """One product and sum a tap: filters of 2 x 2 and less go through a reference kernel."""
+    """One product and sum a tap, for maps whose gradient has fewer than `CONVOLVED` pixels: as
+    filters such small ones go through a reference kernel.
+    """
     # (N, H, W, C): C is contiguous in channels-last
     x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
     total = torch.zeros_like(weight)

@@ -16,7 +16,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..run import layout
 from ..run.config import resolved
 from ..run.manifest import ROOT
 from ..run.stage import Stage
@@ -44,6 +46,18 @@ class Part:
             return ""
         finally:
             os.close(self.pipe)
+
+
+def start_anew(
+    stage: Stage, folds: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]
+) -> None:
+    """Take manifest and checkpoint from all `folds` at once: one that a stopped `--force` did not
+    come to must not look finished.
+    """
+    for part in (stage.part(layout.fold_folder(fold)) for fold in folds):
+        with part.lock():
+            part.current(inputs, sections, whole=False)
+            (part.folder / layout.LAST).unlink(missing_ok=True)
 
 
 def train_side_by_side(

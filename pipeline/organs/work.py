@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from ..folds import read_folds
-from ..learning.side_by_side import train_side_by_side
+from ..learning.side_by_side import start_anew, train_side_by_side
 from ..run import layout
 from ..run.manifest import digest
 from ..run.stage import Stage
@@ -23,6 +23,7 @@ from ..system.files import atomic_path
 from ..system.frames import read_frame
 from ..system.machine import pick_device
 from ..system.pool import spread
+from ..system.processes import parent_stage
 from ..volumes.store import SLICE_COLUMNS
 from .data import Masked
 from .figures import draw_strip
@@ -64,6 +65,8 @@ def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> No
     if alone := [fold for fold in folds if not with_mask - {fold}]:
         log(f"{stage.name}: skipped, fold {alone[0]} would have no mask to be trained on")
         return
+    if stage.options.force:
+        start_anew(stage, folds, inputs, SECTIONS)
     masked = lay_masks(stage, files, index)
     device = pick_device(stage.device_name)
     if not train_side_by_side(
@@ -82,10 +85,22 @@ def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> No
 
 
 def train_one(stage: Stage, fold: int, files: dict[str, Path], inputs: dict[str, Any]) -> None:
-    """Train the segmenter of one fold on the masks that are laid, unless that is done."""
+    """Train the segmenter of one fold on the masks that are laid, unless that is done.
+
+    Raises:
+        InputError: no such fold, or the masks are not laid.
+    """
     if stage.options.jobs:
         torch.set_num_threads(stage.jobs)
     index = _labelled(stage)
+    if fold not in (folds := sorted(index["fold"].unique())):
+        raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {folds}")
+    masks = stage.part(layout.MASKS)
+    if not masks.made_from(mask_inputs(stage, files), ["volume"]):
+        again = f"run {layout.script(layout.ORGANS)}"
+        raise InputError("the masks are not on the grids of the volumes", str(masks.folder), again)
+    if stage.options.force and not parent_stage():
+        start_anew(stage, [fold], inputs, SECTIONS)
     masked = masked_series(stage, files, index)
     train_fold(stage, fold, masked, index, inputs, pick_device(stage.device_name))
 
@@ -168,8 +183,6 @@ def train_fold(
     with part.lock():
         if part.current(inputs, SECTIONS):
             return
-        if stage.options.force:
-            (part.folder / layout.LAST).unlink(missing_ok=True)
         init = stage.config.organs.init
         pretrained = stage.upstream(layout.VOCO) / layout.BACKBONE if init == "voco2d" else None
         data = OrganFold(fold, train, part.fingerprint)

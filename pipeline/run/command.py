@@ -65,9 +65,9 @@ def add_models(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def add_fold(flags: argparse.ArgumentParser) -> None:
-    """The flag of the stage that trains folds."""
-    flags.add_argument("--fold", type=int, help="train this fold only")
+def add_fold(flags: argparse.ArgumentParser, required: bool = False) -> None:
+    """The flag of what can train one of its folds alone."""
+    flags.add_argument("--fold", type=int, required=required, help="train this fold only")
 
 
 def _jobs(text: str) -> int:

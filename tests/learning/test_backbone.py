@@ -3,6 +3,7 @@ same numbers.
 """
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -303,10 +304,13 @@ def test_offline_imagenet_names_the_way_out(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 8])
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
-def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride):
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "bias"),
+    [(3, 1, 1, True), (3, 2, 1, False), (5, 1, 2, False), (5, 2, 2, True), ((5, 3), 2, (2, 1), 0)],
+)
+def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride, padding, bias):
     torch.manual_seed(size)
-    plain = nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6).double()
+    plain = nn.Conv2d(6, 6, kernel, stride, padding, groups=6, bias=bool(bias)).double()
     fast = speed_up(copy.deepcopy(plain))
     assert type(fast) is not type(plain)
     x = torch.randn(3, 6, size, size).double().to(memory_format=torch.channels_last)
@@ -315,9 +319,22 @@ def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride):
         own = x.clone().requires_grad_()
         y = layer(own)
         (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
-        found.append((y, own.grad, layer.weight.grad, layer.bias.grad))
+        found.append((y, own.grad, *(one.grad for one in layer.parameters())))
     for expected, ours in zip(*found, strict=True):
         assert torch.allclose(expected, ours, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "way"), [(2, "_by_taps"), (3, "_by_convolution"), (8, "_by_convolution"), (9, None)]
+)
+def test_the_way_to_a_weight_gradient_is_chosen_by_the_map(monkeypatch, size, way):
+    ways = ("_by_taps", "_by_convolution")
+    spies = {name: mock.Mock(wraps=getattr(layers, name)) for name in ways}
+    for name, spy in spies.items():
+        monkeypatch.setattr(layers, name, spy)
+    layer = speed_up(nn.Conv2d(6, 6, 3, 1, 1, groups=6))
+    layer(torch.randn(2, 6, size, size)).sum().backward()
+    assert [name for name, spy in spies.items() if spy.called] == ([way] if way else [])
 
 
 @pytest.mark.parametrize("at_once", [1, 2 * 3 * 11 * 8, 1 << 18])
@@ -328,12 +345,14 @@ def test_the_first_convolution_equals_the_library(monkeypatch, at_once, channels
     plain = nn.Conv2d(channels, 6, kernel, stride, 1).double()
     fast = speed_up(copy.deepcopy(plain))
     assert type(fast) is layers.Stem
-    x = torch.randn(5, channels, 11, 8).double()
+    x = torch.randn(5, channels, 11, 8).double().to(memory_format=torch.channels_last)
     for asks in (False, True):  # the picture's own gradient, too
         found = []
         for layer in (plain, fast):
             layer.zero_grad()
             y = layer(own := x.clone().requires_grad_(asks))
+            own_way = type(y.grad_fn).__name__ == "_StemFunctionBackward"
+            assert own_way == (layer is fast and not asks)
             (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
             found.append((y, layer.weight.grad, layer.bias.grad, *([own.grad] if asks else [])))
         for expected, ours in zip(*found, strict=True):

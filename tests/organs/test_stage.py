@@ -5,6 +5,7 @@ patient, one line where there is nothing to do, masks that do not fit.
 import gzip
 import shutil
 import signal
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -24,9 +25,10 @@ from pipeline.organs.find import label_volume, organ_boxes, without_islands
 from pipeline.organs.loss import dice_scores
 from pipeline.organs.masks import ORGANS
 from pipeline.organs.model import load_segmenter
-from pipeline.organs.stage import known_masks, segment_organs
+from pipeline.organs.stage import known_masks, segment_organs, train_segmenter
 from pipeline.organs.work import mean_dice
 from pipeline.run import layout
+from pipeline.run.command import add_fold, main
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import load_config
 from pipeline.run.stage import Options, Stage
@@ -192,11 +194,56 @@ def test_a_stopped_search_goes_on_with_the_folds_that_are_not_done(smoke, tmp_pa
     tables = {name: (stage / name).read_bytes() for name in (layout.ORGAN_TABLE, layout.DICE)}
     for name in (layout.MANIFEST, *tables, f"fold1/{layout.FOUND}/{layout.DICE}"):
         (stage / name).unlink()
-    code, text = run_here("05", folder)
+    made = (stage / (other := f"fold1/{layout.MODEL}")).stat().st_mtime_ns
+    # one that is trained alone has one thread, as it had beside the other
+    shutil.rmtree(stage / "fold0")
+    code, text = run_here("05", folder, "--jobs", "2")
     assert code == 0, text
-    assert "05_organs/fold0/found: up to date" in text
+    assert (stage / other).stat().st_mtime_ns == made
     assert "05_organs/fold1/found: done in" in text
     assert {name: (stage / name).read_bytes() for name in tables} == tables
+    assert products(stage) == products(smoke / layout.ORGANS)
+
+
+def test_forced_segmenters_that_are_stopped_leave_no_old_fold(smoke, tmp_path, monkeypatch):
+    """Else the same command without --force, which the line says to run, would vouch for new folds
+    and old ones together.
+    """
+    folder = copy(smoke, tmp_path / "run", *layout.FORMER) / layout.ORGANS
+    (folder / "fold1" / layout.LAST).touch()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "train_organs", stop)
+    assert run_here("05", folder.parent, "--force", "--jobs", "1")[0] == 130
+    for fold in (0, 1):
+        assert not (folder / f"fold{fold}" / layout.MANIFEST).exists()
+        assert not (folder / f"fold{fold}" / layout.LAST).exists()
+
+
+def one_fold(out, *arguments, monkeypatch):
+    """Exit code of the segmenters' module, in this process."""
+    argv = ["05_segment_organs", "--config", "smoke", "--out", str(out), "--jobs", "1", *arguments]
+    monkeypatch.setattr("sys.argv", argv)
+    return main("05_segment_organs", train_segmenter, "", add_fold)
+
+
+def test_a_fold_by_itself_wants_its_number_and_masks_that_are_laid(smoke, out, monkeypatch, capfd):
+    call = partial(one_fold, out, monkeypatch=monkeypatch)
+    assert call("--fold", "2") == 2
+    assert "error: there is no fold 2, --fold 2, choose one of [0, 1]" in capfd.readouterr().err
+    assert call("--fold", "0") == 2
+    assert "error: the masks are not on the grids of the volumes" in capfd.readouterr().err
+    assert call("--fold", "0", "organs.enabled=false") == 0
+    assert "05_organs: skipped, organs.enabled is false" in capfd.readouterr().err
+    assert not list((out / layout.ORGANS).rglob("*.safetensors"))
+    shutil.copytree(smoke / layout.ORGANS / layout.MASKS, out / layout.ORGANS / layout.MASKS)
+    assert call("--fold", "0") == 0
+    model = f"fold0/{layout.MODEL}"
+    assert (out / layout.ORGANS / model).read_bytes() == (
+        smoke / layout.ORGANS / model
+    ).read_bytes()
 
 
 def test_masks_of_unknown_series_are_named_and_ignored(out):
