@@ -209,6 +209,14 @@ class VocoConfig(Section):
         json_schema_extra=ADDED,
     )
     intra: float = Field(1.0, ge=0, description="weight of the term within a volume")
+    intra_loss: Literal["published", "softmax"] = Field(
+        "published",
+        description=(
+            "each base crop by itself, or cross entropy of a softmax over all base crops of the"
+            " volume"
+        ),
+        json_schema_extra=ADDED,
+    )
     symmetric: bool = Field(
         False,
         description="intra compares the teacher's random with the student's base crops too",
@@ -222,7 +230,12 @@ class VocoConfig(Section):
     ema_final: float | None = Field(
         None, ge=0, le=1, description="cosine momentum schedule to this value (none: constant)"
     )
-    temperature: float = Field(0.1, gt=0, description="of method=simclr", json_schema_extra=ADDED)
+    temperature: float = Field(
+        0.1,
+        gt=0,
+        description="of method=simclr and intra_loss=softmax",
+        json_schema_extra=ADDED,
+    )
     masked: float = Field(
         0.6,
         gt=0,

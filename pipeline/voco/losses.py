@@ -34,6 +34,20 @@ def position_loss(similarity: torch.Tensor, overlap: torch.Tensor) -> torch.Tens
     return near + far
 
 
+def softmax_position_loss(
+    cosine: torch.Tensor, overlap: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """(..., R, K), (..., R, K) -> (...): mean over the random crops of the cross entropy between
+    each one's overlaps, as shares of their sum, and the softmax over base crops of cos /
+    temperature.
+
+    Our own: base crops compete for a random crop, where `position_loss` draws to each by itself.
+    """
+    shares = overlap.detach().to(cosine.dtype)
+    shares = shares / (shares.sum(-1, keepdim=True) + EPS)
+    return -(shares * functional.log_softmax(cosine / temperature, -1)).sum(-1).mean(-1)
+
+
 @lru_cache(maxsize=8)
 def pairs(K: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """All k < m out of K, (K * (K - 1) / 2,) each; made once."""

@@ -10,7 +10,13 @@ from torch import nn
 
 from ..learning.backbone import feature_shape, standardise
 from ..learning.fast_layers import Depthwise, Pointwise, Stem
-from .losses import base_regularisation, cosine, position_loss, similarity
+from .losses import (
+    base_regularisation,
+    cosine,
+    position_loss,
+    similarity,
+    softmax_position_loss,
+)
 
 
 class VocoNet(nn.Module):
@@ -140,24 +146,31 @@ def voco_terms(
     next_student: torch.Tensor,
     next_teacher: torch.Tensor,
     symmetric: bool = False,
+    temperature: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """The terms intra, inter and reg (scalars) and the intra-volume similarity (B, G, R, K).
 
     overlap (B, R, K); next_*: base embeddings of the volume after each one, (B, G, K, E), modulo
     the whole batch. `symmetric`: the intra-volume cosine is the mean of that of the student's
     random and the teacher's base crops and that of the teacher's random and the student's base.
+    `temperature`: intra is a softmax's cross entropy at that temperature.
     """
     own = cosine(student.random, teacher.base)
     if symmetric:
         own = (own + cosine(teacher.random, student.base)) / 2
-    own = own.clamp(0, 1)
+    labels = overlap[:, None].expand_as(own)
+    intra = (
+        position_loss(own.clamp(0, 1), labels)
+        if temperature is None
+        else softmax_position_loss(own, labels, temperature)
+    )
     with torch.no_grad():
         target = similarity(teacher.random, next_teacher)
     return {
-        "intra": position_loss(own, overlap[:, None].expand_as(own)).mean(),
+        "intra": intra.mean(),
         "inter": position_loss(similarity(student.random, next_student), target).mean(),
         "reg": base_regularisation(student.base).mean(),
-        "similarity": own.detach(),
+        "similarity": own.detach().clamp(0, 1),
     }
 
 

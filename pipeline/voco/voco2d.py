@@ -87,7 +87,8 @@ class Voco2D(Method):
         following = following_volumes(first, len(crops), options.batch, world.device)
         everyone = world.gather(student.base)
         others = (everyone[following], world.gather(teacher.base)[following])
-        terms = voco_terms(student, teacher, overlap, *others, options.symmetric)
+        softmax = options.temperature if options.intra_loss == "softmax" else None
+        terms = voco_terms(student, teacher, overlap, *others, options.symmetric, softmax)
         if not options.inter:  # a batch of one has no next volume
             terms["inter"] = torch.zeros_like(terms["inter"])
         loss = (

@@ -26,6 +26,15 @@ def slow_position_loss(s, y):
     return near / (weight + EPS) + far / (apart + EPS)
 
 
+def slow_softmax_position_loss(cosines, overlap, temperature):
+    loss = 0.0
+    for row, labels in zip(cosines, overlap, strict=True):
+        powers = [math.exp(value / temperature) for value in row]
+        for power, label in zip(powers, labels, strict=True):
+            loss -= label / (sum(labels) + EPS) * math.log(power / sum(powers))
+    return loss / len(cosines)
+
+
 def slow_regularisation(z):
     pairs = [
         max(0.0, slow_cosine(z[k], z[m])) ** 2 for k in range(len(z)) for m in range(k + 1, len(z))

@@ -6,7 +6,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers_losses import slow_cosine, slow_overlap, slow_position_loss
+from helpers_losses import (
+    slow_cosine,
+    slow_overlap,
+    slow_position_loss,
+    slow_softmax_position_loss,
+)
 from helpers_pretrain import ALONE, TINY, trained, volumes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,18 +159,20 @@ def test_dropout_acts_where_it_is_told(volumes, monkeypatch, place):
     torch.testing.assert_close(seen[0], expected.reshape(20, -1))
 
 
-def test_symmetric_intra_takes_the_mean_of_both_directions():
+@pytest.mark.parametrize("temperature", [None, 0.2])
+def test_symmetric_intra_takes_the_mean_of_both_directions(temperature):
     torch.manual_seed(3)
     student, teacher = (
         Embeddings(torch.randn(3, 1, 2, 8), torch.randn(3, 1, 4, 8)) for _ in range(2)
     )
     overlap = torch.rand(3, 2, 4)
-    terms = voco_terms(student, teacher, overlap, student.base, teacher.base, symmetric=True)
+    following = student.base, teacher.base
+    terms = voco_terms(student, teacher, overlap, *following, True, temperature)
     losses = []
     for b in range(3):
         alike = [
             [
-                min(1.0, max(0.0, (slow_cosine(s, tb) + slow_cosine(t, sb)) / 2))
+                (slow_cosine(s, tb) + slow_cosine(t, sb)) / 2
                 for tb, sb in zip(
                     teacher.base[b, 0].tolist(), student.base[b, 0].tolist(), strict=True
                 )
@@ -174,8 +181,22 @@ def test_symmetric_intra_takes_the_mean_of_both_directions():
                 student.random[b, 0].tolist(), teacher.random[b, 0].tolist(), strict=True
             )
         ]
-        losses.append(slow_position_loss(alike, overlap[b].tolist()))
+        labels, clamped = overlap[b].tolist(), np.clip(alike, 0, 1).tolist()
+        losses.append(
+            slow_position_loss(clamped, labels)
+            if temperature is None
+            else slow_softmax_position_loss(alike, labels, temperature)
+        )
     assert terms["intra"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("slabs", [1, 2])
+def test_at_a_temperature_that_tells_nothing_apart_softmax_intra_is_chance(volumes, slabs):
+    keys = "pretrain.intra_loss=softmax", "pretrain.temperature=1e6", f"pretrain.z_bins={slabs}"
+    run, samples = trained(*keys, volumes=volumes)
+    _, stats = run.method.loss(samples[0], 0)
+    bases = slabs * run.config.pretrain.grid**2
+    assert stats[1].item() == pytest.approx(np.log(bases), rel=1e-4)
 
 
 def test_a_batch_of_one_has_no_inter_volume_term(volumes):
