@@ -420,7 +420,9 @@ def test_the_recipe_is_asked_on_the_demo_as_it_was(name):
         assert cell.config.predict.phases == views.get(cell.variant, 2)
 
 
-@pytest.mark.parametrize("name", ["ablation_quick", "ablation_more", "ablation_full"])
+@pytest.mark.parametrize(
+    "name", ["ablation_quick", "ablation_more", "ablation_softmax", "ablation_full"]
+)
 def test_presets_declare_valid_grids(name):
     from pipeline.ablation.grid import declared_cells, pretrainings, trained_folds
 
