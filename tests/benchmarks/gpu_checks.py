@@ -372,7 +372,7 @@ def compiling(plan: Plan) -> contextlib.AbstractContextManager[Any]:
     compile = torch.compile
 
     def traced(model: Any, mode: str | None = None, **options: Any) -> Any:
-        return compile(model, backend="aot_eager", **options)
+        return compile(model, backend="eager", **options)
 
     return mock.patch.object(torch, "compile", traced)
 

@@ -363,11 +363,11 @@ STAGE = ("train.dice_loss=1", "train.epochs=4", "train.lr=0.003", "train.warmup=
 
 
 def test_stages_05_and_06_with_the_key(smoke, tmp_path):
-    """Folds side by side, with one line where there are no masks."""
+    """With one line where there are no masks."""
     out = copy(smoke, tmp_path / "run", layout.ORGANS, *layout.FORMER)
     refused(*run_here("06", out, *STAGE), "stage 05 lays", "masks", "train.dice_loss=0")
     assert run_here("05", out)[0] == 0
-    code, text = run_here("06", out, *STAGE, "--jobs", "2")
+    code, text = run_here("06", out, *STAGE)
     assert code == 0, text
     for fold in "01":
         log = (out / layout.CLASSIFIERS / f"fold{fold}" / layout.LOG).read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Fifty calls of stages in one process: open files, children and memory stay flat."""
+"""Thirty calls of stages in one process: open files, children and memory stay flat."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from helpers_faults import copy
 from helpers_stages import ROOT, environment
 
-CALLS, WARM = 50, 20
+CALLS, WARM = 30, 12
 GROWTH_MB = 60  # allocators keep a little; one leaked volume or model a call would be far more
 SCRIPT = """
 import json, os, runpy, sys
@@ -20,7 +20,7 @@ plan = 7 * [("03_make_folds", ["--force"])] + [
 train = ("04_pretrain_voco2d", ["--force", "pretrain.steps=1"])
 seen = []
 for k in range(calls):
-    name, more = train if k % 30 == 9 else plan[k % len(plan)]
+    name, more = train if k % 15 == 6 else plan[k % len(plan)]
     sys.argv = [name, "--config", "smoke", "--out", out, *more]
     try:
         runpy.run_path(f"stages/{name}.py", run_name="__main__")

@@ -78,7 +78,7 @@ def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
             str(path),
             f"run stages/{maker}.py again",
         )
-    assert run(maker[:2], out)[0] == 0
+    assert run_here(maker[:2], out)[0] == 0
     assert path.read_bytes() == whole, "the stage that makes it mends it"
 
 
@@ -92,18 +92,18 @@ def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
     path.write_bytes(whole[: len(whole) // 2])
     for _ in range(2):
         refused(
-            *run("02", out),
+            *run_here("02", out),
             "slice missing or damaged",
             str(path),
             "run stages/01_convert_dicom.py again",
         )
-    assert run("01", out)[0] == 0
+    assert run_here("01", out)[0] == 0
     assert (
         read_manifest(out / layout.SLICES)["counts"]["converted_now"]
         == index.filter(pl.col("series_id") == path.parent.name).height
     )
     assert content(path) == picture, "the stage that makes it mends it, and nothing else"
-    assert run("02", out)[0] == 0
+    assert run_here("02", out)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_a_manifest_that_is_not_ours_counts_as_none(smoke, tmp_path, changes, ca
 def test_a_stage_with_a_manifest_of_another_version_runs_again(out):
     path = out / layout.FOLDS / "manifest.json"
     rewrite(path, schema=0)
-    code, text = run("07", out)
+    code, text = run_here("07", out)
     refused(code, text, "03_folds is missing or unfinished", "run stages/03_make_folds.py first")
     assert str(path) in text
-    code, text = run("03", out)
+    code, text = run_here("03", out)
     assert code == 0, text
     assert "up to date" not in text
     assert read_manifest(path.parent)
@@ -142,8 +142,8 @@ def test_a_killed_redo_leaves_nothing_that_looks_finished(smoke, out, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
     assert temporaries(out), "the kill was inside a write"
-    refused(*run("07", out), "03_folds is missing or unfinished")
-    assert run("03", out)[0] == 0
+    refused(*run_here("07", out), "03_folds is missing or unfinished")
+    assert run_here("03", out)[0] == 0
     assert products(out) == products(smoke)
 
 
@@ -155,7 +155,7 @@ def test_a_rerun_removes_what_a_killed_run_left(smoke, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
     assert temporaries(out)
-    assert run("00", out)[0] == 0
+    assert run_here("00", out)[0] == 0
     assert not temporaries(out)
     made = products(out)
     assert made == {name: one for name, one in products(smoke).items() if name in made}
@@ -201,15 +201,15 @@ def test_a_second_run_on_the_folder_is_refused_and_names_the_holder(out, tmp_pat
     wait_for(tmp_path / "mark", process)
     for stage, held in (("07", layout.SCORES), ("03", layout.FOLDS)):
         refused(
-            *run(stage, out, "--force"),
+            *run_here(stage, out, "--force"),
             f"another run holds {held}",
             f"process {process.pid} on ",
             "choose another --out",
         )
-    assert run("09", out, "--force")[0] == 0, "what nobody holds goes on"
+    assert run_here("09", out, "--force")[0] == 0, "what nobody holds goes on"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
-    assert run("03", out, "--force")[0] == 0, "a killed run holds nothing"
+    assert run_here("03", out, "--force")[0] == 0, "a killed run holds nothing"
 
 
 @pytest.mark.parametrize(("stage", "part"), [("00", ".dcm"), ("01", "series.json")])
@@ -284,10 +284,10 @@ def test_a_clock_that_jumps_back_changes_nothing(smoke, tmp_path):
     assert code == 0, text
     assert products(out) == products(smoke)
     assert 0 <= read_manifest(out / layout.FOLDS)["seconds"] < 3600
-    assert run("01", out)[0] == 0
+    assert run_here("01", out)[0] == 0
     path = first(out, "data/phantom/train_images/*/*/*.dcm")
     os.utime(path, (0, 0))
-    code, text = run("01", out)
+    code, text = run_here("01", out)
     assert code == 0, text
     assert "up to date" not in text, "an older file is a change too"
 
@@ -393,7 +393,7 @@ def test_the_peak_is_told_though_threads_end(monkeypatch):
 def test_a_phantom_that_lost_a_file_is_refused_and_names_its_maker(out):
     path = first(out, "data/phantom/train_images/*/*/*.dcm")
     path.unlink()
-    code, text = run("01", out)
+    code, text = run_here("01", out)
     assert code == 2
     (line,) = plain_lines(text)
     assert line.startswith("error: a file of data/phantom is missing")

@@ -45,18 +45,18 @@ def on_disk(folder) -> int:
 
 @pytest.mark.slow
 def test_the_disk_that_is_needed_is_told_within_15_percent(tmp_path):
-    data = make_data(tmp_path / "data", patients=30, slices=12, unlabelled=5)
+    data = make_data(tmp_path / "data", patients=14, slices=12, unlabelled=3)
     stage = Stage(layout.SLICES, CONFIG, Options(data=data, out=tmp_path / "out", jobs=1))
     _, tasks = tasks_of(stage)
     series = list(zip(tasks, look_at(tasks, data), strict=True))
     told = sizes(series, data, CONFIG.convert)
-    assert told.slices == 35 * 12
+    assert told.slices == 17 * 12
     slices = convert_dicom(CONFIG, data=data, out=tmp_path / "out", jobs=1)
     pictures = [path.stat().st_size for path in slices.rglob("*.png")]
     used = sum(-(-size // BLOCK) * BLOCK for size in pictures)
     assert told.png_bytes - ROW_BYTES * told.slices == pytest.approx(used, rel=0.15)
     volumes = build_volumes(CONFIG, data=data, out=tmp_path / "out", jobs=1)
-    told = room.volume_bytes(CONFIG.volume, 35)
+    told = room.volume_bytes(CONFIG.volume, 17)
     assert told == pytest.approx(on_disk(volumes), rel=0.3)  # volumes of 27 KB: blocks count
 
 

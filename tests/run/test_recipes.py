@@ -82,12 +82,13 @@ def test_a_training_step_fits_its_card(name):
         taken = (one.kept + 4 * copies * one.parameters) / GIB
         assert 0.1 < taken < ROOM_GIB[name]
 
+    if name == "kaggle_t4":
+        disk_of_a_session(*(one.parameters for one in counted(name)))
 
-@pytest.mark.slow
-def test_the_recipe_of_a_session_fits_its_disk():
+
+def disk_of_a_session(pretraining, segmenter, classifier):
     """Volumes, checkpoints of stage 04 and the models of 05 and 06 within 20 GB."""
     config = load_config("kaggle_t4")
-    pretraining, segmenter, classifier = (one.parameters for one in counted("kaggle_t4"))
     taken = room.volume_bytes(config.volume, SERIES)
     taken += room.checkpoint_bytes(pretraining, config.pretrain)
     taken += config.folds.count * 4 * (4 * segmenter + 5 * classifier)

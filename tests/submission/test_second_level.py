@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers_faults import copy, refused, run, run_here
+from helpers_faults import copy, refused, run_here
 from helpers_scores import volume_of
 from polars.testing import assert_frame_equal
 
@@ -196,7 +196,7 @@ def test_an_interrupted_second_level_ends_the_same(out, tmp_path):
     lost = sorted((half / layout.FEATURES).glob("*.npy"))[3]
     known = lost.read_bytes()
     lost.unlink()
-    code, text = run("06", folder, *KEYS)  # the folds in processes side by side
+    code, text = run_here("06", folder, *KEYS)
     assert code == 0, text
     assert lost.read_bytes() == known
     for fold in ("fold0", "fold1"):
