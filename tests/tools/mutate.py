@@ -250,7 +250,7 @@ GUARDS = (
         LOOP + "a_run_that_ends",
     ),
     (
-        "pipeline/classifier/fold.py",
+        "pipeline/learning/side_by_side.py",
         "part.current(inputs, sections, whole=False)\n",
         "pass\n",
         "classifier/test_train_folds.py::test_forced",
