@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from ..learning.backbone import load_backbone, placed, standardise
+from ..learning.backbone import feature_shape, load_backbone, placed, standardise
 from ..learning.checkpoint import describe, load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal
 from ..learning.loaders import loading
@@ -30,9 +30,10 @@ from ..learning.optimise import (
     warmup_cosine,
 )
 from ..run import layout
-from ..run.config import Config, PredictConfig, decisive
+from ..run.config import Config, PredictConfig, TrainConfig, decisive
 from ..run.stage import Stage
 from ..system.console import log, progress
+from ..system.errors import InputError
 from ..system.files import atomic_path, remove_folder
 from ..system.machine import pick_device, seed_everything, world_size
 from .batches import FoldBatches
@@ -73,6 +74,7 @@ class FoldTrainer:
         self.model = build_model(
             config, "imagenet" if self.options.init == "imagenet" else "scratch"
         )
+        _refuse_single_values(self.model.backbone, self.options, len(data.train))
         if pretrained is not None:
             log(f"fold {data.fold}: {load_backbone(self.model.backbone, pretrained)}")
         self.batches = FoldBatches(config, data, device, self._leave_if_asked)
@@ -373,6 +375,25 @@ def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
     copy = placed(build_model(config), next(model.parameters()).device)
     copy.load_state_dict(model.state_dict())
     return copy.requires_grad_(False)
+
+
+def _refuse_single_values(backbone: nn.Module, options: TrainConfig, series: int) -> None:
+    """Raise InputError where a batch would give batch norms one value of each channel, which has no
+    variance.
+    """
+    smallest = min(options.batch, series % options.batch or options.batch)
+    norms = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in backbone.modules())
+    if smallest * options.sample_slices > 1 or options.freeze_backbone or not norms:
+        return
+    _, h, w = feature_shape(backbone, options.image_size, options.channels)
+    if h * w == 1:
+        raise InputError(
+            "a batch of one series is a single slice, whose last map is a single pixel: batch norms"
+            " need more",
+            f"train.batch={options.batch} train.slices={options.slices}"
+            f" train.image_size={options.image_size}",
+            "set one of them larger",
+        )
 
 
 def train_fold(

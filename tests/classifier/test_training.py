@@ -555,6 +555,20 @@ def test_scores_of_some_epochs_change_nothing_else(data, tmp_path, workers):
     assert some.predict_held_out().equals(every.predict_held_out())
 
 
+@pytest.mark.parametrize(
+    ("batch", "slices", "size", "fits"),
+    # six series: one is left over of batches of five
+    [(1, 1, 32, False), (5, 1, 32, False), (3, 1, 32, True), (1, 2, 32, True), (1, 1, 48, True)],
+)
+def test_a_batch_with_one_value_of_a_channel_is_refused(data, tmp_path, batch, slices, size, fits):
+    keys = (f"train.batch={batch}", f"train.slices={slices}", f"train.image_size={size}")
+    if fits:
+        trainer(data, tmp_path, *keys).train_epoch()
+        return
+    with pytest.raises(InputError, match=" ".join(keys)):
+        trainer(data, tmp_path, *keys)
+
+
 def test_patience_counts_epochs_between_scores(data, tmp_path, monkeypatch):
     options = ("train.epochs=9", "train.patience=3", "train.eval_every=2")
     run = trainer(data, tmp_path / "fold", *options)
