@@ -1,6 +1,7 @@
 """Stage 06's loop: one CNN-LSTM a fold, resumable, with out-of-fold predictions at series level."""
 
 import contextlib
+import copy
 import json
 import os
 import time
@@ -13,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from ..learning.backbone import feature_shape, load_backbone, placed, standardise
+from ..learning.backbone import load_backbone, placed, standardise
 from ..learning.checkpoint import describe, load_checkpoint, save_checkpoint, save_weights
 from ..learning.interrupt import StopSignal
 from ..learning.loaders import loading
@@ -378,22 +379,24 @@ def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
 
 
 def _refuse_single_values(backbone: nn.Module, options: TrainConfig, series: int) -> None:
-    """Raise InputError where a batch would give batch norms one value of each channel, which has no
-    variance.
+    """Raise InputError where a batch would give a batch norm one value of each channel, which has
+    no variance: tried on a copy where a batch is a single slice.
     """
     smallest = min(options.batch, series % options.batch or options.batch)
-    norms = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in backbone.modules())
-    if smallest * options.sample_slices > 1 or options.freeze_backbone or not norms:
+    if smallest * options.sample_slices > 1 or options.freeze_backbone:
         return
-    _, h, w = feature_shape(backbone, options.image_size, options.channels)
-    if h * w == 1:
+    shape = 1, options.channels, options.image_size, options.image_size
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(backbone).train()(torch.zeros(shape))
+    except ValueError as fault:
         raise InputError(
-            "a batch of one series is a single slice, whose last map is a single pixel: batch norms"
-            " need more",
+            f"the last batch of an epoch of {series} series is a single slice, too little for the"
+            f" batch norms of this model ({fault})",
             f"train.batch={options.batch} train.slices={options.slices}"
             f" train.image_size={options.image_size}",
-            "set one of them larger",
-        )
+            "set train.slices=2, or a train.batch that leaves no single series over",
+        ) from fault
 
 
 def train_fold(

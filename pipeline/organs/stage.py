@@ -60,8 +60,10 @@ def train_segmenter(stage: Stage, fold: int) -> None:
     """Train the segmenter of one fold, in a process of a stage that has laid the masks."""
     from .work import train_one
 
+    if stage.skips_unlabelled():
+        return
     files = known_masks(stage) if stage.config.organs.enabled else {}
-    if stage.skips_unlabelled() or skips(stage, files):
+    if skips(stage, files):
         return
     train_one(stage, fold, files, organ_inputs(stage, files))
 

@@ -66,7 +66,7 @@ def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> No
         log(f"{stage.name}: skipped, fold {alone[0]} would have no mask to be trained on")
         return
     if stage.options.force:
-        start_anew(stage, folds, inputs, SECTIONS)
+        _start_anew(stage, folds, inputs)
     masked = lay_masks(stage, files, index)
     device = pick_device(stage.device_name)
     if not train_side_by_side(
@@ -99,10 +99,23 @@ def train_one(stage: Stage, fold: int, files: dict[str, Path], inputs: dict[str,
     if not masks.made_from(mask_inputs(stage, files), ["volume"]):
         again = f"run {layout.script(layout.ORGANS)}"
         raise InputError("the masks are not on the grids of the volumes", str(masks.folder), again)
-    if stage.options.force and not parent_stage():
-        start_anew(stage, [fold], inputs, SECTIONS)
+    if not parent_stage() and stage.stale([fold], inputs, SECTIONS):
+        stage.writer = True
+        with stage.lock():  # the manifest of all goes before a fold changes
+            stage.current(inputs, SECTIONS, whole=False)
+        if stage.options.force:
+            _start_anew(stage, [fold], inputs)
     masked = masked_series(stage, files, index)
     train_fold(stage, fold, masked, index, inputs, pick_device(stage.device_name))
+
+
+def _start_anew(stage: Stage, folds: Sequence[int], inputs: dict[str, Any]) -> None:
+    """`start_anew`, of what the segmenters found too."""
+    start_anew(stage, folds, inputs, SECTIONS)
+    for fold in folds:
+        found = stage.part(f"{layout.fold_folder(fold)}/{layout.FOUND}")
+        with found.lock():
+            (found.folder / layout.MANIFEST).unlink(missing_ok=True)
 
 
 def _labelled(stage: Stage) -> pl.DataFrame:

@@ -364,8 +364,8 @@ def lacks_compiler(plan: Plan) -> str:
 
 
 def compiling(plan: Plan) -> contextlib.AbstractContextManager[Any]:
-    """`torch.compile` as it is on a GPU; on a CPU traced but not compiled, which would take
-    minutes.
+    """`torch.compile` as it is on a GPU; on a CPU traced alone, since compiling would take minutes:
+    there graphs are counted, and what they compute is what it was.
     """
     if plan.cuda:
         return contextlib.nullcontext()

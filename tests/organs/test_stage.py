@@ -3,6 +3,7 @@ patient, one line where there is nothing to do, masks that do not fit.
 """
 
 import gzip
+import runpy
 import shutil
 import signal
 from functools import partial
@@ -210,6 +211,7 @@ def test_forced_segmenters_that_are_stopped_leave_no_old_fold(smoke, tmp_path, m
     """
     folder = copy(smoke, tmp_path / "run", *layout.FORMER) / layout.ORGANS
     (folder / "fold1" / layout.LAST).touch()
+    assert (folder / "fold1" / layout.FOUND / layout.MANIFEST).is_file()
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -219,6 +221,29 @@ def test_forced_segmenters_that_are_stopped_leave_no_old_fold(smoke, tmp_path, m
     for fold in (0, 1):
         assert not (folder / f"fold{fold}" / layout.MANIFEST).exists()
         assert not (folder / f"fold{fold}" / layout.LAST).exists()
+        assert not (folder / f"fold{fold}" / layout.FOUND / layout.MANIFEST).exists()
+
+
+def test_a_fold_that_is_made_anew_by_itself_is_not_vouched_for(smoke, tmp_path, monkeypatch):
+    out = copy(smoke, tmp_path / "run", *layout.FORMER)
+    call, manifest = partial(one_fold, out, monkeypatch=monkeypatch), out / layout.ORGANS
+    assert call("--fold", "0") == 0
+    assert (manifest / layout.MANIFEST).is_file(), "nothing was done"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "train_organs", stop)
+    assert call("--fold", "0", "--force") == 130
+    assert not (manifest / layout.MANIFEST).exists()
+    assert (manifest / "fold1" / layout.MANIFEST).is_file()
+
+
+def test_the_module_of_a_fold_wants_its_number(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pipeline.organs", "--config", "smoke"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("pipeline.organs", run_name="__main__")
+    assert "the following arguments are required: --fold" in capsys.readouterr().err
 
 
 def one_fold(out, *arguments, monkeypatch):

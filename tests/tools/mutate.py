@@ -256,6 +256,12 @@ GUARDS = (
         "classifier/test_train_folds.py::test_forced",
     ),
     (
+        "pipeline/organs/work.py",
+        "        _start_anew(stage, folds, inputs)\n",
+        "        pass\n",
+        "organs/test_stage.py::test_forced",
+    ),
+    (
         "pipeline/classifier/stage.py",
         "    refuse_old_organs(stage)\n",
         "",

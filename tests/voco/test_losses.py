@@ -5,11 +5,21 @@ gradients.
 import numpy as np
 import pytest
 import torch
-from helpers_losses import slow_position_loss, slow_regularisation, slow_similarity
+from helpers_losses import (
+    slow_position_loss,
+    slow_regularisation,
+    slow_similarity,
+    slow_softmax_position_loss,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.voco.losses import base_regularisation, position_loss, similarity
+from pipeline.voco.losses import (
+    base_regularisation,
+    position_loss,
+    similarity,
+    softmax_position_loss,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,3 +109,18 @@ def test_no_gradient_flows_into_the_labels():
     position_loss(s, y).backward()
     assert y.grad is None
     assert s.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_softmax_position_loss_equals_plain_loops(temperature):
+    """Of six random crops and nine base crops, the second without any overlap."""
+    rng = np.random.default_rng(4)
+    cosine, overlap = rng.uniform(-1, 1, (6, 9)), rng.random((6, 9)) * (rng.random((6, 9)) < 0.4)
+    overlap[1] = 0
+    found = softmax_position_loss(
+        torch.from_numpy(cosine), labels := torch.from_numpy(overlap).requires_grad_(), temperature
+    )
+    slow = slow_softmax_position_loss(cosine.tolist(), overlap.tolist(), temperature)
+    assert found.item() == pytest.approx(slow, rel=1e-12)
+    assert not found.requires_grad, "no gradient flows into the labels"
+    assert labels.grad is None
