@@ -86,9 +86,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     _say_gates(stage, inputs)
     if stage.options.force and not parent_stage():
         start_anew(stage, mine, inputs, SECTIONS)
-    if not train_side_by_side(
-        stage, "pipeline.classifier", mine, stage.stale(mine, inputs, SECTIONS)
-    ):
+    if not train_side_by_side(stage, "pipeline.classifier", mine, inputs, SECTIONS):
         for number in mine:
             _train(stage, number, inputs)
     with stage.lock(PATIENCE_S):

@@ -373,9 +373,9 @@ class FoldTrainer:
 
 
 def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
-    copy = placed(build_model(config), next(model.parameters()).device)
-    copy.load_state_dict(model.state_dict())
-    return copy.requires_grad_(False)
+    average = placed(build_model(config), next(model.parameters()).device)
+    average.load_state_dict(model.state_dict())
+    return average.requires_grad_(False)
 
 
 def _refuse_single_values(backbone: nn.Module, options: TrainConfig, series: int) -> None:
@@ -442,7 +442,6 @@ def run_fold(part: Stage, fold: int, pretrained: Path | None = None) -> dict[str
         torch.set_num_threads(part.jobs)
     data = gather_fold(part, fold)
     if part.options.force:
-        (part.folder / layout.LAST).unlink(missing_ok=True)
         remove_folder(part.folder / layout.SECOND_LEVEL)
     if config.train.init == "voco2d" and pretrained is None:
         pretrained = part.upstream(layout.VOCO) / layout.BACKBONE

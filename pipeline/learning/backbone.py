@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..system.errors import InputError
-from .fast_layers import speed_up
 from .weights import match, read_weights, save_weights
 
 REACH_S = 10.0  # for an answer of timm's hub
@@ -67,7 +66,9 @@ def create_backbone(
         InputError: unknown model name, or ImageNet weights that are out of reach or do not match;
         WrongSize where it takes no images of that size.
     """
-    import timm
+    import timm  # late, here as elsewhere: seconds that what only reads the data does without
+
+    from .fast_layers import speed_up
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]

@@ -61,13 +61,14 @@ def start_anew(
 
 
 def train_side_by_side(
-    stage: Stage, module: str, mine: Sequence[int], folds: Sequence[int]
+    stage: Stage, module: str, mine: Sequence[int], inputs: dict[str, Any], sections: Sequence[str]
 ) -> bool:
-    """Train `folds`, those of `mine` that are stale, side by side by `python -m module --fold` and
+    """Train those of the folds `mine` that are stale side by side by `python -m module --fold` and
     return True; False, and nothing done, where that brings nothing.
 
     That is on a GPU, with one job or one fold, and under torchrun.
     """
+    folds = stage.stale(mine, inputs, sections)
     at_once = folds_at_once(stage.config.folds.count, stage.jobs)
     if (
         not folds

@@ -69,9 +69,7 @@ def find_all(stage: Stage, files: dict[str, Path], inputs: dict[str, Any]) -> No
         _start_anew(stage, folds, inputs)
     masked = lay_masks(stage, files, index)
     device = pick_device(stage.device_name)
-    if not train_side_by_side(
-        stage, "pipeline.organs", folds, stage.stale(folds, inputs, SECTIONS)
-    ):
+    if not train_side_by_side(stage, "pipeline.organs", folds, inputs, SECTIONS):
         for fold in folds:
             train_fold(stage, fold, masked, index, inputs, device)
     found = [find_fold(stage, fold, masked, index, inputs, device) for fold in folds]
