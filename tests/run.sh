@@ -11,4 +11,5 @@ PYTHON=$(EXTRAS='test' bash .ci/environment.sh)
 "$PYTHON" -m ruff format --check pipeline stages tests
 "$PYTHON" -m mypy
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait make a busy machine several times slower
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # every test process has a core; a second thread costs tiny networks more than it brings
 exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "${fast[@]}" "$@"

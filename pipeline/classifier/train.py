@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..learning.backbone import load_backbone, placed, standardise
 from ..learning.checkpoint import describe, load_checkpoint, save_checkpoint, save_weights
+from ..learning.compilation import compile_passes
 from ..learning.interrupt import StopSignal
 from ..learning.loaders import loading
 from ..learning.log import open_log
@@ -104,7 +105,7 @@ class FoldTrainer:
             self.options.clip,
         )
         if self.options.compile:  # what follows is small, and a graph ends at recurrent cells
-            self.model.backbone.compile()
+            compile_passes(self.model.backbone, device, "train.compile")
         self.history: list[dict[str, Any]] = []
         self.best: float = float("inf")
         self.epoch = 0

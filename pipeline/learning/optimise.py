@@ -195,7 +195,7 @@ class Figures:
         self._values = values.to("cpu", non_blocking=True)  # of a GPU, into pinned memory
         self._event = torch.cuda.Event() if values.is_cuda else None
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(values.device))
 
     def here(self) -> bool:
         """Whether `read` would not wait: the device is done with the step."""

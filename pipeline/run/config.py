@@ -331,7 +331,7 @@ class VocoConfig(Section):
         json_schema_extra=HOW,
     )
     amp: bool = Field(True, description="mixed precision where the device gains by it")
-    compile: bool | Literal["reduce-overhead"] = Field(
+    compile: Literal[False, True, "reduce-overhead"] = Field(
         False,
         description=(
             "torch.compile of the backbones; reduce-overhead: and CUDA graphs of their passes, on a"

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..learning import optimise
 from ..learning.backbone import WrongSize, create_backbone, placed
+from ..learning.compilation import compile_passes
 from ..learning.distributed import World, sync_batch_norm
 from ..run.config import Config
 from ..system.errors import InputError
@@ -108,7 +109,8 @@ class Method(ABC):
     def compile(self, backbone: nn.Module) -> None:
         """Have the passes of a backbone compiled where `pretrain.compile` is on."""
         if wanted := self.options.compile:
-            backbone.compile(mode=None if wanted is True else wanted)
+            mode = None if wanted is True else wanted
+            compile_passes(backbone, self.world.device, "pretrain.compile", mode)
 
 
 class OneNetwork(Method):

@@ -4,8 +4,9 @@
 
 Within 8 minutes on a modern card, within 3 with `--quick`. `gpu.json` and `gpu.md` (one table) are
 written into FOLDER after every section, so a run that is cut keeps what it had. Exit code 1 where a
-check fails. It draws its own data, needs no network and nothing beyond requirements.txt; rows
-against MONAI need the extra `bench`. Sections: see `SECTIONS`.
+check fails, is cut short, or was asked for by name and left out. It draws its own data, needs no
+network and nothing beyond requirements.txt; rows against MONAI need the extra `bench`. Sections:
+see `SECTIONS`; named ones are run whatever `--quick` leaves out.
 """
 
 import os
@@ -13,6 +14,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA: else not deterministic
 
 import argparse
+import math
 import platform
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import torch
 from gpu_plan import Overtime, Plan, Row, at_most, missing
 
 from pipeline import __version__
+from pipeline.system.errors import InputError
 from pipeline.system.files import write_json, write_text
 from pipeline.system.machine import cpu_count, pick_device
 
@@ -42,20 +45,27 @@ PATIENCE = 3  # times its expected seconds a section may take
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the table; seconds that it takes on a modern card, quick and whole, None where
-    quick leaves it out.
+    """A part of the table; seconds that it takes on a modern card, quick and whole, and whether
+    quick leaves it out unless it is named.
     """
 
     name: str
     work: Callable[[Plan], Iterator[Row]]
-    quick_s: float | None
+    quick_s: float
     whole_s: float
+    long: bool = False
 
-    def seconds(self, size: str) -> float | None:
+    def seconds(self, size: str) -> float:
         """What to expect of a run of this size."""
         return {"tiny": 0.0, "quick": self.quick_s, "whole": self.whole_s}[size]
 
+    @property
+    def proves(self) -> bool:
+        """True where its rows are checks, which count as failed when they are cut short."""
+        return self.work.__module__ in (checks.__name__, gpu_ranks.__name__)
 
+
+# checks first: where time runs out, figures are left out
 SECTIONS = (
     Section("limits", rates.limits, 4, 6),
     Section("pretraining", checks.pretraining, 20, 45),
@@ -63,18 +73,18 @@ SECTIONS = (
     Section("fold", checks.fold, 10, 15),
     Section("compile", checks.compiled, 20, 60),
     Section("files", checks.files, 4, 4),
-    Section("ranks", gpu_ranks.ranks, None, 40),
     Section("synchronisations", checks.synchronisations, 4, 4),
-    Section("steps", rates.steps, 25, 50),
-    Section("waiting", rates.waiting, 20, 30),
-    Section("folds", rates.folds, 20, 45),
+    Section("ranks", gpu_ranks.ranks, 40, 40, long=True),
+    Section("graphs", checks.graphs, 40, 60, long=True),
+    Section("steps", rates.steps, 22, 45),
+    Section("waiting", rates.waiting, 13, 20),
+    Section("folds", rates.folds, 15, 25),
     Section("prediction", rates.prediction, 10, 15),
     Section("checkpoints", rates.checkpoints, 5, 8),
-    Section("batches", rates.batches, 12, 40),
+    Section("batches", rates.batches, 10, 25),
     Section("memory order", rates.memory_order, 4, 6),
-    Section("3D", rates.three_d, 20, 45),
-    Section("compilation", rates.compilation, None, 70),
-    Section("graphs", checks.graphs, None, 60),
+    Section("3D", rates.three_d, 12, 30),
+    Section("compilation", rates.compilation, 40, 40, long=True),
 )
 UNREACHED = "the run was cut before"
 
@@ -110,16 +120,16 @@ def driver() -> str:
     return (done.stdout.splitlines() or ["unknown"])[0]
 
 
-def rows_of(section: Section, plan: Plan, left: float) -> Iterator[Row]:
+def rows_of(section: Section, plan: Plan, left: float, named: bool) -> Iterator[Row]:
     """The rows of a section, and one more where it is left out, fails, or takes too long."""
     expected = section.seconds(plan.size)
-    if expected is None or expected > left:
-        why = (
-            "not part of --quick"
-            if expected is None
-            else f"it would pass the {LIMIT_S[plan.size]:.0f} s"
-        )
-        yield missing(section.name, why)
+    lost = False if section.proves else None  # a check that was begun and did not end has failed
+    if section.long and plan.size == "quick" and not named:
+        yield missing(section.name, "not part of --quick unless it is named")
+        return
+    if expected > left:
+        why = f"it would pass the {LIMIT_S[plan.size]:.0f} s"
+        yield missing(section.name, why, False if named else None)
         return
     limit = min(left, PATIENCE * expected) if expected else left
     plan.until = time.monotonic() + (expected or limit)
@@ -127,18 +137,21 @@ def rows_of(section: Section, plan: Plan, left: float) -> Iterator[Row]:
         with at_most(limit):
             yield from section.work(plan)
     except Overtime:
-        yield missing("the rest", f"it took more than {limit:.0f} s")
+        yield missing("the rest", f"it took more than {limit:.0f} s", lost)
     except torch.cuda.OutOfMemoryError:
-        yield missing("the rest", "out of memory")
+        yield missing("the rest", "out of memory", lost)
     except Exception as fault:  # of whatever kind: the other sections count, the exit code tells
         traceback.print_exc()
         text = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
-        yield Row("the rest", None, passed=False, note=f"not measured: {text}")
+        yield missing("the rest", text, False)
 
 
 def write(out: Path, about: dict[str, str], report: dict[str, list[Row]]) -> None:
-    """Both files, whole at every moment."""
-    table = {name: [asdict(row) for row in rows] for name, rows in report.items()}
+    """Both files, whole at every moment; JSON knows no NaN, which stands there as text."""
+    table = {
+        name: [asdict(row) | {"value": in_json(row.value)} for row in rows]
+        for name, rows in report.items()
+    }
     write_json(out / "gpu.json", {"machine": about, "sections": table})
     lines = [", ".join(f"{name} {value}" for name, value in about.items()), ""]
     lines += ["| section | row | value | tolerance | result | note |", "|---|---|---|---|---|---|"]
@@ -148,6 +161,11 @@ def write(out: Path, about: dict[str, str], report: dict[str, list[Row]]) -> Non
         for row in rows
     ]
     write_text(out / "gpu.md", "\n".join([*lines, ""]))
+
+
+def in_json(value: float | None) -> float | str | None:
+    """A figure as JSON can hold it."""
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 def cells(row: Row) -> list[str]:
@@ -171,7 +189,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--quick", action="store_true", help="fewer steps and repeats, 3 minutes")
-    flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     flags.add_argument("--out", type=Path, default=Path(), help="folder of gpu.json and gpu.md")
     flags.add_argument("--tiny", action="store_true", help="sizes of a test: no figure means much")
     names = [section.name for section in SECTIONS]
@@ -180,33 +198,58 @@ def main() -> int:
     if unknown := set(options.sections) - set(names):
         flags.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     size = "tiny" if options.tiny else "quick" if options.quick else "whole"
-    device = pick_device(options.device)
     chosen = [one for one in SECTIONS if one.name in (options.sections or names)]
-    return run(chosen, device, size, options.out)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        flags.error("no CUDA device is visible; give --device cpu for a rehearsal")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        flags.error(f"--out {options.out}: {fault.strerror}")
+    try:
+        return run(chosen, pick_device(options.device), size, options.out, options.sections)
+    except InputError as fault:  # nothing can be written
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
 
 
-def run(chosen: list[Section], device: torch.device, size: str, out: Path) -> int:
-    """Run `chosen` and write what they find; returns the exit code."""
+def run(
+    chosen: Sequence[Section],
+    device: torch.device,
+    size: str,
+    out: Path,
+    named: Sequence[str] = (),
+) -> int:
+    """Run `chosen`, those `named` in any case, and write what they find; returns the exit code."""
     begun, about = time.monotonic(), {"run": size, **machine(device)}
     report = {section.name: [missing(section.name, UNREACHED)] for section in chosen}
-    out.mkdir(parents=True, exist_ok=True)
     write(out, about, report)
+    code = 0
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(device, size, Path(folder))
         for section in chosen:
+            left = LIMIT_S[size] - (time.monotonic() - begun)
             found: list[Row] = []
-            for row in rows_of(section, plan, LIMIT_S[size] - (time.monotonic() - begun)):
-                found.append(row)
-                say(time.monotonic() - begun, section, row)
+            try:
+                for row in rows_of(section, plan, left, section.name in named):
+                    found.append(row)
+                    say(time.monotonic() - begun, section, row)
+            except (KeyboardInterrupt, Overtime) as cut:  # Overtime: it rang between two rows
+                found.append(missing("the rest", UNREACHED, False if section.proves else None))
+                code = 130 if isinstance(cut, KeyboardInterrupt) else 0
             report[section.name] = found
             write(out, about, report)
-    failed = [
-        f"{name}: {row.name}"
-        for name, rows in report.items()
-        for row in rows
-        if row.passed is False
-    ]
-    print("\n".join([f"FAILED {one}" for one in failed] or ["all checks that ran passed"]))
+            if code:
+                break
+    return told(report) or code
+
+
+def told(report: dict[str, list[Row]]) -> int:
+    """Print what failed, how much passed and what was not measured; returns the exit code."""
+    rows = [(name, row) for name, found in report.items() for row in found]
+    failed = [f"FAILED {name}: {row.name}" for name, row in rows if row.passed is False]
+    passed = sum(row.passed is True for _, row in rows)
+    absent = sum(row.value is None for _, row in rows)
+    print("\n".join([*failed, f"{passed} checks passed, {absent} rows not measured"]))
     return 1 if failed else 0
 
 

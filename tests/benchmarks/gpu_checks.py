@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -29,9 +28,10 @@ from torch.utils.data import default_collate
 from pipeline.classifier.model import CnnLstm
 from pipeline.classifier.predict import Trained, as_batch, load_classifier, predict
 from pipeline.classifier.train import FoldTrainer
-from pipeline.learning import optimise
+from pipeline.learning import compilation, optimise
 from pipeline.learning.backbone import create_backbone, load_backbone, save_backbone
 from pipeline.learning.checkpoint import describe, load_checkpoint, save_weights
+from pipeline.learning.compilation import lacks_compiler
 from pipeline.learning.distributed import World
 from pipeline.learning.fast_layers import speed_up
 from pipeline.learning.log import read_log
@@ -350,36 +350,29 @@ def leaves(state: Any, where: str = "") -> Iterator[tuple[str, torch.Tensor]]:
                 yield from leaves(value, f"{where}/{name}")
 
 
-def lacks_compiler(plan: Plan) -> str:
-    """Why `torch.compile` cannot work here; empty where it can."""
-    try:
-        torch._dynamo.eval_frame.check_if_dynamo_supported()
-    except RuntimeError as fault:
-        return str(fault)
-    if plan.cuda and find_spec("triton") is None:
-        return "torch.compile needs Triton"
-    if plan.cuda and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return "torch.compile needs a C compiler"
-    return ""
-
-
-def compiling(plan: Plan) -> contextlib.AbstractContextManager[Any]:
-    """`torch.compile` as it is on a GPU; on a CPU traced alone, since compiling would take minutes:
-    there graphs are counted, and what they compute is what it was.
+@contextlib.contextmanager
+def compiling(plan: Plan) -> Iterator[None]:
+    """`torch.compile` as it is on a GPU; on a CPU traced alone, which needs no compiler, since
+    compiling would take minutes: there graphs are counted, and what they compute is what it was.
     """
     if plan.cuda:
-        return contextlib.nullcontext()
+        yield
+        return
     compile = torch.compile
 
     def traced(model: Any, mode: str | None = None, **options: Any) -> Any:
         return compile(model, backend="eager", **options)
 
-    return mock.patch.object(torch, "compile", traced)
+    with (
+        mock.patch.object(torch, "compile", traced),
+        mock.patch.object(compilation, "lacks_compiler", return_value=""),
+    ):
+        yield
 
 
 def compiled(plan: Plan) -> Iterator[Row]:
     """`pretrain.compile` and `train.compile` on against off, on the device, float32."""
-    if why := lacks_compiler(plan):
+    if why := lacks_compiler(plan.device):
         yield missing("compile", why)
         return
     from torch._dynamo.utils import counters
@@ -409,7 +402,7 @@ def graphs(plan: Plan) -> Iterator[Row]:
     """`pretrain.compile=reduce-overhead` against `true`, on the device, float32: the same kernels,
     launched together from the third step on.
     """
-    if why := lacks_compiler(plan):
+    if why := lacks_compiler(plan.device):
         yield missing("graphs", why)
         return
     from torch._dynamo.utils import counters
@@ -576,5 +569,6 @@ def waits(plan: Plan, run: State, step: Callable[[], object], between: bool) -> 
         else:
             guard("warn")
         step()
-    found = [one for one in caught if "synchronizing" in str(one.message)]
+    # not what torch says of the guard itself when it is first set
+    found = [one for one in caught if "called a synchronizing" in str(one.message)]
     return Counter(f"{Path(one.filename).name}:{one.lineno}" for one in found)

@@ -58,9 +58,9 @@ class Row:
     note: str = ""
 
 
-def missing(name: str, why: str) -> Row:
-    """A row that is left out."""
-    return Row(name, None, note=f"not measured: {why}")
+def missing(name: str, why: str, passed: bool | None = None) -> Row:
+    """A row that is left out; `passed` False where that is a failure."""
+    return Row(name, None, passed=passed, note=f"not measured: {why}")
 
 
 def check(name: str, value: float, most: float, note: str = "") -> Row:

@@ -6,11 +6,12 @@ the CPU it is gloo, and the batch norms over ranks are then the project's own in
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,7 +32,8 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"
 # least differences that count, of losses (relative) and of the gradient
 LOSSES, GRADIENT = 1e-4, 1e-3
 MERIT = 0.1  # of few crops, of which one may go either way
-WAIT_S = 300  # for ranks that wait for one another
+# for ranks that wait for one another, and for their end where they are told to stop
+WAIT_S, GRACE_S = 300, 10
 FEW = 8  # embeddings, similarities and figures of a step
 
 
@@ -131,9 +133,7 @@ def ranks(plan: Plan) -> Iterator[Row]:
     }
     launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
     command = [sys.executable, *launch, __file__, json.dumps(about)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S)
-    if done.returncode:
-        raise RuntimeError(f"ranks ended with {done.returncode}: {done.stderr[-600:]}")
+    launched(command)
     by = f"{about['backend']}, {' and '.join(places)}"
     for name, found in json.loads(out.read_text()).items():
         calls = ", ".join(f"{count} {what}" for what, count in found["calls"].items())
@@ -147,6 +147,27 @@ def ranks(plan: Plan) -> Iterator[Row]:
         yield missing("nccl", "it wants a GPU for each of two processes")
 
 
+def launched(command: Sequence[str]) -> None:
+    """Run torchrun to its end; whatever ends the wait ends its ranks too, which have sessions of
+    their own and would outlive it.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **quiet, text=True) as process:
+        try:
+            _, text = process.communicate(timeout=WAIT_S)
+        except BaseException:
+            process.terminate()  # it hands the signal on
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            process.kill()
+            raise
+    if process.returncode:
+        raise RuntimeError(f"ranks ended with {process.returncode}: {text[-600:]}")
+
+
 def of_method(plan: Plan, method: str) -> Config:
     """The config with which a step of a method is checked."""
     small = (f"model.backbone={plan.resnet}", "pretrain.amp=false", "pretrain.lr=1e-5")
@@ -157,9 +178,11 @@ def main() -> None:
     """argv: what `ranks` asks. Rank 0 writes the comparison."""
     about = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    device = torch.device(about["devices"][int(os.environ["RANK"])])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group(about["backend"])
     rank = distributed.get_rank()
-    device = torch.device(about["devices"][rank])
     world, found = World(rank, RANKS, device), {}
     for name, text in about["configs"].items():
         config, volumes = Config.model_validate_json(text), Path(about["volumes"])

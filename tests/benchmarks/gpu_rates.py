@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Energy, Peak, alternate, medians, seconds_of, synchronise
-from gpu_checks import compiling, lacks_compiler
+from gpu_checks import compiling
 from gpu_plan import Plan, Row, after, cudnn, missing, ratio, spread, stopping
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -33,6 +33,7 @@ from pipeline.classifier.train import FoldTrainer
 from pipeline.learning import optimise
 from pipeline.learning.backbone import create_backbone, placed, standardise
 from pipeline.learning.checkpoint import save_checkpoint
+from pipeline.learning.compilation import lacks_compiler
 from pipeline.learning.distributed import World
 from pipeline.learning.log import read_log
 from pipeline.run import layout
@@ -302,7 +303,7 @@ def memory_order(plan: Plan) -> Iterator[Row]:
 
 def compilation(plan: Plan) -> Iterator[Row]:
     """A step with `pretrain.compile` off, on, and with CUDA graphs."""
-    if why := lacks_compiler(plan):
+    if why := lacks_compiler(plan.device):
         yield missing("compile", why)
         return
     torch._dynamo.reset()

@@ -168,6 +168,7 @@ def test_a_config_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
         ("train.lr_final=0.1", "lr_final=0.1 is more than lr=0.0002"),
         ("predict.flips=[w]", "key 'predict.flips.0'"),
         ("train.channels=2", "channels=2 is even"),
+        ("pretrain.compile=max", "or 'reduce-overhead', key 'pretrain.compile' of"),
         ("train={slice_loss: 0, slice_weight: 2}", "slice_weight=2.0 weights a loss that is off"),
         ("train={batch: 1, mixup: 0.4}", "mix the volumes of a batch: batch=1 has one"),
         ("train={batch: 1, cutmix: 1}", "mix the volumes of a batch: batch=1 has one"),
