@@ -59,7 +59,7 @@ def count(
             alive.append(storage)
         return tensor
 
-    library = mock.patch("pipeline.learning.backbone.speed_up", lambda module: module)
+    library = mock.patch("pipeline.learning.fast_layers.speed_up", lambda module: module)
     with library, FakeTensorMode():
         network = make().train()
         half = torch.autocast("cpu", dtype=torch.bfloat16)
