@@ -240,7 +240,8 @@ def run(
             write(out, about, report)
             if code:
                 break
-    return told(report) or code
+    failed = told(report)
+    return code or failed
 
 
 def told(report: dict[str, list[Row]]) -> int:

@@ -133,8 +133,16 @@ def test_a_check_that_is_cut_short_has_failed_a_figure_is_missing(tmp_path, faul
     assert outcome(tmp_path) == [("first", 0, True), ("the rest", None, False if code else None)]
 
 
-@pytest.mark.parametrize(("fault", "code"), [(KeyboardInterrupt, 130), (Overtime, 0)])
-def test_what_comes_between_two_rows_loses_none(tmp_path, monkeypatch, fault, code):
+@pytest.mark.parametrize(
+    ("fault", "module", "code"),
+    [
+        (KeyboardInterrupt, gpu, 130),
+        (KeyboardInterrupt, gpu_checks, 130),
+        (Overtime, gpu, 0),
+        (Overtime, gpu_checks, 1),
+    ],
+)
+def test_what_comes_between_two_rows_loses_none(tmp_path, monkeypatch, fault, module, code):
     def work(plan):
         yield check("first", 0, 1)
         yield check("second", 0, 1)
@@ -143,8 +151,9 @@ def test_what_comes_between_two_rows_loses_none(tmp_path, monkeypatch, fault, co
         raise fault
 
     monkeypatch.setattr(gpu, "say", interrupted)
-    assert gpu.run([section(work, gpu)], CPU, "quick", tmp_path) == code
-    assert outcome(tmp_path) == [("first", 0, True), ("the rest", None, None)]
+    assert gpu.run([section(work, module)], CPU, "quick", tmp_path) == code
+    last = None if module is gpu else False
+    assert outcome(tmp_path) == [("first", 0, True), ("the rest", None, last)]
 
 
 def test_a_long_section_is_run_where_it_is_named(tmp_path):
