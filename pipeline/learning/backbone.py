@@ -66,7 +66,7 @@ def create_backbone(
         InputError: unknown model name, or ImageNet weights that are out of reach or do not match;
         WrongSize where it takes no images of that size.
     """
-    import timm  # late, here as elsewhere: seconds that what only reads the data does without
+    import timm  # late: it takes seconds that whoever only reads the data does without
 
     from .fast_layers import speed_up
 
