@@ -154,8 +154,9 @@ def launched(command: Sequence[str]) -> None:
     Raises:
         RuntimeError: it failed.
     """
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **quiet, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             _, text = process.communicate(timeout=WAIT_S)
         except BaseException:
@@ -178,11 +179,11 @@ def main() -> None:
     """argv: what `ranks` asks. Rank 0 writes the comparison."""
     about = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    device = torch.device(about["devices"][int(os.environ["RANK"])])
+    rank = int(os.environ["RANK"])
+    device = torch.device(about["devices"][rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group(about["backend"])
-    rank = distributed.get_rank()
     world, found = World(rank, RANKS, device), {}
     for name, text in about["configs"].items():
         config, volumes = Config.model_validate_json(text), Path(about["volumes"])

@@ -2,7 +2,6 @@
 it works on the day when there is one.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import gpu_ranks
 import pytest
 import torch
 from gpu_plan import CPU, Overtime, Plan, check
+from helpers_faults import none_alive
 
 from pipeline.learning import compilation
 from pipeline.system.errors import InputError
@@ -229,16 +229,7 @@ def test_ranks_end_with_the_wait_for_them(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(subprocess.Popen, "communicate", cut)
     with pytest.raises(fault):
         gpu_ranks.launched(["bash", "-c", launcher])
-    rank = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            if Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                time.sleep(0.02)
-                continue
-        break
-    else:
-        raise AssertionError("the rank outlives its launcher")
+    assert none_alive(int((tmp_path / "pid").read_text())), "the rank outlives its launcher"
 
 
 def test_ranks_that_fail_say_why():
