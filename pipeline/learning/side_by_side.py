@@ -25,6 +25,7 @@ from ..run.stage import Stage
 from ..system.errors import Ended
 from ..system.machine import pick_device
 from ..system.processes import interrupts_blocked, part_environment
+from .interrupt import StopSignal
 
 LOOK_S, MOST_BYTES = 0.05, 1 << 16
 
@@ -107,9 +108,6 @@ def run_side_by_side(module: str, parts: Mapping[str, Sequence[str]], at_once: i
         Ended: a part failed: its line and exit code. KeyboardInterrupt, SystemExit: this process
         was stopped.
     """
-    # late: it brings torch, which a stage that is up to date does without
-    from .interrupt import StopSignal
-
     waiting = list(parts.items())
     running: list[Part] = []
     with StopSignal() as stop:
