@@ -138,7 +138,9 @@ def compare(
             for k, figure in enumerate(FIGURES)
         }
         for k, found in enumerate(figures.values()):
-            found["difference"] |= significance(parts["difference"][1:, k], found["difference"])
+            found["difference"] |= significance(
+                parts["difference"][1:, k], found["difference"], len(own)
+            )
         rows.append(
             {
                 "variant": variant,
@@ -151,12 +153,14 @@ def compare(
     return rows
 
 
-def significance(drawn: np.ndarray, span: Interval) -> dict[str, float | None]:
-    """`p`, twice the share of draws of a difference on the rarer side of 0 (None: not defined), and
-    `detectable`, how large it must be to be shown in 80 of 100 such experiments.
+def significance(drawn: np.ndarray, span: Interval, seeds: int) -> dict[str, float | None]:
+    """`p`, twice the share of draws of a difference on the rarer side of 0, and `detectable`, how
+    large it must be to be shown in 80 of 100 such experiments.
+
+    Both None where they are not defined: one seed does not tell the spread between seeds.
     """
     drawn = drawn[np.isfinite(drawn)]
-    if span["low"] is None or span["high"] is None:
+    if seeds == 1 or span["low"] is None or span["high"] is None:
         return {"p": None, "detectable": None}
     rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (1 + float(rarer)) / (1 + len(drawn)))
@@ -260,9 +264,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     sentences that they support.
     """
     costs = {row["variant"]: row for row in result["costs"]}
-    drawn = f"{result['patients']} patients judged, {len(result['seeds'])} seeds"
+    judged, seeds = f"{result['patients']} patients judged", len(result["seeds"])
     lines = [
-        f"{drawn}; 95 % intervals: bootstrap over patients, Student's t over seeds.",
+        f"{judged}, one seed; 95 % intervals: bootstrap over patients alone."
+        if seeds == 1
+        else f"{judged}, {seeds} seeds; 95 % intervals: bootstrap over patients, Student's t over"
+        " seeds.",
         "",
         f"| variant | {' | '.join(FIGURES)} | training, s | pretraining, s |",
         "|---" * (len(FIGURES) + 3) + "|",

@@ -208,10 +208,11 @@ def test_difference_is_paired_over_patients():
     assert row["score"]["difference"]["value"] == pytest.approx(
         row["score"]["own"]["value"] - row["score"]["other"]["value"]
     )
-    same = compare({"a": [cell_draws(labels, values, 300, 1)]}, ALL, [("a", "a")], 0)[0]["figures"][
-        "mAP"
-    ]["difference"]
-    assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "detectable": 0.0}
+    for seeds, found in ((1, None), (2, {"p": 1.0, "detectable": 0.0})):
+        cells = {"a": [cell_draws(labels, values, 300, 1)] * seeds}
+        same = compare(cells, ALL, [("a", "a")], 0)[0]["figures"]["mAP"]["difference"]
+        found = found or {"p": None, "detectable": None}  # one seed tells no spread
+        assert same == {"value": 0.0, "low": 0.0, "high": 0.0, **found}
 
 
 def test_single_target_variant_is_compared_on_its_target_only():
@@ -239,10 +240,12 @@ def test_verdict_needs_an_interval_without_zero(low, high, less, word):
 
 def test_p_values_count_the_rarer_side_of_zero():
     drawn, span = np.r_[np.full(97, -1.0), np.full(2, 1.0), np.nan], {"low": -1.0, "high": 0.5}
-    found = significance(drawn, {"value": -1.0, **span})
+    found = significance(drawn, {"value": -1.0, **span}, 2)
     assert found["p"] == pytest.approx(2 * (1 + 2) / (1 + 99))
     assert found["detectable"] == pytest.approx(0.75 * (1.959964 + 0.841621) / 1.959964, rel=1e-6)
-    assert significance(drawn, {"value": None, "low": None, "high": None})["p"] is None
+    unknown = {"p": None, "detectable": None}
+    assert significance(drawn, {"value": None, "low": None, "high": None}, 2) == unknown
+    assert significance(drawn, {"value": -1.0, **span}, 1) == unknown, "of one seed"
 
 
 def test_a_difference_of_the_detectable_size_is_shown_in_four_of_five_experiments():
@@ -257,7 +260,7 @@ def test_a_difference_of_the_detectable_size_is_shown_in_four_of_five_experiment
         return {
             "low": low,
             "high": high,
-            **significance(part[1:], {"value": 0, "low": low, "high": high}),
+            **significance(part[1:], {"value": 0, "low": low, "high": high}, 5),
         }
 
     sizes = [experiment(0.0, rep)["detectable"] for rep in range(300)]
@@ -308,13 +311,14 @@ def test_all_but_the_primary_comparison_are_corrected_for_being_many():
     assert verdict(score[4], True, 5) == "no difference shown"
 
 
-def test_tables_hold_every_comparison():
-    draws = cells_of(0.3)[1]
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_tables_hold_every_comparison(seeds):
+    draws = cells_of(0.3, seeds)[1]
     pair = compare(draws, ALL, [("b", "a")], 0)
     correct(pair, ("b", "a"))
     result = {
         "patients": 150,
-        "seeds": [1, 2, 3],
+        "seeds": list(range(seeds)),
         "variants": compare(draws, ALL, [("a", "a"), ("b", "b")], 0),
         "compared": pair,
         "costs": [{"variant": name, "training_s": 10.0, "pretraining_s": 5.0} for name in "ab"],
@@ -330,6 +334,8 @@ def test_tables_hold_every_comparison():
     assert text.count("| **b − a** (primary) |") == 1
     assert f"{pair[0]['figures']['score']['own']['value']:.3f} (" in text
     assert sentence(pair[0]) in text
+    assert text.count("– | – |") == (seeds == 1), "of one seed neither p nor what it would show"
+    assert ("one seed; 95 % intervals: bootstrap over patients alone." in text) == (seeds == 1)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
