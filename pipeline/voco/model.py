@@ -143,17 +143,18 @@ def voco_terms(
     student: Embeddings,
     teacher: Embeddings,
     overlap: torch.Tensor,
-    next_student: torch.Tensor,
-    next_teacher: torch.Tensor,
+    next_student: torch.Tensor | None = None,
+    next_teacher: torch.Tensor | None = None,
     symmetric: bool = False,
     temperature: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """The terms intra, inter and reg (scalars) and the intra-volume similarity (B, G, R, K).
 
     overlap (B, R, K); next_*: base embeddings of the volume after each one, (B, G, K, E), modulo
-    the whole batch. `symmetric`: the intra-volume cosine is the mean of that of the student's
-    random and the teacher's base crops and that of the teacher's random and the student's base.
-    `temperature`: intra is a softmax's cross entropy at that temperature.
+    the whole batch; without them inter is 0, without base crops of the student reg. `symmetric`:
+    the intra-volume cosine is the mean of that of the student's random and the teacher's base crops
+    and that of the teacher's random and the student's base. `temperature`: intra is a softmax's
+    cross entropy at that temperature.
     """
     own = cosine(student.random, teacher.base)
     if symmetric:
@@ -164,12 +165,17 @@ def voco_terms(
         if temperature is None
         else softmax_position_loss(own, labels, temperature)
     )
-    with torch.no_grad():
-        target = similarity(teacher.random, next_teacher)
+    inter = reg = own.new_zeros(())
+    if next_student is not None and next_teacher is not None:
+        with torch.no_grad():
+            target = similarity(teacher.random, next_teacher)
+        inter = position_loss(similarity(student.random, next_student), target).mean()
+    if student.base.shape[-2]:
+        reg = base_regularisation(student.base).mean()
     return {
         "intra": intra.mean(),
-        "inter": position_loss(similarity(student.random, next_student), target).mean(),
-        "reg": base_regularisation(student.base).mean(),
+        "inter": inter,
+        "reg": reg,
         "similarity": own.detach().clamp(0, 1),
     }
 

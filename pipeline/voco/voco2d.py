@@ -72,25 +72,35 @@ class Voco2D(Method):
         """The teacher's."""
         return self.teacher.backbone
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether all terms that count compare the student's random with the teacher's base crops:
+        then neither looks at any other.
+        """
+        options = self.options
+        return not (options.symmetric or options.inter or options.regularisation)
+
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted sum of intra, inter and regularisation."""
         options, world = self.options, self.world
         crops = batch["crops"].to(world.device, non_blocking=True)  # (B, P, S, h, w)
         overlap = batch["overlap"].to(world.device, non_blocking=True)  # (B, R, K)
-        keep = self._dropout(crops, step)
+        R, Z = options.random_crops, options.z_bins
+        one_sided = self.one_sided
+        asked, answering = (crops[:, :R], crops[:, R:]) if one_sided else (crops, crops)
+        keep = self._dropout(asked, step)
         with optimise.autocast(world.device, options.amp):
-            parts = options.random_crops, options.z_bins
-            student = Embeddings.split(self.distributed_student(crops, keep), *parts)
+            student = Embeddings.split(self.distributed_student(asked, keep), R, Z)
             with torch.no_grad():
-                teacher = Embeddings.split(self.teaching(crops), *parts)
-        first = world.rank * len(crops) + 1
-        following = following_volumes(first, len(crops), options.batch, world.device)
-        everyone = world.gather(student.base)
-        others = (everyone[following], world.gather(teacher.base)[following])
+                teacher = Embeddings.split(self.teaching(answering), 0 if one_sided else R, Z)
+        everyone = world.gather(student.random if one_sided else student.base)
+        others: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        if options.inter:  # a batch of one has no next volume
+            first = world.rank * len(crops) + 1
+            following = following_volumes(first, len(crops), options.batch, world.device)
+            others = (everyone[following], world.gather(teacher.base)[following])
         softmax = options.temperature if options.intra_loss == "softmax" else None
         terms = voco_terms(student, teacher, overlap, *others, options.symmetric, softmax)
-        if not options.inter:  # a batch of one has no next volume
-            terms["inter"] = torch.zeros_like(terms["inter"])
         loss = (
             options.intra * terms["intra"]
             + options.inter * terms["inter"]

@@ -199,6 +199,35 @@ def test_at_a_temperature_that_tells_nothing_apart_softmax_intra_is_chance(volum
     assert stats[1].item() == pytest.approx(np.log(bases), rel=1e-4)
 
 
+def test_crops_of_which_no_term_asks_are_not_looked_at(volumes):
+    """Softmax alone in one direction: the student's random and the teacher's base crops."""
+    keys = "pretrain.inter=0", "pretrain.regularisation=0", "pretrain.dropout=0"
+    run, samples = trained(
+        "pretrain.intra_loss=softmax", "pretrain.z_bins=2", *keys, volumes=volumes
+    )
+    method, batch, counts = run.method, samples[0], []
+    # so that no crop depends on the others
+    student, teacher = (network.eval() for network in method.networks.values())
+    for weights in teacher.parameters():
+        weights.data += 0.1 * weights.data.std().nan_to_num() * torch.randn_like(weights)
+    for network in (student, teacher):
+        network.backbone.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    loss, stats = method.loss(batch, 0)
+    loss.backward()
+    B, P, S = batch["crops"].shape[:3]
+    R = method.options.random_crops
+    assert counts == [B * R * S, B * (P - R) * S]
+    assert all(weights.grad.isfinite().all() for weights in student.parameters())
+    with torch.no_grad():
+        whole = [Embeddings.split(network(batch["crops"]), R, 2) for network in (student, teacher)]
+    temperature = method.options.temperature
+    expected = voco_terms(*whole, batch["overlap"], temperature=temperature)["intra"].item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    swapped = voco_terms(*whole[::-1], batch["overlap"], temperature=temperature)["intra"].item()
+    assert abs(swapped - expected) > 1e-3, "the sides differ"
+    assert stats[2:4].tolist() == [0, 0], "inter and reg"
+
+
 def test_a_batch_of_one_has_no_inter_volume_term(volumes):
     run, samples = trained("pretrain.batch=1", "pretrain.inter=0", volumes=volumes)
     loss, stats = run.method.loss(samples[0], 0)
