@@ -208,11 +208,11 @@ def test_difference_is_paired_over_patients():
     assert row["score"]["difference"]["value"] == pytest.approx(
         row["score"]["own"]["value"] - row["score"]["other"]["value"]
     )
-    for seeds, found in ((1, None), (2, {"p": 1.0, "detectable": 0.0})):
+    # one seed tells no spread
+    for seeds, p, detectable in ((1, None, None), (2, 1.0, 0.0)):
         cells = {"a": [cell_draws(labels, values, 300, 1)] * seeds}
         same = compare(cells, ALL, [("a", "a")], 0)[0]["figures"]["mAP"]["difference"]
-        found = found or {"p": None, "detectable": None}  # one seed tells no spread
-        assert same == {"value": 0.0, "low": 0.0, "high": 0.0, **found}
+        assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "p": p, "detectable": detectable}
 
 
 def test_single_target_variant_is_compared_on_its_target_only():
