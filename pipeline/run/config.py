@@ -222,6 +222,14 @@ class VocoConfig(Section):
         description="intra compares the teacher's random with the student's base crops too",
         json_schema_extra=ADDED,
     )
+    base_encoder: Literal["teacher", "student"] = Field(
+        "teacher",
+        description=(
+            "whose base crops intra compares with: the averaged teacher's, or the student's own,"
+            " which learn too (needs inter=0, symmetric=false)"
+        ),
+        json_schema_extra=ADDED,
+    )
     inter: float = Field(1.0, ge=0, description="weight of the term between volumes")
     regularisation: float = Field(
         1.0, ge=0, description="weight of the term that keeps base crops apart"
@@ -349,6 +357,11 @@ class VocoConfig(Section):
     def _consistent(self) -> "VocoConfig":
         if self.method == "voco2d" and self.batch == 1 and self.inter:
             raise ValueError("batch=1 has no next volume for the term inter: set inter=0")
+        if self.base_encoder == "student" and (self.inter or self.symmetric):
+            raise ValueError(
+                "base_encoder=student has no teacher to compare with: set inter=0 and"
+                " symmetric=false"
+            )
         if self.slices % self.z_bins:
             raise ValueError(f"slices={self.slices} is no multiple of z_bins={self.z_bins}")
         if self.z_bins > 1 and self.pool == "slice":

@@ -78,7 +78,9 @@ class Voco2D(Method):
         then neither looks at any other.
         """
         options = self.options
-        return not (options.symmetric or options.inter or options.regularisation)
+        return options.base_encoder == "teacher" and not (
+            options.symmetric or options.inter or options.regularisation
+        )
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted sum of intra, inter and regularisation."""
@@ -91,8 +93,11 @@ class Voco2D(Method):
         keep = self._dropout(asked, step)
         with optimise.autocast(world.device, options.amp):
             student = Embeddings.split(self.distributed_student(asked, keep), R, Z)
-            with torch.no_grad():
-                teacher = Embeddings.split(self.teaching(answering), 0 if one_sided else R, Z)
+            if options.base_encoder == "student":
+                teacher = student  # one pass for both sides, and gradients through both
+            else:
+                with torch.no_grad():
+                    teacher = Embeddings.split(self.teaching(answering), 0 if one_sided else R, Z)
         everyone = world.gather(student.random if one_sided else student.base)
         others: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
         if options.inter:  # a batch of one has no next volume

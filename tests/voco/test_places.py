@@ -229,6 +229,48 @@ def test_crops_of_which_no_term_asks_are_not_looked_at(volumes):
     assert stats[2:4].tolist() == [0, 0], "inter and reg"
 
 
+def test_the_students_own_base_crops_are_met_and_learn(volumes):
+    """One pass of the student for all crops and none of the teacher; gradients of both sides."""
+    keys = (
+        *("pretrain.base_encoder=student", "pretrain.inter=0", "pretrain.regularisation=0"),
+        *("pretrain.intra_loss=softmax", "pretrain.dropout=0", "pretrain.z_bins=2"),
+    )
+    run, samples = trained(*keys, volumes=volumes)
+    method, batch, passes = run.method, samples[0], []
+    student, teacher = (network.eval() for network in method.networks.values())
+    R, temperature = method.options.random_crops, method.options.temperature
+    hooks = [
+        network.register_forward_hook(lambda net, _, out: passes.append((net, out)))
+        for network in (student, teacher)
+    ]
+    loss, stats = method.loss(batch, 0)
+    for hook in hooks:
+        hook.remove()
+    [(net, embeddings)] = passes
+    assert net is student
+    assert embeddings.shape[:3] == (len(batch["crops"]), 2, batch["crops"].shape[1])
+    losses = []
+    for b, labels in enumerate(batch["overlap"].tolist()):
+        crops = embeddings[b].detach().tolist()  # by slab and crop
+        random, base = [
+            [e for slab in crops for e in slab[part]] for part in (slice(R), slice(R, None))
+        ]
+        alike = [[slow_cosine(r, k) for k in base] for r in random]
+        losses.append(slow_softmax_position_loss(alike, labels, temperature))
+    assert stats[1].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert stats[2].item() == 0, "inter"
+    assert stats[3].item() > 0, "reg, weighted by 0"
+    learnt = torch.autograd.grad(loss, embeddings)[0]
+    assert (learnt[:, :, :R].abs().sum(-1) > 0).all(), "random crops learn"
+    assert (learnt[:, :, R:].abs().sum(-1) > 0).all(), "and base crops"
+
+
+@pytest.mark.parametrize("more", [(), ("pretrain.inter=0", "pretrain.symmetric=true")])
+def test_the_students_own_base_crops_exclude_what_needs_the_teacher(more):
+    with pytest.raises(InputError, match="set inter=0 and symmetric=false"):
+        load_config("smoke", ("pretrain.base_encoder=student", *more))
+
+
 def test_a_batch_of_one_has_no_inter_volume_term(volumes):
     run, samples = trained("pretrain.batch=1", "pretrain.inter=0", volumes=volumes)
     loss, stats = run.method.loss(samples[0], 0)
