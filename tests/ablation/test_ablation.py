@@ -400,7 +400,12 @@ def test_the_recipe_is_asked_on_the_demo_as_it_was(name):
     before = {
         "phantom": {"second_series": 0.25},
         "folds": {"count": 3},
-        "pretrain": {"steps": 800, "warmup": 80},
+        "pretrain": {
+            **{"window": False, "window_margin": 0.15, "z_bins": 1, "intra_loss": "published"},
+            **{"base_encoder": "teacher", "inter": 1, "regularisation": 1, "dropout": 0.2},
+            **{"steps": 800, "batch": 8, "slices": 4, "image_size": 96, "random_crops": 6},
+            **{"lr": 5e-3, "warmup": 80},
+        },
         "organs": {"steps": 800},
     }
     for section, values in before.items():
