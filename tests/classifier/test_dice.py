@@ -304,6 +304,7 @@ KEYS = ("train.init=scratch", "train.slice_loss=0", "train.image_size=32", "trai
 LEARNS = (*KEYS, "train.epochs=10", "train.lr=0.01", "train.warmup=0", "train.dice_loss=1")
 
 
+@pytest.mark.slow
 def test_it_learns_and_no_prediction_needs_it(data, tmp_path):
     out = tmp_path / "fold"
     train_fold(load_config("smoke", LEARNS), data, out, CPU, None)

@@ -372,6 +372,7 @@ def test_a_stopped_training_ends_as_if_it_had_not_stopped(series, tmp_path):
     assert resumed.predict_held_out().equals(whole.predict_held_out())
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_few_planes_show(tmp_path, series):
     """Features that tell the liver's class in one plane of it, on held-out series too."""
     rng = np.random.default_rng(0)

@@ -78,6 +78,7 @@ def test_a_telling_feature_is_found_out_of_fold_and_noise_is_not():
         assert best[name] < table[name] < 1.1 * best[name]
 
 
+@pytest.mark.slow
 def test_no_patient_is_predicted_by_a_regression_that_saw_the_patient():
     """Other labels in fold 1 leave the predictions of fold 1 as they are, and change all others."""
     labels, folds = one_hot(60, seed=5), np.arange(60) % 3
@@ -98,6 +99,7 @@ def test_a_class_that_no_training_patient_has_keeps_a_probability():
     assert found[0] == pytest.approx(np.array([20.5, 1, 2]) / 23.5, abs=0.01)
 
 
+@pytest.mark.slow
 def test_regression_equals_a_slow_descent():
     """Weighted log loss with an L2 penalty and half a case of each class at the origin, minimised
     by plain gradient descent.

@@ -465,6 +465,7 @@ def test_stage_06_blends_files_of_others(tmp_path):
     assert "error: tables or runs, not both, --oof and --models, leave one" in both.stderr
 
 
+@pytest.mark.slow
 def test_scoring_twice_gives_the_same_bytes(tmp_path):
     tables, labels = miscalibrated(2, patients=40)
     first, second = (

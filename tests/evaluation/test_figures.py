@@ -61,6 +61,7 @@ def test_every_panel_is_drawn_and_no_empty_one(count):
     assert all(np.array_equal(a.lines[0].get_xydata(), line.points) for a in drawn.axes)
 
 
+@pytest.mark.slow
 def test_the_same_predictions_give_the_same_pictures(tmp_path):
     for name in "ab":
         figures.precision_recall(LABELS, VALUES, tmp_path / f"{name}1")

@@ -166,6 +166,7 @@ def test_a_checkpoint_of_another_config_is_not_taken_up(masked, tmp_path, change
     assert third.done == 0, "other inputs"
 
 
+@pytest.mark.slow
 def test_it_learns_and_what_is_saved_finds_the_organs(masked, tmp_path):
     settings = ("organs.steps=60", "organs.batch=6", "organs.lr=0.01", "organs.width=8")
     config = load_config("smoke", settings)

@@ -122,6 +122,7 @@ def test_another_seed_is_another_data_set():
     )
 
 
+@pytest.mark.slow
 def test_files_hold_the_drawn_hounsfield_units(dataset, series):
     for patient, number, plan in series:
         drawn = drawn_for(patient, number, plan)

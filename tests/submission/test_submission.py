@@ -43,6 +43,7 @@ def test_columns_follow_the_sample(tmp_path):
     assert found["bowel_healthy"].to_list() == pytest.approx([0.9] * 3)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     updates=st.lists(

@@ -125,6 +125,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_run_of_every_method_goes_on_as_if_it_had_not_stopped(
     volumes, tmp_path, monkeypatch, method

@@ -424,6 +424,7 @@ def fold_table(volumes, patients):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_patients_of_the_fold_left_out_are_not_seen(tmp_path, capsys, monkeypatch):
     volumes = volumes_of(tmp_path)
     with pytest.raises(InputError, match="03_folds is missing.*run stages/03_make_folds.py first"):

@@ -50,6 +50,7 @@ def both(tmp_path):
     return data, kept, straight
 
 
+@pytest.mark.slow
 def test_volumes_index_and_quarantine_are_the_same_bit_for_bit(both):
     _, kept, straight = both
     assert not (straight / layout.SLICES).exists()
@@ -75,6 +76,7 @@ def test_how_the_slices_went_enters_no_fingerprint():
     assert decisive(KEPT.convert) == decisive(DIRECT.convert)
 
 
+@pytest.mark.slow
 def test_only_what_is_new_or_changed_is_read(both, monkeypatch, capfd):
     data, _, out = both
     folder, where = out / layout.VOLUMES, {"data": data, "out": out, "jobs": 1}
@@ -102,6 +104,7 @@ def test_only_what_is_new_or_changed_is_read(both, monkeypatch, capfd):
     assert len(read_manifest(folder)["outputs"]) == 3 + 6
 
 
+@pytest.mark.slow
 def test_slices_kept_after_all_build_no_volume_again(both):
     data, _, out = both
     folder, where = out / layout.VOLUMES, {"data": data, "out": out, "jobs": 1}
@@ -112,6 +115,7 @@ def test_slices_kept_after_all_build_no_volume_again(both):
     assert not (folder / layout.SLICE_TABLE).exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_not_mounted_wipes_no_volumes(both):
     data, _, out = both
     before = made(out / layout.VOLUMES, "*")

@@ -1,12 +1,14 @@
 """Faults for the processes of a test: loaded by Python at start where this folder is on PYTHONPATH
 and VOCO_FAULT is set.
 
-    kill:N              the write that would take a file past N bytes kills the whole process group,
-    half-written file and all full:N              ... fails instead (RLIMIT_FSIZE: it holds for
-    Python, C and Rust alike, and for root) refuse:ERRNO:WHERE  whatever would change something
-    below the path WHERE fails with this error pause:MARK:PART     the first process to open a path
-    that contains PART writes its id to the file MARK and waits for MARK.over clock:SECONDS
-    the wall clock jumps back by so much at every second look
+- kill:N: the write that would take a file past N bytes kills the whole process group, half-written
+  file and all.
+- full:N: that write fails instead (RLIMIT_FSIZE: it holds for Python, C and Rust alike, and for
+  root).
+- refuse:ERRNO:WHERE: whatever would change something below the path WHERE fails with this error.
+- pause:MARK:PART: the first process to open a path that contains PART writes its id to the file
+  MARK and waits for MARK.over.
+- clock:SECONDS: the wall clock jumps back by so much at every second look.
 
 With VOCO_STAGE only the stage script of that number, and its children, are hit.
 """
