@@ -432,7 +432,8 @@ def test_the_recipe_is_asked_on_the_demo_as_it_was(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["ablation_quick", "ablation_more", "ablation_softmax", "ablation_full"]
+    "name",
+    ["ablation_quick", "ablation_more", "ablation_softmax", "ablation_own_base", "ablation_full"],
 )
 def test_presets_declare_valid_grids(name):
     from pipeline.ablation.grid import declared_cells, pretrainings, trained_folds
