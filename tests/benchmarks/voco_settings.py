@@ -48,7 +48,7 @@ def main() -> None:
     found = [median(column) for column in zip(*times, strict=True)]
     print("| setting | s a step | times the first |\n|---|---|---|")
     for setting, seconds in zip(options.settings, found, strict=True):
-        print(f"| `{setting or options.config}` | {seconds:.3f} | {seconds / found[0]:.2f} |")
+        print(f"| `{setting or options.config}` | {seconds:.3g} | {seconds / found[0]:.2f} |")
 
 
 if __name__ == "__main__":

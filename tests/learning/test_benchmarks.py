@@ -13,8 +13,10 @@ import torch
 import voco_2d_3d
 import voco_against
 import voco_data
+import voco_settings
 import voco_step
 from common import Energy
+from helpers_pretrain import volumes_of
 from torch import nn
 from voco_2d_3d import CROPS, crops_within, repeated
 
@@ -277,3 +279,16 @@ def test_monais_samples_are_the_same_crops_whether_kept_or_not(tmp_path):
     image = made[0]["image"][0].numpy()
     side = config.pretrain.image_size // config.pretrain.grid
     assert np.array_equal(one[-1, 0].numpy(), image[-side:, -side:])
+
+
+def test_settings_are_timed_in_turn_and_stand_beside_the_first(tmp_path, monkeypatch, capsys):
+    folder, base = volumes_of(tmp_path), "pretrain.batch=2 model.backbone=test_resnet"
+    settings = [base, f"{base} pretrain.random_crops=3"]
+    command = ["voco_settings.py", str(folder), *settings, "--config", "smoke", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    voco_settings.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| `{setting}`" for setting in settings]
+    assert rows[0][2] == "1.00 |"
+    seconds = [float(row[1]) for row in rows]
+    assert float(rows[1][2].split()[0]) == pytest.approx(seconds[1] / seconds[0], rel=0.03)
