@@ -360,7 +360,7 @@ class VocoConfig(Section):
         if self.base_encoder == "student" and (self.inter or self.symmetric):
             raise ValueError(
                 "base_encoder=student has no teacher to compare with: set inter=0 and"
-                " symmetric=false"
+                " symmetric=false, or base_encoder=teacher"
             )
         if self.slices % self.z_bins:
             raise ValueError(f"slices={self.slices} is no multiple of z_bins={self.z_bins}")
