@@ -147,7 +147,8 @@ def on_disk(nets: Networks) -> Rows:
 def pretraining(nets: Networks) -> Rows:
     """Stage 04."""
     one, options = nets.pretraining, nets.config.pretrain
-    step = (TRAINING + 1) * one.macs  # and the teacher's forward pass
+    # and the teacher's forward pass, where its base crops are compared with
+    step = (TRAINING + (options.base_encoder == "teacher")) * one.macs
     # student, teacher, gradients, two moments and with amsgrad the largest second one
     copies = 5 + options.amsgrad
     return {
