@@ -355,9 +355,10 @@ class VocoConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "VocoConfig":
-        if self.method == "voco2d" and self.batch == 1 and self.inter:
+        voco2d = self.method == "voco2d"
+        if voco2d and self.batch == 1 and self.inter:
             raise ValueError("batch=1 has no next volume for the term inter: set inter=0")
-        if self.base_encoder == "student" and (self.inter or self.symmetric):
+        if voco2d and self.base_encoder == "student" and (self.inter or self.symmetric):
             raise ValueError(
                 "base_encoder=student has no teacher to compare with: set inter=0 and"
                 " symmetric=false, or base_encoder=teacher"

@@ -269,6 +269,8 @@ def test_the_students_own_base_crops_are_met_and_learn(volumes):
 def test_the_students_own_base_crops_exclude_what_needs_the_teacher(more):
     with pytest.raises(InputError, match="set inter=0 and symmetric=false"):
         load_config("smoke", ("pretrain.base_encoder=student", *more))
+    other = load_config("smoke", ("pretrain.base_encoder=student", *more, "pretrain.method=simclr"))
+    assert other.pretrain.base_encoder == "student", "a key of 2D-VoCo alone"
 
 
 def test_a_batch_of_one_has_no_inter_volume_term(volumes):
