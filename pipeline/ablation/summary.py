@@ -1,5 +1,7 @@
 """What the finished cells say: the table of variants and of pairs, with intervals."""
 
+from collections.abc import Collection
+
 import numpy as np
 import polars as pl
 from threadpoolctl import threadpool_limits
@@ -7,6 +9,7 @@ from threadpoolctl import threadpool_limits
 from ..competition.metric import score_arrays
 from ..competition.targets import COLUMNS, SCORE_KEYS
 from ..run import layout
+from ..run.config import AblationConfig
 from ..run.manifest import finished
 from ..run.stage import Stage
 from ..system.console import progress
@@ -80,6 +83,21 @@ def seconds_of(stage: Stage, cell: Cell) -> dict[str, float]:
     return {"training_s": own, "pretraining_s": before}
 
 
+def declared_pairs(options: AblationConfig, variants: Collection[str]) -> list[tuple[str, str]]:
+    """What is compared, the primary pair first: of `options.pairs` and of every variant that is
+    first in none of them with the reference, those of `variants`. No two variants are compared
+    twice, in whatever order.
+    """
+    named = [*([options.primary] if options.primary else []), *options.pairs]
+    listed = {first for first, _ in named} | {options.reference}
+    others = [(name, options.reference) for name in variants if name not in listed]
+    once: dict[frozenset[str], tuple[str, str]] = {}
+    for pair in (*named, *others):
+        if set(pair) <= set(variants):
+            once.setdefault(frozenset(pair), pair)
+    return list(once.values())
+
+
 def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
     """Score every cell, compare the variants, write table.json, table.csv, table.md and cells.csv;
     returns these names.
@@ -111,13 +129,7 @@ def summarise(stage: Stage, cells: list[Cell]) -> list[str]:
         )
     table = pl.DataFrame(rows)
     targets = {cell.variant: cell.config.train.targets for cell in cells}
-    named = [options.primary] if options.primary else []
-    named += [pair for pair in options.pairs if pair != options.primary]
-    listed = {first for first, _ in named} | {options.reference}
-    pairs = [*named, *((name, options.reference) for name in targets if name not in listed)]
-    compared = compare(
-        draws, targets, [pair for pair in pairs if set(pair) <= set(targets)], stage.config.seed
-    )
+    compared = compare(draws, targets, declared_pairs(options, targets), stage.config.seed)
     correct(compared, options.primary)
     own = compare(draws, targets, [(name, name) for name in targets], stage.config.seed)
     costs = table.group_by("variant", maintain_order=True).agg(

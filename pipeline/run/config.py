@@ -779,7 +779,7 @@ class AblationConfig(Section):
     `train`, `predict.phases` and `predict.flips`.
 
     The first of each of `pairs` is compared with the second, every variant that is first in none of
-    them with `reference`.
+    them with `reference`; no two variants are compared twice.
     """
 
     variants: dict[str, dict[str, Any]] = Field(
@@ -817,14 +817,14 @@ class AblationConfig(Section):
 
     @model_validator(mode="after")
     def _known_names(self) -> "AblationConfig":
-        named = (
-            [self.reference, *(self.primary or ()), *(name for pair in self.pairs for name in pair)]
-            if self.variants
-            else []
-        )
-        unknown = [name for name in named if name not in self.variants]
+        pairs = [*self.pairs, *([self.primary] if self.primary else [])]
+        named = [self.reference, *(name for pair in pairs for name in pair)]
+        unknown = [name for name in named if self.variants and name not in self.variants]
         if unknown:
             raise ValueError(f"'{unknown[0]}' is none of the variants {', '.join(self.variants)}")
+        alone = [first for first, second in pairs if first == second]
+        if alone:
+            raise ValueError(f"'{alone[0]}' would be compared with itself")
         bad = [
             name
             for name in self.variants

@@ -27,11 +27,12 @@ from pipeline.ablation.statistics import (
     significance,
     verdict,
 )
-from pipeline.ablation.summary import judged_patients
+from pipeline.ablation.summary import declared_pairs, judged_patients
 from pipeline.competition.subset import label_subset
 from pipeline.competition.targets import TARGET_NAMES, TARGETS, group_slices
 from pipeline.evaluation.metrics import resamples
 from pipeline.run import layout
+from pipeline.run.config import AblationConfig
 from pipeline.run.manifest import read_manifest
 from pipeline.run.presets import derive, load_config
 from pipeline.run.stage import Options, Stage
@@ -354,6 +355,20 @@ def test_label_subsets_are_nested_stratified_and_whatever_the_order(seed):
     assert subsets[0] != label_subset(names, labels, 0.1, seed + 1)
 
 
+def test_no_two_variants_are_compared_twice():
+    """Every comparison counts in the correction for many, so none may stand there twice."""
+    options = AblationConfig(
+        variants={name: {} for name in "abcde"},
+        reference="a",
+        primary=("c", "b"),
+        pairs=(("a", "b"), ("b", "c"), ("d", "b"), ("a", "e"), ("d", "b")),
+    )
+    expected = [("c", "b"), ("a", "b"), ("d", "b"), ("a", "e")]
+    assert declared_pairs(options, "abcde") == expected
+    # variants that could not be trained, such as those of ImageNet where there is no network
+    assert declared_pairs(options, "abce") == [("c", "b"), ("a", "b"), ("a", "e")]
+
+
 @pytest.mark.slow
 def test_variants_are_checked_before_anything_runs(tmp_path):
     with pytest.raises(InputError, match="'other' is none of the variants"):
@@ -371,6 +386,9 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
             "smoke",
             ["ablation.variants={a: {}}", "ablation.primary=[b, a]", "ablation.reference=a"],
         )
+    itself = ["ablation.variants={a: {}}", "ablation.pairs=[[a, a]]", "ablation.reference=a"]
+    with pytest.raises(InputError, match="'a' would be compared with itself"):
+        load_config("smoke", itself)
     with pytest.raises(InputError, match="no name for a variant"):
         load_config("smoke", ["ablation.variants={../a: {}}", "ablation.reference=../a"])
     done = stage_here(
