@@ -12,6 +12,7 @@ from .competition import strict_table
 from .competition.strict_table import KEY, ROW
 from .competition.targets import COLUMNS
 from .run import layout
+from .run.config import FoldConfig
 from .run.stage import Stage, stage_function
 from .system.console import log, say
 from .system.errors import InputError
@@ -54,12 +55,7 @@ def stratified_folds(
     derived from `seed` the first within 15 percent (or one patient) of every share is taken, else
     the best.
     """
-    if labels.height < 2 * count:
-        raise InputError(
-            f"{labels.height} patients are too few for {count} folds",
-            key,
-            "use fewer folds or more patients",
-        )
+    _refuse_too_few(labels, count, key)
     frame = strata(labels, series)
     matrix = frame.drop(KEY).to_numpy().astype(np.int64)
     best, least = None, np.inf
@@ -70,6 +66,15 @@ def stratified_folds(
         if least <= 1:
             break
     return frame.select(KEY).with_columns(pl.Series("fold", best, dtype=pl.Int64))
+
+
+def _refuse_too_few(labels: pl.DataFrame, count: int, key: str = "folds.count") -> None:
+    if labels.height < 2 * count:
+        raise InputError(
+            f"{labels.height} patients are too few for {count} folds",
+            key,
+            "use fewer folds or more patients",
+        )
 
 
 def _splits(matrix: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
@@ -117,9 +122,18 @@ def hospital_folds(hospitals: pl.DataFrame, count: int) -> pl.DataFrame:
     if len(names) != count:
         remedy = f"set folds.count={len(names)}" if len(names) > 1 else "set folds.by=patient"
         raise InputError(f"{count} folds for {len(names)} hospitals", "folds.count", remedy)
-    log(", ".join(f"fold {fold}: hospital {name}" for fold, name in enumerate(names)))
     fold = pl.col("hospital").replace_strict(names, range(count), return_dtype=pl.Int64)
     return hospitals.select(KEY, fold=fold).sort(KEY)
+
+
+def check_folds(options: FoldConfig, data: Path, labels: pl.DataFrame) -> None:
+    """Raises InputError where `options` cannot divide these patients of the folder `data`: too few,
+    or of another number of hospitals.
+    """
+    if options.by == "hospital":
+        hospital_folds(read_hospitals(data, labels), options.count)
+    else:
+        _refuse_too_few(labels, options.count)
 
 
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -182,12 +196,18 @@ def make_folds(stage: Stage) -> None:
         return
     data = stage.data
     inputs = stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"])
-    if stage.current(inputs | stage.limit, ["folds", "seed"]):
+    options = stage.config.folds
+    if stage.current(
+        inputs | stage.limit,
+        ["folds", "seed"],
+        check=lambda: check_folds(options, data, stage.labels()),
+    ):
         return
     labels, series = stage.labels(), stage.series()
-    options = stage.config.folds
     if options.by == "hospital":
-        table = hospital_folds(read_hospitals(data, labels), options.count)
+        table = hospital_folds(hospitals := read_hospitals(data, labels), options.count)
+        names = hospitals["hospital"].unique().sort()
+        log(", ".join(f"fold {fold}: hospital {name}" for fold, name in enumerate(names)))
     else:
         table = stratified_folds(labels, series, options.count, stage.config.seed)
     with atomic_path(stage.folder / layout.FOLD_TABLE) as path:

@@ -1,7 +1,7 @@
 """What a whole run needs and what is there, before its first stage: `run_all.sh` calls it.
 
-`python -m pipeline.preflight [flags of the stages]`: disk, memory and ImageNet weights. Exit code 2
-and one line where something is too little. Nothing is written.
+`python -m pipeline.preflight [flags of the stages]`: tables, model, disk, memory and ImageNet
+weights. Exit code 2 and one line where something is wrong or too little. Nothing is written.
 """
 
 import sys
@@ -20,16 +20,15 @@ def check(stage: Stage) -> None:
     """Look ahead from stage 01 to the end of pretraining; what is finished needs nothing.
 
     Raises:
-        InputError: too little disk or memory, weights out of reach, no slice labels where
-            `train.slice_loss` wants them, or no organ masks where training needs organs.
+        InputError: no data, a table that a later stage would refuse, too few patients for the
+            folds, no images for the pretraining, no such model, weights out of reach, no organ
+            masks where training needs organs, too little disk or memory.
     """
     config = stage.config
     if all(read_manifest(stage.out / name) for name in (layout.VOLUMES, layout.VOCO)):
         return
-    if config.train.slice_loss and stage.real_data and not stage.unlabelled_alone:
-        from .competition.tables import require_slice_labels
-
-        require_slice_labels(stage.data)
+    if stage.real_data or not config.phantom:
+        _check_data(stage)
     if config.train.needs_organs and not stage.unlabelled_alone:
         _require_masks(stage)
     disk = _images(stage) if stage.real_data else 0
@@ -42,6 +41,26 @@ def check(stage: Stage) -> None:
     if stage.real_data and read_manifest(stage.out / layout.VOCO) is None:
         disk += _checkpoints(config)
     room.require(stage.out, "this run", disk, memory)
+
+
+def _check_data(stage: Stage) -> None:
+    """What stages 03, 04 and 06 read of a data folder, hours after stage 01 has begun."""
+    from .competition.tables import read_slice_labels, require_slice_labels
+    from .folds import check_folds
+
+    options, data = stage.config, stage.data
+    if not options.pretrain.labelled and not (data / "unlabelled").is_dir():
+        raise InputError(
+            "no images to pretrain on: pretrain.labelled=false leaves unlabelled/ alone",
+            str(data / "unlabelled"),
+            "add the folder or set pretrain.labelled=true",
+        )
+    if stage.unlabelled_alone:
+        return
+    check_folds(options.folds, data, stage.labels())
+    if options.train.slice_loss or options.train.positive_slices:
+        require_slice_labels(data)
+        read_slice_labels(data)
 
 
 def _require_masks(stage: Stage) -> None:

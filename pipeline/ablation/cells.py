@@ -182,6 +182,16 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
     return left_out
 
 
+def _check_models(stage: Stage, cells: list[Cell]) -> None:
+    """Raises InputError where a cell that is still to be trained names a model that timm lacks."""
+    missing = [cell for cell in cells if read_manifest(stage.folder / cell.name) is None]
+    if missing:
+        from ..learning.backbone import check_model
+
+        for name in sorted({cell.config.model.backbone for cell in missing}):
+            check_model(name)
+
+
 def _start_anew(stage: Stage, cells: list[Cell], shared: list[Cell]) -> None:
     """Remove all that is to be made again at once: what a stopped `--force` did not come to must
     not look finished.
@@ -203,7 +213,11 @@ def run_cells(stage: Stage) -> list[Cell]:
             "--force works in a single process only", "torchrun", f"remove {stage.folder} instead"
         )
     trained_folds(stage.config)  # refused before anything is trained
-    cells = startable(stage, declared_cells(stage.config))
+    declared = declared_cells(stage.config)
+    _check_models(stage, declared)
+    if any(cell.start == "imagenet" for cell in declared):
+        stage.upstream(layout.VOLUMES)  # before the hub is asked, which takes its time
+    cells = startable(stage, declared)
     shared = list(pretrainings(cells).values())
     if stage.options.force:
         _start_anew(stage, cells, shared)

@@ -74,7 +74,9 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
         return
     config, folds = stage.config, range(stage.config.folds.count)
     if fold not in (None, *folds):
-        raise InputError(f"there is no fold {fold}", f"--fold {fold}", f"choose one of {[*folds]}")
+        raise InputError(
+            f"there is no fold {fold!r}", f"--fold {fold}", f"choose one of {[*folds]}"
+        )
     inputs = training_inputs(stage, *([layout.VOCO] if config.train.init == "voco2d" else []))
     # whatever the rank: any may be the first to change a fold and the last to end
     stage.writer = True

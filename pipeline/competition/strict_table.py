@@ -87,9 +87,8 @@ def frame_table(
     """
     for column in columns:
         if column not in frame.columns:
-            near = difflib.get_close_matches(
-                column, [other for other in frame.columns if other != ROW], n=1
-            )
+            spare = [other for other in frame.columns if other not in (ROW, *columns)]
+            near = difflib.get_close_matches(column, spare, n=1)
             remedy = (
                 f"rename '{near[0]}'"
                 if near

@@ -43,11 +43,11 @@ def gather(stage: Stage, oof: Sequence[Path], runs: dict[str, Stage]) -> dict[st
 
 
 @stage_function(layout.SCORES)
-def score_oof(stage: Stage, oof: Sequence[Path | str] | None = None) -> None:
+def score_oof(stage: Stage, oof: Path | str | Sequence[Path | str] | None = None) -> None:
     """Score the run's predictions, those of the runs `models` blended, or the tables `oof` of one
     or more models, unless these very ones are scored; the table is printed either way.
     """
-    given = [Path(path) for path in oof or ()]
+    given = [Path(oof)] if isinstance(oof, str | Path) else [Path(path) for path in oof or ()]
     if given and stage.models:
         raise InputError("tables or runs, not both", "--oof and --models", "leave one of them out")
     if not given and stage.skips_unlabelled():

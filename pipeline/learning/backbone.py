@@ -66,9 +66,19 @@ def create_backbone(
         InputError: unknown model name, or ImageNet weights that are out of reach or do not match;
         WrongSize where it takes no images of that size.
     """
-    import timm  # late: it takes seconds that whoever only reads the data does without
-
     from .fast_layers import speed_up
+
+    check_model(name)
+    backbone = _build(name, size, channels, init == "imagenet" and weights is None)
+    if init == "imagenet" and weights is not None:
+        match(backbone, adapted(backbone, _imagenet_state(backbone, weights)), weights)
+    backbone.register_forward_hook(_to_map)
+    return speed_up(backbone)
+
+
+def check_model(name: str) -> None:
+    """Raises InputError where timm has no model of this name."""
+    import timm  # late: it takes seconds that whoever only reads the data does without
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
@@ -77,19 +87,15 @@ def create_backbone(
             f"model.backbone={name}",
             f"did you mean {near}? see timm.list_models()",
         )
-    backbone = _build(name, size, channels, init == "imagenet" and weights is None)
-    if init == "imagenet" and weights is not None:
-        match(backbone, adapted(backbone, _imagenet_state(backbone, weights)), weights)
-    backbone.register_forward_hook(_to_map)
-    return speed_up(backbone)
 
 
 def check_weights(name: str, weights: str | None) -> None:
     """Is what `init="imagenet"` asks for within reach: the file, timm's cache, or its hub?
 
     Raises:
-        InputError: it is not.
+        InputError: it is not, or there is no such model.
     """
+    check_model(name)
     if weights is not None:
         if not Path(weights).is_file():
             raise InputError("no such weights", f"model.weights={weights}", "give the file's path")

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..system.console import say, show_log
 from ..system.errors import Ended, InputError, TrainingStopped
+from ..system.machine import DEVICES
 from ..system.processes import end_with, parent_stage
 from .stage import StageFunction
 
@@ -34,7 +35,7 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     )
     flags.add_argument("--out", help="output folder (default: outputs/<config name>)")
     flags.add_argument("--jobs", type=_jobs, default=0, help="processes (default: all cores)")
-    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flags.add_argument("--device", choices=DEVICES, default="auto")
     flags.add_argument("--force", action="store_true", help="run even where up to date")
     flags.add_argument(
         "overrides",

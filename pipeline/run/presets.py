@@ -8,7 +8,7 @@ the nearest key.
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,33 @@ from ..system.errors import InputError
 from .config import Config, resolved
 
 PRESETS = Path(__file__).parents[1] / "configs"
+SHAPES = {
+    "tuple_type": ("the value is no list", "write one in brackets, such as [1, 2] or [liver]"),
+    **dict.fromkeys(
+        ("dict_type", "model_type"),
+        ("the value is no section of keys", "write its keys below it, or override single ones"),
+    ),
+}
 # the last two: dates and numbers that are none, brackets without end
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
-def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML's own keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of a node."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' is there twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML preset (a path, or the bare name of one in `pipeline/configs`) and apply
     `key=value` overrides. A preset's key `base` names another one whose keys it adds to or
     replaces, section by section.
@@ -36,7 +58,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     path = resolve_preset(path)
     tree = _read(path, ())
     tree.setdefault("name", path.stem)
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(tree, override)
     return _validated(tree, f"{path} and its overrides")
 
@@ -46,7 +68,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise InputError("the preset is its own base", str(path), "remove the key 'base'")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)  # a SafeLoader
     except OSError as fault:
         raise InputError(
             f"the config cannot be read ({fault.strerror})", str(path), "mend its permissions"
@@ -57,7 +79,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError("not a mapping of keys", str(path), "see the presets in pipeline/configs")
     if (base := tree.pop("base", None)) is None:
         return tree
-    found = _read(resolve_preset(str(base)), (*above, path.resolve()))
+    found = _read(resolve_preset(str(base), f"base of {path}"), (*above, path.resolve()))
     found.pop("name", None)
     for key, value in tree.items():
         both = isinstance(value, dict) and isinstance(found.get(key), dict)
@@ -82,15 +104,19 @@ def _validated(tree: dict[str, Any], where: str) -> Config:
         raise _explain_validation(fault, where) from fault
 
 
-def resolve_preset(path: Path | str) -> Path:
-    """A config file: the path itself, or `pipeline/configs/<name>.yaml`."""
+def resolve_preset(path: Path | str, where: str = "") -> Path:
+    """A config file: the path itself, or `pipeline/configs/<name>.yaml`; `where` it is named."""
     # from any working directory
     named = [PRESETS / Path(path).name] if Path(path).parent == Path("pipeline", "configs") else []
     for candidate in (Path(path), PRESETS / f"{path}.yaml", *named):
         if candidate.is_file():
             return candidate
     names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-    raise InputError("no such config", str(path), f"give a YAML file or one of the presets {names}")
+    raise InputError(
+        "no such config",
+        f"{path}, {where}" if where else str(path),
+        f"give a YAML file or one of the presets {names}",
+    )
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -124,11 +150,11 @@ def _explain_validation(fault: ValidationError, where: str) -> InputError:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.0)
         return InputError(f"unknown config key '{key}'", where, f"did you mean '{near[0]}'?")
-    return InputError(
-        error["msg"].removeprefix("Value error, "),
-        f"key '{key}' of {where}" if key else where,
-        "correct the value",
+    # pydantic speaks of tuples and classes, where YAML has lists and sections
+    what, remedy = SHAPES.get(
+        error["type"], (error["msg"].removeprefix("Value error, "), "correct the value")
     )
+    return InputError(what, f"key '{key}' of {where}" if key else where, remedy)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -154,14 +180,20 @@ def described(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, 
 
 
 def main(arguments: list[str]) -> int:
-    """Command line of this module; exit code 2 with one line where there is no such preset."""
+    """Command line of this module; exit code 2 with one line where no preset or key is meant."""
     preset, *words = arguments or ["demo"]
     try:
         config = load_config(preset)
     except InputError as fault:
         say(f"error: {fault}", sys.stderr)
         return 2
-    for key, value, meaning in described(config):
+    rows = list(described(config))
+    for word in words:
+        if not any(word in key for key, _, _ in rows):
+            near = difflib.get_close_matches(word, [key for key, _, _ in rows], n=1, cutoff=0.0)[0]
+            say(f"error: no key has '{word}' in it, {preset}, did you mean '{near}'?", sys.stderr)
+            return 2
+    for key, value, meaning in rows:
         if not words or any(word in key for word in words):
             say(f"{f'{key}={json.dumps(value)}':44}  {meaning}")
     return 0

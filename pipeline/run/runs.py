@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from ..system.errors import InputError
 from . import layout
+from .manifest import stage_folder
 from .stage import Stage
 
 MODELS = "models"  # name of the input, where there are several runs
@@ -16,10 +17,15 @@ def runs_of(stage: Stage) -> dict[str, Stage]:
     where none is.
 
     Raises:
-        InputError: a run whose stage 06 is not finished, or two with the same models.
+        InputError: a folder that is no run, one whose stage 06 is not finished, or two with the
+        same models.
     """
     found: dict[str, Stage] = {}
     for path in stage.models or [stage.out]:
+        if stage.models and not stage_folder(path, layout.CLASSIFIERS).is_dir():
+            what = f"no {layout.CLASSIFIERS} in it" if path.is_dir() else "no such folder"
+            remedy = f"give a run's folder, the one that holds {layout.CLASSIFIERS}"
+            raise InputError(what, f"--models {path}", remedy)
         run = stage.reading_run(path)
         key = run.inputs(layout.CLASSIFIERS)[layout.CLASSIFIERS]
         if key in found:

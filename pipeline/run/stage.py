@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..system.console import log, printable
 from ..system.errors import InputError
 from ..system.files import disk_errors, remove_temporaries, write_json
-from ..system.machine import cpu_count, device_used, peak_mb, world_size
+from ..system.machine import DEVICES, cpu_count, device_used, peak_mb, world_size
 from . import layout
 from .locks import holders, try_lock
 from .manifest import (
@@ -48,6 +48,14 @@ class Options:
     force: bool = False  # run even where up to date
     models: Path | str | Sequence[Path | str] | None = None  # the runs that predict (default: out)
     command: str = ""  # flags of the command line that repeats the run, for the report
+
+    def __post_init__(self) -> None:
+        """What a notebook gives is checked as a command line's flags are."""
+        if self.device not in DEVICES:
+            choice = f"give one of {', '.join(DEVICES)}"
+            raise InputError("no such device", f"device={self.device!r}", choice)
+        if not isinstance(self.jobs, int):
+            raise InputError("no whole number", f"jobs={self.jobs!r}", "give one, 0: all cores")
 
 
 def _in_utf8(folder: Path, flag: str) -> Path:
@@ -278,13 +286,20 @@ class Stage:
             broken,
         )
 
-    def current(self, inputs: dict[str, Any], sections: Iterable[str], whole: bool = True) -> bool:
+    def current(
+        self,
+        inputs: dict[str, Any],
+        sections: Iterable[str],
+        whole: bool = True,
+        check: Callable[[], object] = bool,
+    ) -> bool:
         """True (and says so) when the folder was made from exactly these inputs and config sections
         and is whole.
 
         `whole` is what the caller knows of files that the manifest does not list. Otherwise the
         stage is about to run: the old manifest, outputs of a wrong size and what a killed run left
-        go, so that nothing looks finished until `finish`.
+        go, so that nothing looks finished until `finish`. Before they do, `check` is called: what
+        it refuses by an InputError leaves the folder as it was.
         """
         tree = self.config.model_dump(mode="json")
         self._state = {
@@ -299,6 +314,7 @@ class Stage:
             log(f"{self.name}: up to date")
             return True
         if self.writer:
+            check()
             for name in (layout.MANIFEST, *broken):
                 (self.folder / name).unlink(missing_ok=True)
             remove_temporaries(self.folder)
@@ -420,6 +436,10 @@ class StageFunction:
         from .config import Config
         from .presets import load_config
 
+        if not isinstance(config, Config | Path | str):
+            what = f"a {type(config).__name__} is no config"
+            remedy = "give a preset's name, a YAML file or what load_config returns"
+            raise InputError(what, f"config={config!r}", remedy)
         checked = config if isinstance(config, Config) else load_config(config)
         options = Options(out, data, jobs, device, force, models, command)
         stage = Stage(self.folder, checked, options)

@@ -43,6 +43,9 @@ def seed_everything(*seeds: int) -> None:
     torch.manual_seed(state)
 
 
+DEVICES = ("auto", "cpu", "cuda")
+
+
 def pick_device(name: str, rank: int = 0) -> Any:
     """`auto|cpu|cuda` to a torch device; InputError when CUDA is asked for and absent.
 

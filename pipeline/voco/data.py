@@ -72,7 +72,8 @@ def choose_volumes(
             f"{len(table)} volumes are too few for pretrain.batch={config.batch} and a held-out"
             " quarter",
             layout.VOLUMES,
-            "add data or lower pretrain.batch",
+            "add data, lower pretrain.batch, or leave less out (pretrain.labelled,"
+            " pretrain.unlabelled, pretrain.patients)",
         )
     return training, held
 

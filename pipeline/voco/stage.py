@@ -47,11 +47,17 @@ def excluded_patients(stage: Stage) -> frozenset[str]:
     return found
 
 
+def _check_model(stage: Stage) -> None:
+    from ..learning.backbone import check_model  # late: it imports torch
+
+    check_model(stage.config.model.backbone)
+
+
 @stage_function(layout.VOCO)
 def pretrain_voco2d(stage: Stage) -> None:
     """Train, then draw what was learnt."""
     known = {"seed": stage.config.seed, **inputs(stage)}
-    if stage.current(known, ["model", "pretrain"]):
+    if stage.current(known, ["model", "pretrain"], check=lambda: _check_model(stage)):
         return
     from ..learning.distributed import setup
     from .figures import draw_all
