@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from helpers_dataset import make_data
 from helpers_scores import label_frame, one_hot
 from helpers_stages import stage_here
 
 from pipeline import folds
 from pipeline.competition import tables
 from pipeline.competition.targets import COLUMNS
+from pipeline.folds import make_folds
 from pipeline.run import layout
+from pipeline.run.manifest import read_manifest
+from pipeline.run.presets import load_config
 from pipeline.system.errors import InputError
 
 
@@ -218,3 +222,15 @@ def test_the_real_table_in_five_folds():
     data = Path(os.environ["VOCO2D_RSNA_META"])
     labels, series = tables.read_labels(data), tables.read_series(data, "train")
     assert_balanced(folds.stratified_folds(labels, series, 5, 42), labels, series, 5)
+
+
+def test_a_refused_command_leaves_finished_folds_as_they_are(tmp_path):
+    data = make_data(tmp_path / "data", patients=6)
+    config = ("phantom=null", "train.slice_loss=0")
+    made = make_folds(load_config("smoke", config), data=data, out=tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    wrong = load_config("smoke", (*config, "folds.count=4"))
+    with pytest.raises(InputError, match="6 patients are too few for 4 folds"):
+        make_folds(wrong, data=data, out=tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+    assert read_manifest(made) is not None

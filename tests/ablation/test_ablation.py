@@ -14,6 +14,7 @@ from helpers_scores import label_frame, naive_score, one_hot, predicted
 from helpers_stages import stage_here
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
+from pipeline.ablation.stage import ablate
 from pipeline.ablation.statistics import (
     FIGURES,
     Draws,
@@ -403,6 +404,13 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
     assert done.returncode == 2
     assert "did you mean 'train.epochs'" in done.stderr
     assert "ablation.variants.a" in done.stderr
+    config = load_config(
+        "smoke",
+        ["ablation.variants={a: {}, b: {model.backbone: resnt50}}", "ablation.reference=a"],
+    )
+    with pytest.raises(InputError, match="no such timm model, model.backbone=resnt50, did you"):
+        ablate(config, out=tmp_path)
+    assert not (tmp_path / "10_ablation" / "pretrained").exists()
     with pytest.raises(InputError, match="label_fraction"):
         derive(load_config("smoke"), {"train.label_fraction": 0}, "here")
 

@@ -92,6 +92,11 @@ def test_accepts_byte_order_mark_and_windows_line_ends(tmp_path):
             ["column 'liver_low' is missing", "row 1", "rename 'liver_lo'"],
         ),
         (
+            # what is near is needed itself
+            [ROWS[0].replace("liver_low", "other"), *ROWS[1:]],
+            ["column 'liver_low' is missing", "add it (columns"],
+        ),
+        (
             [ROWS[0].replace("liver_low", "liver_high"), *ROWS[1:]],
             ["column 'liver_low' is missing"],
         ),

@@ -10,6 +10,7 @@ import pytest
 from helpers_stages import ROOT
 from pydantic import BaseModel, Field
 
+from pipeline.phantom.stage import make_phantom
 from pipeline.run import layout, presets
 from pipeline.run.command import add_models, main, parser
 from pipeline.run.config import (
@@ -252,3 +253,61 @@ def test_every_key_is_listed_with_its_meaning_as_an_override_that_says_the_same(
     ]
     assert presets.main(["papre"]) == 2
     assert capsys.readouterr().err.startswith("error: no such config, papre")
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    """YAML's own reader keeps the last, and drops the keys of the first without a word."""
+    path = tmp_path / "own.yaml"
+    path.write_text("base: smoke\ntrain: {epochs: 9}\ntrain: {batch: 2}\n")
+    with pytest.raises(InputError, match=r"own.yaml: key 'train' is there twice.*line 3"):
+        load_config(path)
+    path.write_text("base: smoke\nx: &x {epochs: 9}\ntrain: {<<: *x, epochs: 3}\n")
+    with pytest.raises(InputError, match="unknown config key 'x'"):
+        load_config(path)  # a merge key is no second one
+
+
+def test_a_base_that_is_not_there_names_who_wants_it(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("base: smok\n")
+    with pytest.raises(InputError, match=r"no such config, smok, base of .*own.yaml, give"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ablation.seeds=3", r"the value is no list, key 'ablation.seeds' .* such as \[1, 2\]"),
+        ("predict.flips=x", "the value is no list, key 'predict.flips'"),
+        ("train=3", "the value is no section of keys, key 'train'"),
+    ],
+)
+def test_a_value_of_another_shape_is_named_in_the_words_of_yaml(override, message):
+    with pytest.raises(InputError, match=message):
+        load_config("smoke", [override])
+
+
+def test_a_lone_override_is_one():
+    assert load_config("smoke", "train.epochs=1").train.epochs == 1
+
+
+def test_a_word_that_is_in_no_key_is_answered_with_the_nearest(capsys):
+    assert presets.main(["smoke", "train.epochz"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith(
+        "error: no key has 'train.epochz' in it, smoke, did you mean 'train.epochs'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "gpu"}, "no such device, device='gpu', give one of auto, cpu, cuda"),
+        ({"jobs": "2"}, "no whole number, jobs='2', give one, 0: all cores"),
+        ({"config": {"train": {}}}, "a dict is no config, .* give a preset's name, a YAML file"),
+    ],
+)
+def test_what_a_notebook_gives_is_checked_as_flags_are(tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        make_phantom(**{"config": "smoke", "out": tmp_path / "out", **given})
+    assert not (tmp_path / "out").exists()

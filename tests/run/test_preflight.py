@@ -176,3 +176,67 @@ def test_a_phantom_without_masks_is_told_before_it_is_drawn(tmp_path):
     config = load_config("smoke", ["phantom.masks=0", "train.visible_loss=1"])
     with pytest.raises(InputError, match="need organ masks: there are none, .*phantom.masks=0"):
         preflight.check(Stage(layout.SLICES, config, Options(out=tmp_path / "out")))
+
+
+def change(data, name: str, old: str, new: str) -> None:
+    text = (data / name).read_text()
+    assert old in text
+    (data / name).write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "keys", "message"),
+    [
+        (lambda data: (data / "train.csv").unlink(), [], "train.csv"),
+        (
+            lambda data: change(data, "train.csv", "liver_low", "liver_lo"),
+            [],
+            "column 'liver_low' is missing, .*train.csv row 1, rename 'liver_lo'",
+        ),
+        (
+            lambda data: change(data, "train.csv", "101,1", "101,2"),
+            [],
+            "train.csv row 2 column bowel_healthy",
+        ),
+        (lambda data: None, ["folds.count=3"], "4 patients are too few for 3 folds"),
+        (lambda data: None, ["folds.by=hospital"], "column 'hospital' is missing"),
+        (
+            lambda data: None,
+            ["train.positive_slices=0.5"],
+            "train.slice_loss needs slice labels, .*image_level_labels.csv",
+        ),
+        (
+            lambda data: (data / "image_level_labels.csv").write_text(
+                "patient_id,series_id,instance_number,injury_name\n101,901,1,xx\n"
+            ),
+            ["train.slice_loss=1"],
+            "'xx' is no injury name.*row 2",
+        ),
+        (
+            lambda data: None,
+            ["pretrain.labelled=false"],
+            "pretrain.labelled=false leaves unlabelled/ alone",
+        ),
+        (lambda data: None, ["model.backbone=resnt50"], "no such timm model, .*did you mean"),
+        (
+            lambda data: None,
+            ["model.backbone=resnt50", "pretrain.init=imagenet"],
+            "no such timm model, model.backbone=resnt50, did you mean",
+        ),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_told_before_the_first_write(
+    tmp_path, fault, keys, message
+):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    fault(data)
+    config = load_config("smoke", ["phantom=null", "train.slice_loss=0", *keys])
+    with pytest.raises(InputError, match=message):
+        preflight.check(Stage(layout.SLICES, config, Options(data=data, out=out)))
+    assert not out.exists()
+
+
+def test_a_recipe_without_data_says_so_first(tmp_path):
+    config = load_config("kaggle")
+    with pytest.raises(InputError, match="no data, config 'kaggle' has no phantom, give --data"):
+        preflight.check(Stage(layout.SLICES, config, Options(out=tmp_path / "out")))

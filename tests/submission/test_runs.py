@@ -156,6 +156,14 @@ def test_other_runs_than_those_that_were_calibrated_are_refused(runs, blended, h
 
 @pytest.mark.parametrize("stage", [score_oof, predict_test])
 def test_a_run_that_is_missing_or_named_twice_is_refused(runs, how, tmp_path, stage):
+    remedy = "give a run's folder, the one that holds 06_folds"
+    with pytest.raises(InputError) as fault:
+        stage(out=tmp_path, models=[runs[0], tmp_path / "none"], **how)
+    assert str(fault.value) == f"no such folder, --models {tmp_path}/none, {remedy}"
+    with pytest.raises(InputError) as fault:
+        stage(out=tmp_path, models=runs[0] / "06_folds", **how)
+    assert str(fault.value) == f"no 06_folds in it, --models {runs[0]}/06_folds, {remedy}"
+    (tmp_path / "none" / "06_folds").mkdir(parents=True)
     with pytest.raises(InputError, match="06_folds is missing or unfinished") as fault:
         stage(out=tmp_path, models=[runs[0], tmp_path / "none"], **how)
     assert f"{tmp_path}/none/06_folds, run stages/06_train_folds.py first" in str(fault.value)
