@@ -113,7 +113,7 @@ def _checkpoints(config: Config) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = vars(parser("run_all", __doc__ or "").parse_intermixed_args(arguments))
+    given = vars(parser("run_all.sh", __doc__ or "").parse_intermixed_args(arguments))
     show_log()
     try:
         config = load_config(given.pop("config"), given.pop("overrides"))

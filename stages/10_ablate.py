@@ -2,7 +2,8 @@
 seeds, on this run's volumes and folds.
 
 Reads   <out>/02_volumes/, <out>/03_folds/folds.csv, train.csv and, where present,
-        image_level_labels.csv of the data folder
+        image_level_labels.csv, segmentations/ (probes) and a phantom's phantom_organs.csv of the
+        data folder; 05_organs/ where a variant looks at organs
 Writes  <out>/10_ablation/<variant>/seed<K>/ (oof.parquet, log.jsonl), pretrained/<key>/
         (backbone.safetensors, log.jsonl), table.json, table.csv, table.md (figures, paired
         differences, intervals), cells.csv, probes.csv; grids/<config name>/ has the same tables of

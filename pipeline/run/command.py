@@ -27,14 +27,16 @@ OVERRIDE = re.compile(r"[\w.]+=")  # no path has it, if not `./name=`
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
     """The flags of every stage; `doc` says what it reads and writes."""
     flags = argparse.ArgumentParser(
-        prog=f"{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--config", default="demo", help="YAML file or preset name (default: demo)")
     flags.add_argument(
         "--data", help="data set in the competition's layout (default: the run's own phantom)"
     )
     flags.add_argument("--out", help="output folder (default: outputs/<config name>)")
-    flags.add_argument("--jobs", type=_jobs, default=0, help="processes (default: all cores)")
+    flags.add_argument(
+        "--jobs", type=_jobs, default=0, help="processes (default, and 0: all cores)"
+    )
     flags.add_argument("--device", choices=DEVICES, default="auto")
     flags.add_argument("--force", action="store_true", help="run even where up to date")
     flags.add_argument(
@@ -86,7 +88,7 @@ def main(
     arguments of its own) and run it. Exit code 0 done, 1 training went wrong, 2 the user's input is
     wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, each with one line and no traceback.
     """
-    flags = parser(Path(script).stem, doc or "")
+    flags = parser(Path(script).name, doc or "")
     if extend:
         extend(flags)
     options = flags.parse_intermixed_args()

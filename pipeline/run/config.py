@@ -294,7 +294,9 @@ class VocoConfig(Section):
         description="images of this fold's patients are not seen (needs stage 03)",
         json_schema_extra=ADDED,
     )
-    holdout: int = Field(32, ge=2, description="volumes held out for the position accuracy")
+    holdout: int = Field(
+        32, ge=2, description="volumes held out for the position accuracy, at most a quarter of all"
+    )
     eval_every: int = Field(
         1000,
         ge=1,

@@ -141,7 +141,7 @@ def differences(out: Path) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    flags = parser("run_all", __doc__ or "")
+    flags = parser("run_all.sh", __doc__ or "")
     flags.add_argument("--verify", action="store_true", help="what this command does")
     options = flags.parse_intermixed_args(arguments)
     show_log()
