@@ -12,7 +12,6 @@ from .competition import strict_table
 from .competition.strict_table import KEY, ROW
 from .competition.targets import COLUMNS
 from .run import layout
-from .run.config import FoldConfig
 from .run.stage import Stage, stage_function
 from .system.console import log, say
 from .system.errors import InputError
@@ -126,10 +125,12 @@ def hospital_folds(hospitals: pl.DataFrame, count: int) -> pl.DataFrame:
     return hospitals.select(KEY, fold=fold).sort(KEY)
 
 
-def check_folds(options: FoldConfig, data: Path, labels: pl.DataFrame) -> None:
-    """Raises InputError where `options` cannot divide these patients of the folder `data`: too few,
-    or of another number of hospitals.
+def check_folds(stage: Stage) -> None:
+    """Raises InputError where a table of the labelled patients is wrong, or where the config cannot
+    divide them: too few, or of another number of hospitals.
     """
+    options, data, labels = stage.config.folds, stage.data, stage.labels()
+    stage.series()
     if options.by == "hospital":
         hospital_folds(read_hospitals(data, labels), options.count)
     else:
@@ -197,11 +198,7 @@ def make_folds(stage: Stage) -> None:
     data = stage.data
     inputs = stage.inputs(files=[data / "train.csv", data / "train_series_meta.csv"])
     options = stage.config.folds
-    if stage.current(
-        inputs | stage.limit,
-        ["folds", "seed"],
-        check=lambda: check_folds(options, data, stage.labels()),
-    ):
+    if stage.current(inputs | stage.limit, ["folds", "seed"], check=lambda: check_folds(stage)):
         return
     labels, series = stage.labels(), stage.series()
     if options.by == "hospital":

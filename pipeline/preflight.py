@@ -57,7 +57,7 @@ def _check_data(stage: Stage) -> None:
         )
     if stage.unlabelled_alone:
         return
-    check_folds(options.folds, data, stage.labels())
+    check_folds(stage)
     if options.train.slice_loss or options.train.positive_slices:
         require_slice_labels(data)
         read_slice_labels(data)
