@@ -117,12 +117,18 @@ def hospital_folds(hospitals: pl.DataFrame, count: int) -> pl.DataFrame:
     """`patient_id, fold` with one fold a hospital, in the order of their names; InputError unless
     there are `count` of them.
     """
+    names = _hospital_names(hospitals, count)
+    log(", ".join(f"fold {fold}: hospital {name}" for fold, name in enumerate(names)))
+    fold = pl.col("hospital").replace_strict(names, range(count), return_dtype=pl.Int64)
+    return hospitals.select(KEY, fold=fold).sort(KEY)
+
+
+def _hospital_names(hospitals: pl.DataFrame, count: int) -> list[str]:
     names = hospitals["hospital"].unique().sort().to_list()
     if len(names) != count:
         remedy = f"set folds.count={len(names)}" if len(names) > 1 else "set folds.by=patient"
         raise InputError(f"{count} folds for {len(names)} hospitals", "folds.count", remedy)
-    fold = pl.col("hospital").replace_strict(names, range(count), return_dtype=pl.Int64)
-    return hospitals.select(KEY, fold=fold).sort(KEY)
+    return names
 
 
 def check_folds(stage: Stage) -> None:
@@ -132,7 +138,7 @@ def check_folds(stage: Stage) -> None:
     options, data, labels = stage.config.folds, stage.data, stage.labels()
     stage.series()
     if options.by == "hospital":
-        hospital_folds(read_hospitals(data, labels), options.count)
+        _hospital_names(read_hospitals(data, labels), options.count)
     else:
         _refuse_too_few(labels, options.count)
 
@@ -202,9 +208,7 @@ def make_folds(stage: Stage) -> None:
         return
     labels, series = stage.labels(), stage.series()
     if options.by == "hospital":
-        table = hospital_folds(hospitals := read_hospitals(data, labels), options.count)
-        names = hospitals["hospital"].unique().sort()
-        log(", ".join(f"fold {fold}: hospital {name}" for fold, name in enumerate(names)))
+        table = hospital_folds(read_hospitals(data, labels), options.count)
     else:
         table = stratified_folds(labels, series, options.count, stage.config.seed)
     with atomic_path(stage.folder / layout.FOLD_TABLE) as path:

@@ -45,7 +45,7 @@ def check(stage: Stage) -> None:
 
 def _check_data(stage: Stage) -> None:
     """What stages 03, 04 and 06 read of a data folder, hours after stage 01 has begun."""
-    from .competition.tables import read_slice_labels, require_slice_labels
+    from .competition.tables import require_slice_labels
     from .folds import check_folds
 
     options, data = stage.config, stage.data
@@ -60,7 +60,6 @@ def _check_data(stage: Stage) -> None:
     check_folds(stage)
     if options.train.slice_loss or options.train.positive_slices:
         require_slice_labels(data)
-        read_slice_labels(data)
 
 
 def _require_masks(stage: Stage) -> None:

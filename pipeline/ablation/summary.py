@@ -88,11 +88,10 @@ def declared_pairs(options: AblationConfig, variants: Collection[str]) -> list[t
     first in none of them with the reference, those of `variants`. No two variants are compared
     twice, in whatever order.
     """
-    named = [*([options.primary] if options.primary else []), *options.pairs]
-    listed = {first for first, _ in named} | {options.reference}
+    listed = {first for first, _ in options.named_pairs} | {options.reference}
     others = [(name, options.reference) for name in variants if name not in listed]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in (*named, *others):
+    for pair in (*options.named_pairs, *others):
         if set(pair) <= set(variants):
             once.setdefault(frozenset(pair), pair)
     return list(once.values())

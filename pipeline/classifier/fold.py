@@ -11,7 +11,7 @@ import polars as pl
 
 from ..competition import metric
 from ..competition.subset import label_subset
-from ..competition.tables import read_slice_labels, require_slice_labels
+from ..competition.tables import require_slice_labels
 from ..competition.targets import COLUMNS
 from ..folds import read_folds
 from ..learning.optimise import NonFiniteLoss
@@ -56,8 +56,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
         )
     slice_labels = None
     if part.config.train.slice_loss or part.config.train.positive_slices:
-        require_slice_labels(part.data)
-        slice_labels = read_slice_labels(part.data)
+        slice_labels = require_slice_labels(part.data)
     organs = {}
     if uses_organs(part):
         organs = read_organs(part.upstream(layout.ORGANS) / layout.ORGAN_TABLE)

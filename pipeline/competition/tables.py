@@ -131,15 +131,16 @@ def read_series(data: Path, split: str) -> pl.DataFrame:
     return table.frame.drop(ROW)
 
 
-def require_slice_labels(data: Path) -> None:
-    """Raises InputError where there is no `image_level_labels.csv`."""
-    path = Path(data) / "image_level_labels.csv"
-    if not path.exists():
+def require_slice_labels(data: Path) -> pl.DataFrame:
+    """`read_slice_labels`; InputError where there is no `image_level_labels.csv`."""
+    found = read_slice_labels(data)
+    if found is None:
         raise InputError(
             "train.slice_loss needs slice labels",
-            str(path),
+            str(Path(data) / "image_level_labels.csv"),
             "add the table or set train.slice_loss=0",
         )
+    return found
 
 
 def read_slice_labels(data: Path) -> pl.DataFrame | None:

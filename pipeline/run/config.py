@@ -817,14 +817,18 @@ class AblationConfig(Section):
     )
     neighbours: int = Field(15, ge=1, description="of the k-nearest-neighbour probe")
 
+    @property
+    def named_pairs(self) -> list[tuple[str, str]]:
+        """The primary pair, where there is one, and `pairs`."""
+        return [*([self.primary] if self.primary else []), *self.pairs]
+
     @model_validator(mode="after")
     def _known_names(self) -> "AblationConfig":
-        pairs = [*self.pairs, *([self.primary] if self.primary else [])]
-        named = [self.reference, *(name for pair in pairs for name in pair)]
+        named = [self.reference, *(name for pair in self.named_pairs for name in pair)]
         unknown = [name for name in named if self.variants and name not in self.variants]
         if unknown:
             raise ValueError(f"'{unknown[0]}' is none of the variants {', '.join(self.variants)}")
-        alone = [first for first, second in pairs if first == second]
+        alone = [first for first, second in self.named_pairs if first == second]
         if alone:
             raise ValueError(f"'{alone[0]}' would be compared with itself")
         bad = [
