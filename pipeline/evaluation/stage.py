@@ -7,7 +7,7 @@ from pathlib import Path
 from ..run import layout
 from ..run.manifest import digest
 from ..run.runs import MODELS, names_of, runs_of
-from ..run.stage import Stage, stage_function
+from ..run.stage import Stage, as_paths, stage_function
 from ..system.console import log, say
 from ..system.errors import InputError
 from ..system.files import atomic_path, write_json
@@ -47,7 +47,7 @@ def score_oof(stage: Stage, oof: Path | str | Sequence[Path | str] | None = None
     """Score the run's predictions, those of the runs `models` blended, or the tables `oof` of one
     or more models, unless these very ones are scored; the table is printed either way.
     """
-    given = [Path(oof)] if isinstance(oof, str | Path) else [Path(path) for path in oof or ()]
+    given = as_paths(oof)
     if given and stage.models:
         raise InputError("tables or runs, not both", "--oof and --models", "leave one of them out")
     if not given and stage.skips_unlabelled():

@@ -58,6 +58,11 @@ class Options:
             raise InputError("no whole number", f"jobs={self.jobs!r}", "give one, 0: all cores")
 
 
+def as_paths(given: Path | str | Sequence[Path | str] | None) -> list[Path]:
+    """The paths of an argument that takes none, one or several."""
+    return [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given or ()]
+
+
 def _in_utf8(folder: Path, flag: str) -> Path:
     """The folder itself; InputError where its name is not UTF-8, which polars, OpenCV and dicomsdl
     cannot open.
@@ -76,9 +81,8 @@ class Stage:
 
     def __init__(self, name: str, config: "Config", options: Options = Options()) -> None:  # noqa: B008
         self.name, self.config, self.options = name, config, options
-        models = options.models or ()
         # folders of the runs whose predictions are scored, or submitted
-        self.models = [Path(models)] if isinstance(models, str | Path) else [*map(Path, models)]
+        self.models = as_paths(options.models)
         self.out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
         self.folder = self.out / name
         _in_utf8(self.out, "--out")
