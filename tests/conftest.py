@@ -1,5 +1,6 @@
 """Runs of the whole path on the smoke preset, shared by all tests that need their artifacts."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,19 @@ def made_once(
             make(folder)
             done.touch()
     return folder
+
+
+def pytest_sessionstart() -> None:
+    """Libraries make a million objects that stay: the collector would go through them again and
+    again while they are imported, and after `pytest_collection_finish` at every full collection.
+    """
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,14 @@ fast=()
 PYTHON=$(EXTRAS='test' bash .ci/environment.sh)
 "$PYTHON" -m ruff check pipeline stages tests
 "$PYTHON" -m ruff format --check pipeline stages tests
-"$PYTHON" -m mypy
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+"$PYTHON" -m mypy >"$types" 2>&1 & # beside the tests: it needs one core, and they are slow to start
+checker=$!
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait make a busy machine several times slower
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # every test process has a core; a second thread costs tiny networks more than it brings
-exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "${fast[@]}" "$@"
+code=0
+"$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "${fast[@]}" "$@" || code=$?
+wait "$checker" || code=1
+cat "$types"
+exit "$code"

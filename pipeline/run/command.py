@@ -4,6 +4,7 @@ of a traceback, clean stops.
 
 import argparse
 import contextlib
+import gc
 import os
 import re
 import shlex
@@ -21,6 +22,8 @@ from ..system.processes import end_with, parent_stage
 from .stage import StageFunction
 
 STOPS, AGAIN_S = (signal.SIGINT, signal.SIGTERM), 2.0
+# torch and timm make a million objects that stay: with its 700 the collector is a tenth of a start
+COLLECT_AFTER = 10_000
 OVERRIDE = re.compile(r"[\w.]+=")  # no path has it, if not `./name=`
 
 
@@ -93,6 +96,7 @@ def main(
         extend(flags)
     options = flags.parse_intermixed_args()
     _part_overrides(options)
+    gc.set_threshold(COLLECT_AFTER)
     show_log()
     with _stops() as received:
         try:
