@@ -2,13 +2,11 @@
 
 import gc
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from helpers_faults import copy, run_here
-from helpers_stages import ORGAN_KEYS, run_all
+from helpers_stages import ORGAN_KEYS, made_once, run_all
 
 from pipeline.run import layout
 from pipeline.system.console import show_log
@@ -27,22 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in early)
 
 
-def made_once(
-    factory: pytest.TempPathFactory, worker: str, name: str, make: Callable[[Path], None]
-) -> Path:
-    """A folder called `name` that all test processes share: whichever needs it first calls `make`
-    with its path, the others wait.
-    """
-    base = factory.getbasetemp() if worker == "master" else factory.getbasetemp().parent
-    folder, done = base / name / name, base / name / "done"
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(base / f"{name}.lock"):
-        if not done.exists():
-            make(folder)
-            done.touch()
-    return folder
-
-
 def pytest_sessionstart() -> None:
     """Libraries make a million objects that stay: the collector would go through them again and
     again while they are imported, and after `pytest_collection_finish` at every full collection.
@@ -54,6 +36,10 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # a library that counts its objects at the end takes frozen ones for leaks
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ types=$(mktemp)
 trap 'rm -f "$types"' EXIT
 "$PYTHON" -m mypy >"$types" 2>&1 & # beside the tests: it needs one core, and they are slow to start
 checker=$!
+export PYTHONDONTWRITEBYTECODE= # else each of the hundreds of processes that tests start compiles the package anew
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait make a busy machine several times slower
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # every test process has a core; a second thread costs tiny networks more than it brings
 code=0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers_faults import copy, refused, run_here
 from helpers_scores import volume_of
+from helpers_stages import made_once
 from polars.testing import assert_frame_equal
 
 from pipeline.classifier.predict import load_classifier
@@ -37,23 +38,29 @@ LATER = (layout.SCORES, layout.SUBMISSION)
 
 
 @pytest.fixture(scope="module")
-def out(smoke, tmp_path_factory):
+def out(smoke, tmp_path_factory, worker_id):
     """The smoke run with a second level: its classifiers are there already."""
-    folder = copy(smoke, tmp_path_factory.mktemp("second") / "run", *LATER, layout.REPORT)
-    for stage in ("06", "07", "08", "09"):
-        code, text = run_here(stage, folder, *KEYS)
-        assert code == 0, text
-    return folder
+
+    def make(folder):
+        copy(smoke, folder, *LATER, layout.REPORT)
+        for stage in ("06", "07", "08", "09"):
+            code, text = run_here(stage, folder, *KEYS)
+            assert code == 0, text
+
+    return made_once(tmp_path_factory, worker_id, "second_level", make)
 
 
 @pytest.fixture(scope="module")
-def without_masks(smoke, tmp_path_factory):
+def without_masks(smoke, tmp_path_factory, worker_id):
     """The same without stage 05."""
-    folder = copy(smoke, tmp_path_factory.mktemp("gates") / "run", *LATER, layout.ORGANS)
-    code, text = run_here("06", folder, *KEYS)
-    assert code == 0, text
-    assert text.count("all planes count alike (gates of 1)") == 1
-    return folder
+
+    def make(folder):
+        copy(smoke, folder, *LATER, layout.ORGANS)
+        code, text = run_here("06", folder, *KEYS)
+        assert code == 0, text
+        assert text.count("all planes count alike (gates of 1)") == 1
+
+    return made_once(tmp_path_factory, worker_id, "gates_of_1", make)
 
 
 def ensemble_of(out, fold, finder):
