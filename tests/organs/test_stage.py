@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers_faults import (
     copy,
+    overwrite,
     products,
     refused,
     run_here,
@@ -210,7 +211,7 @@ def test_forced_segmenters_that_are_stopped_leave_no_old_fold(smoke, tmp_path, m
     and old ones together.
     """
     folder = copy(smoke, tmp_path / "run", *layout.FORMER) / layout.ORGANS
-    (folder / "fold1" / layout.LAST).touch()
+    overwrite(folder / "fold1" / layout.LAST, b"")
     assert (folder / "fold1" / layout.FOUND / layout.MANIFEST).is_file()
 
     def stop(*_: object) -> None:
