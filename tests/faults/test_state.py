@@ -18,7 +18,6 @@ from helpers_faults import (
     copy,
     end,
     go_on,
-    overwrite,
     plain_lines,
     products,
     refused,
@@ -71,7 +70,7 @@ def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
 ):
     path = first(out, pattern)
     whole = path.read_bytes()
-    for damage in (lambda: path.unlink(), lambda: overwrite(path, whole[:-7])):
+    for damage in (lambda: path.unlink(), lambda: path.write_bytes(whole[:-7])):
         damage()
         refused(
             *run_here(stage, out),
@@ -92,7 +91,7 @@ def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):
     (out / layout.VOLUMES / "index.parquet").unlink()
     for volume in (out / layout.VOLUMES).glob(f"{path.parent.parent.name}_*.npy"):
         volume.unlink()
-    overwrite(path, whole[: len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])
     for _ in range(2):
         refused(
             *run_here("02", out),
@@ -332,7 +331,7 @@ def test_verify_names_what_differs(out, capsys):
 
 def test_verify_sees_altered_slices_and_chains(out, capsys):
     path, other = sorted((out / layout.SLICES).glob("*/*/*.png"))[:2]
-    overwrite(path, other.read_bytes())
+    path.write_bytes(other.read_bytes())
     code, text = verified(out, capsys)
     assert code == 1
     assert f"{path}: other pixels" in text
@@ -342,7 +341,7 @@ def test_verify_sees_altered_slices_and_chains(out, capsys):
 
 def test_verify_looks_at_slices_whatever_else_differs(out, capsys):
     path, other = sorted((out / layout.SLICES).glob("*/*/*.png"))[:2]
-    overwrite(path, other.read_bytes())
+    path.write_bytes(other.read_bytes())
     (out / layout.FOLDS / "folds.csv").unlink()
     assert f"{path}: other pixels" in verified(out, capsys)[1]
 
@@ -351,7 +350,7 @@ def test_verify_goes_on_where_the_slice_index_is_damaged(out, capsys, monkeypatc
     monkeypatch.setattr(verify, "SLICES_AT_ONCE", 7)
     paths = sorted((out / layout.SLICES).glob("*/*/*.png"))
     for path in (paths[0], paths[-1]):
-        overwrite(path, b"")
+        path.write_bytes(b"")
     text = verified(out, capsys)[1]
     assert all(f"{path}: not readable" in text for path in (paths[0], paths[-1])), (
         "in whichever part they are"

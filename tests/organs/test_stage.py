@@ -14,7 +14,6 @@ import pytest
 import torch
 from helpers_faults import (
     copy,
-    overwrite,
     products,
     refused,
     run_here,
@@ -211,7 +210,7 @@ def test_forced_segmenters_that_are_stopped_leave_no_old_fold(smoke, tmp_path, m
     and old ones together.
     """
     folder = copy(smoke, tmp_path / "run", *layout.FORMER) / layout.ORGANS
-    overwrite(folder / "fold1" / layout.LAST, b"")
+    (folder / "fold1" / layout.LAST).touch()
     assert (folder / "fold1" / layout.FOUND / layout.MANIFEST).is_file()
 
     def stop(*_: object) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers_faults import copy, overwrite, refused, run_here
+from helpers_faults import copy, refused, run_here
 from helpers_scores import volume_of
 from helpers_stages import made_once
 from polars.testing import assert_frame_equal
@@ -219,5 +219,5 @@ def test_stage_08_wants_the_organs_that_gate_and_the_very_classifier(out, tmp_pa
     )
     mixed = copy(out, tmp_path / "mixed") / layout.CLASSIFIERS
     first, second = ((mixed / fold / layout.SECOND_MODEL) for fold in ("fold0", "fold1"))
-    overwrite(second, first.read_bytes())
+    second.write_bytes(first.read_bytes())
     refused(*run_here("08", mixed.parent, "--force", *KEYS), "another classifier", str(second))

@@ -17,7 +17,6 @@ from pipeline.run import layout
 
 SHIM = Path(__file__).parents[1] / "tools" / "shim"
 PATIENCE_S = 240  # for what takes seconds on an idle machine
-LINKED = (".dcm", ".png", ".ckpt", ".safetensors")  # the product replaces them whole
 # files that hold times
 CHANGING = ("manifest.json", "log.jsonl", ".lock", ".ckpt", "tfevents", "index.html")
 FOLDERS = {
@@ -177,29 +176,15 @@ def products(out: Path) -> dict[str, str]:
 
 
 def copy(run_folder: Path, target: Path, *without: str) -> Path:
-    """A copy of a finished run without some stage folders. Its images and weights are links, for
-    a thousand new files take a second: tests give them other contents by `overwrite`.
-    """
+    """A copy of a finished run without some stage folders."""
     shutil.copytree(
         run_folder,
         target,
-        copy_function=_link_or_copy,
         ignore=lambda folder, names: [
             n for n in names if Path(folder) == run_folder and n in without
         ],
     )
     return target
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    here = Path(source).stat().st_dev == Path(target).parent.stat().st_dev
-    (os.link if here and source.endswith(LINKED) else shutil.copy2)(source, target)
-
-
-def overwrite(path: Path, data: bytes) -> None:
-    """Give a file of a copied run other contents, and the run that it is a copy of none."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(data)
 
 
 def plain_lines(text: str) -> list[str]:

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
-from helpers_faults import copy
 from helpers_stages import STAGES, run_all, run_stage, stage_here
 
 from pipeline.competition.tables import read_labels, read_sample_submission
@@ -188,7 +187,8 @@ def test_paper_preset_asks_for_data(tmp_path):
 
 
 def test_changed_key_redoes_what_depends_on_it_and_nothing_else(smoke, tmp_path):
-    out = copy(smoke, tmp_path / "copy")
+    out = tmp_path / "copy"
+    shutil.copytree(smoke, out)
     same = stage_here("07", *SMOKE, str(out))
     assert "up to date" in same.stderr, "a moved output folder is as good as new"
     redone = stage_here("07", *SMOKE, str(out), "score.bootstrap=20")
@@ -198,7 +198,8 @@ def test_changed_key_redoes_what_depends_on_it_and_nothing_else(smoke, tmp_path)
 
 
 def test_truncated_artifact_is_made_again(smoke, tmp_path):
-    out = copy(smoke, tmp_path / "copy")
+    out = tmp_path / "copy"
+    shutil.copytree(smoke, out)
     target = out / layout.SCORES / "calibration.json"
     whole = target.read_bytes()
     target.write_bytes(whole[:20])
