@@ -15,14 +15,13 @@ show_log()  # the tests read lines as a stage prints them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses a run of the whole path, through whatever fixture, is slow. Modules of such tests
-    come first: of several test processes one makes the run while the others are at other modules.
+    """What uses a run of the whole path, through whatever fixture, is slow, and comes first: of
+    several test processes one makes the run while the others are at other tests.
     """
     users = [item for item in items if "smoke" in getattr(item, "fixturenames", ())]
     for item in users:
         item.add_marker(pytest.mark.slow)
-    early = {item.path for item in users}
-    items.sort(key=lambda item: item.path not in early)
+    items.sort(key=lambda item: "smoke" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_sessionstart() -> None:

@@ -24,11 +24,12 @@ def printable(text: str) -> str:
 
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print to `stream` (standard output), or nowhere once its reader is gone, as after `| head`:
-    that is no reason to lose the work.
+    that is no reason to lose the work. One write, so that lines of several processes stay lines.
     """
     stream = stream or sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        stream.write(f"{text}\n")
+        stream.flush()
     except BrokenPipeError:
         with contextlib.suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())

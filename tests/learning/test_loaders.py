@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +146,13 @@ def may_mount() -> bool:
 small_shm = pytest.mark.skipif(not may_mount(), reason="may not mount a /dev/shm of its own")
 
 
+@pytest.fixture
+def on_disk() -> Iterator[Path]:
+    """A folder outside /dev/shm, in which the others may lie: it is hidden here."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
+
+
 def stage_04(out, size: str, *overrides: str, **more: str) -> subprocess.Popen:
     script = str(ROOT / "stages" / "04_pretrain_voco2d.py")
     flags = ("--config", "smoke", "--out", str(out), "--jobs", "2", "--device", "cpu", "--force")
@@ -150,8 +160,8 @@ def stage_04(out, size: str, *overrides: str, **more: str) -> subprocess.Popen:
 
 
 @small_shm
-def test_a_shm_too_small_for_the_loaders_gets_fewer_of_them(smoke, tmp_path):
-    out = copy(smoke, tmp_path / "run")
+def test_a_shm_too_small_for_the_loaders_gets_fewer_of_them(smoke, on_disk):
+    out = copy(smoke, on_disk / "run")
     process = stage_04(out, "64k", "pretrain.workers=2")
     text = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 0, text
@@ -163,11 +173,11 @@ def test_a_shm_too_small_for_the_loaders_gets_fewer_of_them(smoke, tmp_path):
 
 @small_shm
 @pytest.mark.parametrize("stage", ["04", "06"])
-def test_a_shm_that_is_full_later_is_one_line(smoke, tmp_path, stage):
+def test_a_shm_that_is_full_later_is_one_line(smoke, on_disk, stage):
     """The product believes that there is room, as when another process fills it meanwhile."""
-    out = copy(smoke, tmp_path / "run")
-    (tmp_path / "blind").mkdir()
-    (tmp_path / "blind" / "sitecustomize.py").write_text(
+    out = copy(smoke, on_disk / "run")
+    (on_disk / "blind").mkdir()
+    (on_disk / "blind" / "sitecustomize.py").write_text(
         "import shutil\n"
         "real = shutil.disk_usage\n"
         "def usage(path):\n"
@@ -184,7 +194,7 @@ def test_a_shm_that_is_full_later_is_one_line(smoke, tmp_path, stage):
         str(script),
         *flags,
         *(("pretrain.workers=2",) if stage == "04" else ("train.workers=2", "--fold", "0")),
-        PYTHONPATH=f"{tmp_path / 'blind'}{os.pathsep}{ROOT}",
+        PYTHONPATH=f"{on_disk / 'blind'}{os.pathsep}{ROOT}",
     )
     begun = time.monotonic()
     text = process.communicate(timeout=PATIENCE_S)[1]
@@ -195,10 +205,10 @@ def test_a_shm_that_is_full_later_is_one_line(smoke, tmp_path, stage):
 
 
 @small_shm
-def test_ctrl_c_is_answered_within_two_seconds_where_batches_do_not_come(smoke, tmp_path):
-    out, mark = copy(smoke, tmp_path / "run"), tmp_path / "mark"
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "sitecustomize.py").write_text(
+def test_ctrl_c_is_answered_within_two_seconds_where_batches_do_not_come(smoke, on_disk):
+    out, mark = copy(smoke, on_disk / "run"), on_disk / "mark"
+    (on_disk / "slow").mkdir()
+    (on_disk / "slow" / "sitecustomize.py").write_text(
         "import time\n"
         "from torch.utils.data import get_worker_info\n"
         "import pipeline.voco.data as data\n"
@@ -210,7 +220,7 @@ def test_ctrl_c_is_answered_within_two_seconds_where_batches_do_not_come(smoke, 
         "    time.sleep(600)\n"
         "data.VocoSamples.planes = never\n"
     )
-    path = f"{tmp_path / 'slow'}{os.pathsep}{ROOT}"
+    path = f"{on_disk / 'slow'}{os.pathsep}{ROOT}"
     process = stage_04(out, "64m", "pretrain.workers=2", PYTHONPATH=path)
     deadline = time.monotonic() + PATIENCE_S
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:

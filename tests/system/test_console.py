@@ -2,12 +2,15 @@
 every process of a stage.
 """
 
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pipeline.system.console import say
 
 ROOT = Path(__file__).resolve().parents[2]
 SAY = "from pipeline.system.console import log\nlog('a line, 100 %')\nlog('warning: a fault')\n"
@@ -66,6 +69,19 @@ def heard(code: str, cwd: Path = ROOT) -> list[str]:
 )
 def test_whoever_imports_the_package_decides_what_is_heard(before, lines):
     assert heard(f"import logging\n{before}\n{SAY}") == lines
+
+
+def test_a_line_is_one_write():
+    """An unbuffered stream hands every write on: two processes' lines ran into each other."""
+    written = []
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            written.append(text)
+            return len(text)
+
+    say("one line", Stream())
+    assert written == ["one line\n"]
 
 
 @pytest.mark.slow
