@@ -537,7 +537,7 @@ def test_a_compiled_fold_trains_the_same_in_few_graphs(plan, tmp_path):
     """Batches of 5, 5 and 2 an epoch: a graph for the first, one for any size after that, and those
     of predictions.
     """
-    overrides = ("train.batch=5", "train.dropout=0", "model.backbone=test_efficientnet")
+    overrides = ("train.batch=5", "train.dropout=0", "model.backbone=test_resnet")
     plain, _ = fold(plan, tmp_path / "plain", *overrides)
     torch._dynamo.reset()
     with compiling(plan):
