@@ -1,4 +1,4 @@
-"""Two dozen calls of stages in one process: open files, children and memory stay flat."""
+"""Thirty calls of stages in one process: open files, children and memory stay flat."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from helpers_faults import copy
 from helpers_stages import ROOT, environment
 
-CALLS, WARM = 24, 12
+CALLS, WARM = 30, 12
 GROWTH_MB = 60  # allocators keep a little; one leaked volume or model a call would be far more
 SCRIPT = """
 import json, os, runpy, sys

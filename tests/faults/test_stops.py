@@ -127,7 +127,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_submission(smoke, t
         "--reference",
         str(smoke),
         "--begin",
-        layout.SUBMISSION,
+        layout.SCORES,
         "--work",
         str(tmp_path),
     ]

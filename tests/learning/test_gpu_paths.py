@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from gpu_checks import CLOCK, compiling, largest
+from gpu_checks import CLOCK, compiling, flat, largest, relative
 from gpu_plan import CPU, Plan, stopping
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -58,6 +58,28 @@ def test_cudnn_tries_its_algorithms_in_whichever_stage_chose_a_gpu(pretended, na
     device = machine.pick_device(name, 1)
     assert str(device) == ("cuda:1" if tries else "cpu")
     assert torch.backends.cudnn.benchmark == tries
+
+
+@pytest.mark.slow
+def test_the_backbone_is_one_graph_to_the_compiler():
+    """Its counters of batches once broke it at every norm, with torch 2.4."""
+    torch.manual_seed(0)
+    backbone = create_backbone(BACKBONE, size=32)
+    plain, x = copy.deepcopy(backbone), torch.randn(2, 1, 32, 32)
+    counters.clear()
+    compiled = torch.compile(backbone, backend="aot_eager")
+    weight = torch.randn(compiled(x).shape)
+    backbone.load_state_dict(plain.state_dict())  # its statistics have moved
+    for net in (compiled, plain):
+        (net(x) * weight).sum().backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+    for (name, one), (_, other) in zip(
+        plain.state_dict().items(), backbone.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(other, one, msg=name)
+    found, expected = (flat(p.grad for p in net.parameters()) for net in (backbone, plain))
+    assert relative(found, expected) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -537,7 +559,7 @@ def test_a_compiled_fold_trains_the_same_in_few_graphs(plan, tmp_path):
     """Batches of 5, 5 and 2 an epoch: a graph for the first, one for any size after that, and those
     of predictions.
     """
-    overrides = ("train.batch=5", "train.dropout=0", "model.backbone=test_resnet")
+    overrides = ("train.batch=5", "train.dropout=0", "model.backbone=test_efficientnet")
     plain, _ = fold(plan, tmp_path / "plain", *overrides)
     torch._dynamo.reset()
     with compiling(plan):
