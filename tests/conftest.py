@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from helpers_faults import copy, run_here
-from helpers_stages import ORGAN_KEYS, made_once, run_all
+from helpers_shared import made_once
+from helpers_stages import ORGAN_KEYS, run_all
 
 from pipeline.run import layout
 from pipeline.system.console import show_log
@@ -14,14 +15,18 @@ from pipeline.system.console import show_log
 show_log()  # the tests read lines as a stage prints them
 
 
+def uses_the_run(item: pytest.Item) -> bool:
+    """Whether a test uses a run of the whole path, through whatever fixture."""
+    return "smoke" in getattr(item, "fixturenames", ())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses a run of the whole path, through whatever fixture, is slow, and comes first: of
-    several test processes one makes the run while the others are at other tests.
+    """What uses a run of the whole path is slow, and comes first: of several test processes one
+    makes the run while the others are at other tests.
     """
-    users = [item for item in items if "smoke" in getattr(item, "fixturenames", ())]
-    for item in users:
+    for item in filter(uses_the_run, items):
         item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: "smoke" not in getattr(item, "fixturenames", ()))
+    items.sort(key=uses_the_run, reverse=True)
 
 
 def pytest_sessionstart() -> None:

@@ -9,10 +9,12 @@ flags=()
 PYTHON=$(EXTRAS='test' bash .ci/environment.sh)
 "$PYTHON" -m ruff check pipeline stages tests
 "$PYTHON" -m ruff format --check pipeline stages tests
-# tests copy a finished run a hundred times, a thousand files each: in memory, where 4 GB of it are to spare, that costs next to nothing
-room() { [ "$(df --output=avail -BG "$1" 2>/dev/null | tail -1 | tr -dc 0-9)" -ge "$2" ] 2>/dev/null; }
+# tests copy a finished run a hundred times, a thousand files each: in memory, where 4 GB are to spare and programs may run, that costs
+# next to nothing
+shm=$(df --output=avail -BG /dev/shm 2>/dev/null | tr -dc 0-9) || true
 memory=
-if [ -z "${TMPDIR:-}" ] && room /dev/shm 4 && [ "$(awk '/MemAvailable/ { print int($2 / 1e6) }' /proc/meminfo)" -ge 8 ]; then
+if [ -z "${TMPDIR:-}" ] && [ "${shm:-0}" -ge 4 ] && ! grep -q '^[^ ]* /dev/shm .*noexec' /proc/mounts \
+    && [ "$(awk '/MemAvailable/ { print int($2 / 1e6) }' /proc/meminfo)" -ge 8 ]; then
     memory=$(mktemp -d /dev/shm/voco2d-tests.XXXXXX)
     export TMPDIR=$memory
     flags+=(-o tmp_path_retention_policy=failed)

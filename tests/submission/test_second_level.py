@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers_faults import copy, refused, run_here
 from helpers_scores import volume_of
-from helpers_stages import made_once
+from helpers_shared import made_once
 from polars.testing import assert_frame_equal
 
 from pipeline.classifier.predict import load_classifier

@@ -9,13 +9,10 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import cv2
-import pytest
-from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = sorted((ROOT / "stages").glob("[01]*.py"))
@@ -94,19 +91,3 @@ def stage_here(name: str, *arguments: str) -> subprocess.CompletedProcess:
         except SystemExit as end:
             code = int(end.code or 0)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
-
-
-def made_once(
-    factory: pytest.TempPathFactory, worker: str, name: str, make: Callable[[Path], None]
-) -> Path:
-    """A folder called `name` that all test processes share: whichever needs it first calls `make`
-    with its path, the others wait.
-    """
-    base = factory.getbasetemp() if worker == "master" else factory.getbasetemp().parent
-    folder, done = base / name / name, base / name / "done"
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(base / f"{name}.lock"):
-        if not done.exists():
-            make(folder)
-            done.touch()
-    return folder
