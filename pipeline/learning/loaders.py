@@ -4,6 +4,7 @@ limit.
 
 import contextlib
 import mmap
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import signal
@@ -19,6 +20,10 @@ from ..system.errors import TrainingStopped
 LOOK_S = 0.5  # a stop that comes while a batch is waited for is answered this soon
 LIMIT_S = 900.0  # for one batch; a shared file system may stall for minutes
 JOIN_S = 0.2  # for processes that are left behind
+KILLED = (
+    "a process that loads data was killed (out of memory?); the last checkpoint is kept: run the"
+    f" same command again, with fewer {LOADER_KEYS} if memory is short"
+)
 # shared with the processes that load: set by one whose batch found no room
 NO_ROOM = mmap.mmap(-1, 1)
 
@@ -70,7 +75,7 @@ def batches_of(
     raise.
 
     Raises:
-        TrainingStopped: none has come for `LIMIT_S`.
+        TrainingStopped: none has come for `LIMIT_S`, or a process died while it handed one over.
     """
     NO_ROOM[0] = 0
     stream, asked = iter(loader), time.monotonic()
@@ -90,11 +95,26 @@ def batches_of(
                         f" to the disk of the volumes, or set {LOADER_KEYS} to 0"
                     ) from fault
                 continue
+            except (OSError, EOFError) as fault:
+                if _one_has_died(stream):  # while it handed over this batch
+                    raise TrainingStopped(KILLED) from fault
+                raise
             yield batch
             asked = time.monotonic()
     except BaseException:
         _abandon(stream)
         raise
+
+
+def _one_has_died(stream: Any) -> bool:
+    """Whether a process of a loader has ended with an error, or does within a while: what it held
+    open is closed before it can be waited for.
+    """
+    ends = {process.sentinel: process for process in getattr(stream, "_workers", ())}
+    ending = [ends[end] for end in multiprocessing.connection.wait(list(ends), timeout=1)]
+    for process in ending:
+        process.join(timeout=1)
+    return any(process.exitcode for process in ending)
 
 
 def _abandon(stream: Any) -> None:
@@ -124,7 +144,4 @@ def loading() -> Iterator[None]:
                 " give the container more (docker run --shm-size=2g) or set fewer"
                 f" {LOADER_KEYS}, and run the same command again"
             ) from fault
-        raise TrainingStopped(
-            "a process that loads data was killed (out of memory?); the last checkpoint is kept:"
-            f" run the same command again, with fewer {LOADER_KEYS} if memory is short"
-        ) from fault
+        raise TrainingStopped(KILLED) from fault

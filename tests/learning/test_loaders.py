@@ -31,6 +31,18 @@ class NoRoom:
         raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
 
+def lost(loader: int) -> None:
+    os.kill(loader, signal.SIGKILL)
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+class Lost:
+    """A batch whose process is killed while it hands it over: tensors are asked for in turn."""
+
+    def __reduce__(self) -> tuple:
+        return lost, (os.getpid(),)
+
+
 class Items(Dataset):
     """Items 0 to 5; `odd` is what item 2 does."""
 
@@ -84,12 +96,20 @@ def test_the_death_of_a_loader_is_told_as_such():
         raise RuntimeError("other")
 
 
-def test_an_error_of_our_own_in_a_loader_is_no_death():
-    def wrong() -> int:
-        raise RuntimeError("a bug")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loader_that_dies_while_it_hands_a_batch_over_is_told_as_such(workers):
+    with pytest.raises(TrainingStopped, match="was killed"), loading():
+        list(stream(Lost, workers=workers))
 
-    with pytest.raises(RuntimeError, match="a bug"), loading():
-        list(stream(wrong))
+
+@pytest.mark.parametrize("fault", [RuntimeError, FileNotFoundError, EOFError])
+def test_an_error_of_our_own_in_a_loader_is_no_death(fault):
+    def wrong() -> int:
+        raise fault("a bug")
+
+    for workers in (0, 1):
+        with pytest.raises(fault, match="a bug"), loading():
+            list(stream(wrong, workers=workers))
 
 
 @pytest.mark.slow
