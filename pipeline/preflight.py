@@ -21,8 +21,9 @@ def check(stage: Stage) -> None:
 
     Raises:
         InputError: no data, a table that a later stage would refuse, too few patients for the
-            folds, no images for the pretraining, no such model, weights out of reach, no organ
-            masks where training needs organs, too little disk or memory.
+            folds, no images for the pretraining, no such model, one that does not
+            take the images' sizes, weights out of reach, no organ masks where training needs
+            organs, too little disk or memory.
     """
     config = stage.config
     if all(read_manifest(stage.out / name) for name in (layout.VOLUMES, layout.VOCO)):
@@ -38,8 +39,13 @@ def check(stage: Stage) -> None:
         from .learning.backbone import check_weights
 
         check_weights(config.model.backbone, config.model.weights)
-    if stage.real_data and read_manifest(stage.out / layout.VOCO) is None:
-        disk += _checkpoints(config)
+    if stage.real_data:
+        from .learning.sizes import check_pretraining, check_training
+
+        check_pretraining(config)
+        check_training(config)
+        if read_manifest(stage.out / layout.VOCO) is None:
+            disk += _checkpoints(config)
     room.require(stage.out, "this run", disk, memory)
 
 
@@ -99,12 +105,11 @@ def _images(stage: Stage) -> int:
 
 def _checkpoints(config: Config) -> int:
     """Bytes of the checkpoints of the pretraining."""
-    from .learning.backbone import create_backbone, feature_shape
+    from .learning.backbone import feature_shape
+    from .learning.sizes import crop_backbone
 
-    options = config.pretrain
-    crop = options.image_size // options.grid
-    backbone = create_backbone(config.model.backbone, size=crop)
-    C, h, w = feature_shape(backbone, crop)
+    options, backbone = config.pretrain, crop_backbone(config)
+    C, h, w = feature_shape(backbone, options.image_size // options.grid)
     parameters = sum(one.numel() for one in backbone.parameters())
     parameters += options.width * (C * h * w + 2 * options.width)
     return room.checkpoint_bytes(parameters, options)

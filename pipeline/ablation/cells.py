@@ -183,13 +183,17 @@ def _out_of_reach(stage: Stage, cells: list[Cell]) -> dict[str, str]:
 
 
 def _check_models(stage: Stage, cells: list[Cell]) -> None:
-    """Raises InputError where a cell that is still to be trained names a model that timm lacks."""
+    """Raises InputError where a cell that is still to be trained names a model that timm lacks, or
+    that does not take its images' sizes.
+    """
     missing = [cell for cell in cells if read_manifest(stage.folder / cell.name) is None]
-    if missing:
-        from ..learning.backbone import check_model
+    if missing:  # the libraries take seconds
+        from ..learning.sizes import check_pretraining, check_training
 
-        for name in sorted({cell.config.model.backbone for cell in missing}):
-            check_model(name)
+        for cell in pretrainings(missing).values():
+            check_pretraining(cell.config)
+        for cell in {cell.variant: cell for cell in missing}.values():
+            check_training(cell.config)
 
 
 def _start_anew(stage: Stage, cells: list[Cell], shared: list[Cell]) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..learning import optimise
-from ..learning.backbone import WrongSize, create_backbone, placed
+from ..learning.backbone import placed
 from ..learning.compilation import compile_passes
 from ..learning.distributed import World, sync_batch_norm
+from ..learning.sizes import crop_backbone
 from ..run.config import Config
 from ..system.errors import InputError
 from .data import Batch, VocoSamples
@@ -40,19 +41,7 @@ class Method(ABC):
 
     def first_backbone(self) -> nn.Module:
         """The backbone that training starts from, for images of the crops' size."""
-        model, options = self.config.model, self.options
-        crop = self.crop
-        try:
-            return create_backbone(model.backbone, options.init, model.weights, crop)
-        except WrongSize as fault:
-            fits = [f"{size * options.grid} (crops of {size})" for size in fault.sizes]
-            raise InputError(
-                f"{model.backbone} takes no crops of {crop} x {crop} pixels, or has no spatial map",
-                f"pretrain.image_size={options.image_size} and pretrain.grid={options.grid}",
-                f"set pretrain.image_size to {' or '.join(fits)}, or choose another model.backbone"
-                if fits
-                else "choose another model.backbone",
-            ) from fault
+        return crop_backbone(self.config, self.options.init)
 
     @cached_property
     def distributed_student(self) -> nn.Module:

@@ -48,9 +48,9 @@ def excluded_patients(stage: Stage) -> frozenset[str]:
 
 
 def _check_model(stage: Stage) -> None:
-    from ..learning.backbone import check_model  # late: it imports torch
+    from ..learning.sizes import check_pretraining  # late: it imports torch
 
-    check_model(stage.config.model.backbone)
+    check_pretraining(stage.config)
 
 
 @stage_function(layout.VOCO)

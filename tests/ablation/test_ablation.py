@@ -410,6 +410,14 @@ def test_variants_are_checked_before_anything_runs(tmp_path):
     )
     with pytest.raises(InputError, match="no such timm model, model.backbone=resnt50, did you"):
         ablate(config, out=tmp_path)
+    variants = "{a: {}, b: {model.backbone: test_vit, train.init: scratch, train.image_size: 40}}"
+    config = load_config("smoke", [f"ablation.variants={variants}", "ablation.reference=a"])
+    with pytest.raises(InputError, match="test_vit takes no images of 40 x 40 pixels"):
+        ablate(config, out=tmp_path)
+    variants = variants.replace("train.init: scratch, train", "pretrain")
+    config = load_config("smoke", [f"ablation.variants={variants}", "ablation.reference=a"])
+    with pytest.raises(InputError, match="test_vit takes no crops of 20 x 20 pixels"):
+        ablate(config, out=tmp_path)
     assert not (tmp_path / "10_ablation" / "pretrained").exists()
     with pytest.raises(InputError, match="label_fraction"):
         derive(load_config("smoke"), {"train.label_fraction": 0}, "here")

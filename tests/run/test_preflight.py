@@ -220,6 +220,26 @@ def change(data, name: str, old: str, new: str) -> None:
         (lambda data: None, ["model.backbone=resnt50"], "no such timm model, .*did you mean"),
         (
             lambda data: None,
+            ["model.backbone=vgg11", "pretrain.image_size=48"],
+            r"takes no crops of 24 x 24 pixels, .*set pretrain.image_size to 64 \(crops of 32\)",
+        ),
+        (
+            lambda data: None,
+            ["model.backbone=test_vit", "pretrain.image_size=64", "train.image_size=40"],
+            r"test_vit takes no images of 40 x 40 pixels, .*, train.image_size=40, set it to 32 or",
+        ),
+        (
+            lambda data: None,
+            [
+                "model.backbone=test_vit",
+                "pretrain.image_size=64",
+                "organs.enabled=true",
+                "organs.image_size=40",
+            ],
+            r"test_vit takes no images of 40 x 40 pixels, .*, organs.image_size=40, set it to 32",
+        ),
+        (
+            lambda data: None,
             ["model.backbone=resnt50", "pretrain.init=imagenet"],
             "no such timm model, model.backbone=resnt50, did you mean",
         ),
