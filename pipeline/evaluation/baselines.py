@@ -35,6 +35,8 @@ DEPTH, SIDE = 8, 16  # of a thumbnail
 VARIANCES = 10.0 ** np.arange(4)
 STEPS = 300
 INNER_FOLDS = 3
+# with fewer, the start of a process takes longer than its work, and threads wait for Python's lock
+VOLUMES_A_PROCESS, ROWS_A_THREAD = 100, 500
 
 
 def histogram_features(volume: np.ndarray) -> np.ndarray:
@@ -65,9 +67,11 @@ def volume_features(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_features(paths: list[Path], jobs: int) -> dict[str, np.ndarray]:
-    """Features (N, F) of each kind of N stored volumes, which are read one at a time a process."""
+    """Features (N, F) of each kind of N stored volumes, which up to `jobs` processes read one at a
+    time.
+    """
     rows: list[dict[str, np.ndarray]] = [{}] * len(paths)
-    done = spread(volume_features, paths, jobs)
+    done = spread(volume_features, paths, min(jobs, 1 + len(paths) // VOLUMES_A_PROCESS))
     for k, row in progress(done, len(paths), "baselines: features", "volumes"):
         if isinstance(row, Failure):
             raise InputError(row.reason, str(paths[k]), "run stage 02 again")
@@ -116,10 +120,11 @@ def out_of_fold(
         weights = np.array(TARGETS[target].weights)
         return regress(x[kept], y[kept], patients[kept], x[~kept], weights)
 
-    # threads, which share the features: nearly all of the time goes to products of matrices
+    # threads, which share the features: of many rows nearly all time goes to products of matrices
+    threads = min(jobs, 1 + len(folds) // ROWS_A_THREAD)
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # as good as `STEPS` make it
-        pool = joblib.Parallel(jobs, require="sharedmem", return_as="generator")
+        pool = joblib.Parallel(threads, require="sharedmem", return_as="generator")
         done = pool(joblib.delayed(fit)(*part) for part in parts)
         named = progress(done, len(parts), "baselines: regressions", "fits")
         for (kind, target, fold), values in zip(parts, named, strict=True):
