@@ -21,9 +21,9 @@ def check(stage: Stage) -> None:
 
     Raises:
         InputError: no data, a table that a later stage would refuse, too few patients for the
-            folds, no images for the pretraining, no such model, one that does not
-            take the images' sizes, weights out of reach, no organ masks where training needs
-            organs, too little disk or memory.
+            folds, no images for the pretraining, no such model or one that does not take the
+            images' sizes, weights out of reach, no organ masks where training needs organs, too
+            little disk or memory.
     """
     config = stage.config
     if all(read_manifest(stage.out / name) for name in (layout.VOLUMES, layout.VOCO)):
