@@ -20,6 +20,10 @@ from ..system.errors import TrainingStopped
 LOOK_S = 0.5  # a stop that comes while a batch is waited for is answered this soon
 LIMIT_S = 900.0  # for one batch; a shared file system may stall for minutes
 JOIN_S = 0.2  # for processes that are left behind
+KILLED = (
+    "a process that loads data was killed (out of memory?); the last checkpoint is kept: run the"
+    f" same command again, with fewer {LOADER_KEYS} if memory is short"
+)
 # shared with the processes that load: set by one whose batch found no room
 NO_ROOM = mmap.mmap(-1, 1)
 
@@ -92,10 +96,9 @@ def batches_of(
                     ) from fault
                 continue
             except (OSError, EOFError) as fault:
-                if not _one_has_died(stream):
-                    raise
-                _abandon(stream)  # it died while it handed over this batch
-                raise _stopped(bool(NO_ROOM[0])) from fault
+                if _one_has_died(stream):  # while it handed over this batch
+                    raise TrainingStopped(KILLED) from fault
+                raise
             yield batch
             asked = time.monotonic()
     except BaseException:
@@ -125,19 +128,6 @@ def _abandon(stream: Any) -> None:
     getattr(stream, "_shutdown_workers", lambda: None)()
 
 
-def _stopped(no_room: bool) -> TrainingStopped:
-    if no_room:
-        return TrainingStopped(
-            "a process that loads data found no room in /dev/shm; the last checkpoint is kept:"
-            " give the container more (docker run --shm-size=2g) or set fewer"
-            f" {LOADER_KEYS}, and run the same command again"
-        )
-    return TrainingStopped(
-        "a process that loads data was killed (out of memory?); the last checkpoint is kept: run"
-        f" the same command again, with fewer {LOADER_KEYS} if memory is short"
-    )
-
-
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
     """Turn the death of a process that loads data into TrainingStopped."""
@@ -148,4 +138,10 @@ def loading() -> Iterator[None]:
         no_room = NO_ROOM[0] or "shared memory" in text  # torch's word for a bus error too
         if "DataLoader worker" not in text or ("(pid" not in text and not no_room):
             raise
-        raise _stopped(bool(no_room)) from fault
+        if no_room:
+            raise TrainingStopped(
+                "a process that loads data found no room in /dev/shm; the last checkpoint is kept:"
+                " give the container more (docker run --shm-size=2g) or set fewer"
+                f" {LOADER_KEYS}, and run the same command again"
+            ) from fault
+        raise TrainingStopped(KILLED) from fault
