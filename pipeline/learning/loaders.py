@@ -20,10 +20,6 @@ from ..system.errors import TrainingStopped
 LOOK_S = 0.5  # a stop that comes while a batch is waited for is answered this soon
 LIMIT_S = 900.0  # for one batch; a shared file system may stall for minutes
 JOIN_S = 0.2  # for processes that are left behind
-KILLED = (
-    "a process that loads data was killed (out of memory?); the last checkpoint is kept: run the"
-    f" same command again, with fewer {LOADER_KEYS} if memory is short"
-)
 # shared with the processes that load: set by one whose batch found no room
 NO_ROOM = mmap.mmap(-1, 1)
 
@@ -75,7 +71,9 @@ def batches_of(
     raise.
 
     Raises:
-        TrainingStopped: none has come for `LIMIT_S`, or a process died while it handed one over.
+        TrainingStopped: none has come for `LIMIT_S`.
+        RuntimeError: torch's, where a process has died, or the same where it died while it handed a
+            batch over; `loading` tells them.
     """
     NO_ROOM[0] = 0
     stream, asked = iter(loader), time.monotonic()
@@ -96,9 +94,9 @@ def batches_of(
                     ) from fault
                 continue
             except (OSError, EOFError) as fault:
-                if _one_has_died(stream):  # while it handed over this batch
-                    raise TrainingStopped(KILLED) from fault
-                raise
+                if (pid := _dead(stream)) is None:
+                    raise
+                raise RuntimeError(f"DataLoader worker (pid {pid}) died") from fault
             yield batch
             asked = time.monotonic()
     except BaseException:
@@ -106,15 +104,15 @@ def batches_of(
         raise
 
 
-def _one_has_died(stream: Any) -> bool:
-    """Whether a process of a loader has ended with an error, or does within a while: what it held
+def _dead(stream: Any) -> int | None:
+    """The process of a loader that has ended with an error, or does within a while: what it held
     open is closed before it can be waited for.
     """
     ends = {process.sentinel: process for process in getattr(stream, "_workers", ())}
     ending = [ends[end] for end in multiprocessing.connection.wait(list(ends), timeout=1)]
     for process in ending:
         process.join(timeout=1)
-    return any(process.exitcode for process in ending)
+    return next((process.pid for process in ending if process.exitcode), None)
 
 
 def _abandon(stream: Any) -> None:
@@ -144,4 +142,7 @@ def loading() -> Iterator[None]:
                 " give the container more (docker run --shm-size=2g) or set fewer"
                 f" {LOADER_KEYS}, and run the same command again"
             ) from fault
-        raise TrainingStopped(KILLED) from fault
+        raise TrainingStopped(
+            "a process that loads data was killed (out of memory?); the last checkpoint is kept:"
+            f" run the same command again, with fewer {LOADER_KEYS} if memory is short"
+        ) from fault

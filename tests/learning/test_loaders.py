@@ -31,16 +31,24 @@ class NoRoom:
         raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
 
-def lost(loader: int) -> None:
-    os.kill(loader, signal.SIGKILL)
+def lost(loader: int, number: int) -> None:
+    os.kill(loader, number)
     raise ConnectionResetError(104, "Connection reset by peer")
 
 
 class Lost:
     """A batch whose process is killed while it hands it over: tensors are asked for in turn."""
 
+    number = signal.SIGKILL
+
     def __reduce__(self) -> tuple:
-        return lost, (os.getpid(),)
+        return lost, (os.getpid(), self.number)
+
+
+class LostRoom(Lost):
+    """The same, killed while it writes the next batch where there is no room."""
+
+    number = signal.SIGBUS
 
 
 class Items(Dataset):
@@ -97,9 +105,10 @@ def test_the_death_of_a_loader_is_told_as_such():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_loader_that_dies_while_it_hands_a_batch_over_is_told_as_such(workers):
-    with pytest.raises(TrainingStopped, match="was killed"), loading():
-        list(stream(Lost, workers=workers))
+@pytest.mark.parametrize(("batch", "told"), [(Lost, "was killed"), (LostRoom, "/dev/shm")])
+def test_a_loader_that_dies_while_it_hands_a_batch_over_is_told_as_such(batch, told, workers):
+    with pytest.raises(TrainingStopped, match=told), loading():
+        list(stream(batch, workers=workers))
 
 
 @pytest.mark.parametrize("fault", [RuntimeError, FileNotFoundError, EOFError])
