@@ -109,7 +109,7 @@ def _checkpoints(config: Config) -> int:
     from .learning.sizes import crop_backbone
 
     options, backbone = config.pretrain, crop_backbone(config)
-    C, h, w = feature_shape(backbone, options.image_size // options.grid)
+    C, h, w = feature_shape(backbone, options.crop)
     parameters = sum(one.numel() for one in backbone.parameters())
     parameters += options.width * (C * h * w + 2 * options.width)
     return room.checkpoint_bytes(parameters, options)

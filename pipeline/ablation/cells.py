@@ -190,9 +190,9 @@ def _check_models(stage: Stage, cells: list[Cell]) -> None:
     if missing:  # the libraries take seconds
         from ..learning.sizes import check_pretraining, check_training
 
-        for cell in pretrainings(missing).values():
-            check_pretraining(cell.config)
-        for cell in {cell.variant: cell for cell in missing}.values():
+        for cell in missing:
+            if cell.backbone:
+                check_pretraining(cell.config)
             check_training(cell.config)
 
 

@@ -1,5 +1,7 @@
 """Image sizes that a config gives its backbone, and whether the backbone takes them."""
 
+import functools
+
 from torch import nn
 
 from ..run.config import Config
@@ -14,26 +16,19 @@ def crop_backbone(config: Config, init: str = "scratch") -> nn.Module:
         InputError: what `create_backbone` raises; where it takes no crops of this size, with values
             of `pretrain.image_size` that it does.
     """
-    model, options = config.model, config.pretrain
-    crop = options.image_size // options.grid
+    model = config.model
     try:
-        return create_backbone(model.backbone, init, model.weights, crop)
+        return create_backbone(model.backbone, init, model.weights, config.pretrain.crop)
     except WrongSize as fault:
-        fits = [f"{size * options.grid} (crops of {size})" for size in fault.sizes]
-        raise InputError(
-            f"{model.backbone} takes no crops of {crop} x {crop} pixels, or has no spatial map",
-            f"pretrain.image_size={options.image_size} and pretrain.grid={options.grid}",
-            f"set pretrain.image_size to {' or '.join(fits)}, or choose another model.backbone"
-            if fits
-            else "choose another model.backbone",
-        ) from fault
+        raise _refused_crops(config, fault) from fault
 
 
 def check_pretraining(config: Config) -> None:
     """Raises InputError where timm lacks the backbone, or it does not take the crops that it is
     pretrained on or the planes that it is then exported for.
     """
-    crop_backbone(config)
+    if fault := _misfit(config.model.backbone, config.pretrain.crop):
+        raise _refused_crops(config, fault) from fault
     _check(config, "pretrain.image_size", config.pretrain.image_size)
 
 
@@ -47,14 +42,31 @@ def check_training(config: Config) -> None:
 
 
 def _check(config: Config, key: str, size: int, channels: int = 1) -> None:
-    name = config.model.backbone
+    if fault := _misfit(config.model.backbone, size, channels):
+        fits = [str(one) for one in fault.sizes]
+        raise _refused(config, f"images of {size} x {size}", f"{key}={size}", "it", fits) from fault
+
+
+@functools.cache  # the cells of a grid ask for the same few
+def _misfit(name: str, size: int, channels: int = 1) -> WrongSize | None:
     try:
         create_backbone(name, size=size, channels=channels)
     except WrongSize as fault:
-        raise InputError(
-            f"{name} takes no images of {size} x {size} pixels, or has no spatial map",
-            f"{key}={size}",
-            f"set it to {' or '.join(map(str, fault.sizes))}, or choose another model.backbone"
-            if fault.sizes
-            else "choose another model.backbone",
-        ) from fault
+        return fault
+    return None
+
+
+def _refused_crops(config: Config, fault: WrongSize) -> InputError:
+    options, crop = config.pretrain, config.pretrain.crop
+    where = f"pretrain.image_size={options.image_size} and pretrain.grid={options.grid}"
+    fits = [f"{size * options.grid} (crops of {size})" for size in fault.sizes]
+    return _refused(config, f"crops of {crop} x {crop}", where, "pretrain.image_size", fits)
+
+
+def _refused(config: Config, what: str, where: str, it: str, fits: list[str]) -> InputError:
+    other = "another model.backbone"
+    return InputError(
+        f"{config.model.backbone} takes no {what} pixels, or has no spatial map",
+        where,
+        f"set {it} to {' or '.join(fits)}, or choose {other}" if fits else f"choose {other}",
+    )

@@ -355,6 +355,11 @@ class VocoConfig(Section):
         json_schema_extra=HOW,
     )
 
+    @property
+    def crop(self) -> int:
+        """Side of a crop, pixels."""
+        return self.image_size // self.grid
+
     @model_validator(mode="after")
     def _consistent(self) -> "VocoConfig":
         voco2d = self.method == "voco2d"

@@ -19,7 +19,7 @@ MB = 1_000_000
 def voco_batch_bytes(options: VocoConfig, processes: int = 1) -> int:
     """A batch of one of several processes: crops uint8 and their labels."""
     crops = options.random_crops + options.grid**2
-    side = options.image_size // options.grid
+    side = options.crop
     volumes = -(-options.batch // processes)
     return volumes * crops * (options.slices * side**2 + 4)
 

@@ -37,7 +37,7 @@ class Method(ABC):
     @property
     def crop(self) -> int:
         """Side of a crop in pixels."""
-        return self.options.image_size // self.options.grid
+        return self.options.crop
 
     def first_backbone(self) -> nn.Module:
         """The backbone that training starts from, for images of the crops' size."""
