@@ -16,18 +16,16 @@ from statistics import fmean
 
 import polars as pl
 
-from ..classifier.stage import training_inputs
+from ..classifier.stage import SECTIONS, training_inputs
 from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
 from ..system.console import log
 from ..system.errors import InputError
-from ..system.files import atomic_path, remove_folder, write_text
+from ..system.files import atomic_path, keep_only, remove_folder, write_text
 from ..system.frames import read_frame
 from ..system.machine import world_size
 from .grid import Cell, backbone_part, declared_cells, part_with, pretrainings, trained_folds
-
-SECTIONS = ("seed", "model", "train")
 
 
 def backbone_is_current(part: Stage) -> bool:
@@ -87,7 +85,7 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         from ..classifier.train import run_fold
 
         pretrained = backbone_part(stage, cell).folder / layout.BACKBONE if cell.backbone else None
-        _forget_another_run(part.folder, part.fingerprint)
+        keep_only(part.folder, part.fingerprint)  # not what another run left half-done
         numbers = trained_folds(cell.config)
         folds = [part.part(layout.fold_folder(number)) for number in numbers]
         for fold in folds:
@@ -108,16 +106,6 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         part.finish(totals, [layout.OOF, layout.LOG])
         for fold in folds:
             shutil.rmtree(fold.folder)
-
-
-def _forget_another_run(folder: Path, identity: str) -> None:
-    """Remove what a run with other inputs or another config left half-done, and say whose the
-    folder is now.
-    """
-    mark = folder / "identity.txt"
-    if folder.is_dir() and not (mark.is_file() and mark.read_text(encoding="utf-8") == identity):
-        shutil.rmtree(folder)
-    write_text(mark, identity)
 
 
 def _log_lines(paths: dict[int, Path]) -> Iterator[dict]:

@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from ..competition.targets import ABDOMEN, COLUMNS, SLICE_TARGETS
-from ..learning.loaders import batches_of, make_loader
+from ..learning.loaders import loaded
 from ..organs.find import Organ
 from ..run import layout
 from ..run.config import TrainConfig
-from ..run.room import loaders, train_batch_bytes
+from ..run.room import train_batch_bytes
 from ..system.frames import read_frame
 from ..volumes.sampling import (
     Window,
@@ -212,16 +212,14 @@ class SeriesDataset(Dataset):
         """
         config = self.config
         first, end = plane_range(window, len(series.planes))
-        drawn = seed is not None and config.augment.z_jitter
-        jitter = np.random.default_rng(seed) if drawn else None
+        jittered = seed is not None and config.augment.z_jitter
+        jitter = np.random.default_rng(seed) if jittered else None
         positions = slice_positions(end - first, count, jitter)
-        if seed is None:
-            return first + positions
-        draw = np.random.default_rng((seed, SHOWN))
         positive = np.flatnonzero(series.planes[first:end].any(1))
-        missed = len(positive) and not np.isin(positions, positive).any()
-        if missed and draw.random() < config.positive_slices:
-            positions = moved_to(positions, int(draw.choice(positive)), end - first)
+        if seed is not None and len(positive) and not np.isin(positions, positive).any():
+            draw = np.random.default_rng((seed, SHOWN))
+            if draw.random() < config.positive_slices:
+                positions = moved_to(positions, int(draw.choice(positive)), end - first)
         return first + positions
 
     def _truths(self, series: Series, window: Window | None, positions: np.ndarray) -> np.ndarray:
@@ -286,10 +284,16 @@ def series_batches(
     """Batches of `dataset` by the keys of `plan`, for one of `sharing` processes that train at
     once; `waiting` is called while one is waited for.
     """
-    gpu, config = device.type == "cuda", dataset.config
-    need = train_batch_bytes(config, dataset.phases)
-    most = loaders(config.workers, need, "train.workers", gpu, sharing)
-    loader = make_loader(
-        dataset, min(most, len(plan)), gpu, batch_sampler=plan, collate_fn=collated
+    config = dataset.config
+    return loaded(
+        dataset,
+        len(plan),
+        config.workers,
+        train_batch_bytes(config, dataset.phases),
+        "train.workers",
+        device.type == "cuda",
+        waiting,
+        sharing,
+        batch_sampler=plan,
+        collate_fn=collated,
     )
-    return batches_of(loader, waiting)

@@ -3,7 +3,7 @@ file a series.
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..learning.backbone import standardise
-from ..learning.loaders import batches_of, loading, make_loader
+from ..learning.loaders import loaded, loading
 from ..learning.optimise import autocast
 from ..run import layout, room
 from ..run.config import TrainConfig
 from ..system.console import progress
 from ..system.errors import InputError
-from ..system.files import atomic_path, remove_folder, remove_temporaries, write_text
+from ..system.files import atomic_path, keep_only, remove_temporaries
 from ..volumes.sampling import all_planes
 from .data import Series
 from .model import CnnLstm
 from .regions import region_planes, region_windows
 
 AT_ONCE = 64  # planes that go through the backbone together
-IDENTITY = "identity.txt"  # of the classifier whose features lie in a folder
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -125,36 +124,29 @@ def save_features(
     What lies there of the same `identity` is kept, of another one removed. `waiting` is called
     between two series.
     """
-    mark = folder / IDENTITY
-    if not (mark.is_file() and mark.read_text(encoding="utf-8") == identity):
-        remove_folder(folder)
-        write_text(mark, identity)
+    keep_only(folder, identity)
     remove_temporaries(folder)
     todo = [k for k, one in enumerate(series) if not feature_file(folder, one).is_file()]
     if not todo:
         return
     device = next(model.parameters()).device
     require_room(model, series, config, folder)
-    planes = len(config.region_names) * len(series[0].planes)
+    planes = len(config.region_names) * len(series[0].planes)  # of a series, at most
     with loading():
-        found = _pictures(SeriesPlanes(series, config), todo, device, waiting, sharing, planes)
+        found = loaded(
+            SeriesPlanes(series, config),
+            len(todo),
+            config.workers,
+            planes * config.channels * config.image_size**2,
+            "train.workers",
+            device.type == "cuda",
+            waiting,
+            sharing,
+            sampler=todo,
+            batch_size=None,
+        )
         for k, pictures in progress(found, len(todo), "features", "series"):
             features = plane_features(model, pictures.to(device, non_blocking=True), config.amp)
             with atomic_path(feature_file(folder, series[k])) as path, open(path, "wb") as handle:
                 np.save(handle, features.numpy())
             waiting()
-
-
-def _pictures(
-    dataset: SeriesPlanes,
-    todo: list[int],
-    device: torch.device,
-    waiting: Callable[[], object],
-    sharing: int,
-    planes: int,
-) -> Generator[tuple[int, Tensor], None, None]:
-    config, gpu = dataset.config, device.type == "cuda"
-    need = planes * config.channels * config.image_size**2
-    most = room.loaders(config.workers, need, "train.workers", gpu, sharing)
-    loader = make_loader(dataset, min(most, len(todo)), gpu, sampler=todo, batch_size=None)
-    return batches_of(loader, waiting)

@@ -69,10 +69,8 @@ class InjuryLoss(nn.Module):
         for target in self.targets:
             truth = labels[:, self.columns[target.name]]
             weights = (truth * getattr(self, f"weights_{target.name}")).sum(1)
-            terms[target.name] = (weights * cross_entropy(logits[target.name].float(), truth)).sum()
-            terms[target.name] = terms[target.name] / (
-                batch * getattr(self, f"scale_{target.name}")
-            )
+            entropy = weights * cross_entropy(logits[target.name].float(), truth)
+            terms[target.name] = entropy.sum() / (batch * getattr(self, f"scale_{target.name}"))
         organs = [one.float() for one in slice_logits]  # none: a second level's
         if self.slice_loss and organs:
             marks = organs.pop(0)

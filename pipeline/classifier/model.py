@@ -153,19 +153,11 @@ def probabilities(logits: dict[str, Tensor]) -> Tensor:
     """The 13 columns (B, 13) float64 in the project's order; a target that was not trained gets
     equal shares.
     """
-    first = next(iter(logits.values()))
-    batch, device = len(first), first.device
-    columns = []
+    first, columns = next(iter(logits.values())).double(), []
     for target in TARGETS:
         if target.name not in logits:
-            columns.append(
-                torch.full(
-                    (batch, len(target.classes)),
-                    1 / len(target.classes),
-                    dtype=torch.float64,
-                    device=device,
-                )
-            )
+            shape = len(first), len(target.classes)
+            columns.append(first.new_full(shape, 1 / len(target.classes)))
         elif target.binary:
             injury = logits[target.name].double().sigmoid()
             columns.append(torch.cat([1 - injury, injury], 1))
@@ -176,10 +168,7 @@ def probabilities(logits: dict[str, Tensor]) -> Tensor:
 
 def injury_log_odds(logits: dict[str, Tensor]) -> Tensor:
     """Log-odds of any injury of each trained target (B, targets), in the project's order."""
-    columns = []
-    for target in TARGETS:
-        if (value := logits.get(target.name)) is not None:
-            columns.append(
-                value[:, 0] if target.binary else value[:, 1:].logsumexp(1) - value[:, 0]
-            )
-    return torch.stack(columns, 1)
+    known = [(target, logits[target.name]) for target in TARGETS if target.name in logits]
+    return torch.stack(
+        [x[:, 0] if one.binary else x[:, 1:].logsumexp(1) - x[:, 0] for one, x in known], 1
+    )

@@ -125,10 +125,9 @@ def as_gated_batch(
     parts = [part for regions, _ in samples for part in regions]
     features = pad_sequence(parts, batch_first=True)
     gates = pad_sequence([one for _, own in samples for one in own], batch_first=True)
-    padded = torch.zeros(len(gates), features.shape[1])
-    padded[:, : gates.shape[1]] = gates
+    gates = nn.functional.pad(gates, (0, features.shape[1] - gates.shape[1]))
     lengths = torch.tensor([len(part) for part in parts])
-    return features.to(device), lengths, padded.unflatten(0, (len(samples), -1)).to(device)
+    return features.to(device), lengths, gates.unflatten(0, (len(samples), -1)).to(device)
 
 
 @torch.inference_mode()

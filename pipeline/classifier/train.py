@@ -86,12 +86,17 @@ class FoldTrainer:
             self.batches.weights[:, None]
         )
         start_at_prior(self.model.heads, labels)
+        # before the decoder, whose hooks a copy would have too
+        self.averaged = (
+            placed(copy.deepcopy(self.model), device).requires_grad_(False)
+            if self.options.ema
+            else None
+        )
         self.decoder = (
             OrganDecoder(self.model.backbone, self.options) if self.options.dice_loss else None
         )
         beside = [] if self.decoder is None else [placed(self.decoder, device)]
         placed(self.model, device)
-        self.averaged = _frozen_copy(self.model, config) if self.options.ema else None
         self.average = Average(self.averaged, self.model) if self.averaged else None
         positives = positive_share(data.train, self.options)
         self.loss = InjuryLoss(self.options, labels, positives).to(device)
@@ -107,7 +112,6 @@ class FoldTrainer:
         if self.options.compile:  # what follows is small, and a graph ends at recurrent cells
             compile_passes(self.model.backbone, device, "train.compile")
         self.history: list[dict[str, Any]] = []
-        self.best: float = float("inf")
         self.epoch = 0
         # of the epoch under way, so that a stopped run goes on within it
         self.tally: dict[str, Any] = {}
@@ -129,10 +133,11 @@ class FoldTrainer:
         """The log row of the epoch whose weights predict: the best one where early stopping is on,
         else the last.
         """
-        return self._best() if self.options.patience else self.history[-1]
-
-    def _best(self) -> dict[str, Any]:
-        return min((row for row in self.history if "score" in row), key=lambda row: row["score"])
+        return (
+            min((row for row in self.history if "score" in row), key=lambda row: row["score"])
+            if self.options.patience
+            else self.history[-1]
+        )
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the last epoch or until patience is
@@ -297,10 +302,9 @@ class FoldTrainer:
 
     def save(self) -> None:
         """Checkpoint after an epoch, with the best weights beside it where early stopping is on."""
-        score = self.history[-1].get("score", float("inf"))
-        if self.options.patience and score < self.best:
+        last = self.history[-1]
+        if self.options.patience and "score" in last and self.kept is last:
             save_checkpoint(self.folder / layout.BEST, {"model": self.final_model.state_dict()})
-        self.best = min(self.best, score)
         self.save_state()
 
     def save_state(self) -> None:
@@ -313,7 +317,6 @@ class FoldTrainer:
                 "decoder": self.decoder.state_dict() if self.decoder else None,
                 **self.update.state(),
                 "epoch": self.epoch,
-                "best": self.best,
                 "history": self.history,
                 "tally": self.tally,
                 "identity": self._identity(),
@@ -337,12 +340,7 @@ class FoldTrainer:
         if self.decoder is not None:
             self.decoder.load_state_dict(state["decoder"])
         self.update.restore(state)
-        self.epoch, self.best, self.history, self.tally = (
-            state["epoch"],
-            state["best"],
-            state["history"],
-            state["tally"],
-        )
+        self.epoch, self.history, self.tally = state["epoch"], state["history"], state["tally"]
         inside = (
             f" and step {self.tally['steps']} of the next"
             if self.tally["epoch"] == self.epoch
@@ -363,20 +361,18 @@ class FoldTrainer:
         )
 
     def _out_of_patience(self) -> bool:
-        if not self.options.patience or not any("score" in row for row in self.history):
-            return False
-        return self.epoch - self._best()["epoch"] >= self.options.patience
+        patience, scored = self.options.patience, any("score" in row for row in self.history)
+        return bool(patience and scored) and self.epoch - self.kept["epoch"] >= patience
 
     def _load_best(self) -> None:
-        state = load_checkpoint(self.folder / layout.BEST)
-        if state is not None:
-            self.final_model.load_state_dict(state["model"])
-
-
-def _frozen_copy(model: CnnLstm, config: Config) -> CnnLstm:
-    average = placed(build_model(config), next(model.parameters()).device)
-    average.load_state_dict(model.state_dict())
-    return average.requires_grad_(False)
+        path = self.folder / layout.BEST
+        if (state := load_checkpoint(path)) is None:
+            raise InputError(
+                "the weights of the best epoch are missing or damaged",
+                str(path),
+                f"remove {layout.LAST} beside it to train the fold anew",
+            )
+        self.final_model.load_state_dict(state["model"])
 
 
 def _refuse_single_values(backbone: nn.Module, options: TrainConfig, series: int) -> None:

@@ -42,19 +42,15 @@ def peers() -> Iterator[None]:
         raise PeerLost(PEER_LOST) from fault
 
 
-def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place."""
-    with peers():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
 class _AllReduce(torch.autograd.Function):
     """Sum over ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return _all_reduce(tensor.contiguous().clone())
+        total = tensor.contiguous().clone()
+        with peers():
+            distributed.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -85,16 +81,13 @@ class World:
 
     def agree(self, value: int, what: str, remedy: str) -> None:
         """InputError where `value` is not the same on every rank."""
-        mine = torch.zeros(self.size, device=self.device)
-        mine[self.rank] = value
-        found = self.sum(mine).long().tolist()
+        found = self.gather(torch.tensor([value], device=self.device)).tolist()
         if len(set(found)) > 1:
             raise InputError(f"processes differ in {what}: {found}", "torchrun", remedy)
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
-        if self.size > 1:
-            _all_reduce(torch.zeros(1, device=self.device)).tolist()
+        self.sum(torch.zeros(1, device=self.device)).tolist()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, differentiable."""

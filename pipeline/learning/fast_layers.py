@@ -195,14 +195,11 @@ class Depthwise(nn.Conv2d):
             x.is_cuda
             or not self.weight.requires_grad
             or not torch.is_grad_enabled()
-            or self._pixels(x) > limit
+            or x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1]) > limit
         ):
             return super().forward(x)
         y = _DepthwiseFunction.apply(x, self.weight, self.stride, self.padding)
         return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
-
-    def _pixels(self, x: torch.Tensor) -> int:
-        return x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
 
 
 class _DepthwiseFunction(torch.autograd.Function):

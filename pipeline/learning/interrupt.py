@@ -23,12 +23,11 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            numbers = [
-                number
+            self._before = {
+                number: signal.signal(number, self._remember)
                 for number in (signal.SIGTERM, signal.SIGINT)
                 if signal.getsignal(number) != signal.SIG_IGN
-            ]
-            self._before = {number: signal.signal(number, self._remember) for number in numbers}
+            }
         return self
 
     def __exit__(self, *fault: object) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils import data
 
-from ..run.room import AHEAD, LOADER_KEYS
+from ..run.room import AHEAD, LOADER_KEYS, loaders
 from ..system.errors import TrainingStopped
 
 LOOK_S = 0.5  # a stop that comes while a batch is waited for is answered this soon
@@ -102,6 +102,24 @@ def batches_of(
     except BaseException:
         _abandon(stream)
         raise
+
+
+def loaded(
+    dataset: data.Dataset,
+    count: int,
+    asked: int | None,
+    batch_bytes: int,
+    key: str,
+    pinned: bool,
+    waiting: Callable[[], object],
+    sharing: int = 1,
+    **plan: Any,
+) -> Generator[Any, None, None]:
+    """`batches_of` the `count` batches of a `plan`, by as many processes as there is room for: see
+    `room.loaders`.
+    """
+    workers = min(loaders(asked, batch_bytes, key, pinned, sharing), count)
+    return batches_of(make_loader(dataset, workers, pinned, **plan), waiting)
 
 
 def _dead(stream: Any) -> int | None:

@@ -34,12 +34,7 @@ def momentum_at(step: int, total: int, start: float, final: float | None) -> flo
     """EMA momentum of a step: constant `start`, or half a cosine from `start` to `final` at
     `total`.
     """
-    return (
-        start
-        if final is None
-        else final
-        - (final - start) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
-    )
+    return start if final is None else final - (final - start) * warmup_cosine(step, 0, total)
 
 
 class Average:
@@ -90,26 +85,6 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
 def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:
     """Loss scaling, active for float16 only."""
     return torch.amp.GradScaler(device.type, enabled=enabled and amp_dtype(device) == torch.float16)
-
-
-def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
-    """Take over a saved scale; a run that computed in another type than float16 left none, and then
-    the scaler starts anew.
-    """
-    if state and scaler.is_enabled():
-        scaler.load_state_dict(dict(state))
-
-
-def check_scale(step: int, scale: float, ids: Iterable[str]) -> None:
-    """NonFiniteLoss where float16 gradients stay non-finite however small the loss is scaled: then
-    no step is taken any more.
-    """
-    if scale < LEAST_SCALE:
-        what = (
-            f"non-finite gradients at step {step} though the loss is scaled by {scale:.3g};"
-            f" batch {', '.join(ids)}"
-        )
-        raise NonFiniteLoss(f"{what}; the last checkpoint is kept")
 
 
 def parameter_groups(
@@ -215,7 +190,11 @@ class Figures:
         found, self.more = dict(zip(self.names, values, strict=False)), values[len(self.names) :]
         # float16 overflows now and then: the scaler leaves such a step out and scales by less
         check_finite(self.step, found if self.scaled else {**found, "gradient": norm}, self.ids)
-        check_scale(self.step, scale, self.ids)
+        if scale < LEAST_SCALE:  # then no step is taken any more
+            raise NonFiniteLoss(
+                f"non-finite gradients at step {self.step} though the loss is scaled by"
+                f" {scale:.3g}; batch {', '.join(self.ids)}; the last checkpoint is kept"
+            )
         return found
 
 
@@ -288,12 +267,9 @@ class Update:
         """Take over what `state` gave."""
         self._broken = None
         self.optimiser.load_state_dict(state["optimiser"])
-        load_scaler(self.scaler, state["scaler"])
-
-
-def _counter(layer: nn.modules.batchnorm._BatchNorm) -> torch.Tensor:
-    """The number of batches that a batch norm has seen."""
-    return layer.get_buffer("num_batches_tracked")
+        # a run that computed in another type than float16 left no scale: then it starts anew
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
 
 @contextlib.contextmanager
@@ -304,7 +280,7 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
     norms = [
         layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     ]
-    before = [(layer.momentum, _counter(layer).clone()) for layer in norms]
+    before = [(layer.momentum, layer.get_buffer("num_batches_tracked").clone()) for layer in norms]
     for layer in norms:
         layer.momentum = 0.0
     try:
@@ -312,4 +288,4 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (momentum, count) in zip(norms, before, strict=True):
             layer.momentum = momentum
-            _counter(layer).copy_(count)
+            layer.get_buffer("num_batches_tracked").copy_(count)

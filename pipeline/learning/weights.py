@@ -37,11 +37,11 @@ def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, s
             _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
         )
     except pickle.UnpicklingError as fault:
-        where, remedy = (
+        raise InputError(
+            "weights not readable",
             f"{path}: more than plain tensors, and pickled code is never run",
             "give a safetensors or weights-only PyTorch file",
-        )
-        raise InputError("weights not readable", where, remedy) from fault
+        ) from fault
     # both readers raise their own kinds for damaged files; the cause stays chained
     except Exception as fault:
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..learning.loaders import batches_of, make_loader
+from ..learning.loaders import loaded
 from ..run.config import OrganConfig
-from ..run.room import loaders, organ_batch_bytes
+from ..run.room import organ_batch_bytes
 from ..volumes import sampling
 from .masks import ORGANS
 
@@ -104,8 +104,15 @@ def plane_batches(
     """One batch for each of `steps`; `waiting` is called while one is waited for, `sharing`
     processes load at the same time.
     """
-    config, gpu = dataset.config, device.type == "cuda"
-    plan = [[(step, k) for k in range(config.batch)] for step in steps]
-    most = loaders(config.workers, organ_batch_bytes(config), "organs.workers", gpu, sharing)
-    loader = make_loader(dataset, min(most, len(plan)), gpu, batch_sampler=plan)
-    return batches_of(loader, waiting)
+    config = dataset.config
+    return loaded(
+        dataset,
+        len(steps),
+        config.workers,
+        organ_batch_bytes(config),
+        "organs.workers",
+        device.type == "cuda",
+        waiting,
+        sharing,
+        batch_sampler=[[(step, k) for k in range(config.batch)] for step in steps],
+    )

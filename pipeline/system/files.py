@@ -127,6 +127,14 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(grave)
 
 
+def keep_only(folder: Path, identity: str) -> None:
+    """Remove what a folder holds of another `identity`, and say in it whose it is now."""
+    mark = folder / "identity.txt"
+    if not (mark.is_file() and mark.read_text(encoding="utf-8") == identity):
+        remove_folder(folder)
+        write_text(mark, identity)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:

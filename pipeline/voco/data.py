@@ -12,10 +12,10 @@ import polars as pl
 import torch
 from torch.utils.data import Dataset
 
-from ..learning.loaders import batches_of, make_loader
+from ..learning.loaders import loaded
 from ..run import layout
 from ..run.config import VocoConfig
-from ..run.room import loaders, voco_batch_bytes
+from ..run.room import voco_batch_bytes
 from ..system.errors import InputError
 from ..volumes.sampling import evenly, resample_planes, resize_planes
 from .crops import (
@@ -248,8 +248,16 @@ def batches(
     asked for); `waiting` is called while one is waited for.
     """
     config, ranks = samples.config, samples.ranks
-    workers = loaders(
-        config.workers, voco_batch_bytes(config, ranks), "pretrain.workers", pinned, ranks
+    todo, need = range(start, steps), voco_batch_bytes(config, ranks)
+    return loaded(
+        samples,
+        len(todo),
+        config.workers,
+        need,
+        "pretrain.workers",
+        pinned,
+        waiting,
+        ranks,
+        batch_size=None,
+        sampler=todo,
     )
-    plan = {"batch_size": None, "sampler": range(start, steps)}
-    yield from batches_of(make_loader(samples, workers, pinned, **plan), waiting)

@@ -702,16 +702,16 @@ def test_ranks_share_the_probes(ablated, tmp_path, monkeypatch):
 
 
 def test_a_cell_of_another_config_does_not_go_on_from_its_checkpoint(tmp_path):
-    from pipeline.ablation.cells import _forget_another_run
+    from pipeline.system.files import keep_only
 
-    (tmp_path / "fold0").mkdir()
-    _forget_another_run(tmp_path, "one")
-    assert not (tmp_path / "fold0").exists(), "nobody said whose it was"
-    (tmp_path / "fold0").mkdir()
-    _forget_another_run(tmp_path, "one")
-    assert (tmp_path / "fold0").exists()
-    _forget_another_run(tmp_path, "two")
-    assert not (tmp_path / "fold0").exists()
+    (fold := tmp_path / "seed1" / "fold0").mkdir(parents=True)
+    keep_only(fold.parent, "one")
+    assert not fold.exists(), "nobody said whose it was"
+    fold.mkdir()
+    keep_only(fold.parent, "one")
+    assert fold.exists()
+    keep_only(fold.parent, "two")
+    assert not fold.exists()
 
 
 def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):

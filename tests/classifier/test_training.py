@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -309,6 +310,20 @@ def test_patience_stops_and_keeps_the_best_weights(data, tmp_path, monkeypatch, 
         torch.equal(tensor, kept[0.5][name])
         for name, tensor in run.final_model.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"cut")])
+def test_the_last_weights_are_not_taken_for_the_best(data, tmp_path, monkeypatch, harm):
+    """As when a finished fold is predicted again by other views, and best.ckpt is gone."""
+    options = ("train.epochs=9", "train.patience=2")
+    run = trainer(data, tmp_path / "fold", *options)
+    scores = iter([0.5, 0.6, 0.7])
+    monkeypatch.setattr(run, "validate", lambda: {"score": next(scores)})
+    run.run()
+    harm(tmp_path / "fold" / "best.ckpt")
+    again = trainer(data, tmp_path / "fold", *options)
+    with pytest.raises(InputError, match=r"best epoch are missing.*best\.ckpt.*remove last\.ckpt"):
+        again.run()
 
 
 def test_non_finite_loss_stops_with_step_terms_and_ids(data, tmp_path, monkeypatch):

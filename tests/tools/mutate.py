@@ -280,7 +280,7 @@ GUARDS = (
         "submission/test_regions.py::test_organs_of_another_run_are_refused[08",
     ),
     (
-        "pipeline/classifier/features.py",
+        "pipeline/system/files.py",
         ' and mark.read_text(encoding="utf-8") == identity',
         "",
         "classifier/test_second_level.py::test_a_stopped_extraction",
