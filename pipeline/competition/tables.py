@@ -75,19 +75,14 @@ def check_labels(table: Table) -> Table:
     return Table(table.name, frame)
 
 
-def read_labels_file(path: Path) -> pl.DataFrame:
-    """Columns `patient_id`, the 13 one-hot `COLUMNS` and `any_injury` (Int8, computed where absent)
-    of a labels CSV.
+def read_labels(data: Path) -> pl.DataFrame:
+    """`train.csv` of a data folder: `patient_id`, the 13 one-hot `COLUMNS` and `any_injury` (Int8,
+    computed where absent).
     """
-    table = load_table(path, [KEY, *COLUMNS], [ANY_INJURY])
+    table = load_table(Path(data) / "train.csv", [KEY, *COLUMNS], [ANY_INJURY])
     check_ids(table, KEY)
     check_unique(table, KEY)
     return check_labels(table).frame.drop(ROW)
-
-
-def read_labels(data: Path) -> pl.DataFrame:
-    """`train.csv` of a data folder, see `read_labels_file`."""
-    return read_labels_file(Path(data) / "train.csv")
 
 
 def has_test(data: Path) -> bool:
@@ -214,19 +209,12 @@ def read_sample_submission(data: Path) -> pl.DataFrame:
     )
 
 
-def read_predictions(path: Path, series: bool) -> pl.DataFrame:
-    """An OOF (`series`) or submission table, CSV or parquet: patient_id[, series_id], 13 Float64
-    columns[, fold Int64].
+def check_predictions(table: Table) -> pl.DataFrame:
+    """A loaded OOF (with `series_id`) or submission table: 13 Float64 columns, a `fold` as Int64.
 
     Values are checked as the metric does (finite, not negative, no group that sums to 0) and
-    returned as they are.
+    returned as they are; the frame keeps its `__row` column.
     """
-    keys = [KEY, "series_id"] if series else [KEY]
-    return check_predictions(load_table(path, [*keys, *COLUMNS], ["fold"])).drop(ROW)
-
-
-def check_predictions(table: Table) -> pl.DataFrame:
-    """Checks of `read_predictions` on a loaded table; the frame keeps its `__row` column."""
     keys = [column for column in (KEY, "series_id") if column in table.frame.columns]
     check_ids(table, *keys)
     check_unique(table, *keys)

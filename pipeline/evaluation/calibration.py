@@ -76,7 +76,7 @@ class Calibration:
                 f"run {layout.script(layout.SCORES)} on the models that predict",
             )
         patients = aggregate(blend(series, self.weights), self.aggregate)
-        return with_values(patients, self.apply(patients.select(COLUMNS).to_numpy()))
+        return patients.with_columns(value_frame(self.apply(patients.select(COLUMNS).to_numpy())))
 
     @classmethod
     def of_runs(cls, folder: Path, trained: Sequence[str], maker: str) -> "Calibration":
@@ -149,11 +149,6 @@ class Calibration:
         return found
 
 
-def with_values(frame: pl.DataFrame, values: np.ndarray) -> pl.DataFrame:
-    """The frame with its 13 columns replaced by `values` (N, 13)."""
-    return frame.with_columns(value_frame(values))
-
-
 def softmax(logits: np.ndarray) -> np.ndarray:
     """(N, 13) logits to probabilities, each target's group by itself."""
     parts = [
@@ -178,7 +173,7 @@ def blend(series: Sequence[pl.DataFrame], weights: np.ndarray) -> pl.DataFrame:
     columns of the first.
     """
     stack = np.stack([normalise(table.select(COLUMNS).to_numpy()) for table in series])
-    return with_values(series[0], mix(stack, weights))
+    return series[0].with_columns(value_frame(mix(stack, weights)))
 
 
 def _unpack(

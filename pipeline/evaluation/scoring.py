@@ -17,7 +17,14 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from ..competition import strict_table, tables
-from ..competition.metric import aggregate, constants, format_table, require_patients, score_arrays
+from ..competition.metric import (
+    aggregate,
+    constants,
+    format_table,
+    require_patients,
+    score_arrays,
+    value_frame,
+)
 from ..competition.strict_table import KEY, ROW, Table
 from ..competition.targets import COLUMNS, SCORE_KEYS
 from ..folds import read_folds, stratified_folds
@@ -159,7 +166,7 @@ def nested(
     Returns `series` (blended), `raw` and `nested` (13 columns a patient, in the order of `labels`)
     and `fits` by fold.
     """
-    rows: dict[str, list[pl.DataFrame]] = {"series": [], "raw": [], "nested": []}
+    parts: list[dict[str, pl.DataFrame]] = []
     fits: dict[int, Calibration] = {}
     for fold in folds["fold"].unique().sort():
         held_out = labels.join(
@@ -171,22 +178,23 @@ def nested(
         )
         blended = calibration.blend(list(_of(series, held_out).values()), fitted.weights)
         raw = aggregate(blended, options.aggregate)
-        calibrated = calibration.with_values(raw, fitted.apply(raw.select(COLUMNS).to_numpy()))
-        rows["series"].append(blended.select(*SERIES, *COLUMNS))
-        rows["raw"].append(complete(held_out, raw, fitted.prior))
-        rows["nested"].append(complete(held_out, calibrated, fitted.prior))
-    order = {
-        "series": next(iter(series.values())).select(SERIES),
-        "raw": labels.select(KEY),
-        "nested": labels.select(KEY),
-    }
-    joined = {
-        name: (
-            order[name].join(
-                pl.concat(parts), on=order[name].columns, how="left", maintain_order="left"
-            )
+        calibrated = raw.with_columns(value_frame(fitted.apply(raw.select(COLUMNS).to_numpy())))
+        parts.append(
+            {
+                "series": blended.select(*SERIES, *COLUMNS),
+                "raw": complete(held_out, raw, fitted.prior),
+                "nested": complete(held_out, calibrated, fitted.prior),
+            }
         )
-        for name, parts in rows.items()
+    patients, rows = labels.select(KEY), next(iter(series.values())).select(SERIES)
+    joined = {
+        name: ids.join(
+            pl.concat([part[name] for part in parts]),
+            on=ids.columns,
+            how="left",
+            maintain_order="left",
+        )
+        for name, ids in (("series", rows), ("raw", patients), ("nested", patients))
     }
     return {**joined, "fits": fits}
 
@@ -210,30 +218,15 @@ def score_predictions(
     """
     # the matrices are small: threads of the linear algebra would only wait for each other
     with threadpool_limits(1):
-        outcome = _score(series, labels, folds, config)
-        _add_baselines(outcome, baselines, labels, folds, config)
-    return outcome
-
-
-def _add_baselines(
-    outcome: Outcome,
-    baselines: Mapping[str, pl.DataFrame],
-    labels: pl.DataFrame,
-    folds: pl.DataFrame,
-    config: Config,
-) -> None:
-    truth, scores = labels.select(COLUMNS).cast(pl.Float64).to_numpy(), outcome.scores
-    for name, table in baselines.items():
-        found = nested({name: table}, labels, folds, config.score)["nested"]
-        values = found.select(COLUMNS).to_numpy()
-        scores["floors"][name] = score_arrays(truth, values)
-        scores["intervals"][name] = score_intervals(
-            truth, values, config.score.bootstrap, config.seed
-        )
+        return _score(series, labels, folds, config, baselines)
 
 
 def _score(
-    series: dict[str, pl.DataFrame], labels: pl.DataFrame, folds: pl.DataFrame, config: Config
+    series: dict[str, pl.DataFrame],
+    labels: pl.DataFrame,
+    folds: pl.DataFrame,
+    config: Config,
+    baselines: Mapping[str, pl.DataFrame],
 ) -> Outcome:
     options = config.score
     parts = nested(series, labels, folds, options)
@@ -252,6 +245,10 @@ def _score(
         name: score_intervals(truth, arrays[name], options.bootstrap, config.seed)
         for name in ("raw", "nested")
     }
+    for name, table in baselines.items():
+        found = nested({name: table}, labels, folds, options)["nested"].select(COLUMNS).to_numpy()
+        scores["floors"][name] = score_arrays(truth, found)
+        scores["intervals"][name] = score_intervals(truth, found, options.bootstrap, config.seed)
     scores["metrics"] = extra_metrics(truth, arrays["nested"], options.bootstrap, config.seed)
     first = next(iter(series.values()))
     scores["counts"] = {

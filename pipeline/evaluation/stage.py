@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..run import layout
 from ..run.manifest import digest
@@ -10,7 +12,7 @@ from ..run.runs import MODELS, names_of, runs_of
 from ..run.stage import Stage, as_paths, stage_function
 from ..system.console import log, say
 from ..system.errors import InputError
-from ..system.files import atomic_path, write_json
+from ..system.files import atomic_path, write_json, write_text
 
 TABLES = [layout.OOF_TABLE, layout.SCORE_TABLE, layout.CALIBRATION, "patients.parquet"]
 PICTURES = ["precision_recall.png", "reliability.png", "confusion.png"]
@@ -42,6 +44,33 @@ def gather(stage: Stage, oof: Sequence[Path], runs: dict[str, Stage]) -> dict[st
     }
 
 
+def read_tables(stage: Stage, oof: Sequence[Path], runs: dict[str, Stage]) -> Any:
+    """Labels, the models' series tables by name, and the folds of the nested calibration.
+
+    Raises:
+        InputError: a table is wrong, or they are not of the same patients, series or folds.
+    """
+    from . import scoring
+
+    labels = stage.labels()
+    if oof:
+        series = scoring.read_oof(list(oof), labels)
+        return labels, series, scoring.nested_folds(series, labels, stage.config)
+    named = dict(zip(names_of(runs.values()), runs.values(), strict=True)) or {"folds": stage}
+    found = {
+        name: scoring.read_trained(
+            run.upstream(layout.FOLDS),
+            run.upstream(layout.CLASSIFIERS),
+            run.upstream(layout.VOLUMES),
+            labels,
+        )
+        for name, run in named.items()
+    }
+    series = scoring.aligned({name: table for name, (table, _) in found.items()})
+    drawn = [folds for _, folds in found.values()]
+    return labels, series, scoring.nested_folds(series, labels, stage.config, drawn)
+
+
 @stage_function(layout.SCORES)
 def score_oof(stage: Stage, oof: Path | str | Sequence[Path | str] | None = None) -> None:
     """Score the run's predictions, those of the runs `models` blended, or the tables `oof` of one
@@ -53,7 +82,9 @@ def score_oof(stage: Stage, oof: Path | str | Sequence[Path | str] | None = None
     if not given and stage.skips_unlabelled():
         return
     runs = runs_of(stage) if stage.models else {}
-    if stage.current(gather(stage, given, runs), ["seed", "score"]):
+    read = cache(lambda: read_tables(stage, given, runs))
+    # what the tables refuse leaves the last scores as they were
+    if stage.current(gather(stage, given, runs), ["seed", "score"], check=read):
         from .scoring import summary
 
         say(summary(json.loads((stage.folder / layout.SCORE_TABLE).read_text(encoding="utf-8"))))
@@ -61,32 +92,16 @@ def score_oof(stage: Stage, oof: Path | str | Sequence[Path | str] | None = None
     from ..competition.targets import COLUMNS
     from . import baselines, figures, scoring
 
-    labels = stage.labels()
+    labels, series, folds = read()
     if given:
-        series = scoring.read_oof(given, labels)
-        folds = scoring.nested_folds(series, labels, stage.config)
         floors = {}
         log("baselines are left out: tables given by --oof come without volumes")
     else:
-        named = dict(zip(names_of(runs.values()), runs.values(), strict=True)) or {"folds": stage}
-        found = {
-            name: scoring.read_trained(
-                run.upstream(layout.FOLDS),
-                run.upstream(layout.CLASSIFIERS),
-                run.upstream(layout.VOLUMES),
-                labels,
-            )
-            for name, run in named.items()
-        }
-        series = scoring.aligned({name: table for name, (table, _) in found.items()})
-        drawn = [folds for _, folds in found.values()]
-        folds = scoring.nested_folds(series, labels, stage.config, drawn)
-        volumes = next(iter(named.values())).upstream(layout.VOLUMES)
+        volumes = next(iter(runs.values()), stage).upstream(layout.VOLUMES)
         own = next(iter(series.values()))
         floors = baselines.predict(volumes, own, labels, folds, stage.jobs)
     outcome = scoring.score_predictions(series, labels, folds, stage.config, floors)
-    with atomic_path(stage.folder / TABLES[0]) as path:
-        outcome.series.write_csv(path)
+    write_text(stage.folder / TABLES[0], outcome.series.write_csv())
     write_json(stage.folder / TABLES[1], outcome.scores)
     write_json(stage.folder / TABLES[2], outcome.parameters)
     with atomic_path(stage.folder / TABLES[3]) as path:

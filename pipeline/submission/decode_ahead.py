@@ -68,30 +68,20 @@ def decode_series(
     of stages 01 and 02. What fails is this series' alone.
     """
     try:
-        return _decode(task, data, convert, ways)
+        cv2.setNumThreads(1)
+        slices, quarantined = decode_series_files(list_files(task.path, data), convert)
+        table = usable(slice_table(slices)) if slices else None
+        if table is None or table.is_empty():
+            reason = quarantined[0][1] if quarantined else "no usable slice"
+            return Decoded(task.patient_id, task.series_id, {}, reason)
+        volumes = {
+            way: volume_of((slices[row].image for row in table["row"]), table, way).array
+            for way in ways
+        }
+        return Decoded(task.patient_id, task.series_id, volumes, "")
     except Exception as fault:  # the submission must not end with it, and the report names it
-        return Decoded(
-            task.patient_id,
-            task.series_id,
-            {},
-            " ".join(f"{type(fault).__name__}: {fault}".split()),
-        )
-
-
-def _decode(
-    task: SeriesTask, data: Path, convert: ConvertConfig, ways: Sequence[VolumeConfig]
-) -> Decoded:
-    cv2.setNumThreads(1)
-    slices, quarantined = decode_series_files(list_files(task.path, data), convert)
-    table = usable(slice_table(slices)) if slices else None
-    if table is None or table.is_empty():
-        reason = quarantined[0][1] if quarantined else "no usable slice"
+        reason = " ".join(f"{type(fault).__name__}: {fault}".split())
         return Decoded(task.patient_id, task.series_id, {}, reason)
-    volumes = {
-        way: volume_of((slices[row].image for row in table["row"]), table, way).array
-        for way in ways
-    }
-    return Decoded(task.patient_id, task.series_id, volumes, "")
 
 
 class Ahead:
@@ -154,11 +144,8 @@ class Ahead:
                     raise item
                 yield item
         finally:
-            self._close()
-
-    def _close(self) -> None:
-        self._stop.set()
-        # the one that works, whatever joblib gave it: to make another would wait for the series
-        # under way
-        with contextlib.suppress(OSError):  # there is none, where none can be made
-            get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)
+            self._stop.set()
+            # the one that works, whatever joblib gave it: to make another would wait for the
+            # series under way
+            with contextlib.suppress(OSError):  # there is none, where none can be made
+                get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)

@@ -1,5 +1,8 @@
 """Stage 08: predictions of the test patients."""
 
+from functools import cache
+from typing import Any
+
 from ..classifier.views import VIEWS, views
 from ..run import layout
 from ..run.manifest import finished, read_manifest
@@ -51,10 +54,18 @@ def predict_test(stage: Stage) -> None:
     if not stage.options.force:
         refuse_vanished_test(tasks, found, counts.get("predicted", 0), data)
     series = [one.fingerprint for one in found]
-    if stage.current(inputs | {"series": series}, SECTIONS, is_settled(stage.folder)):
+
+    @cache
+    def blend() -> Any:
+        from .inference import load_blend  # late: it imports torch
+
+        return load_blend(list(runs.values()), calibration)
+
+    # what the models refuse leaves the last submission as it was
+    if stage.current(inputs | {"series": series}, SECTIONS, is_settled(stage.folder), blend):
         return
     writer.write(path)
-    from .inference import fill_submission, load_blend
+    from .inference import fill_submission
 
     own = views(stage.config).get(VIEWS, [])
     for name, run in zip(names_of(runs.values()), runs.values(), strict=True):
@@ -65,9 +76,8 @@ def predict_test(stage: Stage) -> None:
                 f" {fitted}, not {own} (predict.flips, predict.phases): run stages 06 and 07 with"
                 " these (nothing is trained anew)"
             )
-    blend = load_blend(list(runs.values()), calibration)
     counts = fill_submission(
-        tasks, data, writer, blend, stage.config, path, stage.jobs, stage.started
+        tasks, data, writer, blend(), stage.config, path, stage.jobs, stage.started
     )
     check_submission(path, sample)
     stage.finish(counts, outputs=[layout.SUBMISSION_TABLE, layout.FALLBACKS])

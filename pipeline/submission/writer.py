@@ -14,7 +14,7 @@ from ..competition.targets import COLUMNS, TARGETS
 from ..run.manifest import read_manifest
 from ..system.console import log
 from ..system.errors import InputError
-from ..system.files import atomic_path
+from ..system.files import write_text
 
 SUM_TOLERANCE = 1e-6
 
@@ -29,11 +29,6 @@ class SubmissionWriter:
         self.rows = {patient: row for row, patient in enumerate(sample[KEY])}
         self.values = np.repeat(normalise(np.asarray(prior)[None]), len(self.rows), axis=0)
         self.predicted = np.zeros(len(self.rows), dtype=bool)
-
-    @property
-    def waiting(self) -> list[str]:
-        """Patients that still have the prior, in the sample's order."""
-        return [patient for patient, row in self.rows.items() if not self.predicted[row]]
 
     def update(self, patient_id: str, probabilities: np.ndarray) -> bool:
         """Fill in a patient's 13 probabilities (groups are normalised).
@@ -62,8 +57,7 @@ class SubmissionWriter:
 
     def write(self, path: Path) -> None:
         """Write the CSV atomically: a reader finds the last file or this one, whole."""
-        with atomic_path(path) as temporary:
-            self.table().write_csv(temporary)
+        write_text(path, self.table().write_csv())
 
 
 def is_settled(folder: Path) -> bool:
@@ -84,8 +78,7 @@ def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:
     patients in order and probabilities.
     """
     table = strict_table.load_table(path, [KEY, *COLUMNS])
-    header = strict_table.header(path)
-    if header != sample.columns:
+    if strict_table.header(path) != sample.columns:
         raise InputError(
             "columns or their order are not the sample's",
             f"{path} row 1",
@@ -98,13 +91,14 @@ def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:
             f"{path} column {KEY}",
             "write the sample's patients in its order",
         )
-    for target in TARGETS:
-        off = (pl.sum_horizontal(target.columns) - 1).abs() > SUM_TOLERANCE
-        rule = (
-            off,
+    rules = [
+        (
+            (pl.sum_horizontal(target.columns) - 1).abs() > SUM_TOLERANCE,
             target.columns[0],
             f"the {target.name} columns do not sum to 1",
             "normalise the group",
         )
-        strict_table.Table(str(path), frame).refuse(rule)
+        for target in TARGETS
+    ]
+    strict_table.Table(str(path), frame).refuse(*rules)
     return frame.drop(ROW).select(sample.columns)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.competition import tables
+from pipeline.competition.strict_table import ROW, load_table
 from pipeline.competition.targets import COLUMNS, TARGETS
 from pipeline.system.errors import InputError
 
@@ -36,6 +37,16 @@ def write(folder: Path, name: str, rows: list[str] | bytes) -> Path:
     path = folder / name
     path.write_bytes(rows if isinstance(rows, bytes) else ("\n".join(rows) + "\n").encode())
     return path
+
+
+def labels_of(folder: Path, text: bytes) -> pl.DataFrame:
+    write(folder, "train.csv", text)
+    return tables.read_labels(folder)
+
+
+def read_predictions(path: Path, series: bool) -> pl.DataFrame:
+    keys = ["patient_id", "series_id"] if series else ["patient_id"]
+    return tables.check_predictions(load_table(path, [*keys, *COLUMNS], ["fold"])).drop(ROW)
 
 
 def refused(read, *parts: str) -> str:
@@ -69,14 +80,14 @@ def test_reads_labels_with_string_ids(tmp_path):
     ids=["no any_injury", "extra column", "empty lines", "floats"],
 )
 def test_accepts_what_means_the_same(tmp_path, rows):
-    expected = tables.read_labels_file(write(tmp_path, "plain.csv", ROWS))
-    assert tables.read_labels_file(write(tmp_path, "train.csv", rows)).equals(expected)
+    expected = labels_of(tmp_path, "\n".join(ROWS).encode())
+    assert labels_of(tmp_path, "\n".join(rows).encode()).equals(expected)
 
 
 def test_accepts_byte_order_mark_and_windows_line_ends(tmp_path):
-    expected = tables.read_labels_file(write(tmp_path, "plain.csv", ROWS))
-    path = write(tmp_path, "train.csv", b"\xef\xbb\xbf" + "\r\n".join(ROWS).encode())
-    assert tables.read_labels_file(path).equals(expected)
+    expected = labels_of(tmp_path, "\n".join(ROWS).encode())
+    found = labels_of(tmp_path, b"\xef\xbb\xbf" + "\r\n".join(ROWS).encode())
+    assert found.equals(expected)
 
 
 @pytest.mark.parametrize(
@@ -300,13 +311,13 @@ def test_predictions_of_both_kinds_and_formats(tmp_path):
     frame.with_columns(
         pl.col("patient_id", "series_id").cast(pl.Int64), fold=pl.lit(1)
     ).write_parquet(tmp_path / "oof.parquet")
-    read = tables.read_predictions(tmp_path / "oof.csv", series=True)
+    read = read_predictions(tmp_path / "oof.csv", series=True)
     assert read.equals(frame)
-    assert tables.read_predictions(tmp_path / "oof.parquet", series=True).equals(
+    assert read_predictions(tmp_path / "oof.parquet", series=True).equals(
         frame.with_columns(fold=pl.lit(1, dtype=pl.Int64))
     )
     refused(
-        lambda: tables.read_predictions(tmp_path / "oof.csv", series=False),
+        lambda: read_predictions(tmp_path / "oof.csv", series=False),
         "patient '10000' is there twice",
         "row 11",
     )
@@ -314,13 +325,13 @@ def test_predictions_of_both_kinds_and_formats(tmp_path):
         tmp_path / "float.parquet"
     )
     refused(
-        lambda: tables.read_predictions(tmp_path / "float.parquet", series=True),
+        lambda: read_predictions(tmp_path / "float.parquet", series=True),
         "ids are of type Float64",
         "column patient_id",
     )
     write(tmp_path, "bad.parquet", b"PAR1 no parquet")
     refused(
-        lambda: tables.read_predictions(tmp_path / "bad.parquet", series=True),
+        lambda: read_predictions(tmp_path / "bad.parquet", series=True),
         "not readable as a table",
         "bad.parquet",
     )

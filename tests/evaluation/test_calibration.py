@@ -409,6 +409,19 @@ def run_stage(folder: Path, *more: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+def test_tables_that_are_refused_leave_the_last_scores_finished(tmp_path):
+    paths, _ = write_oof(tmp_path)
+    assert run_stage(tmp_path, "score.nested_folds=3", "--oof", str(paths[0])).returncode == 0
+    folder = tmp_path / "out" / layout.SCORES
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "bad.csv").write_text("patient_id,series_id\n1,2\n")
+    done = run_stage(tmp_path, "score.nested_folds=3", "--oof", str(tmp_path / "bad.csv"))
+    assert done.returncode == 2
+    assert "bad.csv" in done.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.slow
 def test_stage_06_blends_files_of_others(tmp_path):
     paths, labels = write_oof(tmp_path)
     done = run_stage(tmp_path, "score.nested_folds=3", "--oof", *map(str, paths))

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.competition import tables
+from pipeline.competition.strict_table import load_table
 from pipeline.competition.targets import COLUMNS
 from pipeline.system.errors import InputError
 
@@ -48,7 +49,9 @@ READ = {
     "test_series_meta.csv": lambda data: tables.read_series(data, "test"),
     "image_level_labels.csv": tables.read_slice_labels,
     "sample_submission.csv": tables.read_sample_submission,
-    "oof.csv": lambda data: tables.read_predictions(data / "oof.csv", series=True),
+    "oof.csv": lambda data: tables.check_predictions(
+        load_table(data / "oof.csv", ["patient_id", "series_id", *COLUMNS])
+    ),
 }
 IDS = st.sampled_from(["", "..", "a\\b", ".x", "x" * 65, "a\tb", "\x7f", " 5"]) | st.from_regex(
     r"\A[a-z]{1,4}(/|\.\.)[a-z]{0,4}\Z"

@@ -789,8 +789,13 @@ def test_a_model_that_failed_is_tried_again_and_a_spent_budget_is_told(tmp_path,
 
 
 def test_models_of_slices_turned_otherwise_are_refused(smoke, tmp_path, monkeypatch, capfd):
-    """A feet-first series would be predicted as the mirror image of what the models know."""
+    """A feet-first series would be predicted as the mirror image of what the models know. The
+    submission that is there stays, as finished as it was.
+    """
+    shutil.copytree(smoke / layout.SUBMISSION, folder := tmp_path / layout.SUBMISSION)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     assert stage_08(smoke, tmp_path, monkeypatch, "convert.flip_hfs=true") == 2
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
     line = capfd.readouterr().err
     assert "trained on slices turned otherwise" in line
     assert "give convert.flip_hfs=false" in line
