@@ -175,11 +175,12 @@ def correct(rows: Sequence[dict[str, Any]], primary: tuple[str, str] | None) -> 
         named = primary is not None and (row["variant"], row["reference"]) == tuple(primary)
         row["role"] = "primary" if named else "exploratory"
     for figure in FIGURES:
-        found = [(row["role"], row["figures"][figure]["difference"]) for row in rows]
-        alone = [one for role, one in found if role == "primary" and figure == "score"]
-        many = [one for _, one in found if one["p"] is not None and one not in alone]
-        for one in (one for _, one in found):
+        many = []
+        for row in rows:
+            one = row["figures"][figure]["difference"]
             one["q"] = one["p"]
+            if one["p"] is not None and (row["role"], figure) != ("primary", "score"):
+                many.append(one)
         if many:
             qs = stats.false_discovery_control([one["p"] for one in many])
             for one, q in zip(many, qs.tolist(), strict=True):

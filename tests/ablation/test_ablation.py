@@ -306,6 +306,12 @@ def test_all_but_the_primary_comparison_are_corrected_for_being_many():
     found = [row["figures"]["score"]["difference"]["q"] for row in named]
     assert found[2] == 0.04
     assert found[:2] + found[3:] == pytest.approx(by_hand([0.03, 0.001, 0.02, 0.9]))
+    ps[0] = 0.04  # the very figures of the primary pair: corrected all the same
+    correct(same := rows(), ("c", "z"))
+    found = [row["figures"]["score"]["difference"]["q"] for row in same]
+    assert found[2] == 0.04
+    assert found[:2] + found[3:] == pytest.approx(by_hand([0.04, 0.001, 0.02, 0.9]))
+    ps[0] = 0.03
     found = [row["figures"]["mAP"]["difference"]["q"] for row in named]
     assert found == pytest.approx(by_hand(ps)), "it was named for the score alone"
     score = [row["figures"]["score"]["difference"] for row in named]
