@@ -5,7 +5,6 @@ The competition's five labels become four organs: left and right kidney are one,
 target of the competition, and the side of a kidney is no more than its place.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +125,5 @@ def with_masks(
 
 def slice_table(volumes: Path, slices: Path) -> Path:
     """The slice index that the volumes were made from."""
-    beside: Sequence[Path] = [volumes / layout.SLICE_TABLE]
-    return next((path for path in beside if path.is_file()), slices / layout.INDEX)
+    beside = volumes / layout.SLICE_TABLE
+    return beside if beside.is_file() else slices / layout.INDEX

@@ -105,9 +105,9 @@ class OrganTrainer:
                 self.unread, self.done = figures, step + 1
                 if not reads_late(self.device):
                     self._read()
-                self._leave_if_asked()
                 if self.done % self.options.log_every == 0 or self.done == self.options.steps:
                     write(self._row())
+                self._leave_if_asked()  # with the step's row: the next one begins after it
                 due = self.done % self.options.checkpoint_every == 0
                 if due and self.done < self.options.steps:
                     self.save()
