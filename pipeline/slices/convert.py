@@ -9,10 +9,11 @@ hangs or fools a decoder costs that file only, and the rest of its series is wha
 without it.
 """
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -31,7 +32,7 @@ from .geometry import (
 )
 from .readers import SliceRead, Unreadable, reader_of
 from .sources import Listing
-from .window import AIR_HU, HIGH_HU, LOW_HU, Stored, grey
+from .window import AIR_HU, HIGH_HU, LOW_HU, Stored, grey, integers
 
 
 class SliceImage(NamedTuple):
@@ -78,20 +79,14 @@ def _holds_air(pixels: np.ndarray | Stored) -> bool:
         return bool((pixels < AIR_HU).any())
     # seldom asked of all pixels: a corner or two tell of air
     for words in (pixels.words[::8, ::8], pixels.words):
-        low, high = _extremes(words, pixels)
+        found = integers(words.astype(np.int64), pixels.bits, pixels.signed)
+        low, high = sorted(
+            float(end) * pixels.slope + pixels.intercept for end in (found.min(), found.max())
+        )
         # MONOCHROME1 counts after the window, 255 minus grey: its air may lie at the other end
         if low < AIR_HU or (pixels.inverted and high > LOW_HU + HIGH_HU - AIR_HU):
             return True
     return False
-
-
-def _extremes(words: np.ndarray, stored: Stored) -> tuple[float, float]:
-    """The smallest and the largest HU of bit patterns (h, w)."""
-    values = words.astype(np.int64) & ((1 << stored.bits) - 1)
-    if stored.signed:
-        values -= (values >> (stored.bits - 1)) << stored.bits
-    ends = [float(end) * stored.slope + stored.intercept for end in (values.min(), values.max())]
-    return min(ends), max(ends)
 
 
 def _windowed(read: SliceRead) -> tuple[np.ndarray, Picture]:
@@ -125,7 +120,7 @@ def pictures(
     reader = reader_of(listing.files[0]) if listing.files else None
     if reader is None:
         return
-    module = reader.load()  # here, so that no child has to
+    module = importlib.import_module(reader.module)  # here, so that no child has to
     if reader.volume:
         file = listing.files[0]
         try:
@@ -200,15 +195,16 @@ def _in_mm(pictures: Sequence[Picture]) -> list[Picture]:
     if factor == 1:
         return list(pictures)
 
-    def scaled(picture: Picture) -> Picture:
-        spacing = [None if mm is None else mm * factor for mm in picture.spacing]
-        at = picture.placement.position
-        position = None if at is None else [value * factor for value in at]
-        return picture._replace(
-            spacing=spacing, placement=picture.placement._replace(position=position)
-        )
+    def scaled(lengths: Sequence[float | None] | None) -> Any:
+        return None if lengths is None else [mm and mm * factor for mm in lengths]
 
-    return [scaled(picture) for picture in pictures]
+    return [
+        picture._replace(
+            spacing=scaled(picture.spacing),
+            placement=picture.placement._replace(position=scaled(picture.placement.position)),
+        )
+        for picture in pictures
+    ]
 
 
 def _flags(pictures: Sequence[Picture]) -> list[list[str]]:

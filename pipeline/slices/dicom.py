@@ -77,13 +77,6 @@ def _frame(header: Header) -> memoryview:
     return frame
 
 
-def _padding(segment: memoryview) -> int:
-    """Bytes that zeros behind the data of an RLE segment may decode to: a pair of zeros is a run of
-    one zero.
-    """
-    return (len(segment) - len(bytes(segment).rstrip(b"\0"))) // 2
-
-
 def _segment(segment: memoryview, size: int) -> np.ndarray:
     """One PackBits plane (size,): what decodes to more than padding explains has runs too many
     somewhere, and its pixels may be shifted.
@@ -97,7 +90,10 @@ def _segment(segment: memoryview, size: int) -> np.ndarray:
     except imagecodecs.PackbitsError as fault:
         cut = "CORRUPT" in str(fault)
         raise Unreadable(f"damaged RLE: a {'run is cut off' if cut else SIZE_DIFFERS}") from None
-    if len(plane) != size and not size < len(plane) <= size + _padding(segment):
+    # zeros behind the data may decode too: a pair of them is a run of one zero
+    if len(plane) != size and not size < len(plane) <= size + (
+        (len(segment) - len(bytes(segment).rstrip(b"\0"))) // 2
+    ):
         raise Unreadable(f"damaged RLE: a {SIZE_DIFFERS}")
     return plane[:size]
 
@@ -138,10 +134,6 @@ def _segments(frame: bytes) -> Iterator[tuple[int, int]]:
         at += 2 + length
 
 
-def _is_frame_header(marker: int) -> bool:
-    return 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7
-
-
 def _codestream(frame: bytes, syntax: str) -> tuple[int, int, int, int]:
     """Rows, columns, components and bits a sample that a JPEG, JPEG-LS or JPEG 2000 stream
     declares; ValueError where it does not.
@@ -154,7 +146,7 @@ def _codestream(frame: bytes, syntax: str) -> tuple[int, int, int, int]:
         )
         return y1 - y0, x1 - x0, components, (depth & 0x7F) + 1
     for marker, at in _segments(frame):
-        if _is_frame_header(marker):
+        if marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             depth, rows, cols, components = struct.unpack_from(">BHHB", frame, at + 4)
             return rows, cols, components, depth
     raise ValueError("no frame header")
@@ -319,10 +311,8 @@ def _padding_range(header: Header) -> tuple[int, int] | None:
 
 def _spacing(header: Header) -> tuple[float | None, ...]:
     """(y, x) of a pixel in mm; the detector's where the picture's own is not said, else none."""
-    for spacing in (header.spacing, header.detector_spacing):
-        if spacing and min(spacing) > 0:
-            return spacing
-    return None, None
+    said = (header.spacing, header.detector_spacing)
+    return next((spacing for spacing in said if spacing and min(spacing) > 0), (None, None))
 
 
 def _content(file: str, max_pixels: int) -> bytes:

@@ -330,8 +330,6 @@ def not_ct(modality: str, sop_class: str) -> str:
     What a modality and a SOP class are called identifies nobody; a value that is no name is not
     repeated.
     """
-    if modality in ("", "CT") and sop_class in CT_CLASSES:
-        return ""
     kinds = modality.upper().replace(" ", "").split("\\")
     if modality and "CT" not in kinds:
         known = re.fullmatch("[A-Z]{2,16}", kinds[0])

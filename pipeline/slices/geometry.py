@@ -120,25 +120,9 @@ def is_cut(image: np.ndarray) -> bool:
         return False
     padded = np.zeros(len(full) + 6, full.dtype)
     padded[3:-3] = full
-    for next_to_it, further_in in ((4, 6), (2, 0)):  # to the right and to the left of a dark column
-        edge, inner = padded[dark + next_to_it], padded[dark + further_in]
-        if ((edge >= enough) & (edge >= 0.85 * inner)).any():
-            return True
-    return False
-
-
-def _normal(orientation: Sequence[float] | None) -> tuple[float, float, float]:
-    a, b, c, d, e, f = _directions(orientation)
-    return b * f - c * e, c * d - a * f, a * e - b * d
-
-
-def _is_axial(normal: Sequence[float]) -> bool:
-    return abs(normal[2]) >= 0.5**0.5
-
-
-def _commonest(normals: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    rounded = Counter(tuple(round(part, 3) for part in normal) for normal in normals)
-    return rounded.most_common(1)[0][0]
+    # to the right and to the left of a dark column: the next one, and that two further in
+    sides = ((padded[dark + 4], padded[dark + 6]), (padded[dark + 2], padded[dark]))
+    return any(((edge >= enough) & (edge >= 0.85 * inner)).any() for edge, inner in sides)
 
 
 def _heights(slices: Sequence[Placement], common: tuple[float, ...], flip_hfs: bool) -> np.ndarray:
@@ -255,13 +239,15 @@ def arrange(slices: Sequence[Placement], flip_hfs: bool = False) -> list[Place]:
     """
     if not slices:
         return []
-    normals = [_normal(item.orientation) for item in slices]
-    common = _commonest([normal for normal in normals if _is_axial(normal)] or normals)
+    o = np.array([_directions(item.orientation) for item in slices], np.float64)
+    normals = np.cross(o[:, :3], o[:, 3:])
+    upright = np.abs(normals[:, 2]) >= 0.5**0.5
+    chosen = normals[upright] if upright.any() else normals
+    rounded = Counter(tuple(round(part, 3) for part in normal) for normal in chosen.tolist())
+    common = rounded.most_common(1)[0][0]
     z = _heights(slices, common, flip_hfs)
     instances = np.array([item.instance for item in slices], np.float64)
-    tilted = np.array(
-        [not _is_axial(one) or abs(np.dot(one, common)) < PARALLEL for one in normals]
-    )
+    tilted = ~upright | (np.abs(normals @ common) < PARALLEL)
     by_number = np.argsort(instances, kind="stable")
     # a scout view may lie anywhere
     axial = by_number[np.isfinite(z[by_number]) & ~tilted[by_number]]
@@ -325,7 +311,5 @@ def millimetres(spacings: Sequence[float | None]) -> float:
     """
     known = [mm for mm in spacings if mm is not None and np.isfinite(mm) and mm > 0]
     middle = float(np.median(known)) if known else 1.0
-    for factor in (1e3, 1e-3):
-        if not PIXEL_MM[0] <= middle <= PIXEL_MM[1] and 0.1 <= middle * factor <= 5.0:
-            return factor
-    return 1.0
+    factors = () if PIXEL_MM[0] <= middle <= PIXEL_MM[1] else (1e3, 1e-3)
+    return next((factor for factor in factors if 0.1 <= middle * factor <= 5.0), 1.0)

@@ -102,9 +102,11 @@ def _verify(path: Path) -> None:
 
 
 @functools.lru_cache(1)
-def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.ndarray] | Unreadable:
+def _load(
+    path: Path, max_pixels: int, state: tuple[int, int]
+) -> tuple[np.ndarray, float, float, np.ndarray] | Unreadable:
     """Stored values (x to the left, y to the back, z down), slope, intercept, and the affine of
-    these axes to LPS millimetres.
+    these axes to LPS millimetres; `state` is when the file was written and its size.
 
     What is wrong with a damaged file is returned, not raised, and so found once, not for each
     slice.
@@ -125,6 +127,22 @@ def _load(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.nda
     return stored, float(image.dataobj.slope), float(image.dataobj.inter), affine
 
 
+def _loaded(path: Path, max_pixels: int) -> tuple[np.ndarray, float, float, np.ndarray]:
+    """What `_load` gives, anew where the file has been written again meanwhile.
+
+    Raises:
+        Unreadable: damaged data.
+    """
+    try:
+        found = path.stat()
+    except OSError as fault:
+        raise _refusal(fault) from None
+    loaded = _load(path, max_pixels, (found.st_mtime_ns, found.st_size))
+    if isinstance(loaded, Unreadable):
+        raise loaded
+    return loaded
+
+
 def nifti_slice(
     path: Path, k: int, max_pixels: int
 ) -> tuple[np.ndarray, list[float], list[float], tuple[float, float]]:
@@ -136,10 +154,7 @@ def nifti_slice(
     Raises:
         Unreadable: damaged data, or values that are not finite.
     """
-    loaded = _load(path, max_pixels)
-    if isinstance(loaded, Unreadable):
-        raise loaded
-    stored, slope, intercept, affine = loaded
+    stored, slope, intercept, affine = _loaded(path, max_pixels)
     hu = stored[:, :, k].T.astype(np.float64) * slope + intercept
     nothing = np.isnan(hu)
     if nothing.all() or np.isinf(hu).any():
@@ -165,10 +180,7 @@ def read_labels(path: Path, max_pixels: int, labels: int) -> tuple[np.ndarray, n
     Raises:
         Unreadable: no NIfTI, damaged, orientation unknown, or other values than 0 to `labels`.
     """
-    loaded = _load(path, max_pixels)
-    if isinstance(loaded, Unreadable):
-        raise loaded
-    stored, slope, intercept, affine = loaded
+    stored, slope, intercept, affine = _loaded(path, max_pixels)
     values = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
     with np.errstate(invalid="ignore"):  # NaN is no label either
         found = np.ascontiguousarray(values.transpose(2, 1, 0).astype(np.uint8))

@@ -1,15 +1,13 @@
 """How large the slices of a data set become as PNG: a sample is converted, nothing is written."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..run.config import ConvertConfig
-from ..system.contained import Failure
-from .convert import pictures
+from .convert import Picture, pictures
 from .png import encode_png
 from .readers import reader_of
 from .sources import Found, SeriesTask, list_files
@@ -39,21 +37,21 @@ def _measure(
     task: SeriesTask, phase: float, data: Path, config: ConvertConfig
 ) -> tuple[float, float, int]:
     """Mean bytes of a slice as PNG and in memory, and how many slices there are; 0 of none."""
-    listing = list_files(task.path, data)
-    reader = reader_of(listing.files[0])
-    if reader and reader.volume:
-        kept = partial(pictures, listing, config)
-    else:
-        files = [listing.files[k] for k in _sample(len(listing.files), phase)]
-        kept = partial(pictures, listing._replace(files=files), config)
-    made = [one.image for _, one in kept() if not isinstance(one, Failure)]
-    images = [image for image in made if image is not None]
+    listing, volume = list_files(task.path, data), _is_volume(task)
+    number = len(listing.files)
+    places = range(number) if volume else _sample(number, phase)
+    part = listing._replace(files=[listing.files[k] for k in places])
+    images = [
+        one.image
+        for _, one in pictures(part, config)
+        if isinstance(one, Picture) and one.image is not None
+    ]
     if not images:
         return 0.0, 0.0, 0
-    count = len(images) if reader and reader.volume else len(listing.files)
     chosen = [images[k] for k in _sample(len(images), phase)]
     png = np.mean([-(-len(encode_png(image)) // BLOCK) * BLOCK for image in chosen])
-    return float(png) + ROW_BYTES, float(np.mean([image.size for image in chosen])), count
+    memory = np.mean([image.size for image in chosen])
+    return float(png) + ROW_BYTES, float(memory), len(images) if volume else number
 
 
 def sizes(series: Sequence[tuple[SeriesTask, Found]], data: Path, config: ConvertConfig) -> Sizes:
@@ -70,14 +68,12 @@ def sizes(series: Sequence[tuple[SeriesTask, Found]], data: Path, config: Conver
         phases = [(k + 0.5) / count for k in range(count if part else 0)]
         places = {int(phase * len(part)): phase for phase in phases}
         measured = [_measure(part[k][0], places[k], data, hasty) for k in sorted(places)]
-        seen = [one for one in measured if one[2]]
-        if not seen:
+        seen = np.array([one for one in measured if one[2]])
+        if not len(seen):
             continue
-        weight = np.array([count for _, _, count in seen], float)
-        each = float(np.average([one[0] for one in seen], weights=weight))
-        memory = float(np.average([one[1] for one in seen], weights=weight))
-        files = weight.mean() * len(part) if volume else sum(one.files for _, one in part)
-        most = weight.max() if volume else max(one.files for _, one in part)
+        each, memory = np.average(seen[:, :2], axis=0, weights=(slices := seen[:, 2]))
+        files = slices.mean() * len(part) if volume else sum(one.files for _, one in part)
+        most = slices.max() if volume else max(one.files for _, one in part)
         total, png = total + int(files), png + each * files
         largest = max(largest, memory * most)
     return Sizes(total, int(png), int(largest))

@@ -14,11 +14,10 @@ header.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # whoever lists files only loads no pixel library
     import numpy as np
@@ -69,10 +68,6 @@ class Reader:
     def stem(self, name: str) -> str:
         """The name of such a file without its ending."""
         return name[: name.lower().index(self.endings[0])]
-
-    def load(self) -> Any:
-        """The module that reads such files."""
-        return importlib.import_module(self.module)
 
 
 READERS: tuple[Reader, ...] = (

@@ -63,14 +63,10 @@ class Listing(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What of a series is there: fingerprint, number and bytes of its files, the name of one of
-    them, and why there is none.
-    """
+    """What of a series is there: fingerprint and number of its files, and why there is none."""
 
     fingerprint: str
     files: int
-    bytes: int
-    example: str
     reason: str
 
 
@@ -255,22 +251,11 @@ def look_at(tasks: Sequence[SeriesTask], data: Path) -> list[Found]:
 
     def look(task: SeriesTask) -> Found:
         listing = list_files(task.path, data)
-        files = listing.files
-        return Found(
-            listing.fingerprint,
-            len(files),
-            listing.bytes,
-            files[len(files) // 2] if files else "",
-            "" if files else listing.refused[0][1],
-        )
+        reason = "" if listing.files else listing.refused[0][1]
+        return Found(listing.fingerprint, len(listing.files), reason)
 
     with ThreadPoolExecutor(16) as threads:
         return list(threads.map(look, tasks))
-
-
-def fingerprints(tasks: Sequence[SeriesTask], data: Path) -> list[str]:
-    """Of every series' input files: names, sizes and times."""
-    return [found.fingerprint for found in look_at(tasks, data)]
 
 
 def list_files(path: str | Path, data: str | Path) -> Listing:
@@ -298,8 +283,8 @@ def list_files(path: str | Path, data: str | Path) -> Listing:
             slices = _of_one_kind(there, single)
             ignored = Counter(
                 "folder" if entry.is_dir() else kind_of(entry.name)
-                for entry in there
-                if entry not in slices and not entry.name.startswith(".")
+                for entry in {*there} - {*slices}
+                if not entry.name.startswith(".")
             )
             for entry in slices:
                 if entry.is_symlink() and outside(os.fspath(entry)):

@@ -1,11 +1,15 @@
 """Stage 01: DICOM and NIfTI series to PNG slices."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from ..run import layout, room
 from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
 from ..system.console import log
 from ..system.errors import InputError
-from .sources import SeriesTask, plan
+from .sources import Found, SeriesTask, plan
 
 
 def tasks_of(stage: Stage) -> tuple[list[SeriesTask], list[SeriesTask]]:
@@ -31,6 +35,30 @@ def tasks_of(stage: Stage) -> tuple[list[SeriesTask], list[SeriesTask]]:
     return planned, tasks
 
 
+def sources_of(
+    stage: Stage, version: int | list[int], sections: Sequence[str]
+) -> tuple[Path, list[SeriesTask], list[Found], dict[str, Any]]:
+    """The data folder, the series to read, what is there of them, and the inputs of a stage that
+    was made by the code of `version`.
+
+    Raises:
+        InputError: nothing is there, or nearly nothing of what the stage was made from.
+    """
+    from . import presence, sources
+
+    data = stage.image_data
+    planned, tasks = tasks_of(stage)
+    found = sources.look_at(tasks, data)
+    presence.refuse_absent(tasks, found, data)
+    named = [
+        [task.name, task.source, one.fingerprint] for task, one in zip(tasks, found, strict=True)
+    ]
+    inputs = {"series": digest(named), "version": version}
+    if not stage.options.force and not stage.made_from(inputs, sections):
+        presence.refuse_vanished(planned, tasks, found, stage.folder / layout.INDEX, data)
+    return data, tasks, found, inputs
+
+
 @stage_function(layout.SLICES)
 def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
     """Convert the series of the table and the unlabelled ones that are new or changed."""
@@ -40,17 +68,7 @@ def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
         return
     from . import presence, sources
 
-    data = stage.image_data
-    planned, tasks = tasks_of(stage)
-    found = sources.look_at(tasks, data)
-    presence.refuse_absent(tasks, found, data)
-    prints = [one.fingerprint for one in found]
-    series = digest(
-        [[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)]
-    )
-    inputs = {"series": series, "version": sources.VERSION}
-    if not stage.options.force and not stage.made_from(inputs, ["convert"]):
-        presence.refuse_vanished(planned, tasks, found, stage.folder / layout.INDEX, data)
+    data, tasks, found, inputs = sources_of(stage, sources.VERSION, ["convert"])
     if stage.current(inputs, ["convert"], sources.is_whole(stage.folder, tasks)):
         return
     from . import store as slice_store
@@ -70,7 +88,7 @@ def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
 
     counts = slice_store.convert_all(
         tasks,
-        prints,
+        [one.fingerprint for one in found],
         data,
         stage.folder,
         stage.config.convert,

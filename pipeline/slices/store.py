@@ -176,13 +176,13 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
         pictures = _picture_bytes(folder)
     except (OSError, ValueError):
         return None
-    if (
-        not isinstance(sidecar, dict)
-        or sidecar.get("fingerprint") != fingerprint
-        or sidecar["pictures"] != pictures
-    ):
-        return None
-    return None if is_passing(sidecar) else sidecar
+    done = (
+        isinstance(sidecar, dict)
+        and sidecar.get("fingerprint") == fingerprint
+        and sidecar["pictures"] == pictures
+        and not is_passing(sidecar)
+    )
+    return sidecar if done else None
 
 
 def is_passing(sidecar: dict[str, Any]) -> bool:
@@ -210,9 +210,7 @@ def convert_all(
         _remove_others(target, {task.name for task in tasks})
 
     def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
-        sidecar = (
-            None if force else _finished(target / task.name, series_fingerprint(files, config))
-        )
+        sidecar = _finished(target / task.name, series_fingerprint(files, config))
         return sidecar and with_frame(task, sidecar)
 
     with ThreadPoolExecutor(16) as threads:  # a shared file system answers slowly

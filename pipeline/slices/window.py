@@ -64,11 +64,17 @@ def _between(stored: Stored, low: int, high: int) -> np.ndarray:
     every, bits = stored.words.astype(np.int32), 8 * stored.words.itemsize
     found = np.zeros(every.shape, bool)
     for count in {bits, stored.bits}:
-        values = every & ((1 << count) - 1)
-        if stored.signed:
-            values -= (values >> (count - 1)) << count
+        values = integers(every, count, stored.signed)
         found |= (values >= low) & (values <= high)
     return found
+
+
+def integers(words: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """What bit patterns in a type of more bits mean: only the low `bits` count, sign-extended where
+    `signed`.
+    """
+    sign = signed << bits >> 1
+    return (words & ((1 << bits) - 1) ^ sign) - sign
 
 
 def window(hu: np.ndarray) -> np.ndarray:
@@ -82,13 +88,8 @@ def window(hu: np.ndarray) -> np.ndarray:
 def lookup(
     size: int, bits: int, signed: bool, slope: float, intercept: float, inverted: bool
 ) -> np.ndarray:
-    """Window values of all `size` (256 or 65536) bit patterns: only the low `bits` count,
-    sign-extended where `signed`.
-    """
-    values = np.arange(size) & ((1 << bits) - 1)
-    if signed:
-        values -= (values >> (bits - 1)) << bits
-    table = window(values * np.float64(slope) + intercept)
+    """Window values of all `size` (256 or 65536) bit patterns, as `integers` reads them."""
+    table = window(integers(np.arange(size), bits, signed) * np.float64(slope) + intercept)
     return 255 - table if inverted else table
 
 

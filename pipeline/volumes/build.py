@@ -42,12 +42,13 @@ def common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize (h, w) to fit (height, width) with its aspect kept, centred on black."""
-    rows, cols = image.shape
-    if (rows, cols) == (height, width):
-        return image
-    scale = min(height / rows, width / cols)
-    inner = max(1, round(rows * scale)), max(1, round(cols * scale))
-    return _centre(_resize(image, *inner), height, width)
+    return _centre(_resize(image, *_fitting(image.shape, height, width)), height, width)
+
+
+def _fitting(sides: Sequence[float], height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels of the largest of the form of `sides` within (height, width)."""
+    scale = min(height / sides[0], width / sides[1])
+    return max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale))
 
 
 def match_plane(
@@ -121,8 +122,7 @@ def fit_plane(box_mm: tuple[float, float], config: VolumeConfig) -> tuple[int, i
     """
     if config.aspect == "stretch":
         return config.height, config.width
-    scale = min(config.height / box_mm[0], config.width / box_mm[1])
-    return max(1, round(box_mm[0] * scale)), max(1, round(box_mm[1] * scale))
+    return _fitting(box_mm, config.height, config.width)
 
 
 def _stored(part: np.ndarray, inner: tuple[int, int], config: VolumeConfig) -> np.ndarray:

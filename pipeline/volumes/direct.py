@@ -6,7 +6,7 @@ files that became no slice lie beside the volumes.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ def _finished(
     path = _volume_path(task, target)
     try:
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        found = sidecar["slices"]
-        table = with_frame(task, found)["rows"].select(SLICE_COLUMNS)
+        found = with_frame(task, sidecar["slices"])
+        table = found["rows"].select(SLICE_COLUMNS)
         if (
             found["fingerprint"] != series_fingerprint(files, convert)
             or sidecar["fingerprint"] != volume_fingerprint(table, config)
@@ -93,7 +93,7 @@ def _finished(
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return sidecar
+    return {**sidecar, "slices": found}
 
 
 def build_directly(
@@ -119,25 +119,21 @@ def build_directly(
     missing = [k for k, sidecar in enumerate(done) if sidecar is None]
     work = partial(read_series, data=data, target=target, convert=convert, config=config)
 
-    def read_missing() -> Iterator[tuple[int, Any]]:
-        answers = spread(work, [tasks[k] for k in missing], jobs, scheduler)
-        yield from progress(answers, len(missing), "volumes", "series")
-
     def build_missing() -> None:
-        for number, answer in read_missing():
+        answers = spread(work, [tasks[k] for k in missing], jobs, scheduler)
+        for number, answer in progress(answers, len(missing), "volumes", "series"):
             k = missing[number]
             if isinstance(answer, Failure):
                 found = describe_lost(tasks[k], prints[k], data, convert, answer.reason)
                 answer = _note(tasks[k], target, found, None, "")
-            done[k] = answer
+            done[k] = {**answer, "slices": with_frame(tasks[k], answer["slices"])}
 
     _, seconds = timed(build_missing)
     remove_temporaries(target)  # of workers that were killed
-    return _write_all(tasks, done, missing, target, seconds, tidy)
+    return _write_all(done, missing, target, seconds, tidy)
 
 
 def _write_all(
-    tasks: Sequence[SeriesTask],
     done: Sequence[dict[str, Any] | None],
     missing: Sequence[int],
     target: Path,
@@ -146,7 +142,7 @@ def _write_all(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The tables of a run: slices, quarantine, volumes."""
     notes = [one for one in done if one]
-    slices = [with_frame(task, one["slices"]) for task, one in zip(tasks, notes, strict=True)]
+    slices = [one["slices"] for one in notes]
     path = target / layout.SLICE_TABLE
     conversion = write_tables(path, slices, [slices[k] for k in missing], seconds)
     seen = [k for k, one in enumerate(slices) if len(one["rows"])]

@@ -125,15 +125,19 @@ def even_slices(
     S in all, and the channels of a slice; of several phases, which lie between each other, (phases,
     S * channels, size, size).
     """
-    depth, views = len(volume), []
-    for k in range(phases):
-        parts = []
-        for window, count in zip(windows, config.region_slices, strict=True):
-            first, end = plane_range(window, depth)
-            positions = slice_positions(end - first, count, phase=(k + 0.5) / phases)
-            around = with_neighbours(first + positions, depth, config.channels)
-            parts.append(take_slices(volume, around, config, window=window))
-        views.append(np.concatenate(parts) if len(parts) > 1 else parts[0])
+    ranges = [plane_range(window, len(volume)) for window in windows]
+    views = [
+        _seen(
+            volume,
+            config,
+            windows,
+            [
+                first + slice_positions(end - first, count, phase=(k + 0.5) / phases)
+                for (first, end), count in zip(ranges, config.region_slices, strict=True)
+            ],
+        )
+        for k in range(phases)
+    ]
     return np.stack(views) if phases > 1 else views[0]
 
 
@@ -144,11 +148,23 @@ def all_planes(
     a volume (D, H, W), one window after another, and the channels of a plane, as a classifier sees
     it when it predicts.
     """
-    depth, parts = len(volume), []
-    for window in windows:
-        around = with_neighbours(np.arange(*plane_range(window, depth)), depth, config.channels)
-        parts.append(take_slices(volume, around, config, window=window))
-    return np.concatenate(parts)
+    planes = [np.arange(*plane_range(window, len(volume))) for window in windows]
+    return _seen(volume, config, windows, planes)
+
+
+def _seen(
+    volume: np.ndarray,
+    config: TrainConfig,
+    windows: Sequence[Window | None],
+    planes: Sequence[np.ndarray],
+) -> np.ndarray:
+    """The `planes` (S,) of each of `windows`, one window after another, with their neighbours."""
+    depth, channels = len(volume), config.channels
+    parts = [
+        take_slices(volume, with_neighbours(own, depth, channels), config, window=window)
+        for own, window in zip(planes, windows, strict=True)
+    ]
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def resample_planes(volume: np.ndarray, depth: int, chosen: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Stage 02: slices, or the images themselves, to volumes."""
 
 from ..run import layout, room
-from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
 
 
@@ -48,18 +47,10 @@ def _require(stage: Stage, names: list[str], largest: int = 0) -> None:
 def _from_images(stage: Stage, scheduler: str | None) -> None:
     """Build the volumes of the series that are new or changed without slices on disk."""
     from ..slices import presence, sources
-    from ..slices.stage import tasks_of
+    from ..slices.stage import sources_of
 
-    data, sections = stage.image_data, ["convert", "volume"]
-    planned, tasks = tasks_of(stage)
-    found = sources.look_at(tasks, data)
-    presence.refuse_absent(tasks, found, data)
-    prints = [one.fingerprint for one in found]
-    named = [[task.name, task.source, files] for task, files in zip(tasks, prints, strict=True)]
-    versions = [sources.VERSION, sources.VOLUME_VERSION]
-    inputs = {"series": digest(named), "version": versions}
-    if not stage.options.force and not stage.made_from(inputs, sections):
-        presence.refuse_vanished(planned, tasks, found, stage.folder / layout.INDEX, data)
+    versions, sections = [sources.VERSION, sources.VOLUME_VERSION], ["convert", "volume"]
+    data, tasks, found, inputs = sources_of(stage, versions, sections)
     if stage.current(inputs, sections):
         return
     from ..slices.preview import sizes
@@ -71,7 +62,7 @@ def _from_images(stage: Stage, scheduler: str | None) -> None:
     _require(stage, names, largest)
     counts, digests = build_directly(
         tasks,
-        prints,
+        [one.fingerprint for one in found],
         data,
         stage.folder,
         stage.config.convert,

@@ -266,26 +266,17 @@ def write_index(
     with atomic_path(target / layout.INDEX) as temporary:
         table.write_parquet(temporary)
     if tidy:
-        _remove_orphans(target, set(table["path"]))
+        for path in set(target.glob("*.npy")) - {target / name for name in table["path"]}:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
     counts = {
         "series": len(rows),
         "volumes": len(table),
         "slices_used": int(table["slices_used"].sum()),
         "slices_left_out": int(table["slices_left_out"].sum()),
-        "bytes": sum(_size(row) for row in rows if row),
+        "bytes": sum(row["depth"] * row["height"] * row["width"] for row in rows if row),
     }
     return counts, dict(table.select("path", "digest").iter_rows())
-
-
-def _size(row: dict[str, Any]) -> int:
-    return row["depth"] * row["height"] * row["width"]
-
-
-def _remove_orphans(target: Path, kept: set[str]) -> None:
-    for path in target.glob("*.npy"):
-        if path.name not in kept:
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 INDEX_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {

@@ -46,7 +46,7 @@ from pipeline.run import layout
 from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import dicom, window
 from pipeline.slices import store as slice_store
-from pipeline.slices.sources import SeriesTask, fingerprints
+from pipeline.slices.sources import SeriesTask, look_at
 from pipeline.slices.store import convert_all
 from pipeline.system.pool import spread
 from pipeline.volumes.build import build_volume
@@ -275,7 +275,8 @@ def damage(data: Path, rounds: int, slices: int = 1000) -> None:
         for k in range(4)
     ]
     started = time.perf_counter()
-    clean = convert_all(tasks, fingerprints(tasks, data), data, data / "clean", CONFIG, 2)
+    prints = [one.fingerprint for one in look_at(tasks, data)]
+    clean = convert_all(tasks, prints, data, data / "clean", CONFIG, 2)
     middle = time.perf_counter()
     rng = np.random.default_rng(0)
     for k in range(slices):
@@ -283,7 +284,8 @@ def damage(data: Path, rounds: int, slices: int = 1000) -> None:
         (folder / f"{1000 + k}.dcm").write_bytes(
             damaged((folder / f"{k % 50 + 1}.dcm").read_bytes(), rng)
         )
-    prints, begun = fingerprints(tasks, data), time.perf_counter()
+    prints = [one.fingerprint for one in look_at(tasks, data)]
+    begun = time.perf_counter()
     mixed = convert_all(tasks, prints, data, data / "mixed", CONFIG, 2)
     seconds, index = (
         time.perf_counter() - begun,

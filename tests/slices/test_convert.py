@@ -19,7 +19,15 @@ import cv2
 import numpy as np
 import polars as pl
 import pytest
-from helpers_dicom import NO_NAME, dataset, naive_window, pattern, to_bytes, write_series
+from helpers_dicom import (
+    NO_NAME,
+    dataset,
+    fingerprints,
+    naive_window,
+    pattern,
+    to_bytes,
+    write_series,
+)
 from helpers_processes import convert_or_die
 from helpers_stages import content, environment
 
@@ -29,7 +37,7 @@ from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import dicom
 from pipeline.slices import store as slice_store
 from pipeline.slices.convert import decode_series_files
-from pipeline.slices.sources import SeriesTask, fingerprints, is_whole, list_files, plan
+from pipeline.slices.sources import SeriesTask, is_whole, list_files, plan
 from pipeline.slices.store import convert_all, convert_series, encode_png
 from pipeline.system import contained
 from pipeline.system import pool as parallel

@@ -193,9 +193,9 @@ def test_slices_of_which_none_is_usable_are_no_success(tmp_path):
 
 def test_a_test_set_that_is_gone_is_refused_and_one_that_never_was_there_is_not(tmp_path):
     tasks = [SeriesTask(str(k), "1", "test", str(tmp_path / str(k))) for k in range(10)]
-    gone = [Found("", 0, 0, "", "no such folder")] * 10
+    gone = [Found("", 0, "no such folder")] * 10
     refuse_vanished_test(tasks, gone, 0, tmp_path)
-    refuse_vanished_test(tasks, [Found("x", 3, 9, "1.dcm", "")] * 10, 10, tmp_path)
+    refuse_vanished_test(tasks, [Found("x", 3, "")] * 10, 10, tmp_path)
     with pytest.raises(
         InputError, match=f"0 test patients are there, the last run predicted 10, {tmp_path}"
     ):

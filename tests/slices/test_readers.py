@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import polars as pl
 import pytest
-from helpers_dicom import naive_window, pattern, write_series
+from helpers_dicom import fingerprints, naive_window, pattern, write_series
 
 from pipeline.run.config import ConvertConfig
 from pipeline.slices import readers
 from pipeline.slices.geometry import Placement
 from pipeline.slices.readers import Reader, SliceRead, Unreadable, instance_of
-from pipeline.slices.sources import fingerprints, list_files, plan
+from pipeline.slices.sources import list_files, plan
 from pipeline.slices.store import convert_all
 from pipeline.slices.window import HIGH_HU, LOW_HU
 

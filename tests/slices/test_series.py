@@ -10,14 +10,14 @@ import nibabel as nib
 import numpy as np
 import polars as pl
 import pytest
-from helpers_dicom import dataset, to_bytes
+from helpers_dicom import dataset, fingerprints, to_bytes
 
 from pipeline.run.config import ConvertConfig, VolumeConfig
 from pipeline.slices import convert, nifti
 from pipeline.slices.convert import decode_series_files, pictures
 from pipeline.slices.dicom_header import Unreadable
 from pipeline.slices.geometry import Placement, arrange, is_cut, is_transposed, orient
-from pipeline.slices.sources import Listing, fingerprints, list_files, plan
+from pipeline.slices.sources import Listing, list_files, plan
 from pipeline.slices.store import convert_all
 from pipeline.slices.window import Stored, grey
 from pipeline.system.contained import Failure
@@ -486,6 +486,22 @@ def test_two_volumes_of_one_name_are_an_error(tmp_path):
         InputError, match=r"two inputs would share a name, .*a\.nii and .*a\.nii\.gz, rename"
     ):
         plan(tmp_path, NOTHING)
+
+
+def test_a_nifti_that_is_written_again_is_read_again(tmp_path):
+    """In one process, as a notebook and a worker are: a mask that was mended, another scan."""
+    path = tmp_path / "a.nii"
+    path.write_bytes(b"cut")
+    for _ in range(2):
+        with pytest.raises(Unreadable):
+            nifti.read_labels(path, 1 << 20, 5)
+    for label in (3, 4):
+        write_nifti(path, np.full((6, 5, 4), label), "RAS")
+        assert (nifti.read_labels(path, 1 << 20, 5)[0] == label).all()
+        assert (nifti.nifti_slice(path, 2, 1 << 20)[0] == label).all()
+    path.unlink()
+    with pytest.raises(Unreadable, match="not readable: FileNotFoundError"):
+        nifti.nifti_slice(path, 2, 1 << 20)
 
 
 def test_nifti_scale_factors_and_floats(tmp_path):

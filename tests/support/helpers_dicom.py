@@ -12,6 +12,8 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import CTImageStorage
 from rle.utils import encode_pixel_data
 
+from pipeline.slices.sources import SeriesTask, look_at
+
 SYNTAXES = {
     "explicit": "1.2.840.10008.1.2.1",
     "implicit": "1.2.840.10008.1.2",
@@ -23,6 +25,11 @@ SYNTAXES = {
     "jpeg": "1.2.840.10008.1.2.4.70",
 }
 NO_NAME = "Surname^Never^Seen"
+
+
+def fingerprints(tasks: list[SeriesTask], data: Path) -> list[str]:
+    """Of every series' input files."""
+    return [one.fingerprint for one in look_at(tasks, data)]
 
 
 def pattern(bits: int) -> np.ndarray:
