@@ -7,17 +7,16 @@ plain mean.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from .competition import strict_table
 from .competition.metric import align, format_table, score_arrays
 from .competition.strict_table import KEY
 from .competition.targets import ANY_INJURY, COLUMNS
-from .system.console import say
-from .system.errors import InputError
+from .system.console import command_line, say
 
 
+@command_line
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; exit code 2 with one line on wrong input."""
     flags = argparse.ArgumentParser(prog="python -m pipeline.metric", description=__doc__)
@@ -26,14 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--json", action="store_true", help="print JSON")
     options = flags.parse_args(arguments)
     columns = [KEY, *COLUMNS]
-    try:
-        solution = strict_table.load_table(options.solution, columns, [ANY_INJURY])
-        result = score_arrays(
-            *align(solution, strict_table.load_table(options.submission, columns))
-        )
-    except InputError as fault:
-        say(f"error: {fault}", sys.stderr)
-        return 2
+    solution = strict_table.load_table(options.solution, columns, [ANY_INJURY])
+    result = score_arrays(*align(solution, strict_table.load_table(options.submission, columns)))
     say(json.dumps(result) if options.json else format_table({options.submission.stem: result}))
     return 0
 

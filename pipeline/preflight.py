@@ -4,15 +4,13 @@
 weights. Exit code 2 and one line where something is wrong or too little. Nothing is written.
 """
 
-import sys
-
 from .run import layout, room
 from .run.command import parser
 from .run.config import Config
 from .run.manifest import read_manifest
 from .run.presets import load_config
 from .run.stage import Options, Stage
-from .system.console import say, show_log
+from .system.console import command_line, show_log
 from .system.errors import InputError
 
 
@@ -50,8 +48,13 @@ def check(stage: Stage) -> None:
 
 
 def _check_data(stage: Stage) -> None:
-    """What stages 03, 04 and 06 read of a data folder, hours after stage 01 has begun."""
-    from .competition.tables import require_slice_labels
+    """What stages 03, 04, 06 and 08 read of a data folder, hours after stage 01 has begun."""
+    from .competition.tables import (
+        has_test,
+        read_sample_submission,
+        read_series,
+        require_slice_labels,
+    )
     from .folds import check_folds
 
     options, data = stage.config, stage.data
@@ -66,6 +69,9 @@ def _check_data(stage: Stage) -> None:
     check_folds(stage)
     if options.train.slice_loss or options.train.positive_slices:
         require_slice_labels(data)
+    if has_test(data):
+        read_sample_submission(data)
+        read_series(data, "test")
 
 
 def _require_masks(stage: Stage) -> None:
@@ -115,6 +121,7 @@ def _checkpoints(config: Config) -> int:
     return room.checkpoint_bytes(parameters, options)
 
 
+@command_line
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     given = vars(parser("run_all.sh", __doc__ or "").parse_intermixed_args(arguments))
@@ -122,9 +129,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(given.pop("config"), given.pop("overrides"))
         check(Stage(layout.SLICES, config, Options(**given)))
-    except InputError as fault:
-        say(f"error: {fault}", sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     return 0

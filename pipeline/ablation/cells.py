@@ -9,14 +9,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 
 import polars as pl
 
 from ..classifier.stage import SECTIONS, training_inputs
+from ..learning.log import read_log
 from ..run import layout
 from ..run.manifest import digest, read_manifest
 from ..run.stage import Stage
@@ -44,8 +44,7 @@ def cell_is_current(stage: Stage, part: Stage, cell: Cell) -> bool:
         else {}
     )
     some = {"judged_folds": cell.config.ablation.folds} if cell.config.ablation.folds else {}
-    inputs |= backbone | some
-    return part.current(inputs, SECTIONS)
+    return part.current(inputs | backbone | some, SECTIONS)
 
 
 def pretrain_backbone(part: Stage) -> None:
@@ -56,7 +55,6 @@ def pretrain_backbone(part: Stage) -> None:
         if backbone_is_current(part):
             return
         from ..learning.distributed import World
-        from ..learning.log import read_log
         from ..system.machine import pick_device
         from ..voco.pretrain import pretrain
         from ..voco.stage import excluded_patients
@@ -88,13 +86,14 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         keep_only(part.folder, part.fingerprint)  # not what another run left half-done
         numbers = trained_folds(cell.config)
         folds = [part.part(layout.fold_folder(number)) for number in numbers]
-        for fold in folds:
-            fold.config = cell.config
         counts = [
             run_fold(fold, number, pretrained) for number, fold in zip(numbers, folds, strict=True)
         ]
-        logs = [fold.folder / layout.LOG for fold in folds]
-        rows = list(_log_lines(dict(zip(numbers, logs, strict=True))))
+        rows = [
+            {"fold": number, **row}
+            for number, fold in zip(numbers, folds, strict=True)
+            for row in read_log(fold.folder / layout.LOG)
+        ]
         with atomic_path(part.folder / layout.OOF) as path:
             pl.concat([read_frame(fold.folder / layout.OOF) for fold in folds]).write_parquet(path)
         write_text(part.folder / layout.LOG, "".join(json.dumps(row) + "\n" for row in rows))
@@ -106,14 +105,6 @@ def train_cell(stage: Stage, cell: Cell) -> None:
         part.finish(totals, [layout.OOF, layout.LOG])
         for fold in folds:
             shutil.rmtree(fold.folder)
-
-
-def _log_lines(paths: dict[int, Path]) -> Iterator[dict]:
-    for number, path in paths.items():
-        yield from (
-            {"fold": number, **json.loads(line)}
-            for line in path.read_text(encoding="utf-8").splitlines()
-        )
 
 
 def wait_for(part: Stage, current: Callable[[Stage], bool], every_s: float = 1.0) -> None:

@@ -10,7 +10,6 @@ probes any backbones on any data set with `segmentations/`, and prints Markdown 
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..learning.backbone import create_backbone, load_backbone, placed, settle
 from ..learning.weights import read_weights
 from ..run import layout
 from ..run.config import ModelConfig
-from ..system.console import log, say, show_log
+from ..system.console import command_line, log, say, show_log
 from ..system.errors import InputError
 from ..system.frames import read_frame
 from ..system.machine import pick_device, seed_everything
@@ -161,6 +160,7 @@ def _timm_name(path: Path) -> str:
     return metadata["backbone"]
 
 
+@command_line
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; exit code 2 with one line on wrong input."""
     flags = argparse.ArgumentParser(prog="python -m pipeline.ablation.probes", description=__doc__)
@@ -174,11 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--neighbours", type=int, default=15)
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     show_log()
-    try:
-        say(markdown(probe_files(flags.parse_args(arguments))))
-    except InputError as fault:
-        say(f"error: {fault}", sys.stderr)
-        return 2
+    say(markdown(probe_files(flags.parse_args(arguments))))
     return 0
 
 

@@ -185,14 +185,15 @@ class Canvas:
             r *= 1 + wobble * self.wobble[box]
         return Region(box, r, min(radii[0] * self.half[0], radii[1] * self.half[1]) / self.mm)
 
-    def offsets_mm(self, box: Box, index: tuple[int, ...]) -> tuple[Array, Array, Array]:
-        """Distances in mm along x, y and z from the voxel `index` of a box to all its voxels."""
-        fields = (
-            (self.u[box], self.half[0]),
-            (self.v[box], self.half[1]),
-            (np.broadcast_to(self.t, self.u.shape)[box], self.length),
+    def offsets_mm(self, box: Box, place: tuple[float, ...]) -> tuple[Array, Array, Array]:
+        """Distances in mm along x, y and z (one of every plane, (d, 1, 1)) from body coordinates to
+        the voxels of a box.
+        """
+        return (
+            (self.u[box] - place[0]) * self.half[0],
+            (self.v[box] - place[1]) * self.half[1],
+            (self.t[box[0]] - place[2]) * self.length,
         )
-        return tuple((values - values[index]) * scale for values, scale in fields)
 
     def nearest(self, place: tuple[float, ...], thick: int) -> tuple[int, ...]:
         """The slice (of `thick` planes), row and column nearest to body coordinates."""

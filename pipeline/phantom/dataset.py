@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..competition.targets import ANY_INJURY, COLUMNS, TARGETS
+from ..competition.targets import ANY_INJURY, COLUMNS, SLICE_TARGETS, TARGETS
 from ..run.config import PhantomConfig
 from ..system.contained import Failure
 from ..system.errors import InputError
@@ -23,7 +23,6 @@ from .scanner import height, write_masks, write_nifti, write_series
 SEGMENTATIONS = "segmentations"
 FOLDERS = ("train_images", "test_images", "unlabelled")
 HOSPITAL = "hospital"  # a column that the competition's tables lack
-SLICE_LABELS = {"bowel": "Bowel", "extravasation": "Active_Extravasation"}
 
 
 def write_patient(
@@ -49,7 +48,7 @@ def write_patient(
                 top = height(np.random.default_rng(seeds))
                 write_masks(root / SEGMENTATIONS / f"{series.series_id}.nii.gz", scan, top)
         shown = [
-            (instance, SLICE_LABELS[name])
+            (instance, SLICE_TARGETS[name])
             for name, planes in scan.shown.items()
             for instance in np.array(instances)[planes].tolist()
         ]

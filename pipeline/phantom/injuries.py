@@ -163,9 +163,7 @@ class Injuries:
             site.centre, (reach, reach * c.half[0] / c.half[1], 1.1 * reach * c.half[0] / c.length)
         )
         box = shape.box
-        if not shape.r.size:
-            return np.zeros(c.depth, bool)
-        if not self.labels["bowel"] and not self.twins[1]:
+        if not shape.r.size or not (self.labels["bowel"] or self.twins[1]):
             return np.zeros(c.depth, bool)
         fat = (
             np.clip((-45 - c.hu[box]) / 20, 0, 1)
@@ -174,11 +172,7 @@ class Injuries:
             * (c.rho[box] < 0.85)
         )
         volume = rng.uniform(0.24, 0.34) * fat.sum() * (1.4 if self.labels["bowel"] else 0.6)
-        x, y, z = (
-            (c.u[box] - site.centre[0]) * c.half[0],
-            (c.v[box] - site.centre[1]) * c.half[1],
-            (c.t[box[0]] - site.centre[2]) * c.length,
-        )
+        x, y, z = c.offsets_mm(box, site.centre)
         if self.labels["bowel"]:
             turn = np.arctan2(y, x) + 0.5 * c.wobble[box] + 0.01 * z
             spokes = 7
@@ -215,11 +209,7 @@ class Injuries:
         value = rng.uniform(260, 420)
         bright_volume = rng.uniform(0.8, 1.3) * width * width * (width + 2) * 20 / c.voxel
         pool_volume = rng.uniform(0.8, 1.2) * 7 * bright_volume
-        x, y, z = (
-            (c.u[box] - point[0]) * c.half[0],
-            (c.v[box] - point[1]) * c.half[1],
-            (c.t[box[0]] - point[2]) * c.length,
-        )
+        x, y, z = c.offsets_mm(box, point)
         turn, slant = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4)
         across = np.cos(turn) * x + np.sin(turn) * y + slant * z + 3 * c.wobble[box]
         along = np.cos(turn) * y - np.sin(turn) * x
@@ -230,9 +220,8 @@ class Injuries:
             around = np.sqrt(across**2 + 0.6 * along**2 + 0.6 * z**2)
             pool = level_set(around, loose * (bright < 0.5), pool_volume, c.mm)
         else:
-            ends = [rng.normal(0, 1, 3) for _ in range(3)]
             dots = np.full(x.shape, 1e3, np.float32)
-            for k, end in enumerate(ends):
+            for k, end in enumerate(rng.normal(0, 1, (3, 3))):
                 place = (1.8 * width + 4) * np.array(
                     [np.cos(turn + 2.1 * k), np.sin(turn + 2.1 * k), 0.5 * end[2]]
                 )
@@ -292,7 +281,7 @@ def nearest(
     """
     field = np.full(c.u[box].shape, 1e3, np.float32)
     for middle in middles:
-        x, y, z = c.offsets_mm(box, tuple(middle))
+        x, y, z = c.offsets_mm(box, c.point(box, tuple(middle)))
         field = np.minimum(field, np.sqrt(x * x + y * y + z * z) / rng.uniform(0.8, 1.25))
     return field
 
@@ -314,7 +303,7 @@ def _tears(
     order = np.argsort((((core - middle) / (core.std(0) + 1e-3)) ** 2).sum(1))
     deep = rng.uniform(0.02, 0.2) if grade == 2 else rng.uniform(0.8, 0.97)
     start = core[order[int(deep * (len(order) - 1))]]
-    x, y, z = c.offsets_mm(box, tuple(start))
+    x, y, z = c.offsets_mm(box, c.point(box, tuple(start)))
     inwards = np.arctan2(*(middle - start)[1:])
     branches = int(rng.integers(3, 5)) if grade == 2 else 1
     turn = rng.uniform(0, 2 * np.pi) if grade == 2 else inwards + rng.uniform(-0.4, 0.4)
@@ -344,6 +333,6 @@ def _crescent(
     depth = c.depth_mm[name]
     rim = core[np.argsort(depth[tuple(core.T)])[: max(1, len(core) // 5)]]
     start = rim[int(rng.integers(len(rim)))]
-    x, y, z = c.offsets_mm(box, tuple(start))
+    x, y, z = c.offsets_mm(box, c.point(box, tuple(start)))
     radius = np.sqrt(volume / width / 1.6)
     return depth + np.maximum(0, np.sqrt(x * x + y * y + (0.8 * z) ** 2) - radius)

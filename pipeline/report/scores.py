@@ -82,15 +82,16 @@ def score_charts(
     """Precision-recall and reliability charts of each target and `any_injury` for labels and
     probabilities (N, 13).
     """
-    panels = {
-        "recall": curves.precision_recall_panels(labels, nested),
-        "predicted probability": curves.reliability_panels(labels, raw, nested),
-    }
-    precise, calibrated = (
-        [chart(panel.title, x_label, panel.lines, unit=True) for panel in part]
-        for x_label, part in panels.items()
+    return (
+        [
+            chart(panel.title, "recall", panel.lines, unit=True)
+            for panel in curves.precision_recall_panels(labels, nested)
+        ],
+        [
+            chart(panel.title, "predicted probability", panel.lines, unit=True)
+            for panel in curves.reliability_panels(labels, raw, nested)
+        ],
     )
-    return precise, calibrated
 
 
 def confusion(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Typed, frozen configuration: one model per stage."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,6 +24,13 @@ class Section(BaseModel):
     """Base of all sections: immutable; unknown keys, infinities and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _refuse(*rules: tuple[object, str]) -> None:
+    """Raise ValueError with the text of the first rule whose condition holds."""
+    for wrong, what in rules:
+        if wrong:
+            raise ValueError(what)
 
 
 class PhantomConfig(Section):
@@ -363,22 +369,30 @@ class VocoConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "VocoConfig":
         voco2d = self.method == "voco2d"
-        if voco2d and self.batch == 1 and self.inter:
-            raise ValueError("batch=1 has no next volume for the term inter: set inter=0")
-        if voco2d and self.base_encoder == "student" and (self.inter or self.symmetric):
-            raise ValueError(
+        _refuse(
+            (
+                voco2d and self.batch == 1 and self.inter,
+                "batch=1 has no next volume for the term inter: set inter=0",
+            ),
+            (
+                voco2d and self.base_encoder == "student" and (self.inter or self.symmetric),
                 "base_encoder=student has no teacher to compare with: set inter=0 and"
-                " symmetric=false, or base_encoder=teacher"
-            )
-        if self.slices % self.z_bins:
-            raise ValueError(f"slices={self.slices} is no multiple of z_bins={self.z_bins}")
-        if self.z_bins > 1 and self.pool == "slice":
-            raise ValueError("z_bins divides clips: it needs pool=clip")
-        if self.window and self.window_jitter > self.window_margin:
-            raise ValueError(
+                " symmetric=false, or base_encoder=teacher",
+            ),
+            (
+                self.slices % self.z_bins,
+                f"slices={self.slices} is no multiple of z_bins={self.z_bins}",
+            ),
+            (
+                self.z_bins > 1 and self.pool == "slice",
+                "z_bins divides clips: it needs pool=clip",
+            ),
+            (
+                self.window and self.window_jitter > self.window_margin,
                 f"window_jitter={self.window_jitter} is more than"
-                f" window_margin={self.window_margin}: the window would leave the plane"
-            )
+                f" window_margin={self.window_margin}: the window would leave the plane",
+            ),
+        )
         return self
 
 
@@ -685,33 +699,42 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        unknown = [name for name in self.targets if name not in TARGET_NAMES]
-        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"targets must be distinct names out of {', '.join(TARGET_NAMES)}")
-        if self.lr_final > self.lr:
-            raise ValueError(f"lr_final={self.lr_final} is more than lr={self.lr}")
-        if self.channels % 2 == 0:
-            raise ValueError(
-                f"channels={self.channels} is even: a slice has as many neighbours above as below"
-            )
-        if self.regions == "organs" and (self.crop or self.crop_size):
-            raise ValueError(
-                "crop and crop_size cut whole planes: with regions=organs leave them at 0 and null"
-            )
-        if self.abdomen_slices and self.regions == "whole":
-            raise ValueError("abdomen_slices are of a region: set regions=organs")
-        if self.visible_loss and set(self.targets) <= {t.name for t in TARGETS if not t.organ}:
-            raise ValueError(
-                "visible_loss is of organs: targets has neither liver, spleen nor kidney"
-            )
-        if self.slice_weight > 1 and not self.slice_loss:
-            raise ValueError(
-                f"slice_weight={self.slice_weight} weights a loss that is off: set slice_loss"
-            )
-        if self.dice_loss and self.freeze_backbone:
-            raise ValueError("dice_loss teaches the backbone: freeze_backbone keeps it as it is")
-        if (self.mixup or self.cutmix) and self.batch == 1:
-            raise ValueError("mixup and cutmix mix the volumes of a batch: batch=1 has one")
+        names = set(self.targets)
+        _refuse(
+            (
+                not names or names - set(TARGET_NAMES) or len(names) != len(self.targets),
+                f"targets must be distinct names out of {', '.join(TARGET_NAMES)}",
+            ),
+            (self.lr_final > self.lr, f"lr_final={self.lr_final} is more than lr={self.lr}"),
+            (
+                self.channels % 2 == 0,
+                f"channels={self.channels} is even: a slice has as many neighbours above as below",
+            ),
+            (
+                self.regions == "organs" and (self.crop or self.crop_size),
+                "crop and crop_size cut whole planes: with regions=organs leave them at 0 and null",
+            ),
+            (
+                self.abdomen_slices and self.regions == "whole",
+                "abdomen_slices are of a region: set regions=organs",
+            ),
+            (
+                self.visible_loss and names <= {t.name for t in TARGETS if not t.organ},
+                "visible_loss is of organs: targets has neither liver, spleen nor kidney",
+            ),
+            (
+                self.slice_weight > 1 and not self.slice_loss,
+                f"slice_weight={self.slice_weight} weights a loss that is off: set slice_loss",
+            ),
+            (
+                self.dice_loss and self.freeze_backbone,
+                "dice_loss teaches the backbone: freeze_backbone keeps it as it is",
+            ),
+            (
+                (self.mixup or self.cutmix) and self.batch == 1,
+                "mixup and cutmix mix the volumes of a batch: batch=1 has one",
+            ),
+        )
         return self
 
     @property
@@ -830,46 +853,43 @@ class AblationConfig(Section):
     @model_validator(mode="after")
     def _known_names(self) -> "AblationConfig":
         named = [self.reference, *(name for pair in self.named_pairs for name in pair)]
-        unknown = [name for name in named if self.variants and name not in self.variants]
-        if unknown:
-            raise ValueError(f"'{unknown[0]}' is none of the variants {', '.join(self.variants)}")
-        alone = [first for first, second in self.named_pairs if first == second]
-        if alone:
-            raise ValueError(f"'{alone[0]}' would be compared with itself")
-        bad = [
-            name
-            for name in self.variants
-            if not name.replace("_", "").isalnum() or name == "pretrained"
-        ]
-        if bad:
-            raise ValueError(
-                f"'{bad[0]}' is no name for a variant: letters, digits and _, and not 'pretrained'"
-            )
-        fixed = [
-            key
-            for keys in self.variants.values()
-            for key in keys
-            if key.partition(".")[0] not in ("model", "pretrain", "train")
-            and key not in ("predict.phases", "predict.flips")
-        ]
-        if fixed:
-            raise ValueError(
-                f"'{fixed[0]}' is the same for all variants: they may change keys of model,"
-                " pretrain and train, predict.phases and predict.flips"
-            )
-        whole = [
-            key
-            for keys in self.variants.values()
-            for key, value in keys.items()
-            if "." not in key or isinstance(value, dict)
-        ]
-        if whole:
-            raise ValueError(
-                f"'{whole[0]}' would set all keys of a section: name single ones, such as"
-                " train.init"
-            )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds must be distinct")
+        keys = [pair for changes in self.variants.values() for pair in changes.items()]
+        rules = (
+            (
+                [name for name in named if self.variants and name not in self.variants],
+                f"is none of the variants {', '.join(self.variants)}",
+            ),
+            (
+                [first for first, second in self.named_pairs if first == second],
+                "would be compared with itself",
+            ),
+            (
+                [
+                    name
+                    for name in self.variants
+                    if not name.replace("_", "").isalnum() or name == "pretrained"
+                ],
+                "is no name for a variant: letters, digits and _, and not 'pretrained'",
+            ),
+            (
+                [
+                    key
+                    for key, _ in keys
+                    if key.partition(".")[0] not in ("model", "pretrain", "train")
+                    and key not in ("predict.phases", "predict.flips")
+                ],
+                "is the same for all variants: they may change keys of model,"
+                " pretrain and train, predict.phases and predict.flips",
+            ),
+            (
+                [key for key, value in keys if "." not in key or isinstance(value, dict)],
+                "would set all keys of a section: name single ones, such as train.init",
+            ),
+        )
+        _refuse(
+            *((wrong, f"'{wrong[0]}' {what}") for wrong, what in rules if wrong),
+            (len(set(self.seeds)) < len(self.seeds), "seeds must be distinct"),
+        )
         return self
 
 
@@ -897,25 +917,32 @@ class Config(Section):
     def _depths_fit(self) -> "Config":
         read = "pretrain" if self.pretrain.depth else "volume"
         depth = self.pretrain.depth or self.volume.depth
-        if self.pretrain.slices > depth:
-            raise ValueError(
-                f"pretrain.slices={self.pretrain.slices} is more than {read}.depth={depth}"
-            )
-        if self.train.needs_organs and not self.organs.enabled:
-            raise ValueError(
+        stored, most = self.volume.depth, -(-self.volume.depth // self.train.slices)
+        _refuse(
+            (
+                self.pretrain.slices > depth,
+                f"pretrain.slices={self.pretrain.slices} is more than {read}.depth={depth}",
+            ),
+            (
+                self.train.needs_organs and not self.organs.enabled,
                 "train.regions=organs, train.visible_loss and train.dice_loss need stage 05: set"
-                " organs.enabled=true, or leave them off"
-            )
-        for key in ("slices", "abdomen_slices"):
-            if (count := getattr(self.train, key) or 0) > self.volume.depth:
-                raise ValueError(
-                    f"train.{key}={count} is more than volume.depth={self.volume.depth}"
-                )
-        if self.predict.phases > (most := -(-self.volume.depth // self.train.slices)):
-            raise ValueError(
+                " organs.enabled=true, or leave them off",
+            ),
+            (
+                self.train.slices > stored,
+                f"train.slices={self.train.slices} is more than volume.depth={stored}",
+            ),
+            (
+                (self.train.abdomen_slices or 0) > stored,
+                f"train.abdomen_slices={self.train.abdomen_slices} is more than"
+                f" volume.depth={stored}",
+            ),
+            (
+                self.predict.phases > most,
                 f"predict.phases={self.predict.phases} is more than {most}, with which"
-                f" train.slices={self.train.slices} are all of volume.depth={self.volume.depth}"
-            )
+                f" train.slices={self.train.slices} are all of volume.depth={stored}",
+            ),
+        )
         return self
 
     @model_validator(mode="after")
@@ -964,9 +991,7 @@ class Config(Section):
 
 def resolved(section: BaseModel | dict[str, Any] | None) -> Any:
     """A section as plain JSON values, the form that manifests and checkpoints keep."""
-    if isinstance(section, BaseModel):
-        return json.loads(section.model_dump_json())
-    return section
+    return section.model_dump(mode="json") if isinstance(section, BaseModel) else section
 
 
 def marked(section: type[BaseModel], *marks: JsonDict) -> set[str]:
@@ -985,13 +1010,14 @@ def decisive(section: Any, *left_out: JsonDict) -> Any:
     """
     if not isinstance(section, BaseModel):
         return section
-    fields, plain = type(section).model_fields, resolved(section)
-    for name in marked(type(section), HOW, APART, *left_out):
-        del plain[name]
-    for name in marked(type(section), ADDED):
-        if getattr(section, name) == fields[name].get_default(call_default_factory=True):
-            plain.pop(name, None)
-    for name in plain:
-        if isinstance(value := getattr(section, name), BaseModel):
-            plain[name] = decisive(value, *left_out)
-    return plain
+    kind, plain = type(section), resolved(section)
+    out, added = marked(kind, HOW, APART, *left_out), marked(kind, ADDED)
+    return {
+        name: decisive(value, *left_out) if isinstance(value, BaseModel) else plain[name]
+        for name, value in section
+        if name not in out
+        and (
+            name not in added
+            or value != kind.model_fields[name].get_default(call_default_factory=True)
+        )
+    }

@@ -94,12 +94,10 @@ def broken_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     `pipeline.run.verify`'s to check.
     """
     return [
-        name for name, entry in manifest["outputs"].items() if not _same_size(folder / name, entry)
+        name
+        for name, entry in manifest["outputs"].items()
+        if not (path := folder / name).is_file() or path.stat().st_size != entry["bytes"]
     ]
-
-
-def _same_size(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"]
 
 
 def versions() -> dict[str, str | None]:

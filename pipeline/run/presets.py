@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..system.console import say
+from ..system.console import command_line, say
 from ..system.errors import InputError
 from .config import Config, resolved
 
@@ -157,15 +157,12 @@ def _explain_validation(fault: ValidationError, where: str) -> InputError:
     return InputError(what, f"key '{key}' of {where}" if key else where, remedy)
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for kind in kinds:
+        yield prefix + name
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _keys(kind, f"{prefix}{name}.")
-    return keys
+                yield from _keys(kind, f"{prefix}{name}.")
 
 
 def described(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -179,20 +176,15 @@ def described(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, 
             yield prefix + name, plain[name], field.description or ""
 
 
+@command_line
 def main(arguments: list[str]) -> int:
     """Command line of this module; exit code 2 with one line where no preset or key is meant."""
     preset, *words = arguments or ["demo"]
-    try:
-        config = load_config(preset)
-    except InputError as fault:
-        say(f"error: {fault}", sys.stderr)
-        return 2
-    rows = list(described(config))
+    rows = list(described(load_config(preset)))
     for word in words:
         if not any(word in key for key, _, _ in rows):
             near = difflib.get_close_matches(word, [key for key, _, _ in rows], n=1, cutoff=0.0)[0]
-            say(f"error: no key has '{word}' in it, {preset}, did you mean '{near}'?", sys.stderr)
-            return 2
+            raise InputError(f"no key has '{word}' in it", preset, f"did you mean '{near}'?")
     for key, value, meaning in rows:
         if not words or any(word in key for word in words):
             say(f"{f'{key}={json.dumps(value)}':44}  {meaning}")

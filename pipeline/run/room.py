@@ -14,6 +14,7 @@ MOST_LOADERS = 8
 LOADER_MB = 500  # memory of its own of a process that loads
 SPARE = 0.9  # share of what is free that is planned with
 MB = 1_000_000
+WARNED: set[tuple[str, str]] = set()  # keys and kinds of room that a line was said of, once each
 
 
 def voco_batch_bytes(options: VocoConfig, processes: int = 1) -> int:
@@ -57,25 +58,17 @@ def loaders(asked: int | None, batch_bytes: int, key: str, gpu: bool, sharing: i
     ):
         if wanted and free is not None:
             number = max(0, int((SPARE * free / sharing - shared) // each))
-            if number < wanted:
+            if number < wanted and (key, name) not in WARNED:  # each epoch asks again
+                WARNED.add((key, name))
                 need = sharing * (wanted * each + shared)
-                _warn(key, name, f"{wanted}", number, free, need)
+                more = "docker run --shm-size=2g gives more" if name == "/dev/shm" else "set fewer"
+                log(
+                    f"warning: {name} has {free / MB:.0f} MB free, too little for {wanted}"
+                    f" processes that load data ({need / MB:.0f} MB): {number} are used; {more}"
+                    f" ({key})"
+                )
             wanted = min(wanted, number)
     return wanted
-
-
-WARNED: set[tuple[str, str]] = set()
-
-
-def _warn(key: str, name: str, wanted: str, number: int, free: int, need: int) -> None:
-    """Once a process: an epoch asks for loaders again and again."""
-    if (key, name) not in WARNED:
-        WARNED.add((key, name))
-        more = "docker run --shm-size=2g gives more" if name == "/dev/shm" else "set fewer"
-        log(
-            f"warning: {name} has {free / MB:.0f} MB free, too little for {wanted} processes that"
-            f" load data ({need / MB:.0f} MB): {number} are used; {more} ({key})"
-        )
 
 
 def require(

@@ -237,12 +237,10 @@ class Stage:
         """Fingerprint of what this stage reads: outputs of earlier stages, and files by content
         (absent ones as None).
         """
-        found: dict[str, Any] = {
+        made = {
             name: digest((read_manifest(self.upstream(name)) or {})["outputs"]) for name in stages
         }
-        for path in files:
-            found[path.name] = digest(path) if path.is_file() else None
-        return found
+        return made | {path.name: digest(path) if path.is_file() else None for path in files}
 
     def fingerprint_of(self, inputs: dict[str, Any], sections: Iterable[str]) -> str:
         """Digest of all that this stage's result depends on."""
@@ -270,9 +268,12 @@ class Stage:
         self, folds: Sequence[int], inputs: dict[str, Any], sections: Iterable[str]
     ) -> list[int]:
         """Those of `folds` whose folder is to be made, again or for the first time."""
-        parts = {fold: self.part(layout.fold_folder(fold)) for fold in folds}
-        force = self.options.force
-        return [k for k, part in parts.items() if force or not part.made_from(inputs, sections)]
+        return [
+            fold
+            for fold in folds
+            if self.options.force
+            or not self.part(layout.fold_folder(fold)).made_from(inputs, sections)
+        ]
 
     @property
     def whole(self) -> bool:
@@ -335,10 +336,12 @@ class Stage:
         if not self.writer:
             return
         known = outputs if isinstance(outputs, Mapping) else {}
-        paths = {name: self.folder / name for name in outputs}
         files = {
-            name: {"bytes": path.stat().st_size, "digest": known.get(name) or digest(path)}
-            for name, path in paths.items()
+            name: {
+                "bytes": (path := self.folder / name).stat().st_size,
+                "digest": known.get(name) or digest(path),
+            }
+            for name in outputs
         }
         seconds = round(time.monotonic() - self.started, 2)
         manifest = {

@@ -7,13 +7,12 @@ changed; run the stages again to mend what is named.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..system.console import progress, say, show_log
+from ..system.console import command_line, progress, say, show_log
 from ..system.errors import InputError
 from ..system.machine import cpu_count
 from . import layout
@@ -139,6 +138,7 @@ def differences(out: Path) -> Iterator[str]:
             yield from _slices(index.parent, threads)
 
 
+@command_line
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     flags = parser("run_all.sh", __doc__ or "")
@@ -146,16 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = flags.parse_intermixed_args(arguments)
     show_log()
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    try:
-        config = load_config(options.config, options.overrides)
-        out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
-        wrong = 0
-        for line in differences(out):
-            wrong += 1
-            say(line)
-    except InputError as fault:
-        say(f"error: {fault}", sys.stderr)
-        return 2
+    config = load_config(options.config, options.overrides)
+    out = Path(options.out).resolve() if options.out else ROOT / "outputs" / config.name
+    wrong = 0
+    for line in differences(out):
+        wrong += 1
+        say(line)
     say(
         f"{wrong} differences: remove those files and run the same run_all.sh command again"
         if wrong

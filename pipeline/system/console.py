@@ -5,13 +5,15 @@ much of it as they ask `logging` for; stage scripts print them by `show_log`.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
+from .errors import InputError
 from .machine import T
 
 LOGGER = logging.getLogger("voco2d")
@@ -33,6 +35,20 @@ def say(text: str, stream: TextIO | None = None) -> None:
     except BrokenPipeError:
         with contextlib.suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def command_line(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorator of a command line: wrong input is one line on standard error and exit code 2."""
+
+    @functools.wraps(main)
+    def answered(*arguments: Any) -> int:
+        try:
+            return main(*arguments)
+        except InputError as fault:
+            say(f"error: {fault}", sys.stderr)
+            return 2
+
+    return answered
 
 
 class _StandardError(logging.Handler):

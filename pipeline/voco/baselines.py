@@ -8,9 +8,9 @@ its parts.
 
 from collections.abc import Callable, Iterable, Iterator
 
-import cv2
 import numpy as np
 
+from ..volumes.sampling import resize_planes
 from .crops import hits
 from .data import EVALUATION, Batch, VocoSamples
 
@@ -43,9 +43,8 @@ PICTURES: dict[str, Picture] = {"silhouette": silhouette, "thumbnail": thumbnail
 
 def _cells(crops: np.ndarray) -> np.ndarray:
     """(P, S, h, h) float32 -> (P, S, 64): means over cells of equal area."""
-    images = crops.reshape(-1, *crops.shape[2:])
-    small = [cv2.resize(image, (CELLS, CELLS), interpolation=cv2.INTER_AREA) for image in images]
-    return np.stack(small).reshape(*crops.shape[:2], -1)
+    small = resize_planes(crops.reshape(-1, *crops.shape[2:]), CELLS)
+    return small.reshape(*crops.shape[:2], -1)
 
 
 def _mean(cells: np.ndarray, groups: int) -> np.ndarray:

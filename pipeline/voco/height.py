@@ -35,7 +35,7 @@ class Height(OneNetwork):
         """2D-VoCo's with a height on top."""
         options = self.options
         pool = "clip" if options.z_bins > 1 else "slice"
-        net = VocoNet(self.first_backbone(), self.crop, options.width, pool, options.z_bins)
+        net = VocoNet(self.first_backbone(), options.crop, options.width, pool, options.z_bins)
         return HeightNet(net, options.width)
 
     @property

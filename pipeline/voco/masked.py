@@ -49,7 +49,7 @@ class Masked(OneNetwork):
 
     def network(self) -> MaskedNet:
         """Backbone and decoder."""
-        return MaskedNet(self.first_backbone(), self.crop, self.options.width)
+        return MaskedNet(self.first_backbone(), self.options.crop, self.options.width)
 
     def _errors(
         self, network: nn.Module, batch: Batch, hidden: torch.Tensor

@@ -34,11 +34,6 @@ class Method(ABC):
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.options, self.world = config, config.pretrain, world
 
-    @property
-    def crop(self) -> int:
-        """Side of a crop in pixels."""
-        return self.options.crop
-
     def first_backbone(self) -> nn.Module:
         """The backbone that training starts from, for images of the crops' size."""
         return crop_backbone(self.config, self.options.init)

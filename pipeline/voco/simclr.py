@@ -25,7 +25,7 @@ class SimClr(OneNetwork):
         """2D-VoCo's."""
         options = self.options
         return VocoNet(
-            self.first_backbone(), self.crop, options.width, options.pool, options.z_bins
+            self.first_backbone(), options.crop, options.width, options.pool, options.z_bins
         )
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,7 @@ class Voco2D(Method):
         options = self.options
         self.merit = "place_accuracy" if options.z_bins > 1 else "position_accuracy"
         student = VocoNet(
-            self.first_backbone(), self.crop, options.width, options.pool, options.z_bins
+            self.first_backbone(), options.crop, options.width, options.pool, options.z_bins
         )
         student = self.prepared(student)
         self.teacher: VocoNet = sync_batch_norm(make_teacher(student), world)

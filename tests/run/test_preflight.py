@@ -7,6 +7,7 @@ import pytest
 from helpers_dataset import make_data
 
 from pipeline import preflight
+from pipeline.competition.targets import COLUMNS
 from pipeline.learning.backbone import check_weights
 from pipeline.run import layout, room
 from pipeline.run.presets import load_config
@@ -178,6 +179,16 @@ def test_a_phantom_without_masks_is_told_before_it_is_drawn(tmp_path):
         preflight.check(Stage(layout.SLICES, config, Options(out=tmp_path / "out")))
 
 
+def add_test(data, old: str, new: str) -> None:
+    """Tables of one test patient, with `new` in the place of `old`."""
+    header, values = ",".join(["patient_id", *COLUMNS]), ",".join(["0.5"] * len(COLUMNS))
+    for name, text in (
+        ("sample_submission.csv", f"{header}\n201,{values}\n"),
+        ("test_series_meta.csv", "patient_id,series_id\n201,301\n"),
+    ):
+        (data / name).write_text(text.replace(old, new, 1))
+
+
 def change(data, name: str, old: str, new: str) -> None:
     text = (data / name).read_text()
     assert old in text
@@ -211,6 +222,16 @@ def change(data, name: str, old: str, new: str) -> None:
             ),
             ["train.slice_loss=1"],
             "'xx' is no injury name.*row 2",
+        ),
+        (
+            lambda data: add_test(data, "kidney_low", "kidney_lo"),
+            [],
+            "column 'kidney_low' is missing, .*sample_submission.csv row 1, rename 'kidney_lo'",
+        ),
+        (
+            lambda data: add_test(data, "series_id", "series"),
+            [],
+            "column 'series_id' is missing, .*test_series_meta.csv row 1",
         ),
         (
             lambda data: None,
