@@ -15,7 +15,7 @@ from .run import layout
 from .run.stage import Stage, stage_function
 from .system.console import log, say
 from .system.errors import InputError
-from .system.files import write_text
+from .system.files import atomic_path
 
 SEEDS = 16
 CLASS_TOLERANCE = 0.15
@@ -211,7 +211,8 @@ def make_folds(stage: Stage) -> None:
         table = hospital_folds(read_hospitals(data, labels), options.count)
     else:
         table = stratified_folds(labels, series, options.count, stage.config.seed)
-    write_text(stage.folder / layout.FOLD_TABLE, table.write_csv())
+    with atomic_path(stage.folder / layout.FOLD_TABLE) as path:
+        table.write_csv(path)
     counts = class_counts(read_folds(stage.folder / layout.FOLD_TABLE, labels), labels, series)
     say(format_counts(counts))
     stage.finish({"patients": table.height, "folds": counts.to_dicts()}, [layout.FOLD_TABLE])

@@ -67,7 +67,7 @@ def _check_data(stage: Stage) -> None:
     if stage.unlabelled_alone:
         return
     check_folds(stage)
-    if options.train.slice_loss or options.train.positive_slices:
+    if options.train.needs_slice_labels:
         require_slice_labels(data)
     if has_test(data):
         read_sample_submission(data)

@@ -54,9 +54,8 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
             f"--fold {fold}",
             f"choose one of {sorted(set(folds.values()))}",
         )
-    slice_labels = None
-    if part.config.train.slice_loss or part.config.train.positive_slices:
-        slice_labels = require_slice_labels(part.data)
+    wanted = part.config.train.needs_slice_labels
+    slice_labels = require_slice_labels(part.data) if wanted else None
     organs = {}
     if uses_organs(part):
         organs = read_organs(part.upstream(layout.ORGANS) / layout.ORGAN_TABLE)

@@ -83,7 +83,8 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
     with stage.lock(PATIENCE_S):
         manifests = [stage.folder / layout.fold_folder(k) / layout.MANIFEST for k in folds]
         known = all(path.is_file() for path in manifests)
-        stage.current(inputs, SECTIONS, known)  # a stale manifest goes before a fold changes
+        # a stale manifest goes before a fold changes
+        stage.current(inputs, SECTIONS, known, lambda: _check_slice_labels(stage))
     mine = stage.share(folds) if fold is None else [fold]
     _say_gates(stage, inputs)
     if stage.options.force and not parent_stage():
@@ -96,6 +97,14 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
             from .fold import finish_folds
 
             finish_folds(stage, inputs, SECTIONS)
+
+
+def _check_slice_labels(stage: Stage) -> None:
+    """Raises InputError where training would ask for slice labels in vain."""
+    if stage.config.train.needs_slice_labels:
+        from ..competition.tables import require_slice_labels
+
+        require_slice_labels(stage.data)
 
 
 def _say_gates(stage: Stage, inputs: dict[str, Any]) -> None:

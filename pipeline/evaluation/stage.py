@@ -12,7 +12,7 @@ from ..run.runs import MODELS, names_of, runs_of
 from ..run.stage import Stage, as_paths, stage_function
 from ..system.console import log, say
 from ..system.errors import InputError
-from ..system.files import atomic_path, write_json, write_text
+from ..system.files import atomic_path, write_json
 
 TABLES = [layout.OOF_TABLE, layout.SCORE_TABLE, layout.CALIBRATION, "patients.parquet"]
 PICTURES = ["precision_recall.png", "reliability.png", "confusion.png"]
@@ -101,7 +101,8 @@ def score_oof(stage: Stage, oof: Path | str | Sequence[Path | str] | None = None
         own = next(iter(series.values()))
         floors = baselines.predict(volumes, own, labels, folds, stage.jobs)
     outcome = scoring.score_predictions(series, labels, folds, stage.config, floors)
-    write_text(stage.folder / TABLES[0], outcome.series.write_csv())
+    with atomic_path(stage.folder / TABLES[0]) as path:
+        outcome.series.write_csv(path)
     write_json(stage.folder / TABLES[1], outcome.scores)
     write_json(stage.folder / TABLES[2], outcome.parameters)
     with atomic_path(stage.folder / TABLES[3]) as path:

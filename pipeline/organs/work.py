@@ -19,7 +19,7 @@ from ..run.stage import Stage
 from ..system.console import log, progress, say
 from ..system.contained import Failure
 from ..system.errors import InputError
-from ..system.files import atomic_path, write_text
+from ..system.files import atomic_path
 from ..system.frames import read_frame
 from ..system.machine import pick_device
 from ..system.pool import spread
@@ -237,7 +237,8 @@ def find_fold(
 def _write(folder: Path, rows: pl.DataFrame, dice: pl.DataFrame) -> None:
     with atomic_path(folder / layout.ORGAN_TABLE) as path:
         rows.write_parquet(path)
-    write_text(folder / layout.DICE, dice.write_csv())
+    with atomic_path(folder / layout.DICE) as path:
+        dice.write_csv(path)
 
 
 def _found(

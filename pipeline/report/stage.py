@@ -1,5 +1,7 @@
 """Stage 09: the report."""
 
+from functools import cache
+
 from ..run import layout
 from ..run.manifest import digest
 from ..run.stage import Stage, stage_function
@@ -29,12 +31,17 @@ def write_report(stage: Stage) -> None:
         )
     data, flags = stage.data if stage.real_data else None, stage.options.command
     labels = (data or stage.out / "data" / "phantom") / "image_level_labels.csv"
-    if stage.current({**stage.inputs(files=[labels]), **found, "flags": flags}, ["name"]):
-        return
-    from .inputs import find_run
-    from .page import render
 
-    page = render(find_run(stage.out, stage.config, data, flags))
-    write_text(stage.folder / layout.PAGE, page)
-    stage.finish({"stages": len(found), "bytes": len(page.encode())}, [layout.PAGE])
+    @cache
+    def page() -> str:
+        from .inputs import find_run
+        from .page import render
+
+        return render(find_run(stage.out, stage.config, data, flags))
+
+    inputs = {**stage.inputs(files=[labels]), **found, "flags": flags}
+    if stage.current(inputs, ["name"], check=page):
+        return
+    write_text(stage.folder / layout.PAGE, page())
+    stage.finish({"stages": len(found), "bytes": len(page().encode())}, [layout.PAGE])
     log(f"report: {stage.folder / 'index.html'}")

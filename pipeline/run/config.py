@@ -743,6 +743,11 @@ class TrainConfig(Section):
         return self.regions == "organs" or self.visible_loss > 0 or self.dice_loss > 0
 
     @property
+    def needs_slice_labels(self) -> bool:
+        """Whether training reads which slices show an injury."""
+        return self.slice_loss > 0 or self.positive_slices > 0
+
+    @property
     def region_names(self) -> tuple[str, ...]:
         """The regions that a sample shows one after another: `whole` alone, or those of the trained
         targets, each once, and the abdomen, of which slice labels speak.

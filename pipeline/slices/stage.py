@@ -69,22 +69,22 @@ def convert_dicom(stage: Stage, scheduler: str | None = None) -> None:
     from . import presence, sources
 
     data, tasks, found, inputs = sources_of(stage, sources.VERSION, ["convert"])
-    if stage.current(inputs, ["convert"], sources.is_whole(stage.folder, tasks)):
+
+    def require_room() -> None:
+        from .preview import sizes
+
+        missing = [
+            (task, one)
+            for task, one in zip(tasks, found, strict=True)
+            if not (stage.folder / task.name).is_dir()
+        ]
+        disk = sizes(missing, data, stage.config.convert).png_bytes
+        room.require(stage.folder, stage.name, disk, room.convert_memory(stage.jobs))
+
+    whole = sources.is_whole(stage.folder, tasks)
+    if stage.current(inputs, ["convert"], whole, require_room):
         return
     from . import store as slice_store
-    from .preview import sizes
-
-    missing = [
-        (task, one)
-        for task, one in zip(tasks, found, strict=True)
-        if not (stage.folder / task.name).is_dir()
-    ]
-    room.require(
-        stage.folder,
-        stage.name,
-        sizes(missing, data, stage.config.convert).png_bytes,
-        room.convert_memory(stage.jobs),
-    )
 
     counts = slice_store.convert_all(
         tasks,

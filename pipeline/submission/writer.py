@@ -14,7 +14,7 @@ from ..competition.targets import COLUMNS, TARGETS
 from ..run.manifest import read_manifest
 from ..system.console import log
 from ..system.errors import InputError
-from ..system.files import write_text
+from ..system.files import atomic_path
 
 SUM_TOLERANCE = 1e-6
 
@@ -57,7 +57,8 @@ class SubmissionWriter:
 
     def write(self, path: Path) -> None:
         """Write the CSV atomically: a reader finds the last file or this one, whole."""
-        write_text(path, self.table().write_csv())
+        with atomic_path(path) as temporary:
+            self.table().write_csv(temporary)
 
 
 def is_settled(folder: Path) -> bool:

@@ -1,6 +1,4 @@
-"""What every stage needs from the machine: errors for the user, log, progress, seeds, devices and
-atomic writes.
-"""
+"""What every stage needs from the machine: seeds, devices, cores, and memory, free and used."""
 
 import contextlib
 import ctypes

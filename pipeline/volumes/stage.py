@@ -12,14 +12,19 @@ def build_volumes(stage: Stage, scheduler: str | None = None) -> None:
         return
     from ..slices.sources import VOLUME_VERSION
 
-    if stage.current({**stage.inputs(layout.SLICES), "version": VOLUME_VERSION}, ["volume"]):
+    source = stage.upstream(layout.SLICES)
+
+    def require_room() -> None:
+        from ..system.frames import read_frame
+
+        series = read_frame(source / layout.INDEX, ["patient_id", "series_id"]).unique()
+        _require(stage, [layout.volume_file(*ids) for ids in series.iter_rows()])
+
+    inputs = {**stage.inputs(layout.SLICES), "version": VOLUME_VERSION}
+    if stage.current(inputs, ["volume"], check=require_room):
         return
-    from ..system.frames import read_frame
     from .store import build_all
 
-    source = stage.upstream(layout.SLICES)
-    series = read_frame(source / layout.INDEX, ["patient_id", "series_id"]).unique()
-    _require(stage, [layout.volume_file(*ids) for ids in series.iter_rows()])
     counts, digests = build_all(
         source,
         stage.folder,
@@ -51,15 +56,19 @@ def _from_images(stage: Stage, scheduler: str | None) -> None:
 
     versions, sections = [sources.VERSION, sources.VOLUME_VERSION], ["convert", "volume"]
     data, tasks, found, inputs = sources_of(stage, versions, sections)
-    if stage.current(inputs, sections):
+
+    def require_room() -> None:
+        from ..slices.preview import sizes
+
+        pairs = list(zip(tasks, found, strict=True))
+        largest = sizes(pairs, data, stage.config.convert).largest
+        names = [layout.volume_file(task.patient_id, task.series_id) for task in tasks]
+        _require(stage, names, largest)
+
+    if stage.current(inputs, sections, check=require_room):
         return
-    from ..slices.preview import sizes
     from .direct import build_directly
 
-    pairs = list(zip(tasks, found, strict=True))
-    largest = sizes(pairs, data, stage.config.convert).largest
-    names = [layout.volume_file(task.patient_id, task.series_id) for task in tasks]
-    _require(stage, names, largest)
     counts, digests = build_directly(
         tasks,
         [one.fingerprint for one in found],

@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from helpers_faults import (
+    FOLDERS,
     PATIENCE_S,
     alive,
     copy,
@@ -82,6 +83,17 @@ def test_an_artifact_of_an_earlier_stage_that_is_gone_or_cut_is_refused_by_name(
     more = ("--jobs", "2") if maker == "04_pretrain_voco2d" else ()
     assert run_here(maker[:2], out, *more)[0] == 0
     assert path.read_bytes() == whole, "the stage that makes it mends it"
+
+
+@pytest.mark.parametrize("stage", ["06", "09"])
+def test_a_table_that_is_refused_leaves_what_is_finished(out, stage):
+    table = out / layout.PHANTOM / "image_level_labels.csv"
+    table.write_text(table.read_text().replace("Bowel", "Bowle", 1))
+    folder = out / FOLDERS[stage]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    more = ("train.slice_loss=0.5", "train.epochs=3") if stage == "06" else ()
+    refused(*run_here(stage, out, *more), "'Bowle' is no injury name", "image_level_labels.csv row")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_slice_that_is_gone_or_cut_is_refused_by_name(out):

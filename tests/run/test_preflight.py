@@ -78,6 +78,26 @@ def test_too_little_disk_is_one_line_before_the_first_write(tmp_path, disk, stag
     assert not (out / what).exists()
 
 
+@pytest.mark.parametrize(
+    ("run", "keys"),
+    [(convert_dicom, []), (build_volumes, []), (build_volumes, ["convert.keep_png=false"])],
+)
+def test_too_little_disk_for_what_is_new_leaves_what_is_finished(tmp_path, disk, run, keys):
+    config = load_config("smoke", ["phantom=null", *keys])
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    where = {"data": data, "out": out, "jobs": 1}
+    convert_dicom(config, **where)
+    folder = run(config, **where)
+    make_data(data, patients=5)
+    if run is build_volumes:
+        convert_dicom(config, **where)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    disk(5000)
+    with pytest.raises(InputError, match="MB of disk, 0.0 MB are free, "):
+        run(config, **where)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
     data = make_data(tmp_path / "data")
     monkeypatch.setattr(room.Room, "here", classmethod(lambda cls: cls(2, 400_000_000, None)))
