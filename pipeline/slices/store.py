@@ -210,7 +210,9 @@ def convert_all(
         _remove_others(target, {task.name for task in tasks})
 
     def known(task: SeriesTask, files: str) -> dict[str, Any] | None:
-        sidecar = _finished(target / task.name, series_fingerprint(files, config))
+        sidecar = (
+            None if force else _finished(target / task.name, series_fingerprint(files, config))
+        )
         return sidecar and with_frame(task, sidecar)
 
     with ThreadPoolExecutor(16) as threads:  # a shared file system answers slowly
