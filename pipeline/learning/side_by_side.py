@@ -75,7 +75,8 @@ def train_side_by_side(
         not folds
         or min(at_once, len(mine)) < 2  # one that is left gets as many threads as it had
         or "WORLD_SIZE" in os.environ
-        or pick_device(stage.device_name).type != "cpu"
+        # torch, which takes seconds to import, is asked only where it matters
+        or (stage.device_name != "cpu" and pick_device(stage.device_name).type != "cpu")
     ):
         return False
     options, cores = stage.options, str(max(1, stage.jobs // at_once))

@@ -392,6 +392,7 @@ def compiled(plan: Plan) -> Iterator[Row]:
         found = trace(plan, on, plan.device, 2)
         yield from agreement("pretraining", found, expected, SAME)
         yield breaks("pretraining", counters["graph_break"])
+        torch._dynamo.reset()  # a stage has a process of its own: no sizes of another one before
         counters.clear()
         losses = [losses_of(trainer_on(plan, config, plan.device), 2) for config in (on, off)]
         yield check("fold: losses of 2 steps", worst(*losses), 1e-2)

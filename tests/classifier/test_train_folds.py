@@ -226,7 +226,7 @@ def processes_of(run, folds: str) -> list[psutil.Process]:
 
 
 def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(smoke, out):
-    run = start("06", out, "train.epochs=200")
+    run = start("06", out, "--device", "cpu", "train.epochs=200")
     killed, other = processes_of(run, "01")
     wait_for(out / layout.CLASSIFIERS / "fold1" / "log.jsonl", run)
     killed.kill()
@@ -245,7 +245,7 @@ def test_a_fold_that_is_killed_ends_the_stage_with_one_line_and_a_rerun_goes_on(
 # SIGTERM: the test of stage 05
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_folds_end_with_their_stage(out, number):
-    run = start("06", out, "train.epochs=2000", "train.workers=1")
+    run = start("06", out, "--device", "cpu", "train.epochs=2000", "train.workers=1")
     processes_of(run, "01")
     stop_two_folds(run, out / layout.CLASSIFIERS, number)
 

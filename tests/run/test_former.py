@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers_faults import copy, run_here
 from helpers_former import OLD, make_old
-from helpers_stages import run_stage
+from helpers_stages import stage_here
 
 from pipeline.run import layout
 from pipeline.run.config import decisive
@@ -80,7 +80,7 @@ def test_a_stopped_older_training_goes_on(old):
 @pytest.mark.slow
 def test_models_of_an_older_run_predict_and_are_left_as_they_are(old, smoke, tmp_path):
     names = sorted(path.name for path in old.iterdir() if not path.name.startswith(".lock"))
-    done = run_stage(
+    done = stage_here(
         "08",
         *("--config", "smoke", "--models", str(old), "--out", str(tmp_path / "new")),
         *("--data", str(smoke / "data" / "phantom"), "--jobs", "2"),
