@@ -291,9 +291,9 @@ def series_batches(
         config.workers,
         train_batch_bytes(config, dataset.phases),
         "train.workers",
-        device.type == "cuda",
-        waiting,
-        sharing,
+        pinned=device.type == "cuda",
+        waiting=waiting,
+        sharing=sharing,
         batch_sampler=plan,
         collate_fn=collated,
     )

@@ -139,9 +139,9 @@ def save_features(
             config.workers,
             planes * config.channels * config.image_size**2,
             "train.workers",
-            device.type == "cuda",
-            waiting,
-            sharing,
+            pinned=device.type == "cuda",
+            waiting=waiting,
+            sharing=sharing,
             sampler=todo,
             batch_size=None,
         )

@@ -110,6 +110,7 @@ def loaded(
     asked: int | None,
     batch_bytes: int,
     key: str,
+    *,
     pinned: bool,
     waiting: Callable[[], object],
     sharing: int = 1,

@@ -111,8 +111,8 @@ def plane_batches(
         config.workers,
         organ_batch_bytes(config),
         "organs.workers",
-        device.type == "cuda",
-        waiting,
-        sharing,
+        pinned=device.type == "cuda",
+        waiting=waiting,
+        sharing=sharing,
         batch_sampler=[[(step, k) for k in range(config.batch)] for step in steps],
     )

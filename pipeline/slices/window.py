@@ -73,8 +73,9 @@ def integers(words: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     """What bit patterns in a type of more bits mean: only the low `bits` count, sign-extended where
     `signed`.
     """
-    sign = signed << bits >> 1
-    return (words & ((1 << bits) - 1) ^ sign) - sign
+    low = words & ((1 << bits) - 1)
+    sign = 1 << (bits - 1) if signed else 0
+    return (low ^ sign) - sign  # takes 2^bits off where the sign bit is set
 
 
 def window(hu: np.ndarray) -> np.ndarray:

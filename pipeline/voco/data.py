@@ -255,9 +255,9 @@ def batches(
         config.workers,
         need,
         "pretrain.workers",
-        pinned,
-        waiting,
-        ranks,
+        pinned=pinned,
+        waiting=waiting,
+        sharing=ranks,
         batch_size=None,
         sampler=todo,
     )
