@@ -750,5 +750,5 @@ def test_the_page_says_how_many_slices_of_what_a_classifier_sees(copy, keys, tex
     used = {name: resolved(getattr(config, name)) for name in ("model", "train")}
     name = f"{layout.CLASSIFIERS}/{layout.fold_folder(0)}"
     write_manifest(copy, name, {"held_out_score": 0.5}, config=used)
-    told = next(iter(re.findall(r"mobilenetv3_small_050 from [^<]*", page_of(copy))))
-    assert told == f"mobilenetv3_small_050 from {config.train.init}, {text}"
+    told = next(iter(re.findall(r"test_efficientnet from [^<]*", page_of(copy))))
+    assert told == f"test_efficientnet from {config.train.init}, {text}"
