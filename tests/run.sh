@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment with the test extras, lint, check types, run the tests; arguments go to pytest.
 #   ./tests/run.sh [--fast] [...]   --fast leaves out what is marked slow: runs of the pipeline, processes, whatever takes seconds
-# PYTHON=/path/to/python uses that interpreter as it is. One test process more than cores, since tests also wait, four at most; -n 0: one,
-# for --pdb.
+# PYTHON=/path/to/python uses that interpreter as it is. One test process a core, four at most; -n 0: one, for --pdb.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 flags=()
@@ -28,7 +27,7 @@ export PYTHONDONTWRITEBYTECODE= # else each of the hundreds of processes that te
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait make a busy machine several times slower
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # every test process has a core; a second thread costs tiny networks more than it brings
 code=0
-"$PYTHON" -m pytest -n $(($(nproc) + 1)) --maxprocesses 4 --dist worksteal "${flags[@]}" "$@" || code=$?
+"$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "${flags[@]}" "$@" || code=$?
 wait "$checker" || code=1
 cat "$types"
 if [ "$code" = 1 ] && [ -n "$memory" ]; then

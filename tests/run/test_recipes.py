@@ -113,7 +113,7 @@ def test_maps_that_are_kept_and_multiplications_are_counted():
 
 SMALL = (
     *("volume.depth=12", "volume.height=48", "volume.width=48", "folds.count=2"),
-    *("model.backbone=mobilenetv3_small_050", "pretrain.init=scratch", "pretrain.steps=3"),
+    *("model.backbone=test_efficientnet", "pretrain.init=scratch", "pretrain.steps=3"),
     *("pretrain.batch=2", "pretrain.slices=4", "pretrain.image_size=48", "pretrain.grid=2"),
     *("pretrain.random_crops=1", "pretrain.width=32", "pretrain.warmup=1", "pretrain.holdout=4"),
     *("pretrain.eval_every=3", "pretrain.workers=0", "pretrain.settle=2"),
