@@ -265,6 +265,7 @@ def test_maps_come_from_the_one_pass(name):
     assert taps.maps(64) == [], "given once, and without gradients none"
 
 
+@pytest.mark.slow
 def test_maps_are_found_in_a_compiled_backbone_too():
     torch.manual_seed(0)
     parts = torch.nn.Conv2d(1, 3, 2, 2), torch.nn.ReLU(), torch.nn.Conv2d(3, 4, 2, 2)
@@ -317,6 +318,7 @@ def test_it_learns_and_no_prediction_needs_it(data, tmp_path):
     assert state["decoder"].keys() == OrganDecoder(model.backbone, TINY).state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_stopped_training_goes_on_with_its_decoder(data, tmp_path, averaged):
     keys = (*KEYS, "train.epochs=2", "train.dice_loss=0.3", *["train.ema=0.5"][: int(averaged)])

@@ -261,6 +261,7 @@ def test_bootstrap_counts_equal_resampled_tables():
     )
 
 
+@pytest.mark.slow
 def test_interval_covers_as_often_as_it_says():
     hits = 0
     truth = score_arrays(labels := one_hot(20_000, seed=99), predicted(labels, 1.0, seed=99))[

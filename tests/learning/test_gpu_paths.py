@@ -670,6 +670,7 @@ def test_weights_rounded_together_give_the_teachers_very_numbers(name):
     assert all(weight.dtype == torch.bfloat16 for weight in copied._rounded)
 
 
+@pytest.mark.slow
 def test_pretraining_with_weights_rounded_together_is_the_same(plan, monkeypatch):
     """Five steps in bfloat16, a checkpoint taken up in between."""
     monkeypatch.setattr(optimise, "amp_dtype", lambda device: torch.bfloat16)

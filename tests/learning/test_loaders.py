@@ -74,6 +74,7 @@ def test_batches_come_in_their_order(workers):
     assert [int(batch) for batch in stream(workers=workers)] == list(range(6))
 
 
+@pytest.mark.slow
 def test_a_slow_batch_is_waited_for():
     def slow() -> int:
         time.sleep(2.5)
@@ -111,6 +112,7 @@ def test_a_loader_that_dies_while_it_hands_a_batch_over_is_told_as_such(batch, t
         list(stream(batch, workers=workers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [RuntimeError, FileNotFoundError, EOFError])
 def test_an_error_of_our_own_in_a_loader_is_no_death(fault):
     def wrong() -> int:

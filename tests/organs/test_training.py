@@ -122,6 +122,7 @@ def test_planes_of_small_organs_are_drawn_more_often():
     assert set(found) == set(range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [2, 3, 5])  # the steps 2 and 5 end rows of the log
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(masked, tmp_path, last):
     config, data = load_config("smoke", TINY), OrganFold(1, masked, "x")

@@ -78,6 +78,7 @@ def test_too_little_disk_is_one_line_before_the_first_write(tmp_path, disk, stag
     assert not (out / what).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "keys"),
     [(convert_dicom, []), (build_volumes, []), (build_volumes, ["convert.keep_png=false"])],
@@ -259,10 +260,11 @@ def change(data, name: str, old: str, new: str) -> None:
             "pretrain.labelled=false leaves unlabelled/ alone",
         ),
         (lambda data: None, ["model.backbone=resnt50"], "no such timm model, .*did you mean"),
-        (
+        pytest.param(
             lambda data: None,
             ["model.backbone=vgg11", "pretrain.image_size=48"],
             r"takes no crops of 24 x 24 pixels, .*set pretrain.image_size to 64 \(crops of 32\)",
+            marks=pytest.mark.slow,
         ),
         (
             lambda data: None,

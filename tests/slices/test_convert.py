@@ -169,6 +169,7 @@ def convert(
     return sorted(made), counts
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_converted_again(tmp_path):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
     everything = ["10/1", "10/2", "20/3", "unlabelled-10/9"]
@@ -429,6 +430,7 @@ def test_a_series_that_kills_every_process_is_listed_and_tried_again(tmp_path, m
     assert convert(data, out)[0] == ["10/2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lasting", [True, False])
 def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch, lasting):
     """dicomsdl says the same of some damaged files: the process is given up, and only without it

@@ -446,6 +446,7 @@ def test_only_the_pools_own_thread_is_silent(capfd, monkeypatch):
     assert text.count("Exception in thread other thread") == text.count("\nKeyError") == 1
 
 
+@pytest.mark.slow
 def test_where_joblib_works_serially_the_process_is_not_its_own_worker():
     """Without semaphores joblib calls the tasks itself, which once ended the process as orphans."""
     code = (
@@ -462,6 +463,7 @@ def test_where_joblib_works_serially_the_process_is_not_its_own_worker():
     assert (done.returncode, done.stdout) == (0, "{0: 1, 1: 2, 2: 3}\nalive\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["threading", "sequential"])
 def test_tasks_in_threads_or_in_this_process_leave_it_alive(backend):
     with joblib.parallel_config(backend=backend, n_jobs=2):

@@ -36,6 +36,7 @@ def convert(data: Path, out: Path, **more: object) -> pl.DataFrame:
     return pl.read_parquet(folder / layout.INDEX)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["mount point", "unlabelled", "link", "nothing"])
 def test_a_disk_that_is_not_mounted_wipes_nothing(tmp_path, left):
     data, out = make_data(tmp_path / "data", unlabelled=2), tmp_path / "out"
@@ -58,6 +59,7 @@ def test_a_disk_that_is_not_mounted_wipes_nothing(tmp_path, left):
     assert state(out) == before, "mounted again, all is up to date"
 
 
+@pytest.mark.slow
 def test_nearly_all_gone_is_refused_and_a_part_is_not(tmp_path):
     data, out = make_data(tmp_path / "data", patients=12), tmp_path / "out"
     convert(data, out)
@@ -78,6 +80,7 @@ def test_a_damaged_index_is_made_again(tmp_path):
     assert convert(data, out).equals(whole)
 
 
+@pytest.mark.slow
 def test_series_that_the_table_no_longer_lists_are_removed_as_ever(tmp_path):
     data, out = make_data(tmp_path / "data", patients=12), tmp_path / "out"
     convert(data, out)
@@ -85,6 +88,7 @@ def test_series_that_the_table_no_longer_lists_are_removed_as_ever(tmp_path):
     assert convert(data, out)["series_id"].unique().to_list() == ["901"]
 
 
+@pytest.mark.slow
 def test_a_part_that_is_gone_is_removed_with_a_warning(tmp_path):
     data, out = make_data(tmp_path / "data", patients=12), tmp_path / "out"
     convert(data, out)

@@ -231,6 +231,7 @@ def test_the_log_says_what_the_method_page_lists(unbroken):
     assert list((unbroken[0] / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(volumes, unbroken, tmp_path, monkeypatch):
     """SIGTERM in the middle of step 2: that step ends, the state is saved, and the rest repeats bit
     for bit.
@@ -594,6 +595,7 @@ def test_a_ranks_failure_ends_all_with_its_message(volumes):
     assert not (volumes.parent / layout.VOCO / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(volumes, unbroken, tmp_path):
     (tmp_path / "log.jsonl").write_bytes((unbroken[0] / "log.jsonl").read_bytes())
     (tmp_path / "best.ckpt").write_bytes((unbroken[0] / "best.ckpt").read_bytes())
@@ -627,6 +629,7 @@ def test_a_backbone_of_one_size_is_exported_for_whole_planes(volumes, tmp_path, 
     assert ("interpolated" in report) == (name == "test_maxvit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("minutes", "written"), [(0, [6]), (1e-9, [1, 2, 3, 4, 5, 6]), (60, [6]), (2.5, [3, 6])]
 )

@@ -98,6 +98,7 @@ def outlines(hu):
     return body_outlines(masks, hu.shape[1:], (MM, MM), STEP_MM, VolumeConfig().margin_mm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [lambda _: None, breasts, detached_breast, hips, hernia, legs],
