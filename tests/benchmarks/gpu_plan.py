@@ -38,7 +38,6 @@ CHECKED = (
     *("train.epochs=2", "train.backbone_dropout=0", "train.accumulate=1"),
 )
 TINY = (
-    "model.backbone=test_efficientnet",
     *("pretrain.width=16", "pretrain.settle=1", "train.slices=2", "train.image_size=32"),
     *("train.batch=4", "train.slice_loss=0"),
 )

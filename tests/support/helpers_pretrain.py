@@ -15,10 +15,7 @@ from pipeline.voco.data import VocoSamples
 from pipeline.voco.step import start
 
 ALONE = World(0, 1, torch.device("cpu"))
-TINY = (
-    *("model.backbone=test_resnet", "pretrain.batch=4", "pretrain.holdout=2", "pretrain.lr=1e-3"),
-    "pretrain.settle=2",
-)
+TINY = ("model.backbone=test_resnet", "pretrain.batch=4", "pretrain.holdout=2", "pretrain.lr=1e-3")
 
 
 def volumes_of(run):
