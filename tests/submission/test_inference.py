@@ -20,6 +20,7 @@ import polars as pl
 import psutil
 import pytest
 import torch
+from helpers_faults import start
 from helpers_scores import PRIOR, sample
 from helpers_stages import ROOT, environment, stage_here
 from scipy.optimize import minimize
@@ -514,25 +515,22 @@ def test_what_overflows_in_mixed_precision_is_computed_in_float32(monkeypatch):
     assert torch.equal(predict(Large(), slices, amp=True), exact)
 
 
-def start(smoke: Path, out: Path) -> subprocess.Popen:
-    """Stage 08 on the smoke run's data and models, into another folder."""
-    command = [
-        sys.executable,
-        str(ROOT / "stages" / "08_predict_test.py"),
-        "--config",
-        "smoke",
-        "--models",
-        str(smoke),
-        "--jobs",
-        "2",
-        "--data",
-        str(smoke / "data" / "phantom"),
-        "--out",
-        str(out),
-        "predict.flush_every=1",
-    ]
+def flags(smoke: Path) -> tuple[str, ...]:
+    """Of stage 08 on the smoke run's data and models, into another folder."""
+    data = smoke / "data" / "phantom"
+    return "--models", str(smoke), "--data", str(data), "predict.flush_every=1"
+
+
+def start_anew(smoke: Path, out: Path) -> subprocess.Popen:
+    """By a new interpreter, which is seconds at its imports."""
+    script = ROOT / "stages" / "08_predict_test.py"
+    command = [sys.executable, str(script), "--config", "smoke", "--jobs", "2", "--out", str(out)]
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, *flags(smoke)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -556,7 +554,7 @@ def test_killed_at_any_moment_the_file_is_valid_and_the_next_run_completes_it(sm
         read_sample_submission(smoke / "data" / "phantom"),
     )
     for pause_s in (0.0, 3.0):  # once with the prior only, once somewhere in loading or predicting
-        run = start(smoke, tmp_path)
+        run = start_anew(smoke, tmp_path)
         while not path.exists() and run.poll() is None:
             time.sleep(0.01)
         end = time.monotonic() + pause_s
@@ -571,14 +569,14 @@ def test_killed_at_any_moment_the_file_is_valid_and_the_next_run_completes_it(sm
             "everyone has the prior before the models are loaded"
         )
         path.unlink()
-    last = start(smoke, tmp_path)
+    last = start_anew(smoke, tmp_path)
     assert last.wait(timeout=300) == 0, last.stderr.read()
     assert_as_if_nothing_had_happened(smoke, tmp_path)
     assert not [name for name in tmp_path.rglob("*") if ".tmp-" in name.name]
 
 
 def test_decoding_processes_that_are_killed_change_nothing(smoke, tmp_path):
-    run, killed = start(smoke, tmp_path), 0
+    run, killed = start("08", tmp_path, *flags(smoke)), 0
     while run.poll() is None and killed < 2:
         for child in psutil.Process(run.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # it may end before we ask

@@ -7,10 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from helpers_forks import Forked
 from helpers_stages import ROOT, STAGES, content, environment, stage_here
 
 from pipeline.run import layout
@@ -40,35 +40,25 @@ def start(
     fault: str = "",
     stage: str = "",
     ignore_interrupt: bool = False,
-) -> subprocess.Popen:
+) -> subprocess.Popen | Forked:
     """A stage script by its number, or `run_all`, of the smoke preset in a new process group, with
     a fault of the shim.
     """
-    script = (
-        ROOT / "run_all.sh"
-        if name == "run_all"
-        else next(path for path in STAGES if path.name.startswith(name))
-    )
-    command = [
-        *([] if name == "run_all" else [sys.executable]),
-        str(script),
-        "--config",
-        "smoke",
-        "--out",
-        str(out),
-        "--jobs",
-        "2",
-    ]
     more = (
         {"VOCO_FAULT": fault, "VOCO_STAGE": stage, "PYTHONPATH": f"{SHIM}{os.pathsep}{ROOT}"}
         if fault
         else {}
     )
+    variables = environment(PYTHONDONTWRITEBYTECODE="1", **more)
+    command = ["--config", "smoke", "--out", str(out), "--jobs", "2", *arguments]
     # whatever started the tests may ignore Ctrl-C
     handler = signal.SIG_IGN if ignore_interrupt else signal.SIG_DFL
+    if name != "run_all":
+        script = next(path for path in STAGES if path.name.startswith(name))
+        return Forked(script, command, variables, handler, [SHIM / "sitecustomize.py"])
     return subprocess.Popen(
-        [*command, *arguments],
-        env=environment(PYTHONDONTWRITEBYTECODE="1", **more),
+        [str(ROOT / "run_all.sh"), *command],
+        env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -78,7 +68,7 @@ def start(
     )
 
 
-def end(process: subprocess.Popen) -> tuple[int, str]:
+def end(process: subprocess.Popen | Forked) -> tuple[int, str]:
     """Exit code and standard error of a process that is about to end; its group is killed where it
     does not.
     """
@@ -101,7 +91,7 @@ def run_here(name: str, out: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> str:
+def wait_for(path: Path, process: subprocess.Popen | Forked) -> str:
     """The text of a file that a process is about to write; AssertionError where it ends without."""
     deadline = time.monotonic() + PATIENCE_S
     while not (path.exists() and path.read_text()):
@@ -140,7 +130,7 @@ def none_alive(group: int) -> bool:
     return not alive(group)
 
 
-def stop_two_folds(process: subprocess.Popen, folder: Path, number: int) -> None:
+def stop_two_folds(process: Forked, folder: Path, number: int) -> None:
     """Stop a stage that trains folds 0 and 1 side by side into `folder` once both have a log; they
     end with it, with a checkpoint where there is time for one.
     """

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
+from helpers_faults import run
 from helpers_stages import STAGES, run_all, run_stage, stage_here
 
 from pipeline.competition.tables import read_labels, read_sample_submission
@@ -264,20 +265,8 @@ def test_damaged_test_series_fall_back_and_are_reported(smoke, tmp_path):
             shutil.rmtree(folder)
             if patient == empty:
                 folder.mkdir()
-    done = run_stage(
-        "08",
-        "--config",
-        "smoke",
-        "--models",
-        str(smoke),
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "out"),
-        "--jobs",
-        "2",
-    )
-    assert done.returncode == 0, done.stderr
+    code, text = run("08", tmp_path / "out", "--models", str(smoke), "--data", str(data))
+    assert code == 0, text
     table = check_submission(
         tmp_path / "out" / layout.SUBMISSION / "submission.csv", read_sample_submission(data)
     )
