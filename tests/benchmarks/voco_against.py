@@ -18,16 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import torch
-from voco_step import batch_of, by_precision, make
-
-HERE, CPU = Path(__file__).resolve().parents[2], torch.device("cpu")
+HERE = Path(__file__).resolve().parents[2]
 
 
 def serve(overrides: Sequence[str]) -> None:
     """Take a step for each line of the input, a seed; print its seconds and loss."""
-    config = list(by_precision(CPU, overrides).values())[-1]
-    step = make("ours", config, CPU)
+    import torch  # here: the process that compares needs none of it
+    from voco_step import batch_of, by_precision, make
+
+    cpu = torch.device("cpu")
+    config = list(by_precision(cpu, overrides).values())[-1]
+    step = make("ours", config, cpu)
     for seed in sys.stdin:
         torch.manual_seed(int(seed))
         batch, begun = batch_of(config), time.perf_counter()

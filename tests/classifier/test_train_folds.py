@@ -6,8 +6,6 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from helpers_faults import (
     stop_two_folds,
     wait_for,
 )
+from helpers_forks import torchrun
 from helpers_stages import ROOT, environment
 
 from pipeline.classifier.fold import gather_fold
@@ -162,25 +161,9 @@ def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_06, monkeypa
 
 
 def test_torchrun_spreads_the_folds(out):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        str(SCRIPT),
-        "--config",
-        "smoke",
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        "--jobs",
-        "1",
-        "train.init=scratch",
-        "train.epochs=1",
-    ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    flags = ("--config", "smoke", "--out", str(out), "--device", "cpu", "--jobs", "1")
+    short = ("train.init=scratch", "train.epochs=1")
+    done = torchrun(str(SCRIPT), *flags, *short, environment=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert_whole(out)
     assert set(

@@ -4,6 +4,7 @@ interpreter seconds: they are forked from a server that has done nothing but tha
 
 import atexit
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -105,3 +106,13 @@ class Forked(ForkServerProcess):
             if thread.is_alive():
                 raise subprocess.TimeoutExpired(str(self._script), timeout or 0)
         return self._texts[0], self._texts[1]
+
+
+def torchrun(
+    *arguments: str, environment: Mapping[str, str], timeout: float = 400
+) -> subprocess.CompletedProcess:
+    """`torchrun` of two ranks; these are new interpreters."""
+    launcher = Path(importlib.util.find_spec("torch.distributed.run").origin)
+    process = Forked(launcher, ["--nproc-per-node=2", *arguments], environment, signal.SIG_DFL)
+    out, err = process.communicate(timeout)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)

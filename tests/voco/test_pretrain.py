@@ -7,14 +7,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers_forks import torchrun
 from helpers_gloo import descent
 from helpers_losses import slow_position_loss, slow_regularisation, slow_similarity
 from helpers_pretrain import ALONE, TINY, numbers, trained, volumes_of
@@ -522,27 +521,11 @@ def test_checkpoints_rotate_and_a_damaged_one_costs_one_interval(tmp_path):
 
 def ranks(volumes, fault):
     """Stage 04 under torchrun in the folder of `volumes`, two processes with a planted fault."""
-    launch = (
-        "--nproc-per-node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *launch,
-        f"--log-dir={volumes.parent / 'ranks'}",
-        str(HELPER),
-        fault,
-        "--config=smoke",
-        f"--out={volumes.parent}",
-        "--device=cpu",
-        *DESCENT,
-    ]
+    local = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+    stage = ("--config=smoke", f"--out={volumes.parent}", "--device=cpu", *DESCENT)
+    logs = f"--log-dir={volumes.parent / 'ranks'}"
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[2])}
-    return subprocess.run(command, env=shared, capture_output=True, text=True, timeout=400)
+    return torchrun(*local, logs, str(HELPER), fault, *stage, environment=shared)
 
 
 @pytest.mark.slow
