@@ -21,9 +21,9 @@ from helpers_faults import (
     run_here,
     start,
     stop_two_folds,
+    torchrun,
     wait_for,
 )
-from helpers_forks import torchrun
 from helpers_stages import ROOT, environment
 
 from pipeline.classifier.fold import gather_fold
@@ -163,8 +163,8 @@ def test_no_manifest_lists_a_fold_that_is_gone_meanwhile(out, stage_06, monkeypa
 def test_torchrun_spreads_the_folds(out):
     flags = ("--config", "smoke", "--out", str(out), "--device", "cpu", "--jobs", "1")
     short = ("train.init=scratch", "train.epochs=1")
-    done = torchrun(str(SCRIPT), *flags, *short, environment=environment(), timeout=300)
-    assert done.returncode == 0, done.stderr
+    code, text = torchrun(str(SCRIPT), *flags, *short, variables=environment())
+    assert code == 0, text
     assert_whole(out)
     assert set(
         pl.concat(pl.read_parquet(out / layout.CLASSIFIERS / f"fold{k}" / OOF) for k in (0, 1))[

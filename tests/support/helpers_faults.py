@@ -3,11 +3,13 @@ and looked at afterwards.
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from helpers_forks import Forked
@@ -51,11 +53,12 @@ def start(
     )
     variables = environment(PYTHONDONTWRITEBYTECODE="1", **more)
     command = ["--config", "smoke", "--out", str(out), "--jobs", "2", *arguments]
-    # whatever started the tests may ignore Ctrl-C
-    handler = signal.SIG_IGN if ignore_interrupt else signal.SIG_DFL
     if name != "run_all":
         script = next(path for path in STAGES if path.name.startswith(name))
-        return Forked(script, command, variables, handler, [SHIM / "sitecustomize.py"])
+        shim = SHIM / "sitecustomize.py"
+        return Forked(script, command, variables, [shim], ignore_interrupt)
+    # whatever started the tests may ignore Ctrl-C
+    handler = signal.SIG_IGN if ignore_interrupt else signal.SIG_DFL
     return subprocess.Popen(
         [str(ROOT / "run_all.sh"), *command],
         env=variables,
@@ -83,6 +86,12 @@ def end(process: subprocess.Popen | Forked) -> tuple[int, str]:
 def run(name: str, out: Path, *arguments: str, **how: str) -> tuple[int, str]:
     """Start a stage script and wait for its end."""
     return end(start(name, out, *arguments, **how))
+
+
+def torchrun(*arguments: str, variables: Mapping[str, str]) -> tuple[int, str]:
+    """What `run` gives, of `torchrun` with two ranks; these are new interpreters."""
+    launcher = Path(importlib.util.find_spec("torch.distributed.run").origin)
+    return end(Forked(launcher, ["--nproc-per-node=2", *arguments], variables))
 
 
 def run_here(name: str, out: Path, *arguments: str) -> tuple[int, str]:

@@ -4,7 +4,6 @@ interpreter seconds: they are forked from a server that has done nothing but tha
 
 import atexit
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -37,11 +36,11 @@ class Forked(ForkServerProcess):
         script: Path,
         arguments: Sequence[str],
         environment: Mapping[str, str],
-        interrupt: signal.Handlers,
         first: Sequence[Path] = (),
+        ignore_interrupt: bool = False,
     ) -> None:
         super().__init__()
-        self._script, self._first, self._interrupt = script, first, interrupt
+        self._script, self._first, self._ignores = script, first, ignore_interrupt
         self._arguments, self._environment = list(arguments), dict(environment)
         self._folder = Path.cwd()
         ends = [SERVER.Pipe(duplex=False) for _ in range(2)]
@@ -71,8 +70,8 @@ class Forked(ForkServerProcess):
         os.environ.clear()
         os.environ.update(self._environment)
         os.chdir(self._folder)
-        python = self._interrupt == signal.SIG_DFL
-        signal.signal(signal.SIGINT, signal.default_int_handler if python else self._interrupt)
+        handler = signal.SIG_IGN if self._ignores else signal.default_int_handler
+        signal.signal(signal.SIGINT, handler)
         for script in self._first:
             runpy.run_path(str(script))
         sys.argv = [str(self._script), *self._arguments]
@@ -106,13 +105,3 @@ class Forked(ForkServerProcess):
             if thread.is_alive():
                 raise subprocess.TimeoutExpired(str(self._script), timeout or 0)
         return self._texts[0], self._texts[1]
-
-
-def torchrun(
-    *arguments: str, environment: Mapping[str, str], timeout: float = 400
-) -> subprocess.CompletedProcess:
-    """`torchrun` of two ranks; these are new interpreters."""
-    launcher = Path(importlib.util.find_spec("torch.distributed.run").origin)
-    process = Forked(launcher, ["--nproc-per-node=2", *arguments], environment, signal.SIG_DFL)
-    out, err = process.communicate(timeout)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)

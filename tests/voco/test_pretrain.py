@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers_forks import torchrun
+from helpers_faults import torchrun
 from helpers_gloo import descent
 from helpers_losses import slow_position_loss, slow_regularisation, slow_similarity
 from helpers_pretrain import ALONE, TINY, numbers, trained, volumes_of
@@ -525,7 +525,7 @@ def ranks(volumes, fault):
     stage = ("--config=smoke", f"--out={volumes.parent}", "--device=cpu", *DESCENT)
     logs = f"--log-dir={volumes.parent / 'ranks'}"
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[2])}
-    return torchrun(*local, logs, str(HELPER), fault, *stage, environment=shared)
+    return torchrun(*local, logs, str(HELPER), fault, *stage, variables=shared)
 
 
 @pytest.mark.slow
@@ -542,16 +542,16 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
     loop.pretrain(load_config("smoke", DESCENT), volumes, tmp_path, ALONE)
     folder = volumes.parent / layout.VOCO
     shutil.rmtree(folder, ignore_errors=True)
-    stopped = ranks(volumes, "storm")
-    assert (folder / "last.ckpt").exists(), stopped.stderr
-    assert "stopped at step 4, checkpoint written" in stopped.stderr
+    _, text = ranks(volumes, "storm")
+    assert (folder / "last.ckpt").exists(), text
+    assert "stopped at step 4, checkpoint written" in text
     assert not list(folder.glob(".*tmp*"))
     # the ranks agree one step after the signal
-    assert load_checkpoint(folder / "last.ckpt")["step"] == 4, stopped.stderr
+    assert load_checkpoint(folder / "last.ckpt")["step"] == 4, text
     assert not (folder / "manifest.json").exists()
-    done = ranks(volumes, "none")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("04_voco2d: done") == 1
+    code, text = ranks(volumes, "none")
+    assert code == 0, text
+    assert text.count("04_voco2d: done") == 1
     assert len(list((folder / "tensorboard").iterdir())) == 2, "one process of each sitting writes"
     one, two = (
         [[record[name] for name in Voco2D.stats] for record in read_log(path / "log.jsonl")]
@@ -571,10 +571,10 @@ def test_two_ranks_stopped_and_gone_on_are_one_rank_that_never_stopped(
 @pytest.mark.slow
 def test_a_ranks_failure_ends_all_with_its_message(volumes):
     shutil.rmtree(volumes.parent / layout.VOCO, ignore_errors=True)
-    done = ranks(volumes, "error")
-    assert done.returncode != 0
-    assert "error: planted fault, rank 1, see what the others do" in done.stderr
-    assert "error: another process of this run has ended" in done.stderr
+    code, text = ranks(volumes, "error")
+    assert code != 0
+    assert "error: planted fault, rank 1, see what the others do" in text
+    assert "error: another process of this run has ended" in text
     assert not (volumes.parent / layout.VOCO / "manifest.json").exists()
 
 
