@@ -5,7 +5,8 @@ Reads   <data>/train_series_meta.csv, <data>/train_images/<patient>/<series>/*.d
 Writes  <out>/01_slices/<patient>/<series>/<instance>.png, index.parquet, quarantine.csv,
         manifest.json
 
-Series that are done and unchanged are skipped. --scheduler tcp://HOST:PORT converts on a Dask
+Series that are done and unchanged are skipped, and so is the stage with convert.keep_png=false:
+stage 02 reads the images itself then. --scheduler tcp://HOST:PORT converts on a Dask
 cluster; data and output folders must be on a file system that all its machines share under the
 same path.
 """

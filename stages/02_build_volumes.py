@@ -3,7 +3,7 @@
 Reads   <out>/01_slices/ (index.parquet and the PNG slices), with convert.keep_png=false the data
         folder as stage 01 does
 Writes  <out>/02_volumes/<patient>_<series>.npy (uint8, superior first), index.parquet,
-        manifest.json
+        manifest.json; with convert.keep_png=false also slices.parquet and quarantine.csv
 """
 
 from pipeline.run.command import add_scheduler, main

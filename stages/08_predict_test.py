@@ -2,9 +2,9 @@
 there are no test tables.
 
 Reads   test_series_meta.csv, sample_submission.csv and test_images/ of the data folder,
-        06_folds/fold<K>/model.safetensors and 07_oof/calibration.json below `--models` (default:
-        <out>); of several runs the models of each, and <out>/07_oof/ that stage 07 made of the
-        same `--models`
+        06_folds/fold<K>/model.safetensors, where they were trained with them second_level/ and
+        05_organs/, and 07_oof/calibration.json below `--models` (default: <out>); of several runs
+        the models of each, and <out>/07_oof/ that stage 07 made of the same `--models`
 Writes  <out>/08_submission/submission.csv, fallbacks.csv (who got the prior, and why),
         manifest.json
 """

@@ -168,7 +168,11 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--data", type=Path, required=True, help="with segmentations/")
     flags.add_argument("--volumes", type=Path, required=True, help="folder of stage 02")
     flags.add_argument("--organs", type=Path, help="table of the slices that show an organ")
-    flags.add_argument("--folds", type=Path, help="folds.csv (default: leave one patient out)")
+    flags.add_argument(
+        "--folds",
+        type=Path,
+        help=f"folds.csv (default: up to {FEW} patients one by one, more in {PARTS} parts)",
+    )
     flags.add_argument("--planes", type=int, default=24, help="of a series (default: 24)")
     flags.add_argument("--size", type=int, default=96, help="of a plane, pixels (default: 96)")
     flags.add_argument("--neighbours", type=int, default=15)
