@@ -94,7 +94,7 @@ def dense_probe(view: View, cases: Sequence[Case]) -> dict[str, np.ndarray]:
     """
     moments: dict[int, Moments] = {}
     for k, case in enumerate(cases):
-        features, truth = _described(view, case), case.cells().ravel()
+        features, truth = _described(view, case), case.cells.ravel()
         chosen = np.random.default_rng(k).permutation(len(truth))[:SAMPLE]
         own = Moments.of(features[chosen], truth[chosen], len(LABELS))
         moments[case.fold] = moments[case.fold] + own if case.fold in moments else own
@@ -102,7 +102,7 @@ def dense_probe(view: View, cases: Sequence[Case]) -> dict[str, np.ndarray]:
     models = {fold: _without(whole, own).discriminant() for fold, own in moments.items()}
     counts: dict[str, np.ndarray] = {}
     for case in cases:
-        features, truth = _described(view, case), case.cells().ravel()
+        features, truth = _described(view, case), case.cells.ravel()
         found = [_overlaps(softmax(features @ w + b, 1), truth) for w, b in models.values()]
         size = np.bincount(truth, minlength=len(LABELS))[1:, None]
         stack = np.stack([np.stack([p, t, size + 0 * t]) for p, t in found])

@@ -3,6 +3,7 @@ that show an organ; and what is known of each plane.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Case:
     shown: dict[str, np.ndarray] = field(default_factory=dict)
     injured: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @cached_property
     def cells(self) -> np.ndarray:
         """The masks on the grid (S, h / 4, w / 4): the label that fills most of each cell."""
         assert self.masks is not None

@@ -1,12 +1,9 @@
-"""Volume augmentation: one draw for all slices, through albumentations (last release 2.0.8, so
-nothing else imports it).
-"""
-
-import os
+"""Volume augmentation: one draw for all slices, through albumentations."""
 
 import cv2
 import numpy as np
 
+from ..learning.transforms import albumentations
 from ..run.config import AugmentConfig
 
 OWN = 2  # tells the draws made here from those of albumentations and of the flip in z
@@ -47,10 +44,7 @@ class VolumeAugment:
     """
 
     def __init__(self, config: AugmentConfig, size: int = 192) -> None:
-        # its import looks for a newer release on the network
-        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-        import albumentations as A
-
+        A = albumentations()
         cv2.setNumThreads(1)
         self.config = config
         chance = config.probability

@@ -1,6 +1,4 @@
-"""CNN-LSTM: a 2D backbone on each slice, a sequence model over z, one head per target; and its
-loss.
-"""
+"""CNN-LSTM: a 2D backbone on each slice, a sequence model over z, one head per target."""
 
 from itertools import groupby
 

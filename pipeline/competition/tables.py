@@ -194,8 +194,8 @@ def read_sample_submission(data: Path) -> pl.DataFrame:
     they are, Float64).
     """
     path = Path(data) / "sample_submission.csv"
-    table = load_table(path, [KEY, *COLUMNS])
-    for column in header(path):
+    table, names = load_table(path, [KEY, *COLUMNS]), header(path)
+    for column in names:
         if column not in table.frame.columns:
             raise InputError(
                 f"unknown column '{column}'",
@@ -204,9 +204,7 @@ def read_sample_submission(data: Path) -> pl.DataFrame:
             )
     check_ids(table, KEY)
     check_unique(table, KEY)
-    return table.frame.select(header(path)).with_columns(
-        pl.col(COLUMNS).cast(pl.Float64, strict=False)
-    )
+    return table.frame.select(names).with_columns(pl.col(COLUMNS).cast(pl.Float64, strict=False))
 
 
 def check_predictions(table: Table) -> pl.DataFrame:

@@ -120,9 +120,13 @@ def calibration_error(
     """Expected calibration error (b,) over ten equal bins: weighted mean distance of probability
     and frequency.
     """
-    bins = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
-    gap = np.eye(BINS)[bins] * (weight * (probability - truth))[:, None]
+    gap = _binned(probability) * (weight * (probability - truth))[:, None]
     return np.abs(counts @ gap).sum(axis=1) / (counts @ weight)
+
+
+def _binned(probability: np.ndarray) -> np.ndarray:
+    """The bin of each probability as (N, bins), one-hot."""
+    return np.eye(BINS)[np.minimum((probability * BINS).astype(np.int64), BINS - 1)]
 
 
 def reliability(
@@ -131,9 +135,7 @@ def reliability(
     """Weighted mean probability and frequency of every bin that holds a case: the points of a
     reliability curve.
     """
-    bins = (
-        np.eye(BINS)[np.minimum((probability * BINS).astype(np.int64), BINS - 1)] * weight[:, None]
-    )
+    bins = _binned(probability) * weight[:, None]
     held = bins.sum(axis=0) > 0
     total = bins.sum(axis=0)[held]
     return (probability @ bins)[held] / total, (truth.astype(np.float64) @ bins)[held] / total
@@ -148,16 +150,22 @@ def interval(values: np.ndarray) -> Interval:
     return {"value": float(values[0]) if np.isfinite(values[0]) else None, "low": low, "high": high}
 
 
+def resampled_losses(
+    labels: np.ndarray, probabilities: np.ndarray, count: int, seed: int
+) -> np.ndarray:
+    """The official loss of each target on all patients, and on `count` draws of as many of them:
+    (1 + count, targets).
+    """
+    loss, weight = loss_terms(labels, normalise(probabilities))
+    drawn = resamples(len(labels), count, seed)
+    return np.concatenate([(counts @ (loss * weight)) / (counts @ weight) for counts in drawn])
+
+
 def score_intervals(
     labels: np.ndarray, probabilities: np.ndarray, count: int, seed: int
 ) -> dict[str, Interval]:
     """The official score table with bootstrap intervals over patients."""
-    loss, weight = loss_terms(labels, normalise(probabilities))
-    drawn = [
-        (counts @ (loss * weight)) / (counts @ weight)
-        for counts in resamples(len(labels), count, seed)
-    ]
-    parts = np.concatenate(drawn)
+    parts = resampled_losses(labels, probabilities, count, seed)
     parts = np.concatenate([parts, parts.mean(axis=1, keepdims=True)], axis=1)
     return {key: interval(parts[:, column]) for column, key in enumerate(SCORE_KEYS)}
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..system.errors import InputError, TrainingStopped
-from ..system.files import atomic_path, disk_errors
+from ..system.files import atomic_path
 
 NESTS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
@@ -103,7 +103,7 @@ def save_weights(
             f"{len(broken)} tensors are not finite ({broken[0]} is the first): {path} is not"
             " written"
         )
-    with disk_errors(path), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(_sorted_header(save(state, dict(metadata or {}))))
 
 

@@ -53,16 +53,20 @@ def moved(config: OrganConfig, rng: np.random.Generator, size: int) -> np.ndarra
     return matrix + np.hstack([np.zeros((2, 2)), shift])
 
 
-def drawn_plane(mask: np.ndarray, rng: np.random.Generator) -> int:
-    """A plane of a label map (D, H, W): every other time any, else one that shows an organ, which
-    is drawn first, so that small organs are seen as often as large ones.
+def planes_showing(mask: np.ndarray) -> np.ndarray:
+    """Which planes of a label map (D, H, W) show which organ: (organs, D) bool."""
+    return np.stack([(mask == k + 1).any((1, 2)) for k in range(len(ORGANS))])
+
+
+def drawn_plane(showing: np.ndarray, rng: np.random.Generator) -> int:
+    """A plane of those of `planes_showing`: every other time any, else one that shows an organ,
+    which is drawn first, so that small organs are seen as often as large ones.
     """
-    depth = len(mask)
     if rng.random() < SHOWING:
-        shown = np.flatnonzero((mask == rng.integers(len(ORGANS)) + 1).any((1, 2)))
+        shown = np.flatnonzero(showing[rng.integers(len(ORGANS))])
         if len(shown):
             return int(rng.choice(shown))
-    return int(rng.integers(depth))
+    return int(rng.integers(showing.shape[1]))
 
 
 class PlaneDataset(Dataset):
@@ -73,13 +77,16 @@ class PlaneDataset(Dataset):
 
     def __init__(self, series: Sequence[Masked], config: OrganConfig, seed: int) -> None:
         self.series, self.config, self.seed = list(series), config, seed
+        self._showing: dict[int, np.ndarray] = {}  # by series: a map is searched once
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | np.int64]:
         rng = np.random.default_rng((self.seed, *key))
         item = int(rng.integers(len(self.series)))
         one, size = self.series[item], self.config.image_size
         volume, mask = np.load(one.volume, mmap_mode="r"), np.load(one.mask, mmap_mode="r")
-        plane = drawn_plane(mask, rng)
+        if item not in self._showing:
+            self._showing[item] = planes_showing(mask)
+        plane = drawn_plane(self._showing[item], rng)
         image = resized(with_neighbours(volume, np.array([plane]))[0], size)
         label = cv2.resize(mask[plane], (size, size), interpolation=cv2.INTER_NEAREST)
         matrix = moved(self.config, rng, size)

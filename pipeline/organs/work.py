@@ -145,21 +145,17 @@ def lay_masks(stage: Stage, files: dict[str, Path], index: pl.DataFrame) -> dict
     part, found = stage.part(layout.MASKS), masked_series(stage, files, index)
     with part.lock():
         if not part.current(mask_inputs(stage, files), ["volume"]):
-            chosen = index.filter(pl.col("series_id").is_in(list(found)))
             part.finish(
-                {"masks": len(found)}, _lay(part, files, chosen, stage.upstream(layout.VOLUMES))
+                {"masks": len(found)}, _lay(part, files, index, stage.upstream(layout.VOLUMES))
             )
     if lost := len(files) - len(found):
         log(f"warning: {lost} masks are of series without a volume, and are not used")
     return found
 
 
-def _lay(part: Stage, files: dict[str, Path], chosen: pl.DataFrame, volumes: Path) -> list[str]:
-    table = slice_table(volumes, part.out / layout.SLICES)
-    slices = read_frame(table, SLICE_COLUMNS).filter(
-        pl.col("series_id").is_in(chosen["series_id"].to_list())
-    )
-    items, config = with_masks(files, chosen, slices), part.config
+def _lay(part: Stage, files: dict[str, Path], index: pl.DataFrame, volumes: Path) -> list[str]:
+    slices = read_frame(slice_table(volumes, part.out / layout.SLICES), SLICE_COLUMNS)
+    items, config = with_masks(files, index, slices), part.config
     part.folder.mkdir(parents=True, exist_ok=True)
     work = partial(
         store_mask,
@@ -167,12 +163,12 @@ def _lay(part: Stage, files: dict[str, Path], chosen: pl.DataFrame, volumes: Pat
         config=config.volume,
         max_pixels=config.convert.max_pixels,
     )
-    names = []
+    names: set[str] = set()
     answers = spread(work, items, part.jobs)
     for k, answer in progress(answers, len(items), "masks", "masks"):
         if isinstance(answer, Failure):
             raise InputError(answer.reason, str(items[k][0]), "give --jobs 1, or remove the file")
-        names.append(answer)
+        names.add(answer)
     for path in part.folder.glob("*.npy"):
         if path.name not in names:  # of a mask that is gone
             path.unlink()

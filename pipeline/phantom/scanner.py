@@ -148,10 +148,9 @@ def _file(meta: bytes, tags: bytes, hu: NDArray[np.int16], plan: SeriesPlan, fau
         frame = _compressed(words if plan.encoding == "rle" else values, plan)
         if fault == "rle_header":  # segments that begin beyond the end
             frame = frame[:4] + b"\xff\xff\xff\x7f" * 2 + frame[12:]
-        parts = (b"", frame + b"\0" * (len(frame) % 2))  # an empty offset table comes first
-        items = b"".join(
-            b"\xfe\xff\x00\xe0" + len(part).to_bytes(4, "little") + part for part in parts
-        )
+        from pydicom.encaps import encapsulate
+
+        items = encapsulate([frame], has_bot=False)
         tags += b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff" + items + b"\xfe\xff\xdd\xe0\0\0\0\0"
     else:
         kind = b"" if plan.encoding == "implicit" else b"OW\0\0"

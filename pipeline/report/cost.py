@@ -47,7 +47,7 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def _patients(run: Run) -> str:
-    patients = run.index().group_by("source").agg(pl.col("patient_id").n_unique())
+    patients = run.index.group_by("source").agg(pl.col("patient_id").n_unique())
     found = dict(patients.iter_rows())
     labelled, unlabelled = found.get("train", 0), found.get("unlabelled", 0)
     return f"{labelled} labelled, {unlabelled} unlabelled" if found else ""

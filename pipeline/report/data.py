@@ -45,7 +45,7 @@ def montage(run: Run) -> list[dict[str, Any]]:
     """Evenly chosen series of each source with evenly chosen planes from top to bottom."""
     rows = []
     for source, count in SERIES.items():
-        part = run.index().filter(pl.col("source") == source)
+        part = run.index.filter(pl.col("source") == source)
         chosen = sorted(set(evenly(len(part), count).tolist())) if len(part) else []
         rows += [part.row(k, named=True) for k in chosen]
     return [

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from ..learning.log import read_log
 from ..run import layout
 from ..run.config import Config
 from ..run.layout import MAKERS
@@ -34,13 +36,9 @@ class Run:
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """Records of a stage's log.jsonl, none where it has none."""
-        path = self.out / name / layout.LOG
-        return (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if path.is_file()
-            else []
-        )
+        return read_log(self.out / name / layout.LOG)
 
+    @cached_property
     def index(self) -> pl.DataFrame:
         """The volume index, empty where stage 02 has not run."""
         if layout.VOLUMES not in self.manifests:
@@ -57,6 +55,7 @@ class Run:
         made = self.manifests.get(layout.SLICES)
         return (layout.SLICES, made["counts"]) if made else None
 
+    @cached_property
     def scores(self) -> dict[str, Any]:
         """The score tables of stage 07."""
         path = self.out / layout.SCORES / layout.SCORE_TABLE

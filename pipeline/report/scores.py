@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..competition.metric import WEIGHTS, loss_terms, normalise
+from ..competition.metric import WEIGHTS, loss_terms
 from ..competition.tables import read_slice_labels
 from ..competition.targets import COLUMNS, SCORE_KEYS, TARGETS, group_slices
 from ..evaluation import curves
-from ..evaluation.metrics import METRICS, Interval, interval, resamples
+from ..evaluation.metrics import METRICS, Interval, interval, resampled_losses
 from ..run import layout
 from ..system.frames import read_frame
 from ..volumes.sampling import evenly
@@ -34,7 +34,7 @@ def scores(run: Run) -> dict[str, Any]:
     """Rows of the score table (`best`: position of the lowest honest value), metrics, charts and
     confusion tables.
     """
-    found, options = run.scores(), run.manifests[layout.SCORES]["config"]
+    found, options = run.scores, run.manifests[layout.SCORES]["config"]
     labels, raw, nested = _predictions(run)[1]
     columns = {**found["floors"], **{name: found[name] for name in ("raw", "nested", "in_sample")}}
     table = {key: [column[key] for column in columns.values()] for key in SCORE_KEYS}
@@ -114,12 +114,7 @@ def reduction(labels: np.ndarray, probabilities: np.ndarray, count: int, seed: i
     """
     means, found = labels.mean(axis=0, keepdims=True) * WEIGHTS, []
     for values in (probabilities, np.repeat(means, len(labels), axis=0)):
-        loss, weight = loss_terms(labels, normalise(values))
-        drawn = [
-            (counts @ (loss * weight)) / (counts @ weight)
-            for counts in resamples(len(labels), count, seed)
-        ]
-        found.append(np.concatenate(drawn).mean(axis=1))
+        found.append(resampled_losses(labels, values, count, seed).mean(axis=1))
     return interval(1 - found[0] / found[1])
 
 
@@ -164,7 +159,7 @@ def _marked_series(run: Run, patient: str, marks: pl.DataFrame | None) -> dict[s
     """A series of the patient, one with slice labels if any: the middle slice of each injury,
     filled up with evenly chosen planes; None where no series has a volume.
     """
-    own = run.index().filter(pl.col("source") == "train", pl.col("patient_id") == patient)
+    own = run.index.filter(pl.col("source") == "train", pl.col("patient_id") == patient)
     if own.is_empty():
         return None
     middles = {} if marks is None else _middles(marks.filter(pl.col("patient_id") == patient))

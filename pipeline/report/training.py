@@ -144,7 +144,7 @@ def training(run: Run) -> dict[str, Any]:
     )
     epochs = [row for rows in logs.values() for row in rows]
     if layout.SCORES in run.manifests:
-        floor = run.scores()["floors"]["weighted_means"]["score"]
+        floor = run.scores["floors"]["weighted_means"]["score"]
         last = max((row["epoch"] for row in epochs), default=1)
         held.append(Line("weighted class means", "rule", [(1, floor), (last, floor)]))
     terms = [{"epoch": row["epoch"], **row["terms"]} for row in epochs]

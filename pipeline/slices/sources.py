@@ -300,7 +300,7 @@ def list_files(path: str | Path, data: str | Path) -> Listing:
             )
     except OSError as fault:
         found, refused = [], [(path, f"no such folder: {type(fault).__name__}")]
-    found.sort(key=lambda item: (instance_of(item[0]) is None, instance_of(item[0]), item[0]))
+    found.sort(key=lambda item: ((number := instance_of(item[0])) is None, number, item[0]))
     return Listing(
         [os.path.join(folder, name) for name, _, _ in found],
         sorted(refused),

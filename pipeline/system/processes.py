@@ -11,7 +11,7 @@ from collections.abc import Iterator
 WATCH_S = 0.5
 
 
-# in the environment of processes that work on a part of a stage, see `part_of`
+# in the environment of processes that work on a part of a stage, see `part_environment`
 PART_VARIABLE = "VOCO2D_PART"
 
 

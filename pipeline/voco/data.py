@@ -2,7 +2,6 @@
 nothing is to be restored.
 """
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..learning.loaders import loaded
+from ..learning.transforms import albumentations
 from ..run import layout
 from ..run.config import VocoConfig
 from ..run.room import voco_batch_bytes
@@ -62,11 +62,13 @@ def choose_volumes(
         chosen = rng.permutation(chosen)[: round(config.patients * len(chosen))].tolist()
     table = index.filter(pl.col("patient_id").is_in(chosen)).sort("patient_id", "series_id")
     limit = min(config.holdout, len(table) // 4)
+    of_patient = dict(table.group_by("patient_id").agg("path").iter_rows())
     held: list[str] = []
-    for patient in rng.permutation(sorted(set(table["patient_id"]))):
-        paths = table.filter(pl.col("patient_id") == patient)["path"].to_list()
+    for patient in rng.permutation(sorted(of_patient)):
+        paths = of_patient[patient]
         held += paths if len(held) + len(paths) <= limit else []
-    training = [path for path in table["path"] if path not in set(held)]
+    away = set(held)
+    training = [path for path in table["path"] if path not in away]
     if len(training) < config.batch or not held:
         raise InputError(
             f"{len(table)} volumes are too few for pretrain.batch={config.batch} and a held-out"
@@ -198,10 +200,7 @@ class VocoSamples(Dataset):
 
     def _intensity_of(self, crops: np.ndarray, seed: int) -> np.ndarray:
         if self._intensity is None:
-            # its import looks for a newer release on the network
-            os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-            import albumentations as A
-
+            A = albumentations()
             self._intensity = A.Compose(
                 [A.RandomBrightnessContrast(0.1, 0.2, p=1.0), A.RandomGamma((80, 125), p=0.5)]
             )

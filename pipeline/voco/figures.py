@@ -38,15 +38,17 @@ def draw_all(
     """Write crops.png and similarity.png into `folder` where the method compares places; returns
     their names.
     """
-    index, options = read_frame(volumes / layout.INDEX), config.pretrain
+    options = config.pretrain
+    if options.method != "voco2d":
+        return []
+    index = read_frame(volumes / layout.INDEX)
     _, held = choose_volumes(index, options, config.seed, excluded)
     middle = np.zeros(2) if options.window else None
     planes = VocoSamples(volumes, held, options, config.seed).planes(0, draw=middle)
     rng = np.random.default_rng([config.seed, EVALUATION])
     boxes = random_boxes(options.image_size, options.grid, CROPS_SHOWN, rng)
     run = start(config, World(0, 1, device))
-    if not isinstance(run.method, Voco2D):
-        return []
+    assert isinstance(run.method, Voco2D)
     maps = [similarity_maps(run.method.teacher, planes, boxes, device)]
     if state := load_checkpoint(folder / layout.BEST):
         run.restore(state)

@@ -1,5 +1,5 @@
-"""Ordered slices to one D x H x W volume: body box, area resampling in millimetres, aspect kept by
-letterbox.
+"""Ordered slices to one D x H x W volume: body box, area resampling, to the whole plane or, with
+`volume.aspect=letterbox`, to scale.
 
 Arrays in, arrays out. Slices stream through once: memory is one D x rows x cols accumulator,
 whatever their number.

@@ -43,7 +43,7 @@ class Told:
 
     def cells(self, images, height):
         own = next(one for key, one in self.truth.items() if images.tobytes() in key)
-        cells = own.cells()[: len(images)]
+        cells = own.cells[: len(images)]
         drawn = np.random.default_rng(len(own.patient)).normal(size=(*cells.shape, EVERY))
         return (np.eye(EVERY)[cells] + self.noise * drawn).astype(np.float32)
 
@@ -68,7 +68,7 @@ def test_cells_have_the_label_that_fills_most_of_them():
     masks[:, :3, :4] = 2  # three quarters of a cell
     masks[:, 4:8, :1] = 3  # one quarter
     masks[:, 8:12, :4], masks[:, 8:9, :4] = 1, 4
-    found = Case("p", 0, "", one.images, one.height, masks).cells()
+    found = Case("p", 0, "", one.images, one.height, masks).cells
     assert found.shape == (PLANES, SIZE // 4, SIZE // 4)
     assert found[0, :4, 0].tolist() == [2, 0, 1, 0]
     assert (found[:, :, 1:] == 0).all()
@@ -120,7 +120,7 @@ def test_dice_and_thresholds_are_those_of_slow_loops(monkeypatch):
     view = Told(cases, 0.6)
     found = dense_probe(view, cases)
     features = {c.patient: view.cells(c.images, c.height).reshape(-1, EVERY) for c in cases}
-    truth = {c.patient: c.cells().ravel() for c in cases}
+    truth = {c.patient: c.cells.ravel() for c in cases}
     for one in cases:
         others = [c.patient for c in cases if c.fold != one.fold]
         fit = np.concatenate([features[p] for p in others])
@@ -143,7 +143,7 @@ def test_features_that_are_the_labels_have_dice_1_and_noise_has_that_of_guessing
     told, noise = dense_probe(Told(cases), cases), dense_probe(Noise(), cases)
     assert sorted(told) == [f"p{k}" for k in range(6)]
     assert np.nanmin(list(told.values())) == 1.0
-    share = np.mean([np.mean([one.cells() == k for one in cases]) for k in range(1, EVERY)])
+    share = np.mean([np.mean([one.cells == k for one in cases]) for k in range(1, EVERY)])
     # all cells called: 2 share / (1 + share)
     assert np.nanmean(list(noise.values())) == pytest.approx(2 * share / (1 + share), abs=0.06)
 
