@@ -107,7 +107,7 @@ def train_cell(stage: Stage, cell: Cell) -> None:
             shutil.rmtree(fold.folder)
 
 
-def wait_for(part: Stage, current: Callable[[Stage], bool], every_s: float = 1.0) -> None:
+def wait_for(part: Stage, current: Callable[[Stage], bool]) -> None:
     """Return when another rank has finished `part` by the inputs and config of this run; torchrun
     ends all ranks when one fails.
     """
@@ -116,7 +116,7 @@ def wait_for(part: Stage, current: Callable[[Stage], bool], every_s: float = 1.0
         return
     log(f"waiting for {part.name}, which another rank makes")
     while not part.whole:
-        time.sleep(every_s)
+        time.sleep(1)
 
 
 def startable(stage: Stage, cells: list[Cell]) -> list[Cell]:

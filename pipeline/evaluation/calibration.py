@@ -87,11 +87,7 @@ class Calibration:
         try:
             found = cls.from_json(json.loads(path.read_text(encoding="utf-8")), path)
         except ValueError as fault:
-            raise InputError(
-                f"not a calibration ({fault})",
-                str(path),
-                f"run {layout.script(layout.SCORES)} again",
-            ) from fault
+            raise _not_one(fault, path) from fault
         made = (read_manifest(folder) or {"inputs": {}})["inputs"]
         if sorted(made.get(MODELS) or [made.get(layout.CLASSIFIERS)]) != list(trained):
             what = (
@@ -133,20 +129,17 @@ class Calibration:
             }
             found = cls(models=tuple(values["models"]), aggregate=values["aggregate"], **parts)
         except (KeyError, TypeError, ValueError) as fault:
-            raise InputError(
-                f"not a calibration ({fault})",
-                str(path),
-                f"run {layout.script(layout.SCORES)} again",
-            ) from fault
+            raise _not_one(fault, path) from fault
         if found.weights.shape != (len(TARGETS), len(found.models)) or not all(
             np.isfinite(part).all() for part in parts.values()
         ):
-            raise InputError(
-                "not a calibration (wrong number of weights, or not finite)",
-                str(path),
-                f"run {layout.script(layout.SCORES)} again",
-            )
+            raise _not_one("wrong number of weights, or not finite", path)
         return found
+
+
+def _not_one(reason: object, path: Path | str) -> InputError:
+    maker = layout.script(layout.SCORES)
+    return InputError(f"not a calibration ({reason})", str(path), f"run {maker} again")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

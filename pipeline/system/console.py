@@ -17,6 +17,7 @@ from .errors import InputError
 from .machine import T
 
 LOGGER = logging.getLogger("voco2d")
+LINE_S = 15.0  # between two lines of progress
 
 
 def printable(text: str) -> str:
@@ -80,10 +81,8 @@ def log(message: str) -> None:
     LOGGER.log(logging.WARNING if message.startswith("warning:") else logging.INFO, message)
 
 
-def progress(
-    items: Iterable[T], total: int, name: str, unit: str = "it", every_s: float = 15.0
-) -> Iterator[T]:
-    """Yield `items` with a bar (terminal) or a plain line every `every_s` seconds, both with rate
+def progress(items: Iterable[T], total: int, name: str, unit: str) -> Iterator[T]:
+    """Yield `items` with a bar (terminal) or a plain line every `LINE_S` seconds, both with rate
     and ETA.
     """
     if sys.stderr.isatty():
@@ -95,7 +94,7 @@ def progress(
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - shown >= every_s:
+        if now - shown >= LINE_S:
             shown, rate = now, done / (now - start)
             log(
                 f"{name}: {done}/{total} {unit}, {rate:.1f} {unit}/s, ETA"
