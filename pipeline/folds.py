@@ -143,6 +143,13 @@ def check_folds(stage: Stage) -> None:
         _refuse_too_few(labels, options.count)
 
 
+def labelled_folds(stage: Stage) -> pl.DataFrame:
+    """`patient_id, fold` of the labelled patients, as stage 03 has divided them; see
+    `read_folds`.
+    """
+    return read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, stage.labels())
+
+
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:
     """`patient_id, fold` of a folds table; InputError where a patient is in two folds or (with
     `labels`) in none.

@@ -23,6 +23,7 @@ from ..evaluation.metrics import (
     auc_and_precision,
     binary_problems,
     interval,
+    mean_losses,
     ranking,
     resamples,
     thresholded,
@@ -76,7 +77,7 @@ def cell_draws(labels: np.ndarray, probabilities: np.ndarray, count: int, seed: 
     losses, rows = [], []
     with np.errstate(divide="ignore", invalid="ignore"):
         for counts in resamples(len(labels), count, seed):
-            losses.append((counts @ (loss * weight)) / (counts @ weight))
+            losses.append(mean_losses(counts, loss, weight))
             columns = []
             for _, truth, probability, _, order, ranked, starts in problems:
                 precision, recall = thresholded(counts, truth, probability)[:2]

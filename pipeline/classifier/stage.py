@@ -84,7 +84,7 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
         manifests = [stage.folder / layout.fold_folder(k) / layout.MANIFEST for k in folds]
         known = all(path.is_file() for path in manifests)
         # a stale manifest goes before a fold changes
-        stage.current(inputs, SECTIONS, known, lambda: _check_slice_labels(stage))
+        stage.current(inputs, SECTIONS, known, lambda: _check_tables(stage))
     mine = stage.share(folds) if fold is None else [fold]
     _say_gates(stage, inputs)
     if stage.options.force and not parent_stage():
@@ -99,8 +99,13 @@ def train_folds(stage: Stage, fold: int | None = None) -> None:
             finish_folds(stage, inputs, SECTIONS)
 
 
-def _check_slice_labels(stage: Stage) -> None:
-    """Raises InputError where training would ask for slice labels in vain."""
+def _check_tables(stage: Stage) -> None:
+    """Raises InputError where the folds are not of the labelled patients, or training would ask for
+    slice labels in vain.
+    """
+    from ..folds import labelled_folds
+
+    labelled_folds(stage)
     if stage.config.train.needs_slice_labels:
         from ..competition.tables import require_slice_labels
 

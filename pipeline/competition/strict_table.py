@@ -9,7 +9,7 @@ import csv
 import difflib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -34,10 +34,13 @@ remedy.
 
 @dataclass(frozen=True)
 class Table:
-    """A frame with a `__row` column and the name to use for it in messages."""
+    """A frame with a `__row` column, the name to use for it in messages, and the columns that its
+    file has, in their order.
+    """
 
     name: str
     frame: pl.DataFrame
+    header: tuple[str, ...] = ()
 
     def refuse(self, *rules: Rule) -> None:
         """Raise InputError for the first rule that is broken, at the first row that breaks it."""
@@ -74,11 +77,6 @@ def load_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     return frame_table(_open(Path(path)), str(path), columns, optional)
 
 
-def header(path: Path) -> list[str]:
-    """Column names of a table in their order."""
-    return [column for column in _open(Path(path)).columns if column != ROW]
-
-
 def frame_table(
     frame: pl.DataFrame, name: str, columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Table:
@@ -101,6 +99,7 @@ def frame_table(
             )
     if frame.is_empty():
         raise InputError("the table has no rows", name, "give the whole table")
+    header = tuple(column for column in frame.columns if column != ROW)
     frame = frame if ROW in frame.columns else frame.with_row_index(ROW, offset=2)
     frame = frame.select(ROW, *columns, *(column for column in optional if column in frame.columns))
     ids = [column for column in columns if column.endswith("_id")]
@@ -111,7 +110,7 @@ def frame_table(
                 f"{name} column {column}",
                 "store them as integers or text",
             )
-    return Table(name, frame.with_columns(pl.col(ids).cast(pl.String)))
+    return Table(name, frame.with_columns(pl.col(ids).cast(pl.String)), header)
 
 
 def _open(path: Path) -> pl.DataFrame:
@@ -256,4 +255,4 @@ def numbers(
                 (~value.is_in([0.0, 1.0]), column, "{value} is neither 0 nor 1", "write 0 or 1")
             )
     table.refuse(*rules)
-    return Table(table.name, table.frame.with_columns(**values))
+    return replace(table, frame=table.frame.with_columns(**values))

@@ -12,7 +12,7 @@ import polars as pl
 
 from ..system.console import log
 from ..system.errors import InputError
-from .strict_table import KEY, ROW, Table, check_ids, check_unique, header, load_table, numbers
+from .strict_table import KEY, ROW, Table, check_ids, check_unique, load_table, numbers
 from .targets import ANY_INJURY, COLUMNS, SLICE_TARGETS, TARGETS
 
 INJURY_NAMES = sorted(SLICE_TARGETS.values())
@@ -194,8 +194,8 @@ def read_sample_submission(data: Path) -> pl.DataFrame:
     they are, Float64).
     """
     path = Path(data) / "sample_submission.csv"
-    table, names = load_table(path, [KEY, *COLUMNS]), header(path)
-    for column in names:
+    table = load_table(path, [KEY, *COLUMNS])
+    for column in table.header:
         if column not in table.frame.columns:
             raise InputError(
                 f"unknown column '{column}'",
@@ -204,7 +204,9 @@ def read_sample_submission(data: Path) -> pl.DataFrame:
             )
     check_ids(table, KEY)
     check_unique(table, KEY)
-    return table.frame.select(names).with_columns(pl.col(COLUMNS).cast(pl.Float64, strict=False))
+    return table.frame.select(table.header).with_columns(
+        pl.col(COLUMNS).cast(pl.Float64, strict=False)
+    )
 
 
 def check_predictions(table: Table) -> pl.DataFrame:

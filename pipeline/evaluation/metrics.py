@@ -150,6 +150,13 @@ def interval(values: np.ndarray) -> Interval:
     return {"value": float(values[0]) if np.isfinite(values[0]) else None, "low": low, "high": high}
 
 
+def mean_losses(counts: np.ndarray, loss: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Weighted mean loss (b, targets) of draws `counts` (b, N) of patients with `loss` and `weight`
+    (N, targets).
+    """
+    return (counts @ (loss * weight)) / (counts @ weight)
+
+
 def resampled_losses(
     labels: np.ndarray, probabilities: np.ndarray, count: int, seed: int
 ) -> np.ndarray:
@@ -158,7 +165,7 @@ def resampled_losses(
     """
     loss, weight = loss_terms(labels, normalise(probabilities))
     drawn = resamples(len(labels), count, seed)
-    return np.concatenate([(counts @ (loss * weight)) / (counts @ weight) for counts in drawn])
+    return np.concatenate([mean_losses(counts, loss, weight) for counts in drawn])
 
 
 def score_intervals(

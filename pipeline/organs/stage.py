@@ -85,8 +85,11 @@ def segment_organs(stage: Stage) -> None:
             "convert.flip_hfs=true",
             "set organs.enabled=false",
         )
+    from ..folds import labelled_folds
+
     inputs = organ_inputs(stage, files)
-    if stage.current(inputs, SECTIONS) or not stage.writer:  # one process has the folds trained
+    made = stage.current(inputs, SECTIONS, check=lambda: labelled_folds(stage))
+    if made or not stage.writer:  # one process has the folds trained
         return
     from .work import find_all
 

@@ -1,6 +1,7 @@
 """Unlabelled NIfTI volumes (FLARE 2023 style) as the same oriented slices that DICOM series are."""
 
 import functools
+import io
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,17 @@ def count_slices(path: Path, max_pixels: int) -> int:
     return int(image.shape[int(np.argsort(turn[:, 0])[2])])
 
 
-def _verify(path: Path) -> None:
-    """Read a `.nii.gz` to its end, for its checksum lies there and nibabel stops before it."""
-    size = 0
+def _unpacked(path: Path) -> io.BytesIO:
+    """What a `.nii.gz` holds, read to its end: its checksum lies there, and nibabel stops before
+    it.
+    """
+    unpacked = io.BytesIO()
     with igzip.open(path) as stream:
         while chunk := stream.read(1 << 20):
-            size += len(chunk)
-            if size > MAX_BYTES + SPARE_BYTES:
+            if unpacked.write(chunk) and unpacked.tell() > MAX_BYTES + SPARE_BYTES:
                 raise Unreadable("too large: the compressed NIfTI has no end")
+    unpacked.seek(0)
+    return unpacked
 
 
 @functools.lru_cache(1)
@@ -114,7 +118,7 @@ def _load(
     try:
         image, turn = _open_image(path, max_pixels)
         if path.name.lower().endswith(".gz"):
-            _verify(path)
+            image = type(image).from_stream(_unpacked(path))
         stored = orientations.apply_orientation(
             image.dataobj.get_unscaled().reshape(image.shape[:3], order="F"), turn
         )

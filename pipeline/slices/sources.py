@@ -92,14 +92,15 @@ def plan(data: Path, listed: Any) -> list[SeriesTask]:
         whose volumes would share a file.
     """
     tasks = _listed(data / "train_images", listed, "train")
-    strangers = sorted(set(series_folders(data / "train_images")) - {task.path for task in tasks})
+    folders, others = _series(data / "train_images")
+    strangers = sorted({*map(str, folders)} - {task.path for task in tasks})
     if strangers:
         log(
             f"warning: {len(strangers)} series folders are in no row of train_series_meta.csv and"
             f" ignored, e.g. {printable(strangers[0])}"
         )
     tasks += _unlabelled(data / "unlabelled")
-    _warn_of_strays(_strays(data))
+    _warn_of_strays(_strays(data) + others)
     seen: dict[str, str] = {}
     for task in tasks:
         other = seen.setdefault(f"{task.patient_id}_{task.series_id}", task.path)
@@ -185,19 +186,13 @@ def _is_label_map(path: Path) -> bool:
 
 
 def _strays(data: Path) -> list[Path]:
-    """What lies in a data set, at its top or beside its series, and is none of it."""
+    """What lies at the top of a data set, or beside its patients, and is none of it."""
     top: list[Path] = [
         path
         for path in data.glob("[!.]*")
         if path.name not in FOLDERS and not any(path.match(usual) for usual in USUAL)
     ]
-    loose = [
-        path
-        for pattern in ("[!.]*", "[!.]*/[!.]*")
-        for path in (data / "train_images").glob(pattern)
-        if not path.is_dir()
-    ]
-    return top + loose
+    return top + [path for path in (data / "train_images").glob("[!.]*") if not path.is_dir()]
 
 
 def _warn_of_strays(paths: Sequence[Path]) -> None:
@@ -241,7 +236,16 @@ def is_whole(target: Path, tasks: Sequence[SeriesTask]) -> bool:
 
 def series_folders(folder: Path) -> list[str]:
     """Paths <folder>/<patient>/<series>, sorted."""
-    return sorted(str(path) for path in folder.glob("[!.]*/[!.]*") if path.is_dir())
+    return sorted(map(str, _series(folder)[0]))
+
+
+def _series(folder: Path) -> tuple[list[Path], list[Path]]:
+    """<folder>/<patient>/<series>, and what lies beside these and is no folder."""
+    folders: list[Path] = []
+    others: list[Path] = []
+    for path in folder.glob("[!.]*/[!.]*"):
+        (folders if path.is_dir() else others).append(path)
+    return folders, others
 
 
 def look_at(tasks: Sequence[SeriesTask], data: Path) -> list[Found]:

@@ -79,7 +79,7 @@ def check_submission(path: Path, sample: pl.DataFrame) -> pl.DataFrame:
     patients in order and probabilities.
     """
     table = strict_table.load_table(path, [KEY, *COLUMNS])
-    if strict_table.header(path) != sample.columns:
+    if [*table.header] != sample.columns:
         raise InputError(
             "columns or their order are not the sample's",
             f"{path} row 1",

@@ -47,17 +47,18 @@ def excluded_patients(stage: Stage) -> frozenset[str]:
     return found
 
 
-def _check_model(stage: Stage) -> None:
+def _check(stage: Stage) -> None:
     from ..learning.sizes import check_pretraining  # late: it imports torch
 
     check_pretraining(stage.config)
+    excluded_patients(stage)
 
 
 @stage_function(layout.VOCO)
 def pretrain_voco2d(stage: Stage) -> None:
     """Train, then draw what was learnt."""
     known = {"seed": stage.config.seed, **inputs(stage)}
-    if stage.current(known, ["model", "pretrain"], check=lambda: _check_model(stage)):
+    if stage.current(known, ["model", "pretrain"], check=lambda: _check(stage)):
         return
     from ..learning.distributed import setup
     from .figures import draw_all

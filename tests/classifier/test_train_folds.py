@@ -18,11 +18,13 @@ from helpers_faults import (
     end,
     plain_lines,
     products,
+    refused,
     run_here,
     start,
     stop_two_folds,
     torchrun,
     wait_for,
+    without_patient,
 )
 from helpers_stages import ROOT, environment
 
@@ -257,6 +259,17 @@ def test_a_fold_that_is_not_there_is_refused_and_changes_nothing(out, stage_06, 
     assert_whole(out)
 
 
+def test_folds_without_a_patient_are_refused_and_change_nothing(out, stage_06, capfd):
+    """One who joined train.csv after stage 03, say."""
+    assert stage_06() == 0
+    without_patient(out, read_labels(out / "data" / "phantom")["patient_id"][3])
+    capfd.readouterr()
+    assert stage_06() == 2
+    refused(2, capfd.readouterr().err, "is in no fold", "folds.csv", "run stage 03 again")
+    assert stage_06.trained == [0, 1]
+    assert_whole(out)
+
+
 def test_a_fold_that_lost_a_file_is_not_vouched_for(out, stage_06):
     assert stage_06() == 0
     (out / layout.CLASSIFIERS / "fold1" / MODEL).unlink()
@@ -321,17 +334,8 @@ def test_slice_labels_are_read_where_positive_slices_are_to_be_shown(out, overri
 )
 def test_a_patient_in_no_fold_or_in_two_is_refused(out, line, message):
     """One who joined train.csv after stage 03, say."""
-    path, stage = out / layout.FOLDS / "folds.csv", stage_of(out)
-    patient = read_labels(out / "data" / "phantom")["patient_id"][3]
-    kept = [
-        row
-        for row in path.read_text().splitlines(keepends=True)
-        if not row.startswith(f"{patient},")
-    ]
-    path.write_text("".join(kept) + line.format(patient=patient))
-    manifest = json.loads((path.parent / "manifest.json").read_text())
-    manifest["outputs"]["folds.csv"]["bytes"] = path.stat().st_size
-    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    stage, patient = stage_of(out), read_labels(out / "data" / "phantom")["patient_id"][3]
+    without_patient(out, patient, line.format(patient=patient))
     with stage.reading, pytest.raises(InputError, match=message):
         gather_fold(stage.part("fold0"), 0)
 

@@ -16,9 +16,11 @@ from helpers_faults import (
     copy,
     products,
     refused,
+    rewrite_folds,
     run_here,
     start,
     stop_two_folds,
+    without_patient,
 )
 
 from pipeline.organs import work
@@ -268,6 +270,27 @@ def test_a_fold_by_itself_wants_its_number_and_masks_that_are_laid(smoke, out, m
     assert (out / layout.ORGANS / model).read_bytes() == (
         smoke / layout.ORGANS / model
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "arguments", "message"),
+    [
+        ("05", layout.ORGANS, (), "is in no fold"),
+        ("04", layout.VOCO, ("pretrain.exclude_fold=1",), "no patient is in fold 1"),
+    ],
+)
+def test_wrong_folds_are_refused_and_leave_what_was_made(
+    smoke, tmp_path, stage, name, arguments, message
+):
+    out = copy(smoke, tmp_path / "run")
+    before = read_manifest(out / name)
+    assert before is not None
+    if arguments:
+        rewrite_folds(out, lambda text: text.replace(",1\n", ",0\n"))
+    else:
+        without_patient(out, pl.read_csv(out / "data/phantom/train.csv")["patient_id"][3])
+    refused(*run_here(stage, out, *arguments), message, layout.FOLD_TABLE)
+    assert read_manifest(out / name) == before
 
 
 def test_masks_of_unknown_series_are_named_and_ignored(out):

@@ -4,12 +4,13 @@ and looked at afterwards.
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from helpers_forks import Forked
@@ -193,6 +194,26 @@ def plain_lines(text: str) -> list[str]:
         for line in text.splitlines()
         if line.strip() and not line[:8].replace(":", "").isdigit()
     ]
+
+
+def rewrite_folds(out: Path, change: Callable[[str], str]) -> None:
+    """Another table in stage 03's folder, of which its manifest knows."""
+    folder = out / layout.FOLDS
+    path, manifest = folder / layout.FOLD_TABLE, folder / layout.MANIFEST
+    path.write_text(change(path.read_text()))
+    known = json.loads(manifest.read_text())
+    known["outputs"][path.name]["bytes"] = path.stat().st_size
+    manifest.write_text(json.dumps(known))
+
+
+def without_patient(out: Path, patient: str, instead: str = "") -> None:
+    """Stage 03's table with other rows of a patient, or none."""
+
+    def change(text: str) -> str:
+        kept = [row for row in text.splitlines(True) if not row.startswith(f"{patient},")]
+        return "".join(kept) + instead
+
+    rewrite_folds(out, change)
 
 
 def refused(code: int, text: str, *parts: str) -> None:
