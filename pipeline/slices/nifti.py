@@ -1,7 +1,6 @@
 """Unlabelled NIfTI volumes (FLARE 2023 style) as the same oriented slices that DICOM series are."""
 
 import functools
-import io
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,11 @@ def _open(path: Path) -> Any:
     """nibabel's image; from a file map where it does not know the ending (`.Nii.Gz`)."""
     if path.suffix in (path.suffix.lower(), path.suffix.upper()):
         return nib.load(path, mmap=False)
-    holder = nib.fileholders.FileHolder(str(path))
-    return nib.Nifti1Image.from_file_map({"header": holder, "image": holder}, mmap=False)
+    return _of_holder(nib.Nifti1Image, nib.fileholders.FileHolder(str(path)))
+
+
+def _of_holder(kind: Any, holder: Any) -> Any:
+    return kind.from_file_map({"header": holder, "image": holder}, mmap=False)
 
 
 def _open_image(path: Path, max_pixels: int) -> tuple[Any, np.ndarray]:
@@ -92,17 +94,19 @@ def count_slices(path: Path, max_pixels: int) -> int:
     return int(image.shape[int(np.argsort(turn[:, 0])[2])])
 
 
-def _unpacked(path: Path) -> io.BytesIO:
-    """What a `.nii.gz` holds, read to its end: its checksum lies there, and nibabel stops before
-    it.
+def _stored(path: Path, image: Any) -> np.ndarray:
+    """All stored values of `image`, in the file's order of axes; a `.nii.gz` is read to its end,
+    for its checksum lies there and nibabel stops before it.
     """
-    unpacked = io.BytesIO()
+    if not path.name.lower().endswith(".gz"):
+        return image.dataobj.get_unscaled()
     with igzip.open(path) as stream:
-        while chunk := stream.read(1 << 20):
-            if unpacked.write(chunk) and unpacked.tell() > MAX_BYTES + SPARE_BYTES:
+        holder = nib.fileholders.FileHolder(fileobj=stream)
+        stored = _of_holder(type(image), holder).dataobj.get_unscaled()
+        while stream.read(1 << 20):
+            if stream.tell() > MAX_BYTES + SPARE_BYTES:
                 raise Unreadable("too large: the compressed NIfTI has no end")
-    unpacked.seek(0)
-    return unpacked
+    return stored
 
 
 @functools.lru_cache(1)
@@ -117,10 +121,8 @@ def _load(
     """
     try:
         image, turn = _open_image(path, max_pixels)
-        if path.name.lower().endswith(".gz"):
-            image = type(image).from_stream(_unpacked(path))
         stored = orientations.apply_orientation(
-            image.dataobj.get_unscaled().reshape(image.shape[:3], order="F"), turn
+            _stored(path, image).reshape(image.shape[:3], order="F"), turn
         )
     except Unreadable as fault:
         return fault

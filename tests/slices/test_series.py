@@ -462,7 +462,7 @@ def test_a_fourth_axis_of_one_is_no_other_volume(tmp_path):
 )
 def test_trouble_of_the_machine_is_told_from_damage(fault, reason, tmp_path, monkeypatch):
     write_nifti(tmp_path / "a.nii.gz", volume(np.random.default_rng(11)), "RAS")
-    monkeypatch.setattr(nifti, "_unpacked", lambda _: (_ for _ in ()).throw(fault))
+    monkeypatch.setattr(nifti, "_stored", lambda *_: (_ for _ in ()).throw(fault))
     with pytest.raises(Unreadable, match=f"^{reason}$"):
         nifti.nifti_slice(tmp_path / "a.nii.gz", 0, 1 << 16)
 
