@@ -143,11 +143,9 @@ def check_folds(stage: Stage) -> None:
         _refuse_too_few(labels, options.count)
 
 
-def labelled_folds(stage: Stage) -> pl.DataFrame:
-    """`patient_id, fold` of the labelled patients, as stage 03 has divided them; see
-    `read_folds`.
-    """
-    return read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, stage.labels())
+def run_folds(stage: Stage, labels: pl.DataFrame | None = None) -> pl.DataFrame:
+    """`read_folds` of the table that stage 03 has made for a run."""
+    return read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels)
 
 
 def read_folds(path: Path, labels: pl.DataFrame | None = None) -> pl.DataFrame:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from ..folds import read_folds
+from ..folds import run_folds
 from ..run import layout
 from ..run.config import Config, decisive
 from ..run.manifest import digest
@@ -94,7 +94,7 @@ class Probes:
         from .probe_cases import read_cases
 
         stage, config = self.stage, self.stage.config
-        folds = dict(read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE).iter_rows())
+        folds = dict(run_folds(stage).iter_rows())
         volumes, sides = stage.upstream(layout.VOLUMES), (config.train.slices, self.side)
         try:
             return read_cases(stage.data, volumes, folds, *sides, stage.labels())

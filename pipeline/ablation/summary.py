@@ -56,10 +56,10 @@ def judged_patients(stage: Stage) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Labels of the patients of `ablation.folds`, and the folds within which calibration is nested:
     the run's own where all of them are judged, else new ones (`score.nested_folds`).
     """
-    from ..folds import read_folds, stratified_folds
+    from ..folds import run_folds, stratified_folds
 
     labels, config = stage.labels(), stage.config
-    folds = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels)
+    folds = run_folds(stage, labels)
     if not config.ablation.folds:
         return labels, folds
     held_out = folds.filter(pl.col("fold").is_in(config.ablation.folds))

@@ -13,7 +13,7 @@ from ..competition import metric
 from ..competition.subset import label_subset
 from ..competition.tables import require_slice_labels
 from ..competition.targets import COLUMNS
-from ..folds import read_folds
+from ..folds import run_folds
 from ..learning.optimise import NonFiniteLoss
 from ..organs.find import read_organs
 from ..run import layout
@@ -47,7 +47,7 @@ def gather_fold(part: Stage, fold: int) -> FoldData:
         labels or masks asked for and absent.
     """
     labels = part.labels()
-    folds = dict(read_folds(part.upstream(layout.FOLDS) / layout.FOLD_TABLE, labels).iter_rows())
+    folds = dict(run_folds(part, labels).iter_rows())
     if fold not in folds.values():
         raise InputError(
             f"there is no fold {fold}",

@@ -103,9 +103,9 @@ def _check_tables(stage: Stage) -> None:
     """Raises InputError where the folds are not of the labelled patients, or training would ask for
     slice labels in vain.
     """
-    from ..folds import labelled_folds
+    from ..folds import run_folds
 
-    labelled_folds(stage)
+    run_folds(stage, stage.labels())
     if stage.config.train.needs_slice_labels:
         from ..competition.tables import require_slice_labels
 

@@ -85,10 +85,10 @@ def segment_organs(stage: Stage) -> None:
             "convert.flip_hfs=true",
             "set organs.enabled=false",
         )
-    from ..folds import labelled_folds
+    from ..folds import run_folds
 
     inputs = organ_inputs(stage, files)
-    made = stage.current(inputs, SECTIONS, check=lambda: labelled_folds(stage))
+    made = stage.current(inputs, SECTIONS, check=lambda: run_folds(stage, stage.labels()))
     if made or not stage.writer:  # one process has the folds trained
         return
     from .work import find_all

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..folds import read_folds
+from ..folds import run_folds
 from ..learning.side_by_side import start_anew, train_side_by_side
 from ..run import layout
 from ..run.manifest import digest
@@ -118,7 +118,7 @@ def _start_anew(stage: Stage, folds: Sequence[int], inputs: dict[str, Any]) -> N
 
 def _labelled(stage: Stage) -> pl.DataFrame:
     """Rows of the volume index of the labelled series with their patients' `fold`."""
-    folds = read_folds(stage.upstream(layout.FOLDS) / layout.FOLD_TABLE)
+    folds = run_folds(stage)
     index = read_frame(stage.upstream(layout.VOLUMES) / layout.INDEX)
     index = index.filter(pl.col("source") == "train")
     return index.join(folds, on="patient_id", how="inner", maintain_order="left")
