@@ -17,7 +17,7 @@ from .probe_views import View
 
 SHRINKAGE = 0.01
 SAMPLE = 1024  # cells of a series that the classifier is fitted on, drawn
-PLANES = 4  # described at a time
+PLANES = 12  # described at a time
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
@@ -100,10 +100,13 @@ def dense_probe(view: View, cases: Sequence[Case]) -> dict[str, np.ndarray]:
         moments[case.fold] = moments[case.fold] + own if case.fold in moments else own
     whole = sum(list(moments.values())[1:], start=next(iter(moments.values())))
     models = {fold: _without(whole, own).discriminant() for fold, own in moments.items()}
+    weights = np.concatenate([w for w, _ in models.values()], 1)
+    bias = np.concatenate([b for _, b in models.values()])
     counts: dict[str, np.ndarray] = {}
     for case in cases:
         features, truth = _described(view, case), case.cells.ravel()
-        found = [_overlaps(softmax(features @ w + b, 1), truth) for w, b in models.values()]
+        answers = np.split(features @ weights + bias, len(models), 1)
+        found = [_overlaps(softmax(own, 1), truth) for own in answers]
         size = np.bincount(truth, minlength=len(LABELS))[1:, None]
         stack = np.stack([np.stack([p, t, size + 0 * t]) for p, t in found])
         counts[case.patient] = counts.get(case.patient, 0) + stack

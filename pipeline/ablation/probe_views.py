@@ -17,6 +17,7 @@ from ..volumes.sampling import resize_planes
 from .probe_cases import STRIDE
 
 SIDE = 16  # of a thumbnail, and of the patch around a cell
+KEPT = 64  # planes whose maps are kept at most, if no single question is about more
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -82,14 +83,28 @@ class Grey:
 
 
 class Maps:
-    """A frozen backbone's last map or, with `scales`, the last of its maps of every size too."""
+    """A frozen backbone's last map or, with `scales`, the last of its maps of every size too. Those
+    of the planes asked about last are kept.
+    """
 
     def __init__(self, backbone: nn.Module, device: torch.device, scales: bool = False) -> None:
         self.backbone, self.device, self.scales = backbone, device, scales
+        self._kept: dict[bytes, list[torch.Tensor]] = {}  # (1, C, h', w') each, by the plane
 
-    @torch.no_grad()
     def maps(self, images: np.ndarray) -> list[torch.Tensor]:
         """(S, C, h', w') each, float32, the finest first."""
+        planes = [one.tobytes() for one in images]
+        fresh = [k for k, plane in enumerate(planes) if plane not in self._kept]
+        if fresh and len(fresh) + len(self._kept) > KEPT:
+            self._kept, fresh = {}, [*range(len(planes))]
+        if fresh:
+            made = zip(*(one.split(1) for one in self._made(images[fresh])), strict=True)
+            self._kept |= {planes[k]: list(own) for k, own in zip(fresh, made, strict=True)}
+        known = zip(*(self._kept[plane] for plane in planes), strict=True)
+        return [torch.cat(one) for one in known]
+
+    @torch.no_grad()
+    def _made(self, images: np.ndarray) -> list[torch.Tensor]:
         batch = standardise(torch.from_numpy(images)[:, None].to(self.device))
         batch = batch.contiguous(memory_format=torch.channels_last)
         found = [self.backbone(batch).float()]

@@ -2,7 +2,8 @@
 who is injured.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,29 +16,52 @@ from .probe_views import View
 
 ALL = "all"  # hospitals
 Rows = list[dict[str, Any]]
+# features (S, F), answers, fold, patient and hospital (S,) of the planes of a case
+Inside = tuple[np.ndarray, ...]
 
 
-def linear_scores(features: np.ndarray, truth: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Log-odds (N,) of `truth` (N,) bool by logistic regressions on features (N, F) of the other
-    folds; NaN where those are all true or all false.
-    """
+# (fitted on (N, F), their answers (N, K), asked (M, F)) -> probabilities (M, K)
+Answers = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def linear(fitted: np.ndarray, truths: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Of a logistic regression for each of the K questions."""
     from sklearn.linear_model import LogisticRegression
 
-    return _out_of_fold(LogisticRegression(C=0.01, max_iter=300), features, truth, folds)
+    models = [LogisticRegression(C=0.01, max_iter=300).fit(fitted, own) for own in truths.T]
+    return np.stack([model.predict_proba(asked)[:, 1] for model in models], 1)
 
 
-def _out_of_fold(
-    model: Any, features: np.ndarray, truth: np.ndarray, folds: np.ndarray
+def nearest(count: int) -> Answers:
+    """Shares among the `count` nearest neighbours, which are the same for all questions."""
+    from sklearn.neighbors import NearestNeighbors
+
+    def answers(fitted: np.ndarray, truths: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        index = NearestNeighbors(n_neighbors=count).fit(fitted)
+        return truths[index.kneighbors(asked, return_distance=False)].mean(1)
+
+    return answers
+
+
+def out_of_fold(
+    answers: Answers, features: np.ndarray, truths: np.ndarray, folds: np.ndarray
 ) -> np.ndarray:
-    from sklearn.pipeline import make_pipeline
+    """Log-odds (N, K) of `truths` (N, K) bool by `answers` from the standardised features (N, F) of
+    the other folds; NaN where those are all true or all false.
+    """
     from sklearn.preprocessing import StandardScaler
 
-    scores, whole = np.full(len(truth), np.nan), make_pipeline(StandardScaler(), model)
+    scores = np.full(truths.shape, np.nan)
     for fold in np.unique(folds):
         away = folds == fold
-        if truth[~away].any() and not truth[~away].all():
-            answer = whole.fit(features[~away], truth[~away]).predict_proba(features[away])[:, 1]
-            scores[away] = np.log(np.maximum(answer, 1e-12) / np.maximum(1 - answer, 1e-12))
+        known = truths[~away]
+        told = known.any(0) & ~known.all(0)
+        if told.any():
+            scaler = StandardScaler()
+            fitted, asked = scaler.fit_transform(features[~away]), scaler.transform(features[away])
+            answer = answers(fitted, known[:, told], asked)
+            odds = np.log(np.maximum(answer, 1e-12) / np.maximum(1 - answer, 1e-12))
+            scores[np.ix_(away, told)] = odds
     return scores
 
 
@@ -88,35 +112,37 @@ def _answers(
         yield _row(question, probe, name, value, len(np.unique(patients[own])))
 
 
-def judge_planes(view: View, cases: Sequence[Case], neighbours: int) -> Iterator[dict[str, Any]]:
-    """Which planes show an organ, by a linear and a k-nearest-neighbour probe."""
-    from sklearn.neighbors import KNeighborsClassifier
+def judge_planes(
+    described: Sequence[tuple[Case, np.ndarray]], neighbours: int
+) -> Iterator[dict[str, Any]]:
+    """Which planes show an organ, by a linear and a k-nearest-neighbour probe of cases and their
+    planes (S, F).
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}  # organs that the same cases know of
+    for organ in sorted({name for case, _ in described for name in case.shown}):
+        known = tuple(k for k, (case, _) in enumerate(described) if organ in case.shown)
+        alike.setdefault(known, []).append(organ)
+    for known, organs in alike.items():
+        cases = [described[k][0] for k in known]
+        features = np.concatenate([described[k][1] for k in known])
+        truths = np.concatenate([np.stack([c.shown[name] for name in organs], 1) for c in cases])
+        folds, *groups = (_joined(cases, name) for name in ("fold", "patient", "hospital"))
+        near = nearest(min(neighbours, 1 + len(truths) // 4))
+        for probe, answers in (("planes", linear), ("neighbours", near)):
+            scores = out_of_fold(answers, features, truths, folds)
+            for k, organ in enumerate(organs):
+                yield from _answers(organ, probe, scores[:, k], truths[:, k], folds, *groups)
 
-    described = [(case, view.planes(case.images, case.height)) for case in cases if case.shown]
-    for organ in sorted({name for case in cases for name in case.shown}):
-        asked = [case for case, _ in described if organ in case.shown]
-        features = np.concatenate([own for case, own in described if organ in case.shown])
-        truth = np.concatenate([case.shown[organ] for case in asked])
-        folds, *groups = (_joined(asked, name) for name in ("fold", "patient", "hospital"))
-        scores = linear_scores(features, truth, folds)
-        yield from _answers(organ, "planes", scores, truth, folds, *groups)
-        near = KNeighborsClassifier(min(neighbours, 1 + len(truth) // 4))
-        scores = _out_of_fold(near, features, truth, folds)
-        yield from _answers(organ, "neighbours", scores, truth, folds, *groups)
 
-
-def judge_inside(view: View, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """Who is injured, from the inside of the organ's mask on every plane that shows it (of
-    extravasation: of the body). Planes of a target without slice labels are judged together, a
+def judge_inside(described: Mapping[str, Sequence[Inside]]) -> Iterator[dict[str, Any]]:
+    """Who is injured, by target from the inside of the organ's mask on every plane that shows it
+    (of extravasation: of the body). Planes of a target without slice labels are judged together, a
     patient a case.
     """
-    for target in sorted({name for case in cases for name in case.injured}):
-        parts = [part for case in cases if (part := _inside(view, case, target))]
-        if not parts:
-            continue
+    for target, parts in sorted(described.items()):
         features, truth, *facts = (np.concatenate(part) for part in zip(*parts, strict=True))
         folds, patients, hospitals = facts
-        scores = linear_scores(features, truth, folds)
+        scores = out_of_fold(linear, features, truth[:, None], folds)[:, 0]
         if target not in SLICE_TARGETS:
             _, first, own = np.unique(patients, return_index=True, return_inverse=True)
             scores = np.bincount(own, scores) / np.bincount(own)
@@ -126,11 +152,11 @@ def judge_inside(view: View, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
         yield from _answers(target, "inside", scores, truth, folds, patients, hospitals)
 
 
-def _inside(view: View, case: Case, target: str) -> tuple[np.ndarray, ...] | None:
+def _inside(view: View, case: Case, target: str) -> Inside | None:
     """Features and truth of the planes that show what a target is about, with fold, patient and
     hospital; None where there are none.
     """
-    if case.masks is None or target not in case.injured:
+    if case.masks is None:
         return None
     mask = case.masks == ORGANS.index(target) + 1 if target in ORGANS else case.images > 0
     seen = mask.any((1, 2))
@@ -159,9 +185,12 @@ def judge_dense(view: View, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
 
 def judge(view: View, cases: Sequence[Case], neighbours: int) -> Rows:
     """The answers to all questions that the cases can be asked."""
-    found = [
-        *judge_dense(view, cases),
-        *judge_planes(view, cases, neighbours),
-        *judge_inside(view, cases),
-    ]
+    planes, inside = [], defaultdict[str, list[Inside]](list)
+    for case in cases:  # one after another: a view may keep what it knows of one
+        if case.shown:
+            planes.append((case, view.planes(case.images, case.height)))
+        for target in case.injured:
+            if part := _inside(view, case, target):
+                inside[target].append(part)
+    found = [*judge_dense(view, cases), *judge_planes(planes, neighbours), *judge_inside(inside)]
     return [row for row in found if not np.isnan(row["value"])]

@@ -9,8 +9,12 @@ import pytest
 import torch
 from helpers_report import write_manifest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from pipeline.ablation import dense, questions
+from pipeline.ablation import dense, probe_views, questions
 from pipeline.ablation.dense import THRESHOLDS, Moments, dense_probe
 from pipeline.ablation.probe_cases import Case, _injured, _marks, read_cases
 from pipeline.ablation.probe_views import BASELINES, Grey, Maps
@@ -239,6 +243,72 @@ def test_maps_are_brought_to_the_cells_and_pooled_inside_the_mask():
     assert cells.shape == (2, 8, 8, 3)
     standard = (images / 255 - 0.449) / 0.226
     assert cells[..., 0] == pytest.approx(standard.reshape(2, 8, 4, 8, 4).mean((2, 4)), abs=1e-5)
+
+
+def test_maps_of_a_plane_are_made_once_while_its_series_is_asked_about(monkeypatch):
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            seen.extend(x[:, 0].numpy().round(3).tolist())
+            return torch.nn.functional.avg_pool2d(x, 8) ** 2
+
+    monkeypatch.setattr(probe_views, "KEPT", 5)
+    series = np.random.default_rng(0).integers(0, 256, (3, 4, 32, 32), dtype=np.uint8)
+    height, mask, kept = np.arange(4) / 4, series[0] > 99, Maps(Net(), torch.device("cpu"))
+    for images in series:
+        fresh = Maps(Net(), torch.device("cpu"))
+        expected = [
+            fresh.inside(images[1:3], height[1:3], mask[1:3]),
+            fresh.planes(images, height),
+            fresh.cells(images[2:], height[2:]),
+        ]
+        seen.clear()
+        found = [
+            kept.inside(images[1:3], height[1:3], mask[1:3]),
+            kept.planes(images, height),
+            kept.cells(images[2:], height[2:]),
+        ]
+        for one, other in zip(found, expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-6)
+        assert len(seen) <= 6, "four planes, two of them again where the other series' made way"
+    assert len(kept._kept) <= 5
+    wide = series.reshape(12, 32, 32)
+    assert len(kept.planes(wide, np.arange(12) / 12)) == 12, "more at once than are kept"
+
+
+def test_neighbours_and_regressions_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    features, folds = rng.normal(size=(90, 3)) * [1, 5, 0.2], np.arange(90) % 3
+    truths = np.stack([features[:, 0] > 0, features[:, 1] > 3, folds > 3], 1)
+    for answers, model in (
+        (questions.linear, LogisticRegression(C=0.01, max_iter=300)),
+        (questions.nearest(7), KNeighborsClassifier(7)),
+    ):
+        found = questions.out_of_fold(answers, features, truths, folds)
+        assert np.isnan(found[:, 2]).all(), "true of nobody"
+        for k in range(2):
+            for fold in range(3):
+                away, whole = folds == fold, make_pipeline(StandardScaler(), model)
+                whole.fit(features[~away], truths[~away, k])
+                p = whole.predict_proba(features[away]).clip(1e-12)
+                assert found[away, k] == pytest.approx(np.log(p[:, 1] / p[:, 0]), abs=1e-6)
+
+
+def test_an_organ_that_some_cases_do_not_know_is_asked_of_the_others():
+    cases = planted()
+    for one in cases[::2]:
+        one.shown["spleen"] = ~one.shown["liver"]
+    rows = questions.judge(Grey(16), cases, 5)
+    asked = {(row["question"], row["probe"]): row for row in rows if row["hospital"] == "all"}
+    for probe in ("planes", "neighbours"):
+        assert asked["spleen", probe]["patients"] == 20
+        assert asked["liver", probe]["patients"] == 40
+        assert asked["spleen", probe]["value"] > 0.9
+    alone = [c for c in cases if "spleen" in c.shown]
+    for row in questions.judge(Grey(16), alone, 5):
+        if row["question"] == "spleen" and row["hospital"] == "all" and row["probe"] != "dense":
+            assert row["value"] == asked["spleen", row["probe"]]["value"]
 
 
 def write_data(root, top=0.0):
