@@ -207,11 +207,18 @@ def run_cells(stage: Stage) -> list[Cell]:
     own, mine = stage.share(shared), stage.share(cells)
     for cell in own:
         pretrain_backbone(backbone_part(stage, cell))
-    for cell in shared:
-        if cell not in own:
+    others = {cell.backbone: cell for cell in shared if cell not in own}
+
+    def await_backbone(key: str | None) -> None:
+        if cell := others.pop(key, None):
             wait_for(backbone_part(stage, cell), backbone_is_current)
-    for cell in mine:
+
+    # what needs no pretraining first, while another rank may still be at one
+    for cell in sorted(mine, key=lambda cell: cell.backbone is not None):
+        await_backbone(cell.backbone)
         train_cell(stage, cell)
+    for key in [*others]:  # the probes ask for all of them
+        await_backbone(key)
     for cell in cells if stage.writer else ():
         if cell not in mine:
             wait_for(

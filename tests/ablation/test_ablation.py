@@ -734,6 +734,48 @@ def test_ranks_share_all_cells_and_no_cell_twice(monkeypatch):
     assert sorted(shares) == sorted(names)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_waits_for_a_backbone_when_it_comes_to_a_cell_that_needs_it(
+    rank, tmp_path, monkeypatch
+):
+    """Cells without pretraining come first, and before the probes all backbones are there."""
+    from pipeline.ablation import cells as ablation
+
+    grid = (
+        "ablation.variants={scratch: {train.init: scratch}, a: {}, b: {pretrain.steps: 3},"
+        " c: {pretrain.steps: 3, train.sequence: none}}",
+        "ablation.reference=scratch",
+        "ablation.seeds=[1,2]",
+        "train.init=voco2d",
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    stage, events = Stage(layout.ABLATION, load_config("smoke", grid), Options(tmp_path)), []
+    stage.writer = rank == 0
+    declared = ablation.declared_cells(stage.config)
+    keys = [*ablation.pretrainings(declared)]
+    assert len(keys) == 4
+    own = keys[rank::2]
+    trained = lambda stage, cell: events.append((cell.name, cell.backbone))  # noqa: E731
+    monkeypatch.setattr(ablation, "_check_models", lambda stage, cells: None)
+    monkeypatch.setattr(ablation, "train_cell", trained)
+    monkeypatch.setattr(ablation, "pretrain_backbone", lambda part: events.append(part.name))
+    monkeypatch.setattr(ablation, "wait_for", lambda part, current: events.append(part.name))
+    ablation.run_cells(stage)
+    places = [f"10_ablation/pretrained/{key}" for key in keys]
+    assert events[:2] == [places[k] for k in range(rank, 4, 2)], "its own share of pretrainings"
+    cells = [one for one in events if isinstance(one, tuple)]
+    assert sorted(cells) == sorted((cell.name, cell.backbone) for cell in declared[rank::2])
+    scratch = [one for one in cells if one[1] is None]
+    assert events[2 : 2 + len(scratch)] == scratch, "before anything is waited for"
+    for k, one in enumerate(events):
+        if isinstance(one, tuple) and one[1] not in (None, *own):
+            assert f"10_ablation/pretrained/{one[1]}" in events[:k]
+    others = [place for key, place in zip(keys, places, strict=True) if key not in own]
+    for place in others:
+        assert events.count(place) == 1, "once, even where no cell of its own needs it"
+
+
 def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, monkeypatch):
     from pipeline.ablation import cells as ablation
 
