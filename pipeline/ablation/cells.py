@@ -187,8 +187,8 @@ def _start_anew(stage: Stage, cells: list[Cell], shared: list[Cell]) -> None:
 
 
 def run_cells(stage: Stage) -> list[Cell]:
-    """Pretrain and train everything that is not up to date, shared out over the ranks; returns the
-    grid when all of it is there.
+    """Pretrain and train everything of this rank's share that is not up to date; returns the grid
+    when all pretrainings are there.
     """
     # a rank that waits would take an old result for the new one
     if stage.options.force and world_size() > 1:
@@ -219,9 +219,14 @@ def run_cells(stage: Stage) -> list[Cell]:
         train_cell(stage, cell)
     for key in [*others]:  # the probes ask for all of them
         await_backbone(key)
-    for cell in cells if stage.writer else ():
+    return cells
+
+
+def await_cells(stage: Stage, cells: list[Cell]) -> None:
+    """Return when all ranks have trained their cells."""
+    mine = stage.share(cells)
+    for cell in cells:
         if cell not in mine:
             wait_for(
                 part_with(stage, cell.name, cell.config), partial(cell_is_current, stage, cell=cell)
             )
-    return cells

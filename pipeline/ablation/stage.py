@@ -9,15 +9,16 @@ from ..system.console import say
 @stage_function(layout.ABLATION)
 def ablate(stage: Stage) -> None:
     """Train what is missing, then compare, unless these very cells are compared."""
-    from .cells import run_cells
+    from .cells import await_cells, run_cells
     from .probe_parts import Probes
     from .summary import summarise
 
     cells = run_cells(stage)
     probes = Probes(stage, cells)
-    probes.run()
+    probes.run()  # of this rank's share too, before it waits for others' cells
     if not stage.writer:
         return
+    await_cells(stage, cells)
     parts = {cell.name: digest(finished(stage.folder / cell.name)["outputs"]) for cell in cells}
     if stage.current(parts | probes.inputs, ["seed", "ablation", "score"]):
         return

@@ -776,6 +776,36 @@ def test_a_rank_waits_for_a_backbone_when_it_comes_to_a_cell_that_needs_it(
         assert events.count(place) == 1, "once, even where no cell of its own needs it"
 
 
+def test_the_writing_rank_probes_before_it_waits_for_the_cells_of_another(tmp_path, monkeypatch):
+    from pipeline.ablation import cells as ablation
+    from pipeline.ablation.probe_parts import Probes
+
+    grid = (
+        "ablation.variants={a: {}, b: {train.sequence: none}}",
+        "ablation.reference=a",
+        "ablation.seeds=[1]",
+        "train.init=scratch",
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    options, events = Options(tmp_path), []
+
+    class Stop(Exception):
+        pass
+
+    def wait(part, current):
+        events.append(part.name)
+        raise Stop
+
+    monkeypatch.setattr(ablation, "_check_models", lambda stage, cells: None)
+    monkeypatch.setattr(ablation, "train_cell", lambda stage, cell: events.append(cell.name))
+    monkeypatch.setattr(ablation, "wait_for", wait)
+    monkeypatch.setattr(Probes, "run", lambda probes: events.append("probes"))
+    with pytest.raises(Stop):
+        ablate.run(Stage(layout.ABLATION, load_config("smoke", grid), options))
+    assert events == ["a/seed1", "probes", "10_ablation/b/seed1"]
+
+
 def test_a_rank_waits_for_this_runs_result_and_not_for_an_older_one(tmp_path, monkeypatch):
     from pipeline.ablation import cells as ablation
 
