@@ -82,17 +82,17 @@ class Grey:
         return np.stack([[*np.quantile(g, QUANTILES), g.mean(), g.std()] for g in greys])
 
 
-class Maps:
-    """A frozen backbone's last map or, with `scales`, the last of its maps of every size too. Those
-    of the planes asked about last are kept.
-    """
+class Network:
+    """A frozen backbone and its maps of the planes asked about last."""
 
-    def __init__(self, backbone: nn.Module, device: torch.device, scales: bool = False) -> None:
-        self.backbone, self.device, self.scales = backbone, device, scales
+    def __init__(self, backbone: nn.Module, device: torch.device) -> None:
+        self.backbone, self.device = backbone, device
         self._kept: dict[bytes, list[torch.Tensor]] = {}  # (1, C, h', w') each, by the plane
 
     def maps(self, images: np.ndarray) -> list[torch.Tensor]:
-        """(S, C, h', w') each, float32, the finest first."""
+        """(S, C, h', w') each, float32: of every size the last, the finest first, where the
+        backbone tells, and then its own.
+        """
         planes = [one.tobytes() for one in images]
         fresh = [k for k, plane in enumerate(planes) if plane not in self._kept]
         if fresh and len(fresh) + len(self._kept) > KEPT:
@@ -109,10 +109,21 @@ class Maps:
         batch = batch.contiguous(memory_format=torch.channels_last)
         found = [self.backbone(batch).float()]
         inner_maps: Any = getattr(self.backbone, "forward_intermediates", None)
-        if self.scales and inner_maps is not None:
+        if inner_maps is not None:
             inner = inner_maps(batch, intermediates_only=True)
             found = [*{one.shape[2:]: one.float() for one in inner}.values(), *found]
         return found
+
+
+class Maps:
+    """A network's last map or, with `scales`, all that it tells of."""
+
+    def __init__(self, network: Network, scales: bool = False) -> None:
+        self.network, self.first = network, 0 if scales else -1
+
+    def maps(self, images: np.ndarray) -> list[torch.Tensor]:
+        """(S, C, h', w') each, float32."""
+        return self.network.maps(images)[self.first :]
 
     def planes(self, images: np.ndarray, height: np.ndarray) -> np.ndarray:
         """Layer-normed mean and maximum of each map: what the classifier sees of a slice."""
@@ -128,7 +139,7 @@ class Maps:
 
     def inside(self, images: np.ndarray, height: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Mean of each map, weighted by the share of the mask, and maximum where there is any."""
-        share, found = torch.from_numpy(mask).to(self.device)[:, None].float(), []
+        share, found = torch.from_numpy(mask).to(self.network.device)[:, None].float(), []
         for one in self.maps(images):
             weight = nn.AdaptiveAvgPool2d(one.shape[2:])(share)
             mean = (one * weight).sum((2, 3)) / weight.sum((2, 3))

@@ -31,8 +31,8 @@ from ..system.frames import read_frame
 from ..system.machine import pick_device, seed_everything
 from .probe_cases import Case, read_cases
 from .probe_parts import SCHEMA
-from .probe_views import BASELINES, Maps
-from .questions import ALL, Rows, judge
+from .probe_views import BASELINES, Maps, Network
+from .questions import ALL, Rows, judge, judge_together
 
 BATCH = 256
 FEW = 12  # patients, up to which each is a fold of its own
@@ -75,10 +75,12 @@ def judge_backbone(
     for statistics in ("stored", "settled"):
         if statistics == "settled":
             settle_on(backbone, np.concatenate([case.images for case in cases]), device)
-        for title, scales in ((name, False), (f"{name}, all scales", True)):
+        network = Network(backbone.eval(), device)
+        titles = name, f"{name}, all scales"
+        both = judge_together([Maps(network), Maps(network, scales=True)], cases, neighbours)
+        for title, found in zip(titles, both, strict=True):
             own = {"backbone": title, "seed": seed, "statistics": statistics}
-            view = Maps(backbone.eval(), device, scales)
-            rows += [{**own, **row} for row in judge(view, cases, neighbours)]
+            rows += [{**own, **row} for row in found]
     log(f"probes: {name}, seed {seed} done")
     return rows
 

@@ -12,7 +12,7 @@ from ..competition.targets import SLICE_TARGETS
 from ..organs.masks import ORGANS
 from .dense import dense_probe
 from .probe_cases import Case
-from .probe_views import View
+from .probe_views import KEPT, View
 
 ALL = "all"  # hospitals
 Rows = list[dict[str, Any]]
@@ -183,14 +183,42 @@ def judge_dense(view: View, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
             yield _row(organ, "dense", name, value, len(seen))
 
 
+def _groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
+    """The cases in order, as many at once as a network keeps the planes of."""
+    group: list[Case] = []
+    for case in cases:
+        if group and sum(len(one.images) for one in (*group, case)) > KEPT:
+            yield group
+            group = []
+        group.append(case)
+    if group:
+        yield group
+
+
+def judge_together(views: Sequence[View], cases: Sequence[Case], neighbours: int) -> list[Rows]:
+    """The answers of each view to all questions that the cases can be asked. The views are asked
+    about some cases in turn: they may share what one of them found out.
+    """
+    planes: list[list[tuple[Case, np.ndarray]]] = [[] for _ in views]
+    inside = [defaultdict[str, list[Inside]](list) for _ in views]
+    for group in _groups(cases):
+        images = np.concatenate([case.images for case in group])
+        height = np.concatenate([case.height for case in group])
+        ends = np.cumsum([len(case.images) for case in group])[:-1]
+        for k, view in enumerate(views):
+            described = np.split(view.planes(images, height), ends)
+            planes[k] += [pair for pair in zip(group, described, strict=True) if pair[0].shown]
+            for case in group:
+                for target in case.injured:
+                    if part := _inside(view, case, target):
+                        inside[k][target].append(part)
+    found = [
+        [*judge_dense(view, cases), *judge_planes(planes[k], neighbours), *judge_inside(inside[k])]
+        for k, view in enumerate(views)
+    ]
+    return [[row for row in rows if not np.isnan(row["value"])] for rows in found]
+
+
 def judge(view: View, cases: Sequence[Case], neighbours: int) -> Rows:
-    """The answers to all questions that the cases can be asked."""
-    planes, inside = [], defaultdict[str, list[Inside]](list)
-    for case in cases:  # one after another: a view may keep what it knows of one
-        if case.shown:
-            planes.append((case, view.planes(case.images, case.height)))
-        for target in case.injured:
-            if part := _inside(view, case, target):
-                inside[target].append(part)
-    found = [*judge_dense(view, cases), *judge_planes(planes, neighbours), *judge_inside(inside)]
-    return [row for row in found if not np.isnan(row["value"])]
+    """`judge_together` of a single view."""
+    return judge_together([view], cases, neighbours)[0]

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.ablation import dense, probe_views, questions
 from pipeline.ablation.dense import THRESHOLDS, Moments, dense_probe
 from pipeline.ablation.probe_cases import Case, _injured, _marks, read_cases
-from pipeline.ablation.probe_views import BASELINES, Grey, Maps
+from pipeline.ablation.probe_views import BASELINES, Grey, Maps, Network
 from pipeline.ablation.probes import folds_of, main, markdown
 from pipeline.organs.masks import ORGANS
 from pipeline.run import layout
@@ -187,6 +187,38 @@ def values(rows):
     return {(row["question"], row["probe"], row["hospital"]): row["value"] for row in rows}
 
 
+class Two(torch.nn.Module):
+    """Its own map: means of 8 x 8 pixels; on the way to it those of 4 x 4, squared."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, x):
+        self.asked += len(x)
+        return torch.nn.functional.avg_pool2d(x, 8)
+
+    def forward_intermediates(self, x, intermediates_only):
+        return [torch.nn.functional.avg_pool2d(x, 4) ** 2]
+
+
+@pytest.mark.parametrize("kept", [PLANES - 1, 3 * PLANES + 1, 10**6])
+def test_views_that_share_a_network_answer_as_each_does_alone(monkeypatch, kept):
+    monkeypatch.setattr(probe_views, "KEPT", kept)
+    monkeypatch.setattr(questions, "KEPT", kept)
+    cases, device, net = planted(), torch.device("cpu"), Two()
+    network = Network(net, device)
+    found = questions.judge_together([Maps(network), Maps(network, scales=True)], cases, 5)
+    planes = sum(len(case.images) for case in cases)
+    if kept > planes:
+        assert net.asked == planes, "once for all questions of both views"
+    for scales, rows in zip((False, True), found, strict=True):
+        alone = questions.judge(Maps(Network(Two(), device), scales), cases, 5)
+        assert values(rows) == pytest.approx(values(alone), abs=1e-6)
+        assert [row["question"] for row in rows] == [row["question"] for row in alone]
+    assert values(found[0]) != values(found[1])
+
+
 def test_what_is_planted_is_found_by_hospital_too_and_nothing_in_noise():
     cases = planted()
     grey = values(questions.judge(Grey(16), cases, 5))
@@ -236,7 +268,8 @@ def test_maps_are_brought_to_the_cells_and_pooled_inside_the_mask():
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32), dtype=np.uint8)
     height, mask = np.array([0.2, 0.8]), np.zeros((2, 32, 32), bool)
     mask[:, 8:24, 8:16], mask[:, 24:, 8:12] = True, True  # rows 1, 2 and half of a cell of row 3
-    last, scales = Maps(net, torch.device("cpu")), Maps(net, torch.device("cpu"), True)
+    network = Network(net, torch.device("cpu"))
+    last, scales = Maps(network), Maps(network, scales=True)
     assert last.cells(images, height).shape == (2, 8, 8, 1)
     assert last.inside(images, height, mask)[0] == pytest.approx([(1 + 2 + 0.5 * 3) / 2.5, 3])
     cells = scales.cells(images, height)
@@ -255,9 +288,11 @@ def test_maps_of_a_plane_are_made_once_while_its_series_is_asked_about(monkeypat
 
     monkeypatch.setattr(probe_views, "KEPT", 5)
     series = np.random.default_rng(0).integers(0, 256, (3, 4, 32, 32), dtype=np.uint8)
-    height, mask, kept = np.arange(4) / 4, series[0] > 99, Maps(Net(), torch.device("cpu"))
+    height, mask = np.arange(4) / 4, series[0] > 99
+    network = Network(Net(), torch.device("cpu"))
+    kept = Maps(network)
     for images in series:
-        fresh = Maps(Net(), torch.device("cpu"))
+        fresh = Maps(Network(Net(), torch.device("cpu")))
         expected = [
             fresh.inside(images[1:3], height[1:3], mask[1:3]),
             fresh.planes(images, height),
@@ -272,7 +307,7 @@ def test_maps_of_a_plane_are_made_once_while_its_series_is_asked_about(monkeypat
         for one, other in zip(found, expected, strict=True):
             assert one == pytest.approx(other, abs=1e-6)
         assert len(seen) <= 6, "four planes, two of them again where the other series' made way"
-    assert len(kept._kept) <= 5
+    assert len(network._kept) <= 5
     wide = series.reshape(12, 32, 32)
     assert len(kept.planes(wide, np.arange(12) / 12)) == 12, "more at once than are kept"
 
