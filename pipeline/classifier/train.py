@@ -116,6 +116,7 @@ class FoldTrainer:
         # of the epoch under way, so that a stopped run goes on within it
         self.tally: dict[str, Any] = {}
         self.unread: Figures | None = None  # of the last step, where they are read late
+        self.judged: pl.DataFrame | None = None  # the OOF rows of the last score
         self.stop = StopSignal(world_size() > 1)
 
     @property
@@ -284,8 +285,8 @@ class FoldTrainer:
         through = self.tally.get("epoch") == self.epoch and (
             self.tally["steps"] == self.steps_per_epoch
         )
-        oof = self.predict_held_out(PLAIN, self.batches.held_out(self.epoch, through))
-        return held_out_score(self.data, oof, self.config.score.aggregate)
+        self.judged = self.predict_held_out(PLAIN, self.batches.held_out(self.epoch, through))
+        return held_out_score(self.data, self.judged, self.config.score.aggregate)
 
     def predict_held_out(
         self, views: PredictConfig = PLAIN, batches: Iterator[dict[str, Tensor]] | None = None
@@ -300,12 +301,27 @@ class FoldTrainer:
             self._leave_if_asked()
         return fold_rows(self.data, torch.cat(values).numpy())
 
+    def out_of_fold(self) -> pl.DataFrame:
+        """`predict_held_out` with the views of the test set, calibration being fitted to what that
+        gets. Where the last score is of these very views and weights, so are its rows.
+        """
+        views = self.config.predict
+        plain = (views.flips, views.phases) == (PLAIN.flips, PLAIN.phases)
+        if plain and self.judged is not None and not self.options.patience:
+            return self.judged
+        return self.predict_held_out(views)
+
     def save(self) -> None:
-        """Checkpoint after an epoch, with the best weights beside it where early stopping is on."""
+        """Checkpoint after an epoch where one is due, and with the best weights beside it where
+        early stopping is on and they are new.
+        """
         last = self.history[-1]
-        if self.options.patience and "score" in last and self.kept is last:
+        best = self.options.patience and "score" in last and self.kept is last
+        if best:
             save_checkpoint(self.folder / layout.BEST, {"model": self.final_model.state_dict()})
-        self.save_state()
+        over = self.epoch == self.options.epochs or self._out_of_patience()
+        if best or over or self.epoch % self.options.checkpoint_every == 0:
+            self.save_state()
 
     def save_state(self) -> None:
         """Everything that a resumed run needs."""
@@ -414,8 +430,7 @@ def train_fold(
     )
     rows = folder / (layout.FIRST_OOF if second else layout.OOF)
     with atomic_path(rows) as temporary, loading():
-        # the views of the test set: calibration is fitted to what the test set gets
-        trainer.predict_held_out(config.predict).write_parquet(temporary)
+        trainer.out_of_fold().write_parquet(temporary)
     kept = trainer.kept
     counts: dict[str, Any] = {
         "fold": data.fold,

@@ -686,6 +686,12 @@ class TrainConfig(Section):
         description="epochs between two scores of the held-out patients; the last one has its own",
         json_schema_extra=ADDED,
     )
+    checkpoint_every: int = Field(
+        1,
+        ge=1,
+        description="epochs between two checkpoints; the best and the last one have their own",
+        json_schema_extra={**HOW, **ADDED},
+    )
     patience: int = Field(0, ge=0, description="epochs without improvement before stopping, 0: off")
     amp: bool = Field(True, description="mixed precision where the device gains by it")
     compile: bool = Field(False, description="torch.compile of the backbone", json_schema_extra=HOW)

@@ -20,6 +20,7 @@ from pipeline.classifier.fold import FoldData
 from pipeline.classifier.predict import load_classifier, predict_volume
 from pipeline.classifier.train import FoldTrainer, train_fold
 from pipeline.competition.targets import COLUMNS, TARGETS
+from pipeline.learning.log import read_log
 from pipeline.learning.optimise import NonFiniteLoss
 from pipeline.organs.find import organ_boxes
 from pipeline.run.layout import MODEL, OOF
@@ -382,8 +383,8 @@ def test_a_checkpoint_of_another_type_of_number_is_taken_up(data, tmp_path):
 def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(
     data, tmp_path, monkeypatch
 ):
-    """The out-of-fold rows come after the last epoch, whose validation predicts the same
-    patients.
+    """The out-of-fold rows of several views come after the last epoch, whose validation predicts
+    the same patients.
     """
     calls, original = [], FoldTrainer.predict_held_out
 
@@ -395,9 +396,81 @@ def test_a_loader_killed_at_the_very_end_is_one_line_and_the_model_is_kept(
 
     monkeypatch.setattr(FoldTrainer, "predict_held_out", killed_at_last)
     with pytest.raises(TrainingStopped, match="a process that loads data was killed"):
-        train_fold(config("train.epochs=1"), data, tmp_path, CPU, None)
+        train_fold(config("train.epochs=1", "predict.phases=2"), data, tmp_path, CPU, None)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["last.ckpt", "log.jsonl", MODEL, "tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "again"),
+    [
+        ((), False),
+        (("train.ema=0.5", "train.eval_every=2"), False),
+        (("predict.flips=[x]",), True),
+        (("predict.phases=2",), True),
+        (("train.patience=1",), True),
+    ],
+)
+def test_held_out_series_are_predicted_anew_where_the_last_score_is_not_of_these_rows(
+    data, tmp_path, monkeypatch, keys, again
+):
+    keys = "train.epochs=3", *keys
+    whole = trainer(data, tmp_path / "whole", *keys)
+    whole.run()
+    passes, original = [], FoldTrainer.predict_held_out
+    monkeypatch.setattr(
+        FoldTrainer,
+        "predict_held_out",
+        lambda self, *given: (passes.append(given), original(self, *given))[1],
+    )
+    rows = whole.out_of_fold()
+    assert len(passes) == again
+    assert rows.equals(original(whole, whole.config.predict))
+    resumed = trainer(data, tmp_path / "whole", *keys)
+    resumed.run()  # nothing is left to do, and no score was taken
+    assert resumed.out_of_fold().equals(rows)
+    assert len(passes) == again + 1
+
+
+def test_checkpoints_may_be_rarer_than_epochs(data, tmp_path, monkeypatch):
+    """A killed run then goes on from an older one, to the same end."""
+    keys, written = ("train.epochs=5", "train.checkpoint_every=2"), []
+    whole = trainer(data, tmp_path / "whole", *keys)
+    save = whole.save_state
+    monkeypatch.setattr(whole, "save_state", lambda: (written.append(whole.epoch), save()))
+    whole.run()
+    assert written == [2, 4, 5], "the last one always"
+    cut = trainer(data, tmp_path / "cut", *keys)
+    validate = cut.validate
+
+    def killed():
+        if cut.epoch == 3:
+            raise KeyboardInterrupt
+        return validate()
+
+    monkeypatch.setattr(cut, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    assert [row["epoch"] for row in read_log(tmp_path / "cut" / "log.jsonl")] == [1, 2, 3]
+    second = trainer(data, tmp_path / "cut", *keys)
+    second.resume()
+    assert second.epoch == 2
+    second.run()
+    for name in ("whole", "cut"):
+        rows = read_log(tmp_path / name / "log.jsonl")
+        assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+        assert [row["loss"] for row in rows] == [row["loss"] for row in whole.history]
+    assert second.out_of_fold().equals(whole.out_of_fold())
+
+
+def test_the_best_epoch_has_its_checkpoint_whenever_it_comes(data, tmp_path, monkeypatch):
+    keys = "train.epochs=6", "train.patience=3", "train.checkpoint_every=100"
+    run, written, scores = trainer(data, tmp_path, *keys), [], iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    save = run.save_state
+    monkeypatch.setattr(run, "validate", lambda: {"score": next(scores)})
+    monkeypatch.setattr(run, "save_state", lambda: (written.append(run.epoch), save()))
+    run.run()
+    assert written == [1, 2, 5]
 
 
 def test_series_keep_the_order_of_the_index(tmp_path):
