@@ -4,7 +4,7 @@ Every view describes planes as a whole, each cell of the grid on which masks are
 inside of a mask.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 from torch.nn import functional
 
-from ..learning.backbone import pool_maps, standardise
+from ..learning.backbone import all_maps, pool_maps, standardise
 from ..volumes.sampling import resize_planes
 from .probe_cases import STRIDE
 
@@ -90,9 +90,7 @@ class Network:
         self._kept: dict[bytes, list[torch.Tensor]] = {}  # (1, C, h', w') each, by the plane
 
     def maps(self, images: np.ndarray) -> list[torch.Tensor]:
-        """(S, C, h', w') each, float32: of every size the last, the finest first, where the
-        backbone tells, and then its own.
-        """
+        """`all_maps` of planes (S, h, w) uint8: (S, C, h', w') each, float32."""
         planes = [one.tobytes() for one in images]
         fresh = [k for k, plane in enumerate(planes) if plane not in self._kept]
         if fresh and len(fresh) + len(self._kept) > KEPT:
@@ -107,12 +105,7 @@ class Network:
     def _made(self, images: np.ndarray) -> list[torch.Tensor]:
         batch = standardise(torch.from_numpy(images)[:, None].to(self.device))
         batch = batch.contiguous(memory_format=torch.channels_last)
-        found = [self.backbone(batch).float()]
-        inner_maps: Any = getattr(self.backbone, "forward_intermediates", None)
-        if inner_maps is not None:
-            inner = inner_maps(batch, intermediates_only=True)
-            found = [*{one.shape[2:]: one.float() for one in inner}.values(), *found]
-        return found
+        return [one.float() for one in all_maps(self.backbone, batch)]
 
 
 class Maps:

@@ -258,6 +258,20 @@ def _to_map(backbone: nn.Module, inputs: tuple, features: Any) -> torch.Tensor:
     return features[:, T - side * side :].transpose(1, 2).reshape(N, C, side, side)
 
 
+def all_maps(backbone: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    """Maps of a batch (N, channels, h, w) by one pass: of every size the last one that the backbone
+    makes on the way to its own, the finest first, then its own; that alone where timm tells of no
+    others.
+    """
+    inner_maps: Any = getattr(backbone, "forward_intermediates", None)
+    if inner_maps is None:
+        return [backbone(batch)]
+    features, inner = inner_maps(batch)
+    if "forward" not in vars(backbone):  # else the family's features are its map (`_headless`)
+        features = cast(Any, backbone).forward_head(features)
+    return [*{one.shape[2:]: one for one in inner}.values(), _to_map(backbone, (), features)]
+
+
 class Taps:
     """Maps that a backbone makes on the way to its own, kept of each forward pass with gradients:
     the outputs of the modules that timm calls the features of a model. No pass is made for them.

@@ -194,12 +194,12 @@ class Two(torch.nn.Module):
         super().__init__()
         self.asked = 0
 
-    def forward(self, x):
+    def forward_intermediates(self, x):
         self.asked += len(x)
-        return torch.nn.functional.avg_pool2d(x, 8)
+        return x, [torch.nn.functional.avg_pool2d(x, 4) ** 2]
 
-    def forward_intermediates(self, x, intermediates_only):
-        return [torch.nn.functional.avg_pool2d(x, 4) ** 2]
+    def forward_head(self, features):
+        return torch.nn.functional.avg_pool2d(features, 8)
 
 
 @pytest.mark.parametrize("kept", [PLANES - 1, 3 * PLANES + 1, 10**6])
@@ -261,8 +261,11 @@ def test_maps_are_brought_to_the_cells_and_pooled_inside_the_mask():
         def forward(self, x):
             return x[:, :, ::8, ::8] * 0 + torch.arange(4.0).reshape(1, 1, 4, 1)
 
-        def forward_intermediates(self, x, intermediates_only):
-            return [torch.nn.functional.avg_pool2d(x, 2), self(x)]
+        def forward_intermediates(self, x):
+            return self(x), [torch.nn.functional.avg_pool2d(x, 2), self(x)]
+
+        def forward_head(self, features):
+            return features
 
     net = Net()
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32), dtype=np.uint8)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from pipeline.learning import fast_layers as layers
 from pipeline.learning.backbone import (
     WrongSize,
+    all_maps,
     create_backbone,
     feature_shape,
     load_backbone,
@@ -45,6 +46,22 @@ def test_every_family_gives_a_map(name):
     assert backbone.training
     assert backbone.eval()(torch.zeros(2, 1, 64, 64)).shape == (2, C, h, w)
     assert h == w > 1
+
+
+@pytest.mark.parametrize(
+    "name", [TINY, "mobilenetv3_small_050", "test_vit", "swin_tiny_patch4_window7_224", "coat_tiny"]
+)
+def test_all_maps_of_one_pass_end_with_the_backbones_own(name):
+    backbone = create_backbone(name).eval()
+    x = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        *inner, own = all_maps(backbone, x)
+        assert torch.equal(own, backbone(x))
+        told = backbone.forward_intermediates(x, intermediates_only=True)
+    assert [one.shape[2] for one in inner] == list(dict.fromkeys(t.shape[2] for t in told))
+    for one in inner:
+        last = [t for t in told if t.shape[2:] == one.shape[2:]][-1]
+        assert torch.equal(one, last)
 
 
 def test_unknown_names_are_refused_with_the_nearest():
