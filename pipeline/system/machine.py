@@ -38,10 +38,7 @@ def seed_everything(*seeds: int) -> None:
     state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
-    # `torch.manual_seed` keeps a stack of every call for each kind of device that nobody uses
-    torch.default_generator.manual_seed(state)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(state)
+    torch.manual_seed(state)
 
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -64,7 +61,6 @@ def pick_device(name: str, rank: int = 0) -> Any:
                 what, "torchrun --nproc-per-node", "start as many processes as there are GPUs"
             )
         torch.cuda.set_device(rank)
-        torch.cuda.init()  # else seeds pass it by until its first use
         torch.backends.cudnn.benchmark = True  # few shapes in any stage, each met often
         return torch.device("cuda", rank)
     keep_memory(INT_MAX)
