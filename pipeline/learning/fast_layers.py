@@ -1,15 +1,15 @@
 """Layers by another road: the same sums as the library's, for less time and memory, chosen while
 training.
 
-oneDNN (CPUs) computes the weight gradient of a depthwise convolution on a map of 8 x 8 and less,
-and in half precision the input gradient of a strided one, through reference kernels that take ten
-to a hundred times the forward pass; the weight gradient of a first convolution, of few channels,
-takes two to nine times a matrix product, and a 1 x 1 convolution on a map of 4 x 4 and less is a
-matrix product with overhead: on crops these are most of a step. Batch norm followed by SiLU or
-Hardswish keeps its output beside its input and the activation for the backward pass; it is made
-again there instead, for a third less memory at no cost in time. On a GPU all layers take the
-library's road: its kernels are fast there, and what counts is how many there are. Memory is saved
-there by `pretrain.activation_checkpointing`.
+oneDNN (CPUs) computes the weight gradient of a depthwise convolution whose filter outgrows the map,
+and in half precision that of other small maps and the input gradient of a strided one, through
+reference kernels that take ten to a hundred times the forward pass; the weight gradient of a first
+convolution, of few channels, takes two to nine times a matrix product, and a 1 x 1 convolution on a
+map of 4 x 4 and less is a matrix product with overhead: on crops these are most of a step. Batch
+norm followed by SiLU or Hardswish keeps its output beside its input and the activation for the
+backward pass; it is made again there instead, for a third less memory at no cost in time. On a GPU
+all layers take the library's road: its kernels are fast there, and what counts is how many there
+are. Memory is saved there by `pretrain.activation_checkpointing`.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,7 @@ from torch.nn import functional
 
 DEPTHWISE, STRIDED, POINTWISE = 64, 256, 16  # largest map (pixels) that takes the other road
 PICTURE = 3  # most channels of a picture
-# smallest map of a gradient (pixels) that is convolved with; elements that a core's cache holds
-CONVOLVED, IN_CACHE = 9, 1 << 18
+IN_CACHE = 1 << 18  # elements that a core's cache holds
 ELEMENTS_AT_ONCE, HALF = 1 << 24, (torch.bfloat16, torch.float16)
 SIZE2 = tuple[int, int]
 ACTIVATIONS = {
@@ -174,32 +173,48 @@ class _StemFunction(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding = ctx.options
+        (s, t), (p, q) = ctx.options
         total = weight.new_zeros(weight[0].numel(), len(weight))
         with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
             for own, part in _in_cache(x, gradient, weight.dtype):
-                # what each output pixel sees (N, C k l, h w), its gradient (N, h w, O)
-                seen = functional.unfold(own, weight.shape[2:], padding=padding, stride=stride)
-                total += torch.bmm(seen, part.permute(0, 2, 3, 1).flatten(1, 2)).sum(0)
+                own, part = functional.pad(own, (q, q, p, p)), part.permute(0, 2, 3, 1)
+                of_image, of_channel, down, right = own.stride()
+                # what a tap sees of each image and output pixel: (C, k, l, N, h, w)
+                seen = own.as_strided(
+                    (*weight.shape[1:], *part.shape[:3]),
+                    (of_channel, down, right, of_image, s * down, t * right),
+                )
+                total += seen.reshape(len(total), -1) @ part.flatten(0, 2)
         of_bias = gradient.sum((0, 2, 3), dtype=weight.dtype) if ctx.needs_input_grad[2] else None
         return None, total.T.reshape(weight.shape), of_bias, None, None
 
 
 class Depthwise(nn.Conv2d):
-    """Depthwise convolution with its own weight gradient where the map is small."""
+    """Depthwise convolution with its own weight gradient where the map is smaller than the filter,
+    in half precision where it is small.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = x.dtype in HALF or torch.is_autocast_enabled("cpu")
-        limit = STRIDED if max(self.stride) > 1 and half else DEPTHWISE
+        limit = (STRIDED if max(self.stride) > 1 else DEPTHWISE) if half else 0
+        few = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1]) <= limit
         if (
             x.is_cuda
             or not self.weight.requires_grad
             or not torch.is_grad_enabled()
-            or x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1]) > limit
+            or not (few or _below_filter(x, self.weight, self.stride))
         ):
             return super().forward(x)
         y = _DepthwiseFunction.apply(x, self.weight, self.stride, self.padding)
         return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
+
+
+def _below_filter(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether oneDNN leaves the weight gradient to its reference kernel: the map is smaller than
+    the filter and the step after the first.
+    """
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, strict=True)
+    return any(size < taps + step - 1 for size, taps, step in sizes)
 
 
 class _DepthwiseFunction(torch.autograd.Function):
@@ -253,28 +268,17 @@ def weight_gradient(
     x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
 ) -> torch.Tensor:
     """dW[c, 0, i, j] = sum over n, y, x of x[n, c, s y + i - p, s x + j - p] * gradient[n, c, y,
-    x].
+    x], in the precision of the weight.
     """
-    small = gradient.shape[2] * gradient.shape[3] < CONVOLVED
-    return (_by_taps if small else _by_convolution)(x, gradient, weight, stride, padding)
-
-
-def _by_convolution(
-    x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
-) -> torch.Tensor:
-    """A forward convolution: every map of every image is a group of its own, its filter is the
-    map's gradient, the steps between the filter's taps are the stride.
-    """
-    C, rows, columns = len(weight), *weight.shape[2:]
-    total = torch.zeros_like(weight[:, 0])
     with torch.autocast("cpu", enabled=False):  # the sum over images in full precision
+        if _below_filter(x, weight, stride):
+            x, gradient = x.to(weight.dtype), gradient.to(weight.dtype)
+            return _by_products(x, gradient, weight, stride, padding)
+        options = stride, padding, (1, 1), False, (0, 0), x.shape[1], (False, True, False)
+        total = torch.zeros_like(weight)
         for own, part in _in_cache(x, gradient, weight.dtype):
-            maps = own.reshape(1, -1, *own.shape[2:])
-            filters = part.reshape(-1, 1, *part.shape[2:])
-            of_maps = functional.conv2d(maps, filters, None, 1, padding, stride, len(filters))
-            # what the stride left over of the maps makes the result larger
-            total += of_maps[0, :, :rows, :columns].reshape(-1, C, rows, columns).sum(0)
-    return total[:, None]
+            total += torch.ops.aten.convolution_backward(part, own, weight, None, *options)[1]
+        return total
 
 
 def _in_cache(
@@ -286,40 +290,25 @@ def _in_cache(
         yield own.to(dtype), part.to(dtype)
 
 
-def _by_taps(
+def _by_products(
     x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, stride: SIZE2, padding: SIZE2
 ) -> torch.Tensor:
-    """One product and sum a tap, for maps whose gradient has fewer than `CONVOLVED` pixels: as
-    filters such small ones go through a reference kernel.
+    """All products of an input pixel with an output pixel, summed over images, one matrix product
+    a channel; a tap's gradient is the sum over the pairs that it joins.
     """
-    # (N, H, W, C): C is contiguous in channels-last
-    x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
-    total = torch.zeros_like(weight)
-    sizes = zip(x.shape[1:3], gradient.shape[1:3], weight.shape[2:], stride, padding, strict=True)
-    rows, columns = (list(_taps(*size)) for size in sizes)
-    for i, (rows_in, rows_out) in enumerate(rows):
-        for j, (columns_in, columns_out) in enumerate(columns):
-            if rows_in and columns_in:
-                total[:, 0, i, j] = (
-                    x[:, rows_in, columns_in] * gradient[:, rows_out, columns_out]
-                ).sum((0, 1, 2), dtype=weight.dtype)
-    return total
-
-
-def _taps(
-    size: int, out: int, kernel: int, stride: int, padding: int
-) -> Iterator[tuple[slice | None, slice | None]]:
-    """For each tap of one axis: the input positions it meets inside the map and the outputs they
-    belong to, None where none.
-    """
-    for tap in range(kernel):
-        first, last = (
-            max(0, -(-(padding - tap) // stride)),
-            min(out - 1, (size - 1 + padding - tap) // stride),
-        )
-        start = first * stride + tap - padding
-        yield (
-            (slice(start, last * stride + tap - padding + 1, stride), slice(first, last + 1))
-            if first <= last
-            else (None, None)
-        )
+    N, C, H, W = x.shape
+    h, w = gradient.shape[2:]
+    # images innermost, (C, H W, N) and (C, h w, N), by one transposition each of channels-last
+    seen, of_y = (
+        maps.permute(0, 2, 3, 1).reshape(N, -1).T.contiguous().view(-1, C, N).transpose(0, 1)
+        for maps in (x, gradient)
+    )
+    pairs = torch.bmm(seen, of_y.mT).view(C, H, W, h * w)
+    (p, q), (s, t) = padding, stride
+    pairs = functional.pad(pairs, (0, 0, q, q, p, p))
+    column = h * w  # elements from a pair to that with the input one to the right
+    row = column * (W + 2 * q)
+    joined = pairs.as_strided(
+        (h, w, *weight.shape), (s * row + w, t * column + 1, pairs.stride(0), 1, row, column)
+    )
+    return joined.reshape(h * w, -1).sum(0).view(weight.shape)

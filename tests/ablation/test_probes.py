@@ -500,7 +500,7 @@ def test_every_probe_has_a_folder_of_its_own(name):
     from pipeline.ablation.probe_parts import probed
     from pipeline.run.stage import Options, Stage
 
-    config = load_config(name)
+    config = load_config(name, ["ablation.probes=true"])
     stage = Stage("10_ablation", config, Options(out="/nowhere"))
     found = list(probed(config, declared_cells(config), stage))
     assert len({one.key for one in found}) == len(found)

@@ -1,9 +1,9 @@
 """What the weight gradients of `pipeline/learning/fast_layers.py` save: `python
 tests/benchmarks/weight_gradients.py [--rounds 40] [key=value ...]`.
 
-Steps of the demo's classifier on random pictures, one core, in turn: depthwise layers on small maps
-by one product and sum a tap and the first convolution by the library, as before; depthwise layers
-by one convolution; both. Prints median and fastest step of each.
+Steps of the demo's classifier on random pictures, one core, in turn: all layers by the library;
+depthwise layers on maps below their filter by products; the first convolution by a product too.
+Prints median and fastest step of each.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from pipeline.learning.optimise import adamw, parameter_groups  # noqa: E402
 from pipeline.run.presets import load_config  # noqa: E402
 from pipeline.system.machine import pick_device  # noqa: E402
 
-# (smallest map that is convolved with, how a first convolution computes)
+# (how a depthwise layer computes, how a first convolution)
 WAYS = {
-    "as before": (sys.maxsize, nn.Conv2d.forward),
-    "depthwise layers": (fast_layers.CONVOLVED, nn.Conv2d.forward),
-    "and the first convolution": (fast_layers.CONVOLVED, fast_layers.Stem.forward),
+    "the library's": (nn.Conv2d.forward, nn.Conv2d.forward),
+    "depthwise layers": (fast_layers.Depthwise.forward, nn.Conv2d.forward),
+    "and the first convolution": (fast_layers.Depthwise.forward, fast_layers.Stem.forward),
 }
 
 
@@ -58,8 +58,8 @@ def main() -> None:
 
     taken: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(options.rounds + 1):
-        for name, (smallest, stem) in WAYS.items():
-            fast_layers.CONVOLVED, fast_layers.Stem.forward = smallest, stem
+        for name, (depthwise, stem) in WAYS.items():
+            fast_layers.Depthwise.forward, fast_layers.Stem.forward = depthwise, stem
             taken[name] += [step(), step()][1:]  # the first one finds the other way's memory
     print("| weight gradients | median step, ms | fastest, ms |\n|---|---|---|")
     for name, seconds in taken.items():

@@ -342,16 +342,36 @@ def test_small_depthwise_convolutions_equal_the_library(size, kernel, stride, pa
 
 
 @pytest.mark.parametrize(
-    ("size", "way"), [(2, "_by_taps"), (3, "_by_convolution"), (8, "_by_convolution"), (9, None)]
+    ("kernel", "stride", "size", "own"),
+    [
+        *((3, 1, 2, True), (3, 1, 3, False), (3, 2, 3, True), (3, 2, 4, False)),
+        *((5, 1, 4, True), (5, 1, (5, 4), True), (5, 1, 5, False)),
+        *((5, 2, 5, True), (5, 2, 6, False), (7, 1, 6, True), (7, 1, 7, False)),
+    ],
 )
-def test_the_way_to_a_weight_gradient_is_chosen_by_the_map(monkeypatch, size, way):
-    ways = ("_by_taps", "_by_convolution")
-    spies = {name: mock.Mock(wraps=getattr(layers, name)) for name in ways}
-    for name, spy in spies.items():
-        monkeypatch.setattr(layers, name, spy)
-    layer = speed_up(nn.Conv2d(6, 6, 3, 1, 1, groups=6))
-    layer(torch.randn(2, 6, size, size)).sum().backward()
-    assert [name for name, spy in spies.items() if spy.called] == ([way] if way else [])
+def test_the_way_to_a_weight_gradient_is_chosen_by_the_map(monkeypatch, kernel, stride, size, own):
+    spy = mock.Mock(wraps=layers._by_products)
+    monkeypatch.setattr(layers, "_by_products", spy)
+    sizes = size if isinstance(size, tuple) else (size, size)
+    layer = speed_up(nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6))
+    layer(torch.randn(2, 6, *sizes)).sum().backward()
+    assert spy.called == own
+
+
+@pytest.mark.parametrize(("stride", "size", "own"), [(1, 8, True), (1, 9, False), (2, 32, True)])
+def test_in_half_precision_small_maps_are_summed_in_full(stride, size, own):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 6, 3, stride, 1, groups=6, bias=False)
+    fast, x = speed_up(copy.deepcopy(plain)), torch.randn(64, 6, size, size)
+    x = x.to(memory_format=torch.channels_last)
+    found = []
+    for layer, half in ((plain, False), (fast, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = layer(x)
+        y.backward(torch.ones_like(y))
+        found.append(layer.weight.grad)
+    assert (type(y.grad_fn).__name__ == "_DepthwiseFunctionBackward") == own
+    assert torch.allclose(*found, rtol=0, atol=4e-3 * float(x.abs().sum((0, 2, 3)).max()))
 
 
 @pytest.mark.parametrize("at_once", [1, 2 * 3 * 11 * 8, 1 << 18])
@@ -379,22 +399,29 @@ def test_the_first_convolution_equals_the_library(monkeypatch, at_once, channels
 @pytest.mark.parametrize("at_once", [1, 3 * 6 * 12 * 9, 1 << 18])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"),
-    [(3, (1, 1), (1, 1)), (3, (2, 2), (1, 1)), (5, (2, 2), (2, 2)), (5, (3, 2), (0, 1))],
+    [
+        *((3, (1, 1), (1, 1)), (3, (2, 2), (1, 1)), (5, (2, 2), (2, 2)), (5, (3, 2), (0, 1))),
+        ((9, 3), (2, 1), (4, 1)),
+    ],
 )
-def test_both_ways_to_a_weight_gradient_give_its_sum(monkeypatch, at_once, kernel, stride, padding):
+@pytest.mark.parametrize("small", [False, True])
+def test_both_ways_to_a_weight_gradient_give_its_sum(
+    monkeypatch, at_once, kernel, stride, padding, small
+):
     monkeypatch.setattr(layers, "IN_CACHE", at_once)
+    monkeypatch.setattr(layers, "_below_filter", lambda *layer: small)
     torch.manual_seed(0)
-    x, weight = torch.randn(7, 6, 12, 9).double(), torch.randn(6, 1, kernel, kernel).double()
+    x = torch.randn(7, 6, 12, 9).double()
+    weight = torch.randn(6, 1, *np.broadcast_to(kernel, 2).tolist()).double()
     y = functional.conv2d(x, weight, None, stride, padding, 1, 6)
     gradient = torch.randn(y.shape).double()
     padded = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     expected = torch.zeros_like(weight)
-    for i, j, r, c in np.ndindex(kernel, kernel, *y.shape[2:]):
+    for i, j, r, c in np.ndindex(*weight.shape[2:], *y.shape[2:]):
         seen = padded[:, :, stride[0] * r + i, stride[1] * c + j]
         expected[:, 0, i, j] += (seen * gradient[:, :, r, c]).sum(0)
-    for way in (layers._by_taps, layers._by_convolution):
-        found = way(x, gradient, weight, stride, padding)
-        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    found = layers.weight_gradient(x, gradient, weight, stride, padding)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
