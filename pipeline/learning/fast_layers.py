@@ -20,7 +20,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional
 
-DEPTHWISE, STRIDED, POINTWISE = 64, 256, 16  # largest map (pixels) that takes the other road
+# largest map (pixels) that takes the other road; of depthwise layers in half precision
+POINTWISE, DEPTHWISE, STRIDED = 16, 64, 256
 PICTURE = 3  # most channels of a picture
 IN_CACHE = 1 << 18  # elements that a core's cache holds
 ELEMENTS_AT_ONCE, HALF = 1 << 24, (torch.bfloat16, torch.float16)
@@ -196,8 +197,8 @@ class Depthwise(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = x.dtype in HALF or torch.is_autocast_enabled("cpu")
-        limit = (STRIDED if max(self.stride) > 1 else DEPTHWISE) if half else 0
-        few = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1]) <= limit
+        limit = STRIDED if max(self.stride) > 1 else DEPTHWISE
+        few = half and x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1]) <= limit
         if (
             x.is_cuda
             or not self.weight.requires_grad
@@ -249,18 +250,13 @@ def input_gradient(
     """The library's dX; of strided layers in float32, whose kernel is 7 to 200 times as fast as
     that for half precision.
     """
-    options = stride, padding, (1, 1), False, (0, 0), x.shape[1], (True, False, False)
     if max(stride) == 1 or x.dtype not in HALF:
-        return torch.ops.aten.convolution_backward(gradient, x, weight.to(x.dtype), None, *options)[
-            0
-        ]
+        return _by_library(0, gradient, x, weight.to(x.dtype), stride, padding)
     weight, found = weight.float(), torch.empty_like(x)
     size = max(1, ELEMENTS_AT_ONCE // x[0].numel())  # images at once: the float32 copies stay small
     for own, part in zip(found.split(size), gradient.split(size), strict=True):
         shape = torch.empty_like(own, dtype=torch.float32)  # only the shape of the input matters
-        own.copy_(
-            torch.ops.aten.convolution_backward(part.float(), shape, weight, None, *options)[0]
-        )
+        own.copy_(_by_library(0, part.float(), shape, weight, stride, padding))
     return found
 
 
@@ -274,11 +270,24 @@ def weight_gradient(
         if _below_filter(x, weight, stride):
             x, gradient = x.to(weight.dtype), gradient.to(weight.dtype)
             return _by_products(x, gradient, weight, stride, padding)
-        options = stride, padding, (1, 1), False, (0, 0), x.shape[1], (False, True, False)
         total = torch.zeros_like(weight)
         for own, part in _in_cache(x, gradient, weight.dtype):
-            total += torch.ops.aten.convolution_backward(part, own, weight, None, *options)[1]
+            total += _by_library(1, part, own, weight, stride, padding)
         return total
+
+
+def _by_library(
+    wanted: int,
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: SIZE2,
+    padding: SIZE2,
+) -> torch.Tensor:
+    """dX (`wanted` 0) or dW (1) of a depthwise convolution, and nothing else."""
+    mask = [wanted == 0, wanted == 1, False]
+    options = stride, padding, (1, 1), False, (0, 0), x.shape[1], mask
+    return torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)[wanted]
 
 
 def _in_cache(
