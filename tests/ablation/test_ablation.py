@@ -473,7 +473,14 @@ def test_the_recipe_is_asked_on_the_demo_as_it_was(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["ablation_quick", "ablation_more", "ablation_softmax", "ablation_own_base", "ablation_full"],
+    [
+        "ablation_quick",
+        "ablation_long",
+        "ablation_more",
+        "ablation_softmax",
+        "ablation_own_base",
+        "ablation_full",
+    ],
 )
 def test_presets_declare_valid_grids(name):
     from pipeline.ablation.grid import declared_cells, pretrainings, trained_folds
@@ -490,6 +497,33 @@ def test_presets_declare_valid_grids(name):
     assert config.phantom.train_patients - judged >= 1000
     for cell in cells:
         assert cell.config.pretrain.exclude_fold == (None if cell.variant == "seen" else 0)
+
+
+def test_quick_grid_asks_what_the_long_one_asks_with_four_fifths_of_the_training():
+    from pipeline.ablation.grid import declared_cells
+
+    quick, long = load_config("ablation_quick"), load_config("ablation_long")
+    questions = {"primary", "reference", "pairs", "folds", "seeds"}
+    assert quick.ablation.model_dump(include=questions) == long.ablation.model_dump(
+        include=questions
+    )
+    cells = {cell.name: cell.config for cell in declared_cells(quick)}
+    others = {cell.name: cell.config for cell in declared_cells(long)}
+    assert cells.keys() == others.keys()
+    lengths = {
+        "pretrain": ("steps", "warmup", "eval_every", "checkpoint_every"),
+        "train": ("epochs", "eval_every"),
+    }
+    for name, own in cells.items():
+        other = others[name]
+        for section, keys in lengths.items():
+            mine, theirs = getattr(own, section), getattr(other, section)
+            for key in keys:
+                assert getattr(mine, key) == pytest.approx(0.8 * getattr(theirs, key), abs=0.5)
+            kept = {key: getattr(theirs, key) for key in keys}
+            assert mine.model_copy(update=kept) == theirs
+        for section in ("phantom", "volume", "folds", "model", "score"):
+            assert getattr(own, section) == getattr(other, section)
 
 
 GRID = (

@@ -494,7 +494,9 @@ def test_a_grid_without_pretraining_is_probed_as_it_starts():
     assert list(probed(off, declared_cells(off), None)) == []
 
 
-@pytest.mark.parametrize("name", ["ablation_quick", "ablation_more", "ablation_full"])
+@pytest.mark.parametrize(
+    "name", ["ablation_quick", "ablation_long", "ablation_more", "ablation_full"]
+)
 def test_every_probe_has_a_folder_of_its_own(name):
     from pipeline.ablation.grid import declared_cells
     from pipeline.ablation.probe_parts import probed

@@ -115,7 +115,7 @@ def test_paper_is_the_published_configuration(section):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "smoke", "ablation_quick", "ablation_more", "ablation_full"]
+    "name", ["demo", "smoke", "ablation_quick", "ablation_long", "ablation_more", "ablation_full"]
 )
 def test_no_other_preset_has_what_the_publication_has(name):
     config = load_config(name)
